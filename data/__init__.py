@@ -1,0 +1,1 @@
+"""Episodes: RLDS reading, statistics, calibration sets and the bundled sample."""

@@ -1,0 +1,1 @@
+"""Bit allocation as a multiple-choice knapsack, and the solvers for it."""
