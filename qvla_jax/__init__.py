@@ -33,7 +33,15 @@ _LAZY = {
 }
 _SUBMODULES = ("data", "solvers")
 
-__all__ = ["__version__", "calibration_set", "data", "load_policy", "quantize", "sensitivities", "solvers"]
+__all__ = [
+    "__version__",
+    "calibration_set",
+    "data",
+    "load_policy",
+    "quantize",
+    "sensitivities",
+    "solvers",
+]
 
 
 def __getattr__(name: str) -> Any:

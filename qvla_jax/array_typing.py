@@ -7,9 +7,10 @@ Shapes, wherever they are written (annotations, docstrings, error messages), use
     n  bit options               C  channels of a model   e  episode
     s  probe vectors             v  cameras               d  devices
 
-Weights are `[c, k]` in documents and files; Flax kernels are `[k, c]`. Images are uint8 `[..., height, width, 3]`
-until the processor turns them into what a tower takes. Actions are either *normalized* (quantiles mapped to
-[-1, 1], gripper in [0, 1]) or *metric* (un-normalized); the names of functions and metrics say which.
+Weights are `[c, k]` in documents and files; Flax kernels are `[k, c]`. Images are uint8 with the
+channels last until the processor turns them into what a tower takes. Actions are either
+*normalized* (quantiles mapped to [-1, 1], gripper in [0, 1]) or *metric* (un-normalized); the names
+of functions and metrics say which.
 """
 
 from typing import TypeAlias

@@ -1,7 +1,8 @@
 """Files that are either written completely or not at all.
 
-Each function writes to a temporary name in the destination's folder and renames it into place, so that a
-killed process, a full disk or an exception leaves the previous file (or nothing) and never half of a new one.
+Each function writes to a temporary name in the destination's folder and renames it into place, so
+that a killed process, a full disk or an exception leaves the previous file (or nothing) and never
+half of a new one.
 """
 
 import contextlib
@@ -17,9 +18,9 @@ from typing import Any
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path that becomes `path` when the block ends without an exception.
 
-    The temporary name keeps the suffix of `path`, because some writers choose their format by it. The file is
-    flushed to disk before the rename. If the block raises, the temporary file is removed and `path` is
-    untouched.
+    The temporary name keeps the suffix of `path`, because some writers choose their format by it.
+    The file is flushed to disk before the rename. If the block raises, the temporary file is
+    removed and `path` is untouched.
 
     Args:
         path: The destination; its parent folders are created.

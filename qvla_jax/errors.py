@@ -1,9 +1,9 @@
 """The exceptions that this library raises on purpose.
 
-Everything derives from `QvlaError`, so that a caller can catch the library's own errors with one name.
-`InputError` and its subclasses mean that what the user handed in is wrong; the command line turns them into
-one line on stderr and exit code 2. A message names the file, layer or key, says what was expected, what was
-found, and what to do about it.
+Everything derives from `QvlaError`, so that a caller can catch the library's own errors with one
+name. `InputError` and its subclasses mean that what the user handed in is wrong; the command line
+turns them into one line on stderr and exit code 2. A message names the file, layer or key, says
+what was expected, what was found, and what to do about it.
 """
 
 

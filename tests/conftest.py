@@ -1,7 +1,7 @@
 """Settings that every test runs under.
 
-Two virtual CPU devices, so that sharded code paths run in plain CI; no implicit dtype promotion and no implicit
-rank promotion, so that neither hides a mistake.
+Two virtual CPU devices, so that sharded code paths run in plain CI; no implicit dtype promotion and
+no implicit rank promotion, so that neither hides a mistake.
 """
 
 import os

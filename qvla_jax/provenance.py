@@ -1,0 +1,85 @@
+"""What a result was made with: enough to repeat it, and nothing about whose machine it was."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+# The packages whose version can change a number.
+PACKAGES = (
+    "qvla-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "scipy",
+    "optax",
+    "safetensors",
+    "tokenizers",
+    "tensorflow-datasets",
+    "array_record",
+    "pillow",
+    "pulp",
+    "highspy",
+)
+
+
+def provenance(*, seed: int | None = None) -> dict[str, Any]:
+    """Describes this installation: versions, commit, device kind, seed.
+
+    No host name, user name or path is recorded.
+
+    Args:
+        seed: The seed of the result that this goes with.
+    """
+    import jax  # a device query, so not at import
+
+    devices = jax.local_devices()
+    return {
+        "packages": package_versions(),
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "device": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+        },
+        "seed": seed,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the installed version of each package that can change a number."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """Returns the commit of the checkout that this package runs from; `+changes` if it was edited.
+
+    None where the package was installed without its repository, or git is missing.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=10
+    ).stdout.strip()
