@@ -1,0 +1,120 @@
+"""Flax parameters <-> tensors with the public (PyTorch) names and layouts, in safetensors.
+
+Module paths are the public ones already; only the leaf differs:
+
+| Flax                | public          | layout                                   |
+|---------------------|-----------------|------------------------------------------|
+| `Linear.kernel`     | `weight`        | [k, c] -> [c, k]                         |
+| `patch_embed.proj`  | `weight`        | [3 p p, c] -> [c, 3, p, p]               |
+| `*Norm.scale`       | `weight`        | unchanged                                |
+| `Embed.embedding`   | `weight`        | unchanged                                |
+| anything else       | the same        | unchanged                                |
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from qvla_jax.atomic import atomic_path
+from qvla_jax.errors import CheckpointError
+from qvla_jax.models.surgery import path_string
+
+_LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+
+def _parameters(model: nnx.Module) -> Iterator[tuple[str, str, nnx.Variable]]:
+    """(public name, Flax leaf name, variable) of every parameter."""
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        *parent, leaf = path
+        name = path_string((*parent, _LEAF_NAMES.get(str(leaf), leaf)))
+        yield name, str(leaf), variable
+
+
+def _public_shape(name: str, leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if leaf != "kernel":
+        return shape
+    fan_in, channels = shape
+    if ".patch_embed." in name:
+        patch = math.isqrt(fan_in // 3)
+        return channels, 3, patch, patch
+    return channels, fan_in
+
+
+def public_tensors(model: nnx.Module, *, dtype: jnp.dtype | None = None) -> dict[str, np.ndarray]:
+    """All parameters under their public names and in their public layouts.
+
+    Args:
+        model: a module whose paths follow the public checkpoints.
+        dtype: cast to this; None keeps the parameters' own.
+    """
+    tensors = {}
+    for name, leaf, variable in _parameters(model):
+        value = np.asarray(variable[...])
+        if dtype is not None:
+            value = value.astype(dtype)
+        if leaf == "kernel":
+            value = value.T
+        shape = _public_shape(name, leaf, variable.shape)
+        tensors[name] = np.ascontiguousarray(value).reshape(shape)
+    return tensors
+
+
+def save_weights(model: nnx.Module, path: Path, *, dtype: jnp.dtype | None = None) -> None:
+    """Writes all parameters to one safetensors file, atomically."""
+    with atomic_path(path) as temporary:
+        safetensors.numpy.save_file(public_tensors(model, dtype=dtype), temporary)
+
+
+def load_weights(model: nnx.Module, path: Path) -> None:
+    """Fills the parameters of `model` from a safetensors file, in place.
+
+    Values are cast to the parameters' dtype, which must be able to hold them.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not safetensors; a tensor is missing,
+            unexpected, of the wrong shape, or holds NaN or inf. The message names it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weights file")
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); it may be truncated: fetch it again"
+        ) from error
+    assign_tensors(model, tensors, source=str(path))
+
+
+def assign_tensors(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str) -> None:
+    """Fills the parameters of `model` from public tensors; see `load_weights` for errors."""
+    parameters = {name: (leaf, variable) for name, leaf, variable in _parameters(model)}
+    if missing := sorted(parameters.keys() - tensors.keys()):
+        raise CheckpointError(f"{source}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    if unexpected := sorted(tensors.keys() - parameters.keys()):
+        raise CheckpointError(
+            f"{source}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): the "
+            "file belongs to another architecture"
+        )
+    converted = {}
+    for name, (leaf, variable) in parameters.items():
+        value = tensors[name]
+        expected = _public_shape(name, leaf, variable.shape)
+        if value.shape != expected:
+            raise CheckpointError(
+                f"{source}: tensor {name!r} has shape {value.shape}, expected {expected}"
+            )
+        value = value.astype(variable.dtype)
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise CheckpointError(f"{source}: tensor {name!r} holds NaN or inf")
+        converted[name] = (
+            value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
+        )
+    # Assigned only after all checks, so that a refused file leaves the model as it was.
+    for name, (_, variable) in parameters.items():
+        variable[...] = jnp.asarray(converted[name])

@@ -1,0 +1,286 @@
+"""Model configurations: frozen dataclasses with a JSON round trip, and the presets by name."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from qvla_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionTowerConfig:
+    """One ViT tower of the fused vision backbone (timm naming)."""
+
+    timm_id: str
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    # A class token and register tokens are put in front of the patches (DINOv2), or nothing (SigLIP).
+    class_token: bool = False
+    num_registers: int = 0
+    layer_scale: bool = False
+    # 0-based index of the block whose output is the feature. The public policies read the
+    # second-to-last block and never use the last one.
+    feature_block: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The language model, in Hugging Face's terms and with its defaults."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenVLAConfig:
+    """A Prismatic VLA: two towers, a projector, Llama, and a way to decode actions."""
+
+    name: str
+    # featurizer (DINOv2), then fused_featurizer (SigLIP)
+    vision: tuple[VisionTowerConfig, VisionTowerConfig]
+    text: LlamaConfig
+    num_images: int = 1
+    # "l1": OpenVLA-OFT's parallel decoding with a regression head; "tokens": OpenVLA's
+    # autoregressive action tokens.
+    decoding: Literal["l1", "tokens"] = "l1"
+    action_dim: int = 7
+    action_horizon: int = 8
+    # 0: the policy takes no proprio.
+    proprio_dim: int = 0
+    prompt_template: str = "In: What action should the robot take to {instruction}?\nOut:"
+    # Longest prompt in tokens (BOS and the empty token included); shorter ones are padded.
+    max_prompt_tokens: int = 64
+    bos_token_id: int = 1
+    stop_token_id: int = 2
+    placeholder_token_id: int = 1
+    pad_token_id: int = 32000
+    # The lone word-boundary piece that the reference appends after "Out:".
+    empty_token_id: int | None = 29871
+    # Statistics entry used where a checkpoint holds several data sets.
+    unnorm_key: str | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that the towers take, in pixels."""
+        return self.vision[0].image_size
+
+    @property
+    def num_action_tokens(self) -> int:
+        """Action placeholders in the sequence: one for each entry of the chunk."""
+        return self.action_horizon * self.action_dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Patch tokens of all images, plus the proprio token where there is one."""
+        return self.num_images * self.vision[0].num_patches + (self.proprio_dim > 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "OpenVLAConfig":
+        """Inverse of `to_dict`.
+
+        Raises:
+            InputError: a key is unknown, missing or of the wrong type; the message names it.
+        """
+        return _build(cls, values, "config")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Builds an annotated value from plain JSON types, naming the key that does not fit."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: expected an object, got {type(value).__name__}")
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        if unknown := sorted(set(value) - set(fields)):
+            raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
+        hints = typing.get_type_hints(kind)
+        built = {k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+        missing = [
+            n
+            for n, f in fields.items()
+            if f.default is dataclasses.MISSING and n not in built
+        ]
+        if missing:
+            raise InputError(f"{where}: missing key {missing[0]!r}")
+        return kind(**built)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise InputError(f"{where}: expected a list of {len(args)}, got {value!r}")
+        return tuple(
+            _build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+        )
+    if origin is Literal:
+        if value not in args:
+            raise InputError(f"{where}: expected one of {args}, got {value!r}")
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _build(next(a for a in args if a is not type(None)), value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+_IMAGENET_MEAN = (0.484375, 0.455078125, 0.40625)
+_IMAGENET_STD = (0.228515625, 0.2236328125, 0.224609375)
+
+_DINOV2_L = VisionTowerConfig(
+    timm_id="vit_large_patch14_reg4_dinov2.lvd142m",
+    image_size=224,
+    patch_size=14,
+    embed_dim=1024,
+    depth=24,
+    num_heads=16,
+    mlp_dim=4096,
+    class_token=True,
+    num_registers=4,
+    layer_scale=True,
+    feature_block=22,
+    # timm stores the ImageNet constants in bfloat16, and so does the public preprocessor.
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+)
+_SIGLIP_SO400M = VisionTowerConfig(
+    timm_id="vit_so400m_patch14_siglip_224",
+    image_size=224,
+    patch_size=14,
+    embed_dim=1152,
+    depth=27,
+    num_heads=16,
+    mlp_dim=4304,
+    feature_block=25,
+)
+_LLAMA_2_7B = LlamaConfig(
+    vocab_size=32064,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+)
+
+
+def _small_towers(
+    *, image_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int
+) -> tuple[VisionTowerConfig, VisionTowerConfig]:
+    """The two towers at a small width; every block is used."""
+    common: dict[str, Any] = dict(
+        image_size=image_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_dim=4 * embed_dim,
+        feature_block=depth - 1,
+    )
+    dino = VisionTowerConfig(
+        timm_id="small_reg4_dinov2",
+        class_token=True,
+        num_registers=4,
+        layer_scale=True,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        **common,
+    )
+    return dino, VisionTowerConfig(timm_id="small_siglip", **common)
+
+
+_SMALL: dict[str, Any] = dict(
+    num_images=2,
+    decoding="l1",
+    proprio_dim=8,
+    prompt_template="{instruction}",
+    max_prompt_tokens=24,
+    pad_token_id=0,
+    empty_token_id=4,
+    unnorm_key="libero_spatial",
+)
+
+PRESETS: dict[str, OpenVLAConfig] = {
+    c.name: c
+    for c in (
+        OpenVLAConfig(
+            name="openvla-7b",
+            vision=(_DINOV2_L, _SIGLIP_SO400M),
+            text=_LLAMA_2_7B,
+            decoding="tokens",
+            action_horizon=1,
+        ),
+        OpenVLAConfig(
+            name="openvla-oft-7b",
+            vision=(_DINOV2_L, _SIGLIP_SO400M),
+            text=_LLAMA_2_7B,
+            num_images=2,
+            proprio_dim=8,
+        ),
+        OpenVLAConfig(
+            name="libero-mini",
+            vision=_small_towers(
+                image_size=128, patch_size=16, embed_dim=128, depth=3, num_heads=4
+            ),
+            text=LlamaConfig(
+                vocab_size=96,
+                hidden_size=192,
+                intermediate_size=512,
+                num_hidden_layers=4,
+                num_attention_heads=6,
+                num_key_value_heads=6,
+            ),
+            **_SMALL,
+        ),
+        # For unit tests: every part of the architecture at widths that compile in seconds.
+        OpenVLAConfig(
+            name="tiny-test",
+            vision=_small_towers(image_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2),
+            text=LlamaConfig(
+                vocab_size=96,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+            ),
+            **_SMALL,
+        ),
+    )
+}
+
+
+def preset(name: str) -> OpenVLAConfig:
+    """Returns the configuration called `name`.
+
+    Raises:
+        InputError: there is none; the message lists close matches.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(PRESETS)}"
+    raise InputError(f"unknown model {name!r}; {hint}")

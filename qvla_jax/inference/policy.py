@@ -1,0 +1,255 @@
+"""`Policy`: observation in, action chunk out."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from flax import nnx
+
+from qvla_jax import sharding
+from qvla_jax.array_typing import Array, Float
+from qvla_jax.atomic import atomic_path, write_json
+from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
+from qvla_jax.config import OpenVLAConfig, preset
+from qvla_jax.data import bundled_path
+from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.inference.normalization import Normalizer
+from qvla_jax.inference.processor import Processor
+from qvla_jax.inference.word_tokenizer import word_tokenizer
+from qvla_jax.models import ModelInputs, OpenVLA
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+STATISTICS_FILE = "dataset_statistics.json"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(
+    graphdef: nnx.GraphDef[OpenVLA], state: nnx.State, inputs: ModelInputs
+) -> Float[Array, "b h a"]:
+    return nnx.merge(graphdef, state)(inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A network with all that it needs between sensors and motors."""
+
+    config: OpenVLAConfig
+    model: OpenVLA
+    processor: Processor
+    # The public dataset_statistics.json, kept as it is for `save`.
+    statistics: Mapping[str, Any]
+
+    def prepare(self, batch: Mapping[str, Any], *, preprocessed: bool = False) -> ModelInputs:
+        """A batch of observations -> model inputs; see `Processor.__call__`."""
+        return self.processor(batch, preprocessed=preprocessed)
+
+    def infer_normalized(
+        self, batch: Mapping[str, Any], *, preprocessed: bool = False
+    ) -> Float[np.ndarray, "b h a"]:
+        """A batch of observations -> normalized action chunks, float32.
+
+        The batch is split over all local devices; it is padded where it does not divide evenly.
+
+        Raises:
+            InputError: a key is missing or has the wrong shape or dtype.
+        """
+        inputs = self.prepare(batch, preprocessed=preprocessed)
+        mesh = sharding.data_mesh()
+        padded, count = sharding.pad_batch(inputs, mesh.size)
+        graphdef, state = nnx.split(self.model)
+        with jax.default_matmul_precision("float32"):
+            chunk = _forward(graphdef, state, sharding.shard_batch(mesh, padded))
+        return np.asarray(chunk)[:count]
+
+    def infer(
+        self, observation: Mapping[str, Any], *, preprocessed: bool = False
+    ) -> Float[np.ndarray, "h a"]:
+        """One observation -> the un-normalized action chunk, float32.
+
+        Args:
+            observation: `image` u8[H, W, 3]; `wrist_image` u8[H, W, 3] and `state` f32[p] where
+                the policy takes them; `instruction`.
+            preprocessed: the images are what the reference's processor receives (resized and
+                cropped uint8).
+
+        Raises:
+            InputError: a key is missing or has the wrong shape or dtype.
+        """
+        batch = {
+            key: [value] if key == "instruction" else np.asarray(value)[None]
+            for key, value in observation.items()
+        }
+        return self.unnormalize_actions(
+            self.infer_normalized(batch, preprocessed=preprocessed)[0]
+        )
+
+    def normalize_actions(
+        self, actions: Float[np.ndarray, "... a"]
+    ) -> Float[np.ndarray, "... a"]:
+        """Metric actions -> the normalized action space."""
+        return self.processor.actions.normalize(actions)
+
+    def unnormalize_actions(
+        self, actions: Float[np.ndarray, "... a"]
+    ) -> Float[np.ndarray, "... a"]:
+        """Normalized actions -> metric units."""
+        return self.processor.actions.unnormalize(actions)
+
+    def replace(self, *, model: OpenVLA) -> "Policy":
+        """The same policy with another network."""
+        return dataclasses.replace(self, model=model)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over configuration, statistics and weights: names the policy in results."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps([self.config.to_dict(), self.statistics], sort_keys=True).encode())
+        for name, tensor in sorted(public_tensors(self.model).items()):
+            digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
+            digest.update(tensor.tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path, *, dtype: jnp.dtype | None = None) -> None:
+        """Writes the policy as a directory that `load_policy` reads."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.model, folder / WEIGHTS_FILE, dtype=dtype)
+        with atomic_path(folder / TOKENIZER_FILE) as temporary:
+            self.processor.tokenizer.save(str(temporary))
+        write_json(folder / STATISTICS_FILE, self.statistics)
+        write_json(folder / CONFIG_FILE, self.config.to_dict())
+
+
+def make_policy(
+    config: OpenVLAConfig,
+    model: OpenVLA,
+    tokenizer: tokenizers.Tokenizer,
+    statistics: Mapping[str, Any],
+    *,
+    source: str,
+) -> Policy:
+    """Assembles a policy from its parts.
+
+    Args:
+        config: architecture.
+        model: the network.
+        tokenizer: its tokenizer.
+        statistics: data set name -> public statistics.
+        source: file named in errors.
+
+    Raises:
+        CheckpointError: the statistics lack the policy's data set, or do not fit it.
+    """
+    key = config.unnorm_key
+    if key is None and len(statistics) == 1:
+        key = next(iter(statistics))
+    if key not in statistics:
+        raise CheckpointError(
+            f"{source}: no statistics for {key!r}; there are: {', '.join(statistics)}"
+        )
+    entry = statistics[key]
+    blocks = {"action": config.action_dim}
+    if config.proprio_dim:
+        blocks["proprio"] = config.proprio_dim
+    normalizers = {}
+    for block, size in blocks.items():
+        where = f"{source}: {key}.{block}"
+        if block not in entry:
+            raise CheckpointError(f"{where}: missing")
+        normalizers[block] = Normalizer.from_statistics(entry[block], where=where)
+        if len(normalizers[block].q01) != size:
+            raise CheckpointError(
+                f"{where}: {len(normalizers[block].q01)} entries, the policy has {size}"
+            )
+    processor = Processor(
+        config=config,
+        tokenizer=tokenizer,
+        actions=normalizers["action"],
+        proprio=normalizers.get("proprio"),
+    )
+    return Policy(config=config, model=model, processor=processor, statistics=statistics)
+
+
+def load_policy(source: str | Path) -> Policy:
+    """Loads a policy.
+
+    Args:
+        source: the name of a preset that ships with weights ("libero-mini"), or a directory
+            written by `Policy.save`.
+
+    Raises:
+        InputError: neither a preset nor a directory; the message lists close matches.
+        CheckpointError: a file of the directory is missing or broken.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        config = preset(str(source))
+        folder = _bundled(config.name)
+        if not folder.is_dir():
+            raise InputError(
+                f"{config.name!r} ships without weights; give a directory that holds them"
+            )
+    config = OpenVLAConfig.from_dict(_read_json(folder / CONFIG_FILE))
+    model = OpenVLA(config, rngs=nnx.Rngs(0))
+    load_weights(model, folder / WEIGHTS_FILE)
+    return make_policy(
+        config,
+        model,
+        _read_tokenizer(folder / TOKENIZER_FILE),
+        _read_json(folder / STATISTICS_FILE),
+        source=str(folder / STATISTICS_FILE),
+    )
+
+
+def random_policy(name: str, *, seed: int = 0) -> Policy:
+    """A small preset with random weights and statistics of unit range, for tests and examples.
+
+    Raises:
+        InputError: unknown preset.
+    """
+    config = preset(name)
+    unit = {
+        size: {"q01": [-1.0] * size, "q99": [1.0] * size}
+        for size in (config.action_dim, config.proprio_dim)
+    }
+    action = {**unit[config.action_dim], "mask": [True] * (config.action_dim - 1) + [False]}
+    key = config.unnorm_key or "random"
+    return make_policy(
+        config,
+        OpenVLA(config, rngs=nnx.Rngs(seed)),
+        word_tokenizer(),
+        {key: {"action": action, "proprio": unit[config.proprio_dim]}},
+        source=name,
+    )
+
+
+def _bundled(name: str) -> Path:
+    return bundled_path() / name
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path}: not a tokenizers file ({error})") from error
