@@ -1,0 +1,49 @@
+# Two commands need nothing but Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format clean
+
+help:  ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed; name one with PYTHON=... (this is $$($(PYTHON) -V))" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of extras, so that a changed pyproject.toml installs again.
+$(VENV)/.core: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev,rlds]'
+	@touch $@ $(VENV)/.core
+
+demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and report (about 5 minutes)
+	$(BIN)/qvla run --model libero-mini --budget-bits 4 --out $(OUT)
+
+test: $(VENV)/.dev  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev types  ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# An editable install maps solvers/ and data/ into qvla_jax with an import hook, which no type checker
+# follows; an ordinary installation in build/ has the same modules where they are imported from.
+types: $(VENV)/.dev
+	rm -rf build/types
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python build/types/qvla_jax
+
+format: $(VENV)/.dev  ## Fix style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment and everything built
+	rm -rf $(VENV) build dist $(OUT)
