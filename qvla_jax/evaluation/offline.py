@@ -1,0 +1,168 @@
+"""Offline action error: chunks of a quantized policy against full precision and against the expert.
+
+Everything is in the normalized action space (quantiles mapped to [-1, 1], gripper in [0, 1]); the
+names say so. Sums run in float64.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from qvla_jax.array_typing import Float, NpArray
+from qvla_jax.errors import InputError
+from qvla_jax.progress import Progress, no_progress, track
+
+# A gripper entry is in [0, 1]; the controller opens above and closes below this.
+GRIPPER_THRESHOLD = 0.5
+
+
+class _Policy(Protocol):
+    """The two methods of `inference.Policy` that are used here."""
+
+    def infer_normalized(self, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]: ...
+
+    def normalize_actions(self, actions: Float[NpArray, "... a"]) -> Float[NpArray, "... a"]: ...
+
+
+class _Frames(Protocol):
+    """The part of `data.calibration.CalibrationSet` that is used here."""
+
+    @property
+    def frames(self) -> int: ...
+
+    def batches(self, n: int) -> Iterable[Mapping[str, Any]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Chunks of one policy on a set of frames.
+
+    Attributes:
+        chunks: `[N, h, a]`, normalized.
+        expert: `[N, h, a]`, what the demonstrator did from each frame on, normalized.
+    """
+
+    chunks: Float[NpArray, "N h a"]
+    expert: Float[NpArray, "N h a"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActionErrors:
+    """Errors of N chunks against a reference, all in the normalized action space.
+
+    Attributes:
+        action_sse_normalized: Squared error summed over a chunk, averaged over frames: the unit of
+            the sensitivities.
+        action_mse_normalized: The same, per action entry.
+        action_l1_normalized: Mean absolute error per action entry.
+        mse_by_dimension: Mean squared error of each action dimension, `[a]`.
+        l1_by_dimension: Mean absolute error of each action dimension, `[a]`.
+        worst_by_dimension: Largest absolute error of each action dimension, over all frames and
+            steps, `[a]`.
+        gripper_flips: Gripper entries on the other side of the threshold than the reference's.
+        gripper_flip_rate: The same, as a share of all gripper entries.
+        frames: N.
+    """
+
+    action_sse_normalized: float
+    action_mse_normalized: float
+    action_l1_normalized: float
+    mse_by_dimension: tuple[float, ...]
+    l1_by_dimension: tuple[float, ...]
+    worst_by_dimension: tuple[float, ...]
+    gripper_flips: int
+    gripper_flip_rate: float
+    frames: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON types."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+
+def action_errors(
+    candidate: Float[NpArray, "N h a"], reference: Float[NpArray, "N h a"]
+) -> ActionErrors:
+    """Compares chunks with reference chunks.
+
+    Args:
+        candidate: Normalized chunks, the gripper in the last action entry.
+        reference: Chunks of the same shape: those of full precision, or the expert's.
+
+    Raises:
+        InputError: The shapes differ, there are no frames, or a value is not finite.
+    """
+    _check(candidate, reference)
+    error = candidate.astype(np.float64) - reference.astype(np.float64)
+    square, absolute = np.square(error), np.abs(error)
+    flips = gripper_flips(candidate, reference)
+    return ActionErrors(
+        action_sse_normalized=float(square.sum(axis=(1, 2)).mean()),
+        action_mse_normalized=float(square.mean()),
+        action_l1_normalized=float(absolute.mean()),
+        mse_by_dimension=tuple(square.mean(axis=(0, 1)).tolist()),
+        l1_by_dimension=tuple(absolute.mean(axis=(0, 1)).tolist()),
+        worst_by_dimension=tuple(absolute.max(axis=(0, 1)).tolist()),
+        gripper_flips=flips,
+        gripper_flip_rate=flips / (error.shape[0] * error.shape[1]),
+        frames=error.shape[0],
+    )
+
+
+def gripper_flips(candidate: Float[NpArray, "N h a"], reference: Float[NpArray, "N h a"]) -> int:
+    """Counts gripper commands (last entries) that open where the reference closes, or not."""
+    return int(
+        np.sum((candidate[..., -1] > GRIPPER_THRESHOLD) != (reference[..., -1] > GRIPPER_THRESHOLD))
+    )
+
+
+def predict(
+    policy: _Policy,
+    frames: _Frames,
+    *,
+    batch_size: int = 32,
+    stage: str = "evaluate",
+    progress: Progress = no_progress,
+) -> Predictions:
+    """Runs a policy on every frame.
+
+    Args:
+        policy: The policy.
+        frames: Frames with the expert's actions, such as a `CalibrationSet`.
+        batch_size: Frames for each call of the policy.
+        stage: What the progress is reported as.
+        progress: Called after each batch.
+
+    Raises:
+        InputError: The frames carry no expert actions, or a prediction is not finite.
+    """
+    chunks, expert = [], []
+    total = -(-frames.frames // batch_size)
+    for batch in track(frames.batches(batch_size), total, stage, progress):
+        if "actions" not in batch:
+            raise InputError(
+                f"frames for evaluation need the expert's 'actions'; got {', '.join(sorted(batch))}"
+            )
+        chunk = np.asarray(policy.infer_normalized(batch))
+        if not np.isfinite(chunk).all():
+            raise InputError("the policy predicts actions that are not finite: check its weights")
+        chunks.append(chunk)
+        expert.append(policy.normalize_actions(np.asarray(batch["actions"])))
+    if not chunks:
+        raise InputError("there are no frames to evaluate on")
+    return Predictions(np.concatenate(chunks), np.concatenate(expert))
+
+
+def _check(candidate: np.ndarray, reference: np.ndarray) -> None:
+    if candidate.shape != reference.shape or candidate.ndim != 3 or not candidate.size:
+        raise InputError(
+            "chunks to compare must both be [N, h, a] with N >= 1; "
+            f"got {list(candidate.shape)} and {list(reference.shape)}"
+        )
+    for name, chunks in (("candidate", candidate), ("reference", reference)):
+        if not np.isfinite(chunks).all():
+            raise InputError(f"the {name} chunks have entries that are not finite")
