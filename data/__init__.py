@@ -1,1 +1,61 @@
-"""Episodes: RLDS reading, statistics, calibration sets and the bundled sample."""
+"""Robot episodes: readers of RLDS data sets, statistics, calibration sets, the bundled sample.
+
+    dataset = data.RldsDataset(data.bundled_path(), "heldout")
+    for episode in dataset.episodes(): ...
+    calibration = data.calibration_set("bundled", frames=128, seed=0)
+
+Names are loaded when they are first used: importing this package reads nothing and imports neither
+TensorFlow Datasets nor JAX. `qvla_jax.data.libero` turns LIBERO demonstrations into RLDS.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qvla_jax.data.calibration import CalibrationSet as CalibrationSet
+    from qvla_jax.data.calibration import calibration_set as calibration_set
+    from qvla_jax.data.episode import Episode as Episode
+    from qvla_jax.data.episode import Frame as Frame
+    from qvla_jax.data.rlds import RldsDataset as RldsDataset
+    from qvla_jax.data.rlds import RldsKeys as RldsKeys
+    from qvla_jax.data.samples import bundled_path as bundled_path
+    from qvla_jax.data.statistics import DatasetStatistics as DatasetStatistics
+    from qvla_jax.data.statistics import dataset_statistics as dataset_statistics
+
+_LAZY = {
+    "CalibrationSet": "calibration",
+    "DatasetStatistics": "statistics",
+    "Episode": "episode",
+    "Frame": "episode",
+    "RldsDataset": "rlds",
+    "RldsKeys": "rlds",
+    "bundled_path": "samples",
+    "calibration_set": "calibration",
+    "dataset_statistics": "statistics",
+}
+
+__all__ = [
+    "CalibrationSet",
+    "DatasetStatistics",
+    "Episode",
+    "Frame",
+    "RldsDataset",
+    "RldsKeys",
+    "bundled_path",
+    "calibration_set",
+    "dataset_statistics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name on first use (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Lists the lazily loaded names as well."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,106 @@
+"""What the readers yield: whole episodes, and single frames with the expert's next actions."""
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.array_typing import Bool, Float32, Int64, NpArray, UInt8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One episode, its arrays stacked over steps; ``t`` counts steps here.
+
+    ``wrist_image``, ``state`` and ``joint_state`` are None where the data set has none; both images
+    are None where they were not asked for.
+
+    Attributes:
+      id: Position of the episode in its split, whatever the process or the order of reading.
+      instruction: The task in words, as stored.
+      action: As stored; see `qvla_jax.data.standardize` for the convention that policies use.
+      metadata: The episode's metadata as stored, text decoded.
+    """
+
+    id: int
+    instruction: str
+    image: UInt8[NpArray, "t height width 3"] | None
+    wrist_image: UInt8[NpArray, "t height width 3"] | None
+    state: Float32[NpArray, "t p"] | None
+    joint_state: Float32[NpArray, "t j"] | None
+    action: Float32[NpArray, "t a"]
+    reward: Float32[NpArray, " t"]
+    discount: Float32[NpArray, " t"]
+    is_terminal: Bool[NpArray, " t"]
+    metadata: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    def frame(self, step: int, horizon: int) -> "Frame":
+        """One step with the next ``horizon`` actions."""
+        return Frame(
+            episode=self.id,
+            step=step,
+            instruction=self.instruction,
+            image=None if self.image is None else self.image[step],
+            wrist_image=None if self.wrist_image is None else self.wrist_image[step],
+            state=None if self.state is None else self.state[step],
+            actions=self.action[next_steps(np.asarray([step]), len(self), horizon)[0]],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One observation and the expert's next ``h`` actions, the last repeated past the end."""
+
+    episode: int
+    step: int
+    instruction: str
+    image: UInt8[NpArray, "height width 3"] | None
+    wrist_image: UInt8[NpArray, "height width 3"] | None
+    state: Float32[NpArray, " p"] | None
+    actions: Float32[NpArray, "h a"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedEpisode:
+    """An episode whose images are still the files they are stored as, one for each step."""
+
+    episode: Episode
+    image: Sequence[bytes]
+    wrist_image: Sequence[bytes] | None
+
+    def decode(self) -> Episode:
+        """Decodes both cameras."""
+        wrist = None if self.wrist_image is None else decode_images(self.wrist_image)
+        return replace(self.episode, image=decode_images(self.image), wrist_image=wrist)
+
+
+def next_steps(steps: Int64[NpArray, " f"], length: int, horizon: int) -> Int64[NpArray, "f h"]:
+    """Indices of the ``horizon`` steps from each of ``steps`` on, the last one repeated."""
+    return np.minimum(steps[:, None] + np.arange(horizon), length - 1)
+
+
+def decode_images(files: Iterable[bytes]) -> UInt8[NpArray, "t height width 3"]:
+    """Decodes JPEG or PNG files of one size, in threads (the decoders release the GIL)."""
+    return np.stack(list(_pool().map(_decode_image, files)))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="decode")
+
+
+def _decode_image(data: bytes) -> UInt8[NpArray, "height width 3"]:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+Transform = Callable[[Episode], Episode]

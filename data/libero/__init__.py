@@ -1,0 +1,1 @@
+"""LIBERO: demonstration files, the simulator that renders them, and the RLDS builder."""

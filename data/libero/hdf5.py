@@ -1,0 +1,192 @@
+"""Demonstrations of LIBERO tasks in HDF5 files: one reader for the three layouts that exist.
+
+* LIBERO's own: one file for each task, ``data/demo_k`` with ``obs/agentview_rgb`` and
+  ``obs/eye_in_hand_rgb`` as the simulator gave them (upside down), no proprio array.
+* Ours with frames: the same, with ``proprio``, the clean expert label in ``actions`` and what was
+  run in ``actions_executed``; images already rotated (``macros_image_convention``), the wrist
+  camera perhaps as JPEG in ``obs/eye_in_hand_jpeg``.
+* Ours without frames: one file for all tasks, ``<task name>/demo_k``, simulator states only.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.errors import DatasetError
+
+_FRAMES_SUFFIX = "_demo"
+# A flattened state is (time, qpos, qvel); the Panda's seven joints come first in qpos.
+_ARM_JOINTS = slice(1, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """One demonstration without its frames.
+
+    Attributes:
+      file: The HDF5 file, and ``group`` the path of the demonstration inside it.
+      task: Name of the task, words joined by underscores.
+      instruction: The task in the benchmark's wording ("pick up the black bowl ...").
+      seed: Seed of the start state, or None where the file does not tell.
+      noise_sigma: Standard deviation of the noise on the executed actions, or None.
+      actions: f64[t, 7], the label to be learned, as LIBERO has it (gripper -1 open, +1 close).
+      actions_executed: f64[t, 7], what was run; equal to ``actions`` where the file has one array.
+      proprio: f32[t, 8], gripper position (m), axis-angle (rad), two finger positions (m).
+      joint_state: f32[t, 7] in rad.
+      rewards: f32[t], 1 on the step that reached the goal.
+      states: f64[t, s], the flattened simulator state before each action.
+      fixtures: Pose (position, quaternion; f64[7]) of each fixture, which the state does not hold.
+    """
+
+    file: Path
+    group: str
+    task: str
+    instruction: str
+    bddl_file: str
+    seed: int | None
+    noise_sigma: float | None
+    actions: np.ndarray
+    actions_executed: np.ndarray
+    proprio: np.ndarray
+    joint_state: np.ndarray
+    rewards: np.ndarray
+    states: np.ndarray
+    fixtures: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Name unique among the demonstrations of a data set; equal seeds mean equal starts."""
+        tail = Path(self.group).name if self.seed is None else f"seed_{self.seed}"
+        return f"{self.task}/{tail}"
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+def read_demonstrations(path: str | Path) -> Iterator[Demonstration]:
+    """Yields the demonstrations of one HDF5 file, tasks by name and demonstrations by number.
+
+    Raises:
+      DatasetError: The file is missing, is no HDF5 file, or holds no demonstration.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        groups = {_task_of(path, name): group for name, group in file.items()}
+        count = 0
+        for task, group in sorted(groups.items()):
+            for name in sorted(
+                (n for n in group if n.startswith("demo_")), key=lambda n: int(n.split("_")[1])
+            ):
+                count += 1
+                yield _read_one(path, task, group, group[name])
+    if not count:
+        raise DatasetError(f"{path}: no demo_* group found; expected data/demo_k or <task>/demo_k")
+
+
+def has_frames(demo: Demonstration) -> bool:
+    """Tells whether the demonstration's own file holds its frames."""
+    with _open(demo.file) as file:
+        return "agentview_rgb" in file[demo.group].get("obs", {})
+
+
+def read_frames(demo: Demonstration) -> tuple[np.ndarray, np.ndarray] | None:
+    """Reads both cameras' frames, upright, u8[t, height, width, 3]; None if the file has none."""
+    with _open(demo.file) as file:
+        group = file[demo.group]
+        obs = group.get("obs", {})
+        if "agentview_rgb" not in obs:
+            return None
+        image = obs["agentview_rgb"][:]
+        if "eye_in_hand_rgb" in obs:
+            wrist = obs["eye_in_hand_rgb"][:]
+        elif "eye_in_hand_jpeg" in obs:
+            wrist = np.stack([_decode(data) for data in obs["eye_in_hand_jpeg"][:]])
+        else:
+            raise DatasetError(
+                f"{demo.file}:{demo.group}: obs has agentview_rgb but neither eye_in_hand_rgb nor "
+                "eye_in_hand_jpeg"
+            )
+        # LIBERO stores OpenGL's bottom-up rows; every public RLDS set turns them by 180 degrees.
+        if group.parent.attrs.get("macros_image_convention") != "rotated180":
+            image, wrist = image[:, ::-1, ::-1], wrist[:, ::-1, ::-1]
+        return image, wrist
+
+
+def _open(path: Path) -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise DatasetError(
+            "reading HDF5 demonstrations needs h5py: pip install 'qvla-jax[rlds]'"
+        ) from error
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such demonstration file")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise DatasetError(f"{path}: not a readable HDF5 file ({error})") from error
+
+
+def _task_of(path: Path, group_name: str) -> str:
+    return path.stem.removesuffix(_FRAMES_SUFFIX) if group_name == "data" else group_name
+
+
+def _decode(data: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+
+
+def _read_one(path: Path, task: str, parent: Any, group: Any) -> Demonstration:
+    missing = [name for name in ("actions", "states") if name not in group]
+    if missing:
+        raise DatasetError(
+            f"{path}:{group.name}: missing {', '.join(missing)}; has {', '.join(sorted(group))}"
+        )
+    actions, states, obs = group["actions"][:], group["states"][:], group.get("obs", {})
+    if "proprio" in group:
+        proprio = group["proprio"][:]
+    elif "ee_states" in obs and "gripper_states" in obs:
+        proprio = np.concatenate([obs["ee_states"][:], obs["gripper_states"][:]], axis=1)
+    else:
+        raise DatasetError(
+            f"{path}:{group.name}: no proprio, and no obs/ee_states with obs/gripper_states"
+        )
+    joints = obs["joint_states"][:] if "joint_states" in obs else states[:, _ARM_JOINTS]
+    if "rewards" in group:
+        rewards = group["rewards"][:]
+    else:  # Only successes are kept, and each ends with the step that succeeded.
+        rewards = np.zeros(len(actions))
+        rewards[-1] = 1.0
+    lengths = {len(actions), len(states), len(proprio), len(joints), len(rewards)}
+    if len(lengths) != 1:
+        raise DatasetError(f"{path}:{group.name}: arrays disagree in length: {sorted(lengths)}")
+    attrs = group.attrs
+    fixtures = dict(
+        zip(
+            json.loads(attrs.get("fixture_names", "[]")),
+            np.asarray(attrs.get("fixture_pose", np.zeros((0, 7))), np.float64),
+            strict=True,
+        )
+    )
+    return Demonstration(
+        file=path,
+        group=group.name,
+        task=task,
+        instruction=str(parent.attrs.get("task_language", task.replace("_", " "))).lower(),
+        bddl_file=Path(str(parent.attrs.get("bddl_file_name", f"{task}.bddl"))).name,
+        seed=int(attrs["seed"]) if "seed" in attrs else None,
+        noise_sigma=float(attrs["noise_sigma"]) if "noise_sigma" in attrs else None,
+        actions=actions.astype(np.float64),
+        actions_executed=group.get("actions_executed", actions)[:].astype(np.float64),
+        proprio=proprio.astype(np.float32),
+        joint_state=joints.astype(np.float32),
+        rewards=rewards.astype(np.float32),
+        states=states.astype(np.float64),
+        fixtures=fixtures,
+    )

@@ -1,0 +1,156 @@
+"""Renders the frames of demonstrations that were stored as simulator states.
+
+    python -m qvla_jax.data.libero.render --states states.hdf5 --out frames/
+
+Each demonstration becomes one file, ``<out>/<task>/seed_<n>.npz``, written atomically: a killed run
+continues where it stopped. Needs the ``libero`` extra.
+"""
+
+import hashlib
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qvla_jax.atomic import atomic_path
+from qvla_jax.data.libero.hdf5 import Demonstration, read_demonstrations
+from qvla_jax.errors import DatasetError, QvlaError
+
+if TYPE_CHECKING:
+    from qvla_jax.data.libero.simulator import TaskScene
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderArgs:
+    """Options of the command."""
+
+    states: tuple[Path, ...]
+    """HDF5 files whose demonstrations are rendered."""
+    out: Path
+    """Folder of the frames."""
+    skip: tuple[Path, ...] = field(default_factory=tuple)
+    """HDF5 files whose demonstrations have frames already (same task and seed) and are left out."""
+    suite: str = "libero_spatial"
+    """LIBERO suite of the tasks."""
+    size: int = 128
+    """Height and width in pixels."""
+    supersample: int = 2
+    """Each pixel is the mean of this number squared rendered ones."""
+    workers: int = 2
+    """Processes; each has a simulator of its own."""
+
+
+def frames_path(folder: Path, demo: Demonstration) -> Path:
+    """File of a demonstration's rendered frames."""
+    return folder / f"{demo.key}.npz"
+
+
+def load_rendered(folder: Path, demo: Demonstration) -> tuple[np.ndarray, np.ndarray] | None:
+    """Reads rendered frames (image, wrist_image; u8[t, size, size, 3]); None if there are none.
+
+    Raises:
+      DatasetError: The file is damaged, or was rendered from other states.
+    """
+    path = frames_path(folder, demo)
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as arrays:
+            image, wrist, digest = arrays["image"], arrays["wrist_image"], str(arrays["digest"])
+    except (OSError, KeyError, ValueError) as error:
+        raise DatasetError(
+            f"{path}: damaged frames ({error}); delete it and render again"
+        ) from error
+    if digest != _digest(demo):
+        raise DatasetError(
+            f"{path}: rendered from other states than {demo.file}:{demo.group}; render it again"
+        )
+    return image, wrist
+
+
+def render(args: RenderArgs) -> int:
+    """Renders what is missing and returns the number of demonstrations rendered."""
+    done = {demo.key for path in args.skip for demo in read_demonstrations(path)}
+    todo = [
+        demo
+        for path in args.states
+        for demo in read_demonstrations(path)
+        if demo.key not in done and not _is_current(args.out, demo)
+    ]
+    jobs = [list(demos) for _, demos in groupby(todo, key=lambda demo: demo.bddl_file)]
+    if not jobs:
+        return 0
+    # A fresh interpreter for each worker: OpenGL contexts do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    start, count, frames = time.monotonic(), 0, 0
+    with ProcessPoolExecutor(min(args.workers, len(jobs)), mp_context=context) as pool:
+        for future in as_completed([pool.submit(_render_task, job, args) for job in jobs]):
+            demos, steps = future.result()
+            count, frames = count + demos, frames + steps
+            print(
+                f"{count}/{len(todo)} demonstrations, {frames} steps, "
+                f"{time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+    return count
+
+
+def _render_task(demos: Sequence[Demonstration], args: RenderArgs) -> tuple[int, int]:
+    from qvla_jax.data.libero.simulator import TaskScene
+
+    with TaskScene(
+        args.suite, demos[0].bddl_file, size=args.size, supersample=args.supersample
+    ) as scene:
+        for demo in demos:
+            pictures = list(_pictures(scene, demo))
+            path = frames_path(args.out, demo)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(
+                    file,
+                    image=np.stack([image for image, _ in pictures]),
+                    wrist_image=np.stack([wrist for _, wrist in pictures]),
+                    digest=_digest(demo),
+                )
+    return len(demos), sum(len(demo) for demo in demos)
+
+
+def _pictures(scene: "TaskScene", demo: Demonstration) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for state in demo.states:
+        scene.restore(state, demo.fixtures)
+        yield scene.render("image"), scene.render("wrist_image")
+
+
+def _is_current(folder: Path, demo: Demonstration) -> bool:
+    try:
+        return load_rendered(folder, demo) is not None
+    except DatasetError:
+        return False
+
+
+def _digest(demo: Demonstration) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(demo.states).tobytes())
+    for name, pose in sorted(demo.fixtures.items()):
+        digest.update(name.encode() + np.ascontiguousarray(pose).tobytes())
+    return digest.hexdigest()
+
+
+def main() -> None:
+    """Command line entry."""
+    import tyro
+
+    try:
+        render(tyro.cli(RenderArgs, description=__doc__))
+    except QvlaError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
