@@ -114,7 +114,7 @@ def action_errors(
 
 
 def gripper_flips(candidate: Float[NpArray, "N h a"], reference: Float[NpArray, "N h a"]) -> int:
-    """Counts gripper commands (last entries) that open where the reference closes, or not."""
+    """Counts gripper commands (last entries) on the other side of the threshold."""
     return int(
         np.sum((candidate[..., -1] > GRIPPER_THRESHOLD) != (reference[..., -1] > GRIPPER_THRESHOLD))
     )

@@ -1,0 +1,156 @@
+"""The figures of the report, as SVG that takes its colours from the page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qvla_jax.report.svg import Axis, element, figure, label, number, span
+
+# CSS class of each family of methods.
+STYLES = {
+    "ours": "ours",
+    "other_solver": "qvla",
+    "baseline": "hessian",
+    "uniform": "uniform",
+    "full": "full",
+}
+
+
+def error_against_bytes(entries: Sequence[Mapping[str, Any]], *, mebibytes: bool = False) -> str:
+    """Draws measured action error (log) against the bytes really stored, a line for each series.
+
+    Args:
+        entries: Evaluated methods, as in report.json's `methods` and `sweep`.
+        mebibytes: Unit of the horizontal axis; kibibytes otherwise.
+    """
+    unit, name = (2**20, "MiB") if mebibytes else (2**10, "KiB")
+    points = [
+        (e["stored_bytes"] / unit, e["versus_full_precision"]["action_sse_normalized"], e)
+        for e in entries
+        if e["versus_full_precision"]["action_sse_normalized"] > 0
+    ]
+    width, height, left, bottom = 940, 400, 62, 46
+    x = Axis(*span([p[0] for p in points], margin=0.04), left, width - 14)
+    y = Axis(*span([p[1] for p in points], log=True), height - bottom, 12, log=True)
+    parts = _frame(x, y, width, height, bottom, f"bytes stored for the quantized layers ({name})")
+    for series in dict.fromkeys(p[2]["series"] for p in points):
+        line = sorted((p[0], p[1], p[2]["label"]) for p in points if p[2]["series"] == series)
+        style = next(STYLES[p[2]["family"]] for p in points if p[2]["series"] == series)
+        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b, _ in line)
+        parts.append(element("polyline", points=path, class_=f"series {style}"))
+        for size, error, text in line:
+            tip = element("title", f"{text}: {number(error)} at {size:,.0f} {name}")
+            parts.append(
+                element("circle", tip, cx=x(size), cy=y(error), r=4.5, class_=f"point {style}")
+            )
+    return figure(width, height, parts, title="Action error against stored bytes")
+
+
+def predicted_against_measured(points: Sequence[Mapping[str, Any]]) -> str:
+    """Draws the summed sensitivities of each allocation against its measured joint error.
+
+    Args:
+        points: `family`, `label`, and positive `predicted` and `measured` errors.
+    """
+    width, height, left, bottom = 460, 380, 60, 46
+    bounds = span(
+        [p["predicted"] for p in points] + [p["measured"] for p in points], log=True, margin=0.08
+    )
+    x = Axis(*bounds, left, width - 14, log=True)
+    y = Axis(*bounds, height - bottom, 12, log=True)
+    parts = _frame(x, y, width, height, bottom, "predicted: sum of sensitivities")
+    low, high = bounds
+    for factor, style in ((1.0, "equal"), (4.0, "grid"), (0.25, "grid")):
+        begin, end = max(low, low / factor), min(high, high / factor)
+        parts.append(
+            element(
+                "line",
+                x1=x(begin),
+                y1=y(begin * factor),
+                x2=x(end),
+                y2=y(end * factor),
+                class_=style,
+            )
+        )
+    for p in points:
+        tip = element("title", f"{p['label']}: {number(p['predicted'])} → {number(p['measured'])}")
+        style = STYLES[p["family"]]
+        parts.append(
+            element(
+                "circle",
+                tip,
+                cx=x(p["predicted"]),
+                cy=y(p["measured"]),
+                r=5,
+                class_=f"point {style}",
+            )
+        )
+    return figure(width, height, parts, title="Predicted and measured joint error")
+
+
+def bit_histogram(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Draws one bar for each layer: the share of its channels at each bit-width.
+
+    Args:
+        layers: `path`, `channels_by_bits` (bits as text -> channels) and `average_bits`.
+    """
+    row, width, left, right, top = 14, 940, 330, 54, 22
+    height = top + row * len(layers) + 4
+    x = Axis(0, 1, left, width - right)
+    parts = [
+        label(f"{share:.0%}", x(share), 12, class_="middle") for share in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    parts.append(label("bits", width - 4, 12, class_="end"))
+    for number_, layer in enumerate(layers):
+        y = top + row * number_
+        total = sum(layer["channels_by_bits"].values())
+        parts.append(label(short_path(layer["path"]), left - 8, y + 9.5, class_="end mono"))
+        done = 0
+        for bits, count in sorted(layer["channels_by_bits"].items(), key=lambda kv: int(kv[0])):
+            if count:
+                tip = element(
+                    "title", f"{layer['path']}: {count} of {total} channels at {bits} bits"
+                )
+                begin, end = x(done / total), x((done + count) / total)
+                parts.append(
+                    element(
+                        "rect",
+                        tip,
+                        x=begin,
+                        y=y,
+                        width=end - begin,
+                        height=row - 3,
+                        class_=f"b{bits}",
+                    )
+                )
+            done += count
+        parts.append(label(f"{layer['average_bits']:.2f}", width - 4, y + 9.5, class_="end mono"))
+    return figure(width, height, parts, title="Bits chosen in each layer")
+
+
+def short_path(path: str) -> str:
+    """Abbreviates a layer's path for a narrow margin; the full one is in the tooltip."""
+    for long, short in (
+        ("language_model.model.layers.", "llm "),
+        ("vision_backbone.fused_featurizer.", "siglip "),
+        ("vision_backbone.featurizer.", "dino "),
+        ("blocks.", ""),
+    ):
+        path = path.replace(long, short)
+    return path
+
+
+def _frame(x: Axis, y: Axis, width: int, height: int, bottom: int, caption: str) -> list[str]:
+    """Grid lines, tick labels and the caption of the horizontal axis."""
+    parts = []
+    for value in y.ticks():
+        at = y(value)
+        parts.append(element("line", x1=x.start, y1=at, x2=x.end, y2=at, class_="grid"))
+        parts.append(label(number(value), x.start - 8, at + 4, class_="end"))
+    for value in x.ticks():
+        at = x(value)
+        text = number(value) if x.log else f"{value:,g}"
+        parts.append(element("line", x1=at, y1=y.start, x2=at, y2=y.end, class_="grid"))
+        parts.append(label(text, at, height - bottom + 17, class_="middle"))
+    parts.append(element("line", x1=x.start, y1=y.start, x2=x.end, y2=y.start, class_="axis"))
+    parts.append(label(caption, (x.start + x.end) / 2, height - 6, class_="middle"))
+    return parts

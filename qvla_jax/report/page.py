@@ -1,0 +1,307 @@
+"""report.html: one file that opens from disk, in light and dark, on a screen or a phone."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.array_typing import Float, NpArray
+from qvla_jax.report import figures
+from qvla_jax.report.heatmap import cost_bounds, heatmap
+from qvla_jax.report.svg import number
+
+DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+
+
+@dataclasses.dataclass(frozen=True)
+class SensitivityMap:
+    """What the heatmap shows: `costs[C, n]` of the channels, in layer order.
+
+    Attributes:
+        paths: The layers' paths.
+        offsets: First channel of each layer, and C at the end.
+        bits: The n bit options.
+        costs: Sensitivities.
+    """
+
+    paths: Sequence[str]
+    offsets: Sequence[int]
+    bits: Sequence[int]
+    costs: Float[NpArray, "C n"]
+
+
+def render(report: Mapping[str, Any], sensitivity: SensitivityMap) -> str:
+    """Returns the page for a report (see docs/file_formats.md for its schema)."""
+    style = resources.files("qvla_jax.report").joinpath("style.css").read_text("utf-8")
+    budget = number(report["budget"]["bits_per_weight"])
+    title = f"{report['model']['name']} at {budget} bits per weight"
+    sections = [
+        _head(report, title),
+        _cards(report),
+        _methods(report),
+        _curve(report),
+        _additivity_and_spearman(report),
+        _heatmaps(sensitivity),
+        _bits(report),
+        _provenance(report),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n"
+        f"<body><main>\n{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def size_text(size: float) -> str:
+    """Formats bytes in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024 or unit == "MiB":
+            return f"{size:,.0f} {unit}" if unit == "B" or size >= 100 else f"{size:,.2f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _head(report: Mapping[str, Any], title: str) -> str:
+    model, calibration, heldout = (report[k] for k in ("model", "calibration", "heldout"))
+    simulated = (
+        ' <span class="tag">execution simulated</span>' if report["simulated"]["execution"] else ""
+    )
+    return (
+        f"<h1>{escape(title)}{simulated}</h1>"
+        f'<p class="lead">{model["channels"]:,} output channels in {model["layers"]} layers, '
+        f"calibrated on {calibration['frames']} frames of {escape(calibration['dataset'])} "
+        f"({escape(calibration['split'])}) and measured on {heldout['frames']} other frames "
+        f"({escape(heldout['split'])}). {escape(report['simulated']['note'])}</p>\n"
+    )
+
+
+def _cards(report: Mapping[str, Any]) -> str:
+    ours, full = _ours(report), _by_family(report, "full")
+    uniform = _by_family(report, "uniform")
+    errors = ours["versus_full_precision"]
+    cards = [
+        (
+            f"{full['stored_bytes'] / ours['stored_bytes']:.1f}× smaller",
+            f"{size_text(ours['stored_bytes'])} instead of {size_text(full['stored_bytes'])} for "
+            "the quantized layers, scales, biases and index included",
+        ),
+        (
+            number(errors["action_mse_normalized"]),
+            "mean squared action error against full precision, normalized actions",
+        ),
+    ]
+    if uniform is not None and errors["action_mse_normalized"] > 0:
+        ratio = (
+            uniform["versus_full_precision"]["action_mse_normalized"]
+            / errors["action_mse_normalized"]
+        )
+        share = ours["stored_bytes"] / uniform["stored_bytes"]
+        text = f"{number(ratio)}× less error" if ratio >= 1 else f"{number(1 / ratio)}× more error"
+        cards.append((text, f"than {uniform['label']}, at {share:.0%} of its bytes"))
+    cards.append(
+        (
+            f"{errors['gripper_flip_rate']:.2%}",
+            "of gripper commands flipped against full precision",
+        )
+    )
+    inner = "".join(
+        f'<div class="card"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in cards
+    )
+    return f'<div class="cards">{inner}</div>\n'
+
+
+def _methods(report: Mapping[str, Any]) -> str:
+    heads = (
+        "method", "stored", "bits per weight, all counted", "action MSE", "action L1",
+        "worst entry", "gripper flips", "L1 to the expert",
+    )  # fmt: skip
+    rows = "".join(_method_row(entry, entry is _ours(report)) for entry in report["methods"])
+    return (
+        "<h2>Methods</h2>"
+        '<p class="note">Errors are against the full-precision policy on held-out frames, in the '
+        "normalized action space; the last column is against the demonstrator.</p>"
+        f'<figure><div class="scroll">{_table(heads, rows)}</div></figure>\n'
+    )
+
+
+def _method_row(entry: Mapping[str, Any], best: bool) -> str:
+    errors, expert = entry["versus_full_precision"], entry["versus_expert"]
+    worst = int(np.argmax(errors["worst_by_dimension"]))
+    names = DIMENSIONS if len(errors["worst_by_dimension"]) == len(DIMENSIONS) else None
+    where = names[worst] if names else str(worst)
+    full = entry["family"] == "full"
+    cells = [
+        f'<i class="dot {_style(entry)}"></i>{escape(entry["label"])}',
+        size_text(entry["stored_bytes"]),
+        f"{entry['stored_bits_per_weight']:.2f}",
+        "–" if full else number(errors["action_mse_normalized"]),
+        "–" if full else number(errors["action_l1_normalized"]),
+        "–" if full else f"{number(errors['worst_by_dimension'][worst])} ({where})",
+        "–" if full else f"{errors['gripper_flips']} ({errors['gripper_flip_rate']:.2%})",
+        f"{expert['action_l1_normalized']:.4f}",
+    ]
+    return f"<tr{' class=best' if best else ''}>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
+
+
+def _curve(report: Mapping[str, Any]) -> str:
+    entries = [e for e in (*report["methods"], *report["sweep"]) if e["family"] != "full"]
+    chart = figures.error_against_bytes(
+        entries, mebibytes=max(e["stored_bytes"] for e in entries) > 64 * 2**20
+    )
+    return (
+        "<h2>Action error against bytes</h2>"
+        f"<figure>{_legend(entries)}"
+        f'<div class="scroll">{chart}</div><figcaption>Squared error of a chunk, summed over its '
+        "entries and averaged over held-out frames, against full precision. Bytes are those of the "
+        "packed layout: words, scales, biases and the channel index. Hover for values."
+        "</figcaption></figure>\n"
+    )
+
+
+def _additivity_and_spearman(report: Mapping[str, Any]) -> str:
+    points = [
+        {
+            "family": e["family"],
+            "series": e["series"],
+            "label": e["label"],
+            "predicted": e["predicted_sse_normalized"],
+            "measured": e["versus_full_precision"]["action_sse_normalized"],
+        }
+        for e in (*report["methods"], *report["sweep"])
+        if e["family"] in ("ours", "other_solver") and e["predicted_sse_normalized"] is not None
+    ]
+    points = [p for p in points if p["predicted"] > 0 and p["measured"] > 0]
+    parts = ["<h2>Can the sensitivities be trusted?</h2>"]
+    parts.append('<div class="columns">')
+    validation = report["validation"]
+    if validation is not None:
+        rows = "".join(
+            f"<tr><td>{row['bits']} bits</td><td>{row['spearman']:.4f}</td></tr>"
+            for row in validation["spearman"]
+        )
+        parts.append(
+            f"<figure>{_table(('channel quantized to', 'Spearman rank correlation'), rows)}"
+            f"<figcaption>{escape(report['sensitivity']['method'])} against the exact sensitivity "
+            f"of {validation['channels']} channels drawn from all layers, on "
+            f"{validation['frames']} calibration frames.</figcaption></figure>"
+        )
+    if points:
+        parts.append(
+            f"<figure>{_legend(points)}{figures.predicted_against_measured(points)}"
+            "<figcaption>Summed squared error of a chunk: the sum of the chosen channels' "
+            "sensitivities, and what the jointly quantized policy really shows on held-out frames. "
+            "Dashed: equal; faint: a factor of four.</figcaption></figure>"
+        )
+    return "".join(parts) + "</div>\n"
+
+
+def _heatmaps(sensitivity: SensitivityMap) -> str:
+    finite = [i for i, bits in enumerate(sensitivity.bits) if bits < 16]
+    bounds = cost_bounds(sensitivity.costs[:, finite])
+    inputs = []
+    views = []
+    rules = []
+    shown = 2 if 2 in [sensitivity.bits[i] for i in finite] else sensitivity.bits[finite[0]]
+    for i in finite:
+        bits = sensitivity.bits[i]
+        name = "pruned (0 bits)" if bits == 0 else f"{bits} bits"
+        layers = [
+            sensitivity.costs[a:b, i]
+            for a, b in zip(sensitivity.offsets[:-1], sensitivity.offsets[1:], strict=True)
+        ]
+        checked = " checked" if bits == shown else ""
+        inputs.append(
+            f'<input type="radio" name="map" id="map{bits}"{checked}>'
+            f'<label for="map{bits}">{name}</label>'
+        )
+        image = heatmap(
+            sensitivity.paths,
+            layers,
+            bounds=bounds,
+            title=f"Sensitivity of every channel at {name}",
+        )
+        views.append(f'<div class="view scroll" id="view{bits}">{image}</div>')
+        rules.append(f"#map{bits}:checked ~ #view{bits} {{ display: block; }}")
+    return (
+        "<h2>Sensitivity of every channel</h2>"
+        f"<style>{' '.join(rules)}</style>"
+        f'<figure><div class="views">{"".join(inputs)}{"".join(views)}</div>'
+        "<figcaption>Squared error of the normalized action chunk when this one channel is "
+        "quantized. Each row is a layer (and its number of channels), stretched to the same width."
+        "</figcaption></figure>\n"
+    )
+
+
+def _bits(report: Mapping[str, Any]) -> str:
+    widths = sorted({int(b) for layer in report["layers"] for b in layer["channels_by_bits"]})
+    legend = "".join(
+        f'<span><i class="dot b{b}"></i>{"pruned" if b == 0 else f"{b} bits"}</span>'
+        for b in widths
+    )
+    return (
+        "<h2>Bits chosen</h2>"
+        f'<figure><div class="legend">{legend}</div>'
+        f'<div class="scroll">{figures.bit_histogram(report["layers"])}</div>'
+        "<figcaption>Share of each layer's channels at each bit-width "
+        f"({escape(_ours(report)['label'])}); "
+        "on the right the mean, without scales and index.</figcaption></figure>\n"
+    )
+
+
+def _provenance(report: Mapping[str, Any]) -> str:
+    made, sensitivity = report["provenance"], report["sensitivity"]
+    device = made["device"]
+    items = {
+        "policy": f"{report['model']['name']}, fingerprint {report['model']['fingerprint'][:16]}",
+        "calibration": _frames_text(report["calibration"]),
+        "held out": _frames_text(report["heldout"]),
+        "sensitivity": f"{sensitivity['method']}, bits {sensitivity['bits']}",
+        "seed": made["seed"],
+        "device": f"{device['count']} × {device['kind']} ({device['platform']})",
+        "commit": made["commit"] or "not from a checkout",
+        "Python": made["python"],
+        "packages": ", ".join(f"{k} {v}" for k, v in made["packages"].items()),
+        "seconds": ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()),
+        "made": report["created"],
+    }
+    inner = "".join(
+        f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in items.items() if v is not None
+    )
+    return f"<h2>Provenance</h2><figure><dl>{inner}</dl></figure>\n"
+
+
+def _frames_text(frames: Mapping[str, Any]) -> str:
+    return (
+        f"{frames['frames']} frames of {frames['dataset']} {frames['version']}, {frames['split']} "
+        f"split, {frames['episodes']} episodes, manifest {frames['hash'][:16]}"
+    )
+
+
+def _table(heads: Sequence[str], rows: str) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _legend(entries: Sequence[Mapping[str, Any]]) -> str:
+    styles = {e["series"]: figures.STYLES[e["family"]] for e in entries}
+    inner = "".join(
+        f'<span><i class="dot {style}"></i>{escape(series)}</span>'
+        for series, style in styles.items()
+    )
+    return f'<div class="legend">{inner}</div>'
+
+
+def _style(entry: Mapping[str, Any]) -> str:
+    return figures.STYLES[entry["family"]]
+
+
+def _by_family(report: Mapping[str, Any], family: str) -> Any:
+    return next((e for e in report["methods"] if e["family"] == family), None)
+
+
+def _ours(report: Mapping[str, Any]) -> Any:
+    return next(e for e in report["methods"] if e["method"] == report["chosen"])
