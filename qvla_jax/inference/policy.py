@@ -19,7 +19,7 @@ from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import atomic_path, write_json
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
 from qvla_jax.config import OpenVLAConfig, preset
-from qvla_jax.data import bundled_path
+from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference.normalization import Normalizer
 from qvla_jax.inference.processor import Processor
@@ -194,7 +194,7 @@ def load_policy(source: str | Path) -> Policy:
     folder = Path(source)
     if not folder.is_dir():
         config = preset(str(source))
-        folder = _bundled(config.name)
+        folder = bundled_policy_path(config.name)
         if not folder.is_dir():
             raise InputError(
                 f"{config.name!r} ships without weights; give a directory that holds them"
@@ -231,10 +231,6 @@ def random_policy(name: str, *, seed: int = 0) -> Policy:
         {key: {"action": action, "proprio": unit[config.proprio_dim]}},
         source=name,
     )
-
-
-def _bundled(name: str) -> Path:
-    return bundled_path() / name
 
 
 def _read_json(path: Path) -> Any:

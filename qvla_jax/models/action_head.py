@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from qvla_jax.array_typing import Array, Float
+from qvla_jax.models.linear import Linear
 
 
 def _layer_norm(dim: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -14,7 +15,7 @@ class MLPResNetBlock(nnx.Module):
     """x + ReLU(Linear(LayerNorm(x)))."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.ffn = nnx.List([_layer_norm(dim, rngs), nnx.Linear(dim, dim, rngs=rngs)])
+        self.ffn = nnx.List([_layer_norm(dim, rngs), Linear(dim, dim, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "b h c"]) -> Float[Array, "b h c"]:
         norm, linear = self.ffn
@@ -26,10 +27,10 @@ class MLPResNet(nnx.Module):
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, *, rngs: nnx.Rngs):
         self.layer_norm1 = _layer_norm(input_dim, rngs)
-        self.fc1 = nnx.Linear(input_dim, hidden_dim, rngs=rngs)
+        self.fc1 = Linear(input_dim, hidden_dim, rngs=rngs)
         self.mlp_resnet_blocks = nnx.List([MLPResNetBlock(hidden_dim, rngs=rngs) for _ in range(2)])
         self.layer_norm2 = _layer_norm(hidden_dim, rngs)
-        self.fc2 = nnx.Linear(hidden_dim, output_dim, rngs=rngs)
+        self.fc2 = Linear(hidden_dim, output_dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h i"]) -> Float[Array, "b h a"]:
         x = jax.nn.relu(self.fc1(self.layer_norm1(x)))

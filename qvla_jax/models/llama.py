@@ -10,6 +10,8 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Bool, Float, Int
 from qvla_jax.config import LlamaConfig
+from qvla_jax.models.attention import attention
+from qvla_jax.models.linear import Linear
 
 
 def rotary_angles(
@@ -38,10 +40,10 @@ class LlamaAttention(nnx.Module):
         self.config = config
         head_dim = config.hidden_size // config.num_attention_heads
         kv_dim = head_dim * config.num_key_value_heads
-        self.q_proj = nnx.Linear(config.hidden_size, config.hidden_size, use_bias=False, rngs=rngs)
-        self.k_proj = nnx.Linear(config.hidden_size, kv_dim, use_bias=False, rngs=rngs)
-        self.v_proj = nnx.Linear(config.hidden_size, kv_dim, use_bias=False, rngs=rngs)
-        self.o_proj = nnx.Linear(config.hidden_size, config.hidden_size, use_bias=False, rngs=rngs)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, use_bias=False, rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, kv_dim, use_bias=False, rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, kv_dim, use_bias=False, rngs=rngs)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, use_bias=False, rngs=rngs)
 
     def __call__(
         self,
@@ -55,7 +57,7 @@ class LlamaAttention(nnx.Module):
             proj(x).reshape(b, t, -1, head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary(q, angles), apply_rotary(k, angles)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        y = attention(q, k, v, mask)
         return self.o_proj(y.reshape(b, t, c))
 
 
@@ -64,9 +66,9 @@ class LlamaMLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         dim, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nnx.Linear(dim, hidden, use_bias=False, rngs=rngs)
-        self.up_proj = nnx.Linear(dim, hidden, use_bias=False, rngs=rngs)
-        self.down_proj = nnx.Linear(hidden, dim, use_bias=False, rngs=rngs)
+        self.gate_proj = Linear(dim, hidden, use_bias=False, rngs=rngs)
+        self.up_proj = Linear(dim, hidden, use_bias=False, rngs=rngs)
+        self.down_proj = Linear(hidden, dim, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -127,7 +129,7 @@ class LlamaForCausalLM(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.model = LlamaModel(config, rngs=rngs)
-        self.lm_head = nnx.Linear(
+        self.lm_head = Linear(
             config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs
         )
 

@@ -11,6 +11,8 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float, UInt8
 from qvla_jax.config import VisionTowerConfig
+from qvla_jax.models.attention import attention
+from qvla_jax.models.linear import Linear
 
 
 class PatchEmbed(nnx.Module):
@@ -22,7 +24,7 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: VisionTowerConfig, *, rngs: nnx.Rngs):
         self.patch_size = config.patch_size
-        self.proj = nnx.Linear(3 * config.patch_size**2, config.embed_dim, rngs=rngs)
+        self.proj = Linear(3 * config.patch_size**2, config.embed_dim, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b t c"]:
         b, height, width, _ = pixels.shape
@@ -37,21 +39,21 @@ class Attention(nnx.Module):
 
     def __init__(self, dim: int, num_heads: int, *, rngs: nnx.Rngs):
         self.num_heads = num_heads
-        self.qkv = nnx.Linear(dim, 3 * dim, rngs=rngs)
-        self.proj = nnx.Linear(dim, dim, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, rngs=rngs)
+        self.proj = Linear(dim, dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         b, t, c = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, t, 3, self.num_heads, -1), 2, 0)
-        return self.proj(jax.nn.dot_product_attention(q, k, v).reshape(b, t, c))
+        return self.proj(attention(q, k, v).reshape(b, t, c))
 
 
 class Mlp(nnx.Module):
     """Two layers around an exact (erf) GELU."""
 
     def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(dim, hidden_dim, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden_dim, dim, rngs=rngs)
+        self.fc1 = Linear(dim, hidden_dim, rngs=rngs)
+        self.fc2 = Linear(hidden_dim, dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

@@ -1,0 +1,317 @@
+"""Behaviour cloning: the L1 distance between predicted and demonstrated action chunks.
+
+The learning rate warms up, stays, and decays over the last `decay_steps` (warmup-stable-decay), so
+that a run can be prolonged from any checkpoint before the decay without having planned its length.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from qvla_jax import sharding
+from qvla_jax.array_typing import Array, Float
+from qvla_jax.atomic import write_json
+from qvla_jax.config import preset
+from qvla_jax.data import standardize
+from qvla_jax.data.rlds import RldsDataset
+from qvla_jax.data.statistics import dataset_statistics
+from qvla_jax.errors import InputError
+from qvla_jax.inference.policy import Policy, load_policy, make_policy
+from qvla_jax.inference.word_tokenizer import word_tokenizer
+from qvla_jax.models import ModelInputs, OpenVLA
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.provenance import provenance
+from qvla_jax.training.augmentation import proprio_noise, random_shift
+from qvla_jax.training.frames import Frames, load_frames
+
+POLICY_FOLDER = "policy"
+CONFIG_FILE = "train_config.json"
+LOG_FILE = "log.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the trained weights."""
+
+    # An RLDS directory with the splits named below.
+    data: Path
+    # Checkpoints, log and the finished policy; a run that was cut off is resumed from here.
+    out: Path
+    model: str = "libero-mini"
+    train_split: str = "train"
+    heldout_split: str = "heldout"
+    standardization: str = "libero"
+    seed: int = 0
+    steps: int = 3000
+    batch_size: int = 48
+    peak_learning_rate: float = 1e-3
+    warmup_steps: int = 300
+    decay_steps: int = 600
+    weight_decay: float = 0.02
+    clip_norm: float = 1.0
+    # Random crops: shifts of up to this many pixels.
+    shift_pixels: int = 4
+    # Standard deviation of the noise on normalized proprio.
+    proprio_noise: float = 0.02
+    checkpoint_every: int = 100
+    evaluate_every: int = 100
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, a constant, and a linear decay to zero over the last steps."""
+    decay_from = config.steps - config.decay_steps
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.peak_learning_rate, config.warmup_steps),
+            optax.constant_schedule(config.peak_learning_rate),
+            optax.linear_schedule(config.peak_learning_rate, 0.0, max(config.decay_steps, 1)),
+        ],
+        [config.warmup_steps, max(decay_from, config.warmup_steps)],
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with clipped gradients; vectors (norms, biases) are not decayed."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        ),
+    )
+
+
+def l1_loss(
+    model: OpenVLA, inputs: ModelInputs, chunks: Float[Array, "b h a"]
+) -> Float[Array, ""]:
+    """Mean absolute error per action entry, in normalized space."""
+    return jnp.mean(jnp.abs(model(inputs) - chunks))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _train_step(
+    graphdef: nnx.GraphDef[OpenVLA],
+    config: TrainConfig,
+    params: nnx.State,
+    opt_state: optax.OptState,
+    step: Array,
+    inputs: ModelInputs,
+    chunks: Float[Array, "b h a"],
+) -> tuple[nnx.State, optax.OptState, Float[Array, ""]]:
+    shift_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+    inputs = dataclasses.replace(
+        inputs, images=random_shift(shift_key, inputs.images, pixels=config.shift_pixels)
+    )
+    if inputs.proprio is not None:
+        noisy = proprio_noise(noise_key, inputs.proprio, scale=config.proprio_noise)
+        inputs = dataclasses.replace(inputs, proprio=noisy)
+    loss, grads = jax.value_and_grad(
+        lambda p: l1_loss(nnx.merge(graphdef, p), inputs, chunks)
+    )(params)
+    updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
+    """Trains a policy and writes it to `out/policy`.
+
+    A run that was cut off goes on from its last checkpoint and gives the same weights as one that
+    was not: the order of the frames and the augmentations depend on the seed and the step alone.
+
+    Args:
+        config: the recipe.
+        progress: reports the loading of episodes and the steps.
+
+    Returns:
+        The policy's directory (weights rounded to bfloat16), with `training.json` beside them.
+
+    Raises:
+        InputError: `out` holds a run of another recipe.
+        DatasetError: the data set cannot be read.
+    """
+    _claim_folder(config)
+    architecture = preset(config.model)
+    transform = standardize.get(config.standardization)
+    train_set = RldsDataset(config.data, config.train_split, transform=transform)
+    heldout_set = RldsDataset(config.data, config.heldout_split, transform=transform)
+    statistics = dataset_statistics(
+        config.data, config.train_split, standardization=config.standardization
+    )
+    policy = make_policy(
+        architecture,
+        OpenVLA(architecture, rngs=nnx.Rngs(config.seed)),
+        word_tokenizer(),
+        statistics.to_json(),
+        source=str(config.data),
+    )
+    frames = load_frames(train_set, policy.processor, stage="load", progress=progress)
+    heldout = load_frames(heldout_set, policy.processor, stage="load held-out", progress=progress)
+
+    trained = _run(config, policy, frames, heldout, progress)
+    folder = config.out / POLICY_FOLDER
+    trained.save(folder, dtype=jnp.bfloat16)
+    # Validated as shipped: after rounding to bfloat16 and reading back.
+    shipped = heldout_l1(load_policy(folder), heldout)
+    write_json(
+        folder / "training.json",
+        {
+            "config": _portable(config),
+            "train_episodes": len(train_set),
+            "train_frames": len(frames),
+            "heldout_episodes": len(heldout_set),
+            "heldout_frames": len(heldout),
+            "heldout_l1_normalized": float(shipped.mean()),
+            "heldout_l1_normalized_by_dimension": shipped.mean(axis=0).tolist(),
+            "provenance": provenance(seed=config.seed),
+        },
+    )
+    return folder
+
+
+def heldout_l1(policy: Policy, frames: Frames, *, batch_size: int = 64) -> Float[np.ndarray, "h a"]:
+    """Mean absolute error over frames, for each entry of the chunk, in normalized space."""
+    graphdef, params = nnx.split(policy.model)
+    mesh = sharding.data_mesh()
+    total = np.zeros(frames.chunks.shape[1:], np.float64)
+    for start in range(0, len(frames), batch_size):
+        part = frames.take(np.arange(start, min(start + batch_size, len(frames))))
+        padded, count = sharding.pad_batch(part.inputs, batch_size)
+        predicted = _predict(graphdef, params, sharding.shard_batch(mesh, padded))
+        total += np.abs(np.asarray(predicted)[:count] - part.chunks).sum(axis=0)
+    return total / len(frames)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(
+    graphdef: nnx.GraphDef[OpenVLA], params: nnx.State, inputs: ModelInputs
+) -> Float[Array, "b h a"]:
+    return nnx.merge(graphdef, params)(inputs)
+
+
+def _run(
+    config: TrainConfig, policy: Policy, frames: Frames, heldout: Frames, progress: Progress
+) -> Policy:
+    mesh = sharding.data_mesh()
+    graphdef, params = nnx.split(policy.model)
+    params = sharding.replicate(mesh, params)
+    opt_state = sharding.replicate(mesh, make_optimizer(config).init(params))
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((config.out / "checkpoints").resolve(), options=options) as manager:
+        first = 0
+        if (latest := manager.latest_step()) is not None:
+            saved = manager.restore(
+                latest, args=ocp.args.StandardRestore({"params": params, "opt_state": opt_state})
+            )
+            params, opt_state, first = saved["params"], saved["opt_state"], latest
+        log = _Log(config.out / LOG_FILE, first)
+        losses: list[Any] = []
+        for step, rows in _batches(config, len(frames), first):
+            batch = frames.take(rows)
+            params, opt_state, loss = _train_step(
+                graphdef,
+                config,
+                params,
+                opt_state,
+                jnp.asarray(step),
+                sharding.shard_batch(mesh, batch.inputs),
+                sharding.shard_batch(mesh, batch.chunks),
+            )
+            losses.append(loss)
+            done = step + 1
+            progress("train", done, config.steps)
+            if done % config.evaluate_every == 0 or done == config.steps:
+                current = policy.replace(model=nnx.merge(graphdef, params))
+                log.add(
+                    step=done,
+                    train_l1=float(np.mean(losses)),
+                    heldout_l1=float(heldout_l1(current, heldout).mean()),
+                )
+                losses.clear()
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                manager.save(
+                    done,
+                    args=ocp.args.StandardSave({"params": params, "opt_state": opt_state}),
+                )
+    return policy.replace(model=nnx.merge(graphdef, params))
+
+
+def _batches(
+    config: TrainConfig, num_frames: int, first: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(step, frame rows) from step `first` on; each epoch is a fresh permutation."""
+    per_epoch = num_frames // config.batch_size
+    if per_epoch == 0:
+        raise InputError(f"{num_frames} frames are fewer than one batch of {config.batch_size}")
+    for step in range(first, config.steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == first:
+            order = np.random.default_rng([config.seed, epoch]).permutation(num_frames)
+        yield step, order[place * config.batch_size : (place + 1) * config.batch_size]
+
+
+class _Log:
+    """One JSON line for each evaluation; lines past a resumed checkpoint are dropped."""
+
+    def __init__(self, path: Path, first: int):
+        self._path = path
+        old = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in old if json.loads(line)["step"] <= first]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def add(self, **values: float) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+# These do not change what a run computes up to its last checkpoint, so that a run may be prolonged
+# or moved; `_claim_folder` still refuses to prolong a run that has begun to decay.
+_MAY_CHANGE = ("steps", "decay_steps", "checkpoint_every", "evaluate_every", "data", "out")
+
+
+def _portable(config: TrainConfig) -> dict[str, Any]:
+    """The recipe without the places where its files lay."""
+    values = dataclasses.asdict(config)
+    del values["data"], values["out"]
+    return values
+
+
+def _claim_folder(config: TrainConfig) -> None:
+    """Writes the recipe into `out`, or checks that the one there can be continued by this one."""
+    if not 0 <= config.decay_steps <= config.steps - config.warmup_steps:
+        raise InputError(
+            f"warmup_steps {config.warmup_steps} and decay_steps {config.decay_steps} do not fit "
+            f"into steps {config.steps}"
+        )
+    path = config.out / CONFIG_FILE
+    values = _portable(config)
+    if path.is_file():
+        old = json.loads(path.read_text())
+        for key in sorted(set(values) - set(_MAY_CHANGE)):
+            if old.get(key) != values[key]:
+                raise InputError(
+                    f"{config.out} holds a run with {key} = {old.get(key)!r}, asked for "
+                    f"{values[key]!r}; choose another --out"
+                )
+        reached = max(
+            (int(p.name) for p in (config.out / "checkpoints").glob("[0-9]*")), default=0
+        )
+        decay_from = min(old["steps"] - old["decay_steps"], config.steps - config.decay_steps)
+        same = all(old[key] == values[key] for key in ("steps", "decay_steps"))
+        if reached > decay_from and not same:
+            raise InputError(
+                f"{config.out} is at step {reached}, past the start of a decay (step {decay_from}):"
+                " its length cannot be changed any more; choose another --out"
+            )
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, values)
