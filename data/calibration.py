@@ -9,12 +9,13 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from qvla_jax.array_typing import Float32, Int64, NpArray
+from qvla_jax.array_typing import Float32, NpArray
 from qvla_jax.atomic import write_json
 from qvla_jax.data import standardize
 from qvla_jax.data.episode import EncodedEpisode, decode_images, next_steps
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.samples import bundled_path
+from qvla_jax.data.sampling import interleave, spread, stratified
 from qvla_jax.errors import DatasetError, InputError
 
 DEFAULT_FRAMES: Final = 128
@@ -95,34 +96,33 @@ class CalibrationSet:
         if isinstance(manifest, str | Path):
             where = str(manifest)
             try:
-                manifest = json.loads(Path(manifest).read_text())
+                tree: Mapping[str, Any] = json.loads(Path(manifest).read_text())
             except (OSError, ValueError) as error:
                 raise DatasetError(f"{where}: cannot be read as JSON ({error})") from error
         else:
-            where = "manifest"
-        _check_manifest(manifest, where)
-        dataset = RldsDataset(_resolve(source or manifest["source"]), manifest["split"])
-        found = dataset.file_hashes()
-        if found != manifest["files"]:
+            where, tree = "manifest", manifest
+        _check_manifest(tree, where)
+        dataset = RldsDataset(_resolve(source or tree["source"]), tree["split"])
+        found, expected = dataset.file_hashes(), tree["files"]
+        if found != expected:
             changed = sorted(
-                name
-                for name in {*found, *manifest["files"]}
-                if found.get(name) != manifest["files"].get(name)
+                name for name in {*found, *expected} if found.get(name) != expected.get(name)
             )
             raise DatasetError(
                 f"{where}: the data at {dataset.path} are not those it was drawn from (differing: "
                 f"{', '.join(changed)}); restore them or draw a new calibration set"
             )
-        return cls(manifest, _load(dataset, manifest["episodes"]))
+        return cls(tree, _load(dataset, tree["episodes"]))
 
     def _batch(self, rows: slice) -> Batch:
         ids, steps = self.manifest["episodes"][rows], self.manifest["steps"][rows]
         pairs = [(self._episodes[i], t) for i, t in zip(ids, steps, strict=True)]
         batch: Batch = {"image": decode_images(e.image[t] for e, t in pairs)}
-        if all(e.wrist_image is not None for e, _ in pairs):
-            batch["wrist_image"] = decode_images(e.wrist_image[t] for e, t in pairs)
-        if all(e.episode.state is not None for e, _ in pairs):
-            batch["state"] = np.stack([e.episode.state[t] for e, t in pairs])
+        # A data set has these for all its episodes or for none.
+        if wrist := [e.wrist_image[t] for e, t in pairs if e.wrist_image is not None]:
+            batch["wrist_image"] = decode_images(wrist)
+        if state := [e.episode.state[t] for e, t in pairs if e.episode.state is not None]:
+            batch["state"] = np.stack(state)
         batch["instruction"] = [e.episode.instruction for e, _ in pairs]
         batch["actions"] = np.stack([self._actions(e, t) for e, t in pairs])
         batch["episode"] = np.asarray(ids, np.int64)
@@ -178,7 +178,7 @@ def calibration_set(
         lengths[episode.id] = len(episode)
     rng = np.random.default_rng(seed)
     groups = [rng.permutation(ids) for _, ids in sorted(tasks.items())]
-    chosen = _interleave([groups[i] for i in rng.permutation(len(groups))])
+    chosen = interleave([groups[i] for i in rng.permutation(len(groups))])
     if trajectories is not None:
         if trajectories > len(chosen):
             raise DatasetError(
@@ -194,11 +194,11 @@ def calibration_set(
             f"{dataset.path}: {frames} frames asked for, {len(chosen)} episodes of split {split!r} "
             f"have {available}"
         )
-    counts = _spread(frames, np.asarray([lengths[i] for i in chosen]))
+    counts = spread(frames, np.asarray([lengths[i] for i in chosen]))
     pairs = [
         (i, int(step))
         for i, count in zip(chosen, counts.tolist(), strict=True)
-        for step in _stratified(lengths[i], count, rng)
+        for step in stratified(lengths[i], count, rng)
     ]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
     manifest = {
@@ -226,32 +226,6 @@ def _resolve(source: str | Path) -> Path:
 
 def _load(dataset: RldsDataset, ids: Sequence[int]) -> dict[int, EncodedEpisode]:
     return {e.episode.id: e for e in dataset.encoded_episodes(sorted(set(ids)))}
-
-
-def _interleave(groups: Sequence[Int64[NpArray, " e"]]) -> list[int]:
-    """One of each group, then another of each, ...: any prefix is spread over the groups."""
-    longest = max((len(group) for group in groups), default=0)
-    return [int(group[i]) for i in range(longest) for group in groups if i < len(group)]
-
-
-def _spread(total: int, capacity: Int64[NpArray, " e"]) -> Int64[NpArray, " e"]:
-    """Shares ``total`` out as evenly as ``capacity`` allows, earlier ones first."""
-    counts = np.zeros_like(capacity)
-    while (left := total - int(counts.sum())) > 0:
-        open_ones = np.flatnonzero(counts < capacity)
-        share, extra = divmod(left, len(open_ones))
-        if share:
-            room = capacity[open_ones] - counts[open_ones]
-            counts[open_ones] += np.minimum(share, room)
-        else:
-            counts[open_ones[:extra]] += 1
-    return counts
-
-
-def _stratified(length: int, count: int, rng: np.random.Generator) -> Int64[NpArray, " f"]:
-    """Draws ``count`` different steps, one from each of as many equal stretches of the episode."""
-    edges = np.arange(count + 1) * length // max(count, 1)
-    return rng.integers(edges[:-1], edges[1:])
 
 
 def _hash(manifest: Mapping[str, Any]) -> str:

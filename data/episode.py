@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -54,6 +54,9 @@ class Episode:
         )
 
 
+Transform: TypeAlias = Callable[[Episode], Episode]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Frame:
     """One observation and the expert's next ``h`` actions, the last repeated past the end."""
@@ -72,8 +75,8 @@ class EncodedEpisode:
     """An episode whose images are still the files they are stored as, one for each step."""
 
     episode: Episode
-    image: Sequence[bytes]
-    wrist_image: Sequence[bytes] | None
+    image: Sequence[bytes | NpArray]
+    wrist_image: Sequence[bytes | NpArray] | None
 
     def decode(self) -> Episode:
         """Decodes both cameras."""
@@ -86,8 +89,11 @@ def next_steps(steps: Int64[NpArray, " f"], length: int, horizon: int) -> Int64[
     return np.minimum(steps[:, None] + np.arange(horizon), length - 1)
 
 
-def decode_images(files: Iterable[bytes]) -> UInt8[NpArray, "t height width 3"]:
-    """Decodes JPEG or PNG files of one size, in threads (the decoders release the GIL)."""
+def decode_images(files: Iterable[bytes | NpArray]) -> UInt8[NpArray, "t height width 3"]:
+    """Decodes JPEG or PNG files of one size, in threads (the decoders release the GIL).
+
+    Pictures that a data set stores as plain arrays are passed through.
+    """
     return np.stack(list(_pool().map(_decode_image, files)))
 
 
@@ -96,11 +102,10 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="decode")
 
 
-def _decode_image(data: bytes) -> UInt8[NpArray, "height width 3"]:
+def _decode_image(data: bytes | NpArray) -> UInt8[NpArray, "height width 3"]:
+    if isinstance(data, np.ndarray):
+        return data
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))
-
-
-Transform = Callable[[Episode], Episode]

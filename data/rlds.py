@@ -1,26 +1,21 @@
 """Reads RLDS data sets: episodes and frames as numpy, the same from either file format.
 
-``array_record`` sets are read without TensorFlow. TFRecord sets need it (extra ``rlds``); it is
-imported when such a set is read, and never sees an accelerator. Images are decoded here and not by
-TensorFlow, so that both formats give the same pixels and a reader of actions decodes none.
+Images are decoded here and not by TensorFlow, so that array_record and TFRecord give the same
+pixels, and a reader that wants actions only decodes none.
 """
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from qvla_jax.array_typing import Int64, NpArray
 from qvla_jax.data.episode import EncodedEpisode, Episode, Frame, Transform
-from qvla_jax.errors import DatasetError
-
-_INFO_FILE: Final = "dataset_info.json"
-_SAMPLE_BYTES: Final = 1 << 16
+from qvla_jax.data.records import INFO_FILE, SplitRecords
+from qvla_jax.errors import DatasetError, InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +70,15 @@ class RldsDataset:
         Raises:
           DatasetError: No data set there, no such split, or keys missing.
         """
-        import tensorflow_datasets as tfds
-
         if not 0 <= process_index < process_count:
-            raise DatasetError(f"process_index {process_index} is not below {process_count}")
+            raise InputError(f"process_index {process_index} is not in [0, {process_count})")
         self.path = find_version(path)
-        try:
-            self._builder = tfds.builder_from_directory(self.path)
-        except Exception as error:
-            raise DatasetError(f"{self.path}: unreadable data set description ({error})") from error
-        splits = self._builder.info.splits
-        if split not in splits:
-            raise DatasetError(
-                f"{self.path}: no split {split!r}; it has {', '.join(sorted(splits)) or 'none'}"
-            )
-        self.name, self.version = self._builder.info.name, str(self._builder.info.version)
-        self.split = split
+        self._records = SplitRecords(self.path, split)
+        self.name, self.version = self._records.name, self._records.version
+        self.split, self.num_episodes = split, self._records.num_episodes
         self._keys = keys or RldsKeys()
         self._transform = transform
-        available = _flatten(self._step_features())
+        available = self._records.features
         missing = [key for key in self._keys.required() if key not in available]
         if missing:
             raise DatasetError(
@@ -101,7 +86,6 @@ class RldsDataset:
                 f"{', '.join(sorted(available))}. Pass RldsKeys that fit this data set."
             )
         self._has_joints = self._keys.joint_state in available
-        self.num_episodes: int = splits[split].num_examples
         self.episode_ids = np.arange(process_index, self.num_episodes, process_count)
 
     def __len__(self) -> int:
@@ -174,7 +158,7 @@ class RldsDataset:
             )
         if seed is not None:
             ids = np.random.default_rng(seed).permutation(ids)
-        for index, example in zip(ids.tolist(), self._examples(ids), strict=True):
+        for index, example in zip(ids.tolist(), self._records.examples(ids), strict=True):
             yield self._to_episode(index, example)
 
     @cached_property
@@ -182,108 +166,13 @@ class RldsDataset:
         """Number of steps of each episode that this process reads (reads them all once)."""
         return {e.episode.id: len(e.episode) for e in self.encoded_episodes()}
 
-    @property
-    def files(self) -> list[Path]:
-        """The files of the split, sorted."""
-        return sorted(Path(name) for name in self._builder.info.splits[self.split].filepaths)
-
     def file_hashes(self) -> dict[str, str]:
         """The sha256 of each file of the split, by name: its whole content is read."""
-        hashes = {}
-        for path in self.files:
-            self._check_file(path)
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashes
+        return self._records.file_hashes()
 
     def fingerprint(self) -> str:
         """A quick hash of the split: descriptions, file sizes, and both ends of every file."""
-        digest = hashlib.sha256(f"{self.split} {self._keys}".encode())
-        for name in (_INFO_FILE, "features.json"):
-            path = self.path / name
-            digest.update(path.read_bytes() if path.exists() else b"")
-        for path in self.files:
-            self._check_file(path)
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(max(0, size - _SAMPLE_BYTES))
-                digest.update(file.read(_SAMPLE_BYTES))
-        return digest.hexdigest()
-
-    def _check_file(self, path: Path) -> None:
-        if not path.is_file():
-            raise DatasetError(f"{path}: missing; split {self.split!r} needs it")
-
-    def _step_features(self) -> Any:
-        features = self._builder.info.features
-        if "steps" not in features:
-            raise DatasetError(
-                f"{self.path}: not an RLDS data set: no 'steps' among {', '.join(features)}"
-            )
-        return features["steps"].feature
-
-    def _decoders(self) -> dict[str, Any]:
-        import tensorflow_datasets as tfds
-
-        nested: dict[str, Any] = {}
-        for key, feature in _flatten(self._step_features()).items():
-            if isinstance(feature, tfds.features.Image):
-                *parents, leaf = key.split("/")
-                node = nested
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[leaf] = tfds.decode.SkipDecoding()
-        return {"steps": nested}
-
-    def _examples(self, ids: Int64[NpArray, " e"]) -> Iterator[Any]:
-        for path in self.files:
-            self._check_file(path)
-        random_access = self._builder.info.file_format.value == "array_record"
-        read = self._read_array_record if random_access else self._read_tfrecord
-        try:
-            yield from read(ids)
-        except DatasetError:
-            raise
-        except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DatasetError(
-                f"{self.path}: split {self.split!r} cannot be read; a file is truncated or "
-                f"damaged ({first}). Copy or build the data set again."
-            ) from error
-
-    def _read_array_record(self, ids: Int64[NpArray, " e"]) -> Iterator[Any]:
-        source = self._builder.as_data_source(split=self.split, decoders=self._decoders())
-        for index in ids.tolist():
-            example = source[index]
-            yield {**example, "steps": list(example["steps"])}
-
-    def _read_tfrecord(self, ids: Int64[NpArray, " e"]) -> Iterator[Any]:
-        import tensorflow_datasets as tfds
-
-        _import_tensorflow()
-        config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-        wanted = Counter(ids.tolist())
-        if not wanted:
-            return
-        dataset = self._builder.as_dataset(
-            split=self.split, decoders=self._decoders(), read_config=config, shuffle_files=False
-        )
-        # TFRecord has no random access: one pass, holding what is due later.
-        examples = enumerate(tfds.as_numpy(dataset.take(max(wanted) + 1)))
-        held: dict[int, Any] = {}
-        for due in ids.tolist():
-            while due not in held:
-                index, example = next(examples, (None, None))
-                if index is None:
-                    raise DatasetError(f"{self.path}: {self.split!r} ends before episode {due}")
-                if index in wanted:
-                    held[index] = {**example, "steps": list(example["steps"])}
-            yield held[due]
-            wanted[due] -= 1
-            if not wanted[due]:
-                del held[due]
+        return self._records.fingerprint()
 
     def _to_episode(self, index: int, example: Mapping[str, Any]) -> EncodedEpisode:
         steps, keys = example["steps"], self._keys
@@ -330,27 +219,13 @@ def find_version(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise DatasetError(f"{path}: no such directory; expected an RLDS data set")
-    for pattern in (_INFO_FILE, f"*/{_INFO_FILE}", f"*/*/{_INFO_FILE}"):
+    for pattern in (INFO_FILE, f"*/{INFO_FILE}", f"*/*/{INFO_FILE}"):
         found = sorted(match.parent for match in path.glob(pattern))
         if len(found) == 1:
             return found[0]
         if found:
             raise DatasetError(f"{path}: several data sets, name one: {', '.join(map(str, found))}")
-    raise DatasetError(f"{path}: no {_INFO_FILE} in it or below; not an RLDS data set")
-
-
-def _import_tensorflow() -> Any:
-    try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise DatasetError(
-            "this data set's format (TFRecord) needs TensorFlow: pip install 'qvla-jax[rlds]', or "
-            "convert it to array_record"
-        ) from error
-    # TensorFlow would otherwise take all memory of the accelerators that JAX runs on.
-    for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)
-    return tf
+    raise DatasetError(f"{path}: no {INFO_FILE} in it or below; not an RLDS data set")
 
 
 def _mixed(episodes: list[Episode], horizon: int, rng: np.random.Generator) -> Iterator[Frame]:
@@ -358,15 +233,6 @@ def _mixed(episodes: list[Episode], horizon: int, rng: np.random.Generator) -> I
     for index in rng.permutation(len(where)):
         episode, step = where[index]
         yield episode.frame(step, horizon)
-
-
-def _flatten(features: Any, prefix: str = "") -> dict[str, Any]:
-    if not hasattr(features, "items"):  # FeaturesDict is no Mapping.
-        return {prefix: features}
-    flat: dict[str, Any] = {}
-    for key, feature in features.items():
-        flat |= _flatten(feature, f"{prefix}/{key}" if prefix else key)
-    return flat
 
 
 def _lookup(step: Mapping[str, Any], key: str) -> Any:

@@ -14,6 +14,7 @@ with one seed hold out the same episodes.
 import hashlib
 import io
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,8 +24,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import tensorflow_datasets as tfds
 
+from qvla_jax.data.libero.frames import frames_path, load_rendered
 from qvla_jax.data.libero.hdf5 import Demonstration, has_frames, read_demonstrations, read_frames
-from qvla_jax.data.libero.render import frames_path, load_rendered
 from qvla_jax.errors import DatasetError, QvlaError
 
 Splits = Mapping[str, Sequence[Demonstration]]
@@ -111,8 +112,10 @@ def build(args: BuildArgs) -> Path:
     folder = Path(builder.data_dir)
     if folder.exists():
         raise DatasetError(f"{folder}: exists already; remove it or choose another --out or --name")
-    # TFDS writes to an incomplete directory beside it and renames that at the end.
-    builder.download_and_prepare()
+    # TFDS writes to an incomplete directory beside it and renames that at the end. It also makes a
+    # folder for downloads, though there are none.
+    with tempfile.TemporaryDirectory() as downloads:
+        builder.download_and_prepare(download_dir=downloads)
     return folder
 
 
@@ -122,7 +125,7 @@ class LiberoRlds(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
     # Nothing is downloaded, so there are no checksums for TFDS to look for beside this module.
-    url_infos: ClassVar[dict[str, Any]] = {}
+    url_infos = {}  # noqa: RUF012  # pyright: ignore
 
     def __init__(
         self,
@@ -136,7 +139,7 @@ class LiberoRlds(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         **kwargs: Any,
     ):
         """See `BuildArgs` for the arguments; ``size`` is the frames' height and width."""
-        self.name = name
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue]
         self._splits, self._frames, self._size = splits, tuple(frames), size
         self._quality, self._subsampling = quality, 0 if full_chroma else 2
         super().__init__(**kwargs)

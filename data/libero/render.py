@@ -6,7 +6,6 @@ Each demonstration becomes one file, ``<out>/<task>/seed_<n>.npz``, written atom
 continues where it stopped. Needs the ``libero`` extra.
 """
 
-import hashlib
 import multiprocessing
 import sys
 import time
@@ -19,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qvla_jax.atomic import atomic_path
+from qvla_jax.data.libero.frames import is_rendered, save_rendered
 from qvla_jax.data.libero.hdf5 import Demonstration, read_demonstrations
-from qvla_jax.errors import DatasetError, QvlaError
+from qvla_jax.errors import QvlaError
 
 if TYPE_CHECKING:
     from qvla_jax.data.libero.simulator import TaskScene
@@ -47,34 +46,6 @@ class RenderArgs:
     """Processes; each has a simulator of its own."""
 
 
-def frames_path(folder: Path, demo: Demonstration) -> Path:
-    """File of a demonstration's rendered frames."""
-    return folder / f"{demo.key}.npz"
-
-
-def load_rendered(folder: Path, demo: Demonstration) -> tuple[np.ndarray, np.ndarray] | None:
-    """Reads rendered frames (image, wrist_image; u8[t, size, size, 3]); None if there are none.
-
-    Raises:
-      DatasetError: The file is damaged, or was rendered from other states.
-    """
-    path = frames_path(folder, demo)
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path) as arrays:
-            image, wrist, digest = arrays["image"], arrays["wrist_image"], str(arrays["digest"])
-    except (OSError, KeyError, ValueError) as error:
-        raise DatasetError(
-            f"{path}: damaged frames ({error}); delete it and render again"
-        ) from error
-    if digest != _digest(demo):
-        raise DatasetError(
-            f"{path}: rendered from other states than {demo.file}:{demo.group}; render it again"
-        )
-    return image, wrist
-
-
 def render(args: RenderArgs) -> int:
     """Renders what is missing and returns the number of demonstrations rendered."""
     done = {demo.key for path in args.skip for demo in read_demonstrations(path)}
@@ -82,7 +53,7 @@ def render(args: RenderArgs) -> int:
         demo
         for path in args.states
         for demo in read_demonstrations(path)
-        if demo.key not in done and not _is_current(args.out, demo)
+        if demo.key not in done and not is_rendered(args.out, demo)
     ]
     jobs = [list(demos) for _, demos in groupby(todo, key=lambda demo: demo.bddl_file)]
     if not jobs:
@@ -110,15 +81,8 @@ def _render_task(demos: Sequence[Demonstration], args: RenderArgs) -> tuple[int,
     ) as scene:
         for demo in demos:
             pictures = list(_pictures(scene, demo))
-            path = frames_path(args.out, demo)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(
-                    file,
-                    image=np.stack([image for image, _ in pictures]),
-                    wrist_image=np.stack([wrist for _, wrist in pictures]),
-                    digest=_digest(demo),
-                )
+            image, wrist_image = (np.stack(views) for views in zip(*pictures, strict=True))
+            save_rendered(args.out, demo, image, wrist_image)
     return len(demos), sum(len(demo) for demo in demos)
 
 
@@ -126,20 +90,6 @@ def _pictures(scene: "TaskScene", demo: Demonstration) -> Iterator[tuple[np.ndar
     for state in demo.states:
         scene.restore(state, demo.fixtures)
         yield scene.render("image"), scene.render("wrist_image")
-
-
-def _is_current(folder: Path, demo: Demonstration) -> bool:
-    try:
-        return load_rendered(folder, demo) is not None
-    except DatasetError:
-        return False
-
-
-def _digest(demo: Demonstration) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(demo.states).tobytes())
-    for name, pose in sorted(demo.fixtures.items()):
-        digest.update(name.encode() + np.ascontiguousarray(pose).tobytes())
-    return digest.hexdigest()
 
 
 def main() -> None:

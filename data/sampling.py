@@ -1,0 +1,33 @@
+"""Even draws: over groups, over episodes of unequal length, over the length of an episode."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qvla_jax.array_typing import Int64, NpArray
+
+
+def interleave(groups: Sequence[Int64[NpArray, " e"]]) -> list[int]:
+    """One of each group, then another of each, ...: any prefix is spread over the groups."""
+    longest = max((len(group) for group in groups), default=0)
+    return [int(group[i]) for i in range(longest) for group in groups if i < len(group)]
+
+
+def spread(total: int, capacity: Int64[NpArray, " e"]) -> Int64[NpArray, " e"]:
+    """Shares ``total`` out as evenly as ``capacity`` allows, earlier ones first."""
+    counts = np.zeros_like(capacity)
+    while (left := total - int(counts.sum())) > 0:
+        open_ones = np.flatnonzero(counts < capacity)
+        share, extra = divmod(left, len(open_ones))
+        if share:
+            room = capacity[open_ones] - counts[open_ones]
+            counts[open_ones] += np.minimum(share, room)
+        else:
+            counts[open_ones[:extra]] += 1
+    return counts
+
+
+def stratified(length: int, count: int, rng: np.random.Generator) -> Int64[NpArray, " f"]:
+    """Draws ``count`` different steps, one from each of as many equal stretches of ``length``."""
+    edges = np.arange(count + 1) * length // max(count, 1)
+    return rng.integers(edges[:-1], edges[1:])
