@@ -1,1 +1,34 @@
-"""Bit allocation as a multiple-choice knapsack, and the solvers for it."""
+"""Bit allocation as a multiple-choice knapsack: solvers that certify their answers.
+
+    problem = AllocationProblem(costs=costs, sizes=sizes, budget=budget)   # f64[C, n], i64[C, n]
+    bytes, int solution = solve(problem, "greedy:marginal")
+    solution.choice, solution.cost, solution.size, solution.lower_bound, solution.gap
+    print(compare(problem))
+
+The package needs numpy; single solvers need what `available()` checks for, and import it when they
+run. It imports no JAX.
+"""
+
+# Importing a solver registers it.
+from qvla_jax.solvers import core as core
+from qvla_jax.solvers import demotion as demotion
+from qvla_jax.solvers import dynamic_programming as dynamic_programming
+from qvla_jax.solvers import ilp as ilp
+from qvla_jax.solvers import lagrangian as lagrangian
+from qvla_jax.solvers import marginal as marginal
+from qvla_jax.solvers import uniform as uniform
+from qvla_jax.solvers.comparison import Comparison as Comparison
+from qvla_jax.solvers.comparison import compare as compare
+from qvla_jax.solvers.filling import fill as fill
+from qvla_jax.solvers.problem import AllocationProblem as AllocationProblem
+from qvla_jax.solvers.problem import ProblemSummary as ProblemSummary
+from qvla_jax.solvers.registry import Proposal as Proposal
+from qvla_jax.solvers.registry import available as available
+from qvla_jax.solvers.registry import describe as describe
+from qvla_jax.solvers.registry import register as register
+from qvla_jax.solvers.registry import solve as solve
+from qvla_jax.solvers.relaxation import Relaxation as Relaxation
+from qvla_jax.solvers.relaxation import relax as relax
+from qvla_jax.solvers.solution import Solution as Solution
+from qvla_jax.solvers.solution import Verification as Verification
+from qvla_jax.solvers.solution import verify as verify

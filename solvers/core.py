@@ -1,0 +1,320 @@
+"""Exact at full scale: fix what the dual bound decides, search the small core that is left.
+
+With multiplier m and dual value L, option j of channel c has the reduced cost r = cost + m * size -
+(least such value of the channel) >= 0, and a choice costs exactly L + sum of its reduced costs + m
+* (unspent bytes). So a choice better than an incumbent has no option whose reduced cost reaches
+`incumbent - L`: all other options are fixed, and of millions of channels some hundred or thousand
+stay open, the *core* (Balas and Zemel, 1980).
+
+The core is searched by dynamic programming over the bytes by which a choice departs from the dual
+one, channel by channel in order of their second least reduced cost, which ends as soon as that
+passes the best excess found (after Pisinger, "A minimal algorithm for the multiple-choice knapsack
+problem", 1995); or by PuLP.
+"""
+
+import dataclasses
+import math
+import time
+
+import numpy as np
+
+from qvla_jax.solvers.arrays import FloatArray, IntArray, blocks
+from qvla_jax.solvers.marginal import marginal_from
+from qvla_jax.solvers.mip import solve_mip
+from qvla_jax.solvers.problem import AllocationProblem
+from qvla_jax.solvers.registry import Proposal, register
+from qvla_jax.solvers.relaxation import Relaxation, option_major, relax
+from qvla_jax.solvers.solution import OPTIMALITY_TOLERANCE, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class Core:
+    """The channels that the bound leaves open, the likeliest to change first.
+
+    Attributes:
+        channel: i64[K].
+        reduced: f64[K, n], reduced costs; infinite for closed options, 0 for the dual choice.
+        added: i64[K, n], bytes relative to the dual choice.
+        second: f64[K], least reduced cost besides the dual choice; rising.
+    """
+
+    channel: IntArray
+    reduced: FloatArray
+    added: IntArray
+    second: FloatArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What the dynamic program found.
+
+    Attributes:
+        choice: i64[C], not dearer than the incumbent.
+        excess: Its cost above the dual value.
+        lower_bound: No choice has less excess; equals `excess` when the search ended by itself.
+        stages: Channels that were searched.
+        states: Largest number of states at once.
+        timed_out: True when time cut the search short.
+    """
+
+    choice: IntArray
+    excess: float
+    lower_bound: float
+    stages: int
+    states: int
+    timed_out: bool
+
+
+@register("core")
+def core(
+    problem: AllocationProblem, *, time_limit: float | None = 60.0, max_states: int = 50_000
+) -> Proposal:
+    """Exact for millions of channels: reduced-cost fixing, then dynamic programming on the core.
+
+    Args:
+        problem: The problem.
+        time_limit: Seconds, or None.
+        max_states: States kept at once; beyond, the least promising are dropped, and with them the
+            proof.
+    """
+    start = time.perf_counter()
+    relaxation = relax(problem)
+    incumbent = marginal_from(problem, relaxation).choice
+    dual = _Dual.of(problem, relaxation)
+    excess = dual.excess_of(incumbent)
+    if excess <= dual.tolerance:
+        return Proposal(incumbent, relaxation=relaxation, details={"core": 0})
+    opened = dual.core(excess)
+    left = None if time_limit is None else time_limit - (time.perf_counter() - start)
+    found = search_core(dual, opened, incumbent, excess, time_limit=left, max_states=max_states)
+    status: Status = "feasible"
+    if found.lower_bound >= found.excess:
+        status = "optimal"
+    elif found.timed_out:
+        status = "time_limit"
+    return Proposal(
+        found.choice,
+        lower_bound=dual.value + found.lower_bound
+        if status != "optimal"
+        else problem.cost_of(found.choice),
+        status=status,
+        relaxation=relaxation,
+        details={"core": found.stages, "opened": len(opened.channel), "states": found.states},
+    )
+
+
+@register("ilp:core", requires=("pulp",))
+def ilp_core(
+    problem: AllocationProblem,
+    *,
+    backend: str = "highs",
+    time_limit: float | None = 60.0,
+    threads: int = 1,
+    max_core: int = 20_000,
+) -> Proposal:
+    """Exact for millions of channels: reduced-cost fixing, then PuLP on the core.
+
+    A short dynamic program improves the incumbent first: every byte of excess less makes the core
+    smaller.
+
+    Args:
+        problem: The problem.
+        backend: "highs" or "cbc".
+        time_limit: Seconds, or None.
+        threads: Threads of the solver.
+        max_core: Channels that PuLP may get; of a larger core it gets the likeliest ones, without a
+            proof.
+    """
+    start = time.perf_counter()
+    relaxation = relax(problem)
+    incumbent = marginal_from(problem, relaxation).choice
+    dual = _Dual.of(problem, relaxation)
+    excess = dual.excess_of(incumbent)
+    if excess <= dual.tolerance:
+        return Proposal(incumbent, relaxation=relaxation, details={"core": 0})
+    quick = search_core(
+        dual,
+        dual.core(excess),
+        incumbent,
+        excess,
+        time_limit=time_limit,
+        max_states=20_000,
+        max_stages=300,
+    )
+    opened = dual.core(quick.excess)
+    details = {"core": min(len(opened.channel), max_core), "opened": len(opened.channel)}
+    complete = len(opened.channel) <= max_core
+    rows = opened.channel[:max_core]
+    reduced, choice = opened.reduced[:max_core], quick.choice
+    if len(rows) == 0:
+        return Proposal(choice, problem.cost_of(choice), "optimal", relaxation, details)
+    inside = problem.sizes[rows]
+    outside = problem.size_of(choice) - int(inside[np.arange(len(rows)), choice[rows]].sum())
+    result = solve_mip(
+        np.where(np.isfinite(reduced), reduced, 0.0),
+        inside,
+        np.isfinite(reduced),
+        problem.budget - outside,
+        incumbent=choice[rows],
+        slack_price=relaxation.multiplier,
+        backend=backend,
+        time_limit=None
+        if time_limit is None
+        else max(1.0, time_limit - (time.perf_counter() - start)),
+        threads=threads,
+    )
+    if result.choice is not None:
+        improved = choice.copy()
+        improved[rows] = result.choice
+        choice = min(choice, improved, key=problem.cost_of)
+    proven = complete and result.status == "optimal"
+    bound = problem.cost_of(choice) if proven else None
+    if complete and not proven and math.isfinite(result.lower_bound):
+        bound = dual.value + result.lower_bound
+    status: Status = (
+        "optimal" if proven else "time_limit" if result.status != "optimal" else "feasible"
+    )
+    return Proposal(choice, bound, status, relaxation, {**details, "variables": result.variables})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dual:
+    """Every channel's choice of least `cost + multiplier * size`, and excess above its value."""
+
+    problem: AllocationProblem
+    multiplier: float
+    choice: IntArray
+    cost: float
+    slack: int
+
+    @classmethod
+    def of(cls, problem: AllocationProblem, relaxation: Relaxation) -> "_Dual":
+        choice = relaxation.hulls.choice(relaxation.levels)
+        slack = problem.budget - problem.size_of(choice)
+        return cls(problem, relaxation.multiplier, choice, problem.cost_of(choice), slack)
+
+    @property
+    def value(self) -> float:
+        """The dual value, without the allowance for rounding."""
+        return self.cost - self.multiplier * self.slack
+
+    @property
+    def tolerance(self) -> float:
+        """Excess that counts as none."""
+        return OPTIMALITY_TOLERANCE * max(abs(self.cost), abs(self.value))
+
+    def excess_of(self, choice: IntArray) -> float:
+        """Cost above the dual value, from the differing channels alone: little is rounded."""
+        rows = np.flatnonzero(choice != self.choice)
+        costs = self.problem.costs[rows]
+        index = np.arange(len(rows))
+        rise = costs[index, choice[rows]] - costs[index, self.choice[rows]]
+        return math.fsum([*rise.tolist(), self.multiplier * self.slack])
+
+    def core(self, excess: float) -> Core:
+        """The channels with another option than the dual choice below an excess."""
+        channels: list[IntArray] = []
+        for block in blocks(self.problem.channels):
+            reduced, _ = self._reduced(block)
+            channels.append(np.flatnonzero((reduced < excess).sum(axis=0) > 1) + block.start)
+        channel = np.concatenate(channels)
+        reduced, added = self._reduced(channel)
+        reduced = np.where(reduced < excess, reduced, np.inf)
+        second = np.partition(reduced, 1, axis=0)[1]
+        order = np.argsort(second, kind="stable")
+        return Core(
+            channel=channel[order],
+            reduced=np.ascontiguousarray(reduced.T[order]),
+            added=np.where(np.isfinite(reduced), added, 0).T[order].astype(np.int64),
+            second=second[order],
+        )
+
+    def _reduced(self, rows: slice | IntArray) -> tuple[FloatArray, FloatArray]:
+        costs, sizes = option_major(self.problem, rows)
+        here = self.choice[rows][None, :]
+        added = sizes - np.take_along_axis(sizes, here, axis=0)
+        rise = costs - np.take_along_axis(costs, here, axis=0)
+        # The dual choice is the least up to rounding.
+        return np.maximum(rise + self.multiplier * added, 0.0), added
+
+
+def search_core(
+    dual: _Dual,
+    opened: Core,
+    incumbent: IntArray,
+    excess: float,
+    *,
+    time_limit: float | None,
+    max_states: int,
+    max_stages: int | None = None,
+) -> Search:
+    """Dynamic programming over (bytes added to the dual choice, summed reduced cost).
+
+    Args:
+        dual: The dual choice.
+        opened: The core for this excess.
+        incumbent: i64[C], feasible.
+        excess: The incumbent's.
+        time_limit: Seconds, or None.
+        max_states: States kept at once.
+        max_stages: Channels searched at most.
+    """
+    start = time.perf_counter()
+    price, slack = dual.multiplier, dual.slack
+    added = np.zeros(1, dtype=np.int64)
+    reduced = np.zeros(1)
+    history: list[tuple[IntArray, IntArray]] = []
+    best: tuple[int, int] | None = None
+    # Nothing that was dropped has less excess than this.
+    dropped = math.inf
+    peak, timed_out = 1, False
+    # The dual choice itself fits: it leaves `slack` bytes unspent.
+    if price * slack < excess:
+        excess, best = price * slack, (0, 0)
+    for k in range(len(opened.channel)):
+        # Whatever still differs from the states' own results changes one more channel at least.
+        following = float(opened.second[k])
+        alive = reduced + following < excess
+        if not alive.any():
+            break
+        timed_out = time_limit is not None and time.perf_counter() - start > time_limit
+        if timed_out or k == max_stages:
+            dropped = min(dropped, float(reduced[alive].min()) + following)
+            break
+        keep = np.flatnonzero(alive)
+        if len(keep) > max_states:
+            order = np.argpartition(reduced[keep], max_states)
+            dropped = min(dropped, float(reduced[keep[order[max_states:]]].min()) + following)
+            keep = np.sort(keep[order[:max_states]])
+        options = np.flatnonzero(opened.reduced[k] < excess)
+        new_added = np.concatenate([added[keep] + opened.added[k, j] for j in options])
+        new_reduced = np.concatenate([reduced[keep] + opened.reduced[k, j] for j in options])
+        # Sorted runs: the stable sort merges them in linear time.
+        order = np.argsort(new_added, kind="stable")
+        new_added, new_reduced = new_added[order], new_reduced[order]
+        # A state that is neither smaller nor cheaper than another leads nowhere that the other does
+        # not.
+        costs = new_reduced - price * new_added
+        floor = np.minimum.accumulate(costs)
+        survives = np.concatenate([[True], costs[1:] < floor[:-1]])
+        survives &= new_reduced < excess
+        index = order[survives]
+        added, reduced = new_added[survives], new_reduced[survives]
+        history.append((keep[index % len(keep)], options[index // len(keep)]))
+        peak = max(peak, len(added))
+        fits = int(np.searchsorted(added, slack, side="right"))
+        if fits:
+            value = reduced[:fits] + price * (slack - added[:fits])
+            winner = int(value.argmin())
+            if value[winner] < excess:
+                excess, best = float(value[winner]), (len(history), winner)
+    choice = incumbent
+    if best is not None:
+        choice = dual.choice.copy()
+        stage, state = best
+        while stage > 0:
+            stage -= 1
+            parent, option = history[stage]
+            choice[opened.channel[stage]] = option[state]
+            state = int(parent[state])
+    return Search(choice, excess, min(excess, dropped), len(history), peak, timed_out)

@@ -1,0 +1,198 @@
+"""Solvers by name: one signature in, one certified solution out."""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from qvla_jax.errors import InputError, QvlaError
+from qvla_jax.solvers.arrays import IntArray, frozen, pick
+from qvla_jax.solvers.problem import AllocationProblem
+from qvla_jax.solvers.relaxation import Relaxation, relax
+from qvla_jax.solvers.solution import OPTIMALITY_TOLERANCE, Solution, Status, relative_gap
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """What a solver function returns; `solve` turns it into a certified `Solution`.
+
+    Attributes:
+        choice: i64[C], feasible.
+        lower_bound: A bound from an exhaustive search, where the solver has one.
+        status: Only where the solver knows better than the gap tells.
+        relaxation: The linear relaxation, where the solver has computed it anyway.
+        details: Facts worth reporting.
+    """
+
+    choice: IntArray
+    lower_bound: float | None = None
+    status: Status | None = None
+    relaxation: Relaxation | None = None
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A registered solver.
+
+    Attributes:
+        name: `family` or `family:variant`.
+        function: Takes the problem and keyword settings, all with defaults.
+        requires: Modules that must be installed.
+        summary: First line of the function's docstring.
+    """
+
+    name: str
+    function: Callable[..., Proposal]
+    requires: tuple[str, ...]
+    summary: str
+
+    @property
+    def is_available(self) -> bool:
+        """True when what the solver requires is installed."""
+        return all(importlib.util.find_spec(module) is not None for module in self.requires)
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The given settings completed by the defaults.
+
+        Raises:
+            InputError: A setting is unknown.
+        """
+        parameters = list(inspect.signature(self.function).parameters.values())[1:]
+        defaults = {parameter.name: parameter.default for parameter in parameters}
+        unknown = sorted(given.keys() - defaults.keys())
+        if unknown:
+            raise InputError(
+                f"Solver {self.name!r} has no setting {', '.join(unknown)}; it has: "
+                f"{', '.join(defaults) or 'none'}."
+            )
+        return {**defaults, **given}
+
+
+_SOLVERS: dict[str, Solver] = {}
+
+_Function = TypeVar("_Function", bound=Callable[..., Proposal])
+
+
+def register(name: str, *, requires: tuple[str, ...] = ()) -> Callable[[_Function], _Function]:
+    """Registers a solver function under a name.
+
+    Args:
+        name: `family` or `family:variant`; new.
+        requires: Modules that the function imports when it runs.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        if name in _SOLVERS:
+            raise ValueError(f"There already is a solver {name!r}.")
+        summary = (inspect.getdoc(function) or "").partition("\n")[0]
+        _SOLVERS[name] = Solver(name, function, requires, summary)
+        return function
+
+    return decorate
+
+
+def available() -> tuple[str, ...]:
+    """The names of the solvers that can run here, sorted."""
+    return tuple(sorted(name for name, solver in _SOLVERS.items() if solver.is_available))
+
+
+def describe() -> dict[str, str]:
+    """One line about each available solver, by name."""
+    return {name: _SOLVERS[name].summary for name in available()}
+
+
+def get_solver(name: str) -> Solver:
+    """Looks a solver up.
+
+    Raises:
+        InputError: There is no such solver, or what it requires is not installed.
+    """
+    solver = _SOLVERS.get(name)
+    if solver is None:
+        close = difflib.get_close_matches(name, _SOLVERS, n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise InputError(f"There is no solver {name!r}.{hint} Available: {', '.join(available())}.")
+    if not solver.is_available:
+        raise InputError(
+            f"Solver {name!r} needs {', '.join(solver.requires)}; install it with pip."
+        )
+    return solver
+
+
+def solve(
+    problem: AllocationProblem,
+    name: str = "greedy:marginal",
+    *,
+    relaxation: Relaxation | None = None,
+    **settings: Any,
+) -> Solution:
+    """Solves a problem and certifies the answer.
+
+    The lower bound is the dual value of the linear relaxation, whichever solver ran, or a tighter
+    one where an exact search proves it. `seconds` covers the solver alone.
+
+    Args:
+        problem: The problem.
+        name: One of `available()`.
+        relaxation: `relax(problem)`, if it is there already; used for the certificate only.
+        **settings: The solver's own settings.
+
+    Returns:
+        A feasible solution with its certificate.
+
+    Raises:
+        InputError: The solver or a setting is unknown, or the solver cannot take this problem.
+        BudgetError: The solver has no allocation within the budget; the message states its minimum.
+    """
+    solver = get_solver(name)
+    complete = solver.settings(settings)
+    start = time.perf_counter()
+    proposal = solver.function(problem, **complete)
+    seconds = time.perf_counter() - start
+    return _certify(problem, solver, complete, proposal, relaxation, seconds)
+
+
+def _certify(
+    problem: AllocationProblem,
+    solver: Solver,
+    settings: Mapping[str, Any],
+    proposal: Proposal,
+    relaxation: Relaxation | None,
+    seconds: float,
+) -> Solution:
+    choice = proposal.choice.astype(np.int64, copy=False)
+    size = problem.size_of(choice)
+    closed = problem.allowed is not None and not bool(pick(problem.allowed, choice).all())
+    if size > problem.budget or closed:
+        raise QvlaError(
+            f"Solver {solver.name!r} returned an infeasible choice ({size} bytes for a budget of "
+            f"{problem.budget}, closed options: {closed}). This is a defect of the solver."
+        )
+    cost = problem.cost_of(choice)
+    relaxation = proposal.relaxation or relaxation or relax(problem)
+    lower_bound = relaxation.lower_bound
+    if proposal.lower_bound is not None:
+        # A search compares differently rounded sums; its bound must not pass the cost that it
+        # proves optimal.
+        lower_bound = max(lower_bound, min(proposal.lower_bound, cost))
+    status: Status = proposal.status or "feasible"
+    if relative_gap(cost, lower_bound) <= OPTIMALITY_TOLERANCE:
+        status = "optimal"
+    return Solution(
+        choice=frozen(choice),
+        cost=cost,
+        size=size,
+        lower_bound=lower_bound,
+        seconds=seconds,
+        status=status,
+        solver=solver.name,
+        settings=dict(settings),
+        multiplier=relaxation.multiplier,
+        details=dict(proposal.details),
+    )
