@@ -66,7 +66,7 @@ class LayerScale(nnx.Module):
         self.scale_factor = nnx.Param(jnp.ones((dim,)))
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-        return x * self.scale_factor[...].astype(x.dtype)
+        return x * self.scale_factor[...].astype(x.dtype)[None, None]
 
 
 def _layer_norm(dim: int, rngs: nnx.Rngs) -> nnx.LayerNorm:

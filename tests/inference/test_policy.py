@@ -1,0 +1,147 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.inference import load_policy, random_policy
+from qvla_jax.inference.normalization import Normalizer
+from qvla_jax.inference.word_tokenizer import SPECIAL_TOKENS, word_tokenizer
+
+
+def observation(size: int = 32) -> dict:
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (size, size, 3), np.uint8),
+        "wrist_image": rng.integers(0, 256, (size, size, 3), np.uint8),
+        "state": np.linspace(-0.5, 0.5, 8, dtype=np.float32),
+        "instruction": "Open the top drawer",
+    }
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return random_policy("tiny-test")
+
+
+def test_infer_gives_the_unnormalized_chunk(policy):
+    obs = observation()
+    batch = {k: [v] if k == "instruction" else v[None] for k, v in obs.items()}
+    normalized = policy.infer_normalized(batch)[0]
+    np.testing.assert_array_equal(policy.infer(obs), policy.unnormalize_actions(normalized))
+
+
+def test_save_and_load_give_the_same_policy(policy, tmp_path):
+    policy.save(tmp_path / "p")
+    loaded = load_policy(tmp_path / "p")
+    assert loaded.fingerprint == policy.fingerprint
+    assert loaded.config == policy.config
+    np.testing.assert_array_equal(loaded.infer(observation()), policy.infer(observation()))
+
+
+def test_the_fingerprint_sees_a_single_weight(policy):
+    other = random_policy("tiny-test")
+    assert other.fingerprint == policy.fingerprint
+    changed = random_policy("tiny-test")
+    kernel = changed.model.projector.fc1.kernel
+    kernel[...] = kernel[...].at[0, 0].add(1e-3)
+    assert changed.fingerprint != policy.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"wrist_image": None}, "no 'wrist_image'; it holds: image, instruction, state"),
+        ({"state": None}, "no 'state'"),
+        ({"state": np.zeros(7, np.float32)}, r"state: expected \[b, 8\], got \[1, 7\]"),
+        ({"state": np.full(8, np.nan, np.float32)}, "state: holds NaN"),
+        ({"image": np.zeros((32, 32, 3), np.float32)}, "image: expected uint8"),
+        ({"image": np.zeros((32, 32), np.uint8)}, "image: expected uint8"),
+        ({"instruction": "the " * 40}, "42 tokens, the policy takes at most 24"),
+    ],
+)
+def test_malformed_observations_name_the_key(policy, change, message):
+    obs = {k: v for k, v in {**observation(), **change}.items() if v is not None}
+    with pytest.raises(InputError, match=message):
+        policy.infer(obs)
+
+
+def test_images_of_other_sizes_are_resized_unless_said_to_be_preprocessed(policy):
+    assert policy.infer(observation(size=64)).shape == (8, 7)
+    with pytest.raises(InputError, match="preprocessed images must be 32 x 32, got 64 x 64"):
+        policy.infer(observation(size=64), preprocessed=True)
+
+
+def test_unknown_models_suggest_close_names():
+    with pytest.raises(InputError, match="unknown model 'libero-mimi'; did you mean libero-mini"):
+        load_policy("libero-mimi")
+    with pytest.raises(InputError, match="ships without weights"):
+        load_policy("openvla-oft-7b")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "{", "config.json: not valid JSON"),
+        ("config.json", '{"name": "x", "typo": 1}', "config: unknown key 'typo'"),
+        ("config.json", '{"name": 3}', "config.name: expected str, got 3"),
+        ("dataset_statistics.json", "{}", "no statistics for 'libero_spatial'"),
+        ("tokenizer.json", "[]", "tokenizer.json: not a tokenizers file"),
+    ],
+)
+def test_broken_directories_name_the_file(policy, tmp_path, file, text, message):
+    policy.save(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_policy(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(CheckpointError, match=f"{file}: missing"):
+        load_policy(tmp_path)
+
+
+def test_statistics_that_do_not_fit_are_refused(policy, tmp_path):
+    policy.save(tmp_path)
+    path = tmp_path / "dataset_statistics.json"
+    statistics = json.loads(path.read_text())
+    del statistics["libero_spatial"]["action"]["q01"][0]
+    path.write_text(json.dumps(statistics))
+    with pytest.raises(CheckpointError, match="libero_spatial.action: q01, q99 and mask have shapes"):
+        load_policy(tmp_path)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_normalization_is_inverted_inside_the_quantiles(seed):
+    rng = np.random.default_rng(seed)
+    q01 = rng.uniform(-2, 0, 7)
+    q99 = q01 + rng.uniform(0.1, 2, 7)
+    normalizer = Normalizer(q01=q01, q99=q99, mask=np.arange(7) < 6)
+    inside = rng.uniform(q01, q99, (4, 8, 7))
+    normalized = normalizer.normalize(inside)
+    assert np.abs(normalized[..., :6]).max() <= 1.0
+    np.testing.assert_allclose(normalizer.unnormalize(normalized), inside, atol=1e-5)
+    np.testing.assert_array_equal(normalized[..., 6], inside[..., 6].astype(np.float32))
+
+
+def test_normalization_clips_outside_the_quantiles():
+    normalizer = Normalizer(q01=np.zeros(2), q99=np.ones(2), mask=np.array([True, False]))
+    np.testing.assert_allclose(normalizer.normalize(np.array([5.0, 5.0])), [1.0, 5.0])
+    np.testing.assert_allclose(normalizer.normalize(np.array([-5.0, -5.0])), [-1.0, -5.0])
+
+
+def test_the_word_tokenizer_begins_with_bos_and_knows_unknown_words():
+    tokenizer = word_tokenizer()
+    ids = tokenizer.encode("Pick up the zebra").ids
+    tokens = [tokenizer.id_to_token(i) for i in ids]
+    assert tokens == ["<s>", "pick", "up", "the", "<unk>"]
+    assert [tokenizer.id_to_token(i) for i in range(5)] == list(SPECIAL_TOKENS)
+
+
+def test_prompts_end_with_the_empty_token_once(policy):
+    ids, lengths = policy.processor.tokenize(["open the drawer", "turn on the stove"])
+    empty = policy.config.empty_token_id
+    for row, length in zip(ids, lengths, strict=True):
+        assert row[length - 1] == empty
+        assert (row[: length - 1] != empty).all()
+        assert (row[length:] == policy.config.pad_token_id).all()
