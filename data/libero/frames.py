@@ -26,7 +26,7 @@ def load_rendered(folder: Path, demo: Demonstration) -> tuple[np.ndarray, np.nda
     if not path.is_file():
         return None
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             image, wrist, digest = arrays["image"], arrays["wrist_image"], str(arrays["digest"])
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DatasetError(

@@ -8,6 +8,7 @@ size and averaged instead.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +113,11 @@ def box_average(image: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _import_libero() -> tuple[Any, Path, Any]:
+    if "tensorflow" in sys.modules and not Path("/dev/nvidiactl").exists():
+        raise InputError(
+            "TensorFlow is loaded in this process, and Mesa's software OpenGL crashes beside it "
+            "(both bring LLVM): render in a process of its own"
+        )
     os.environ.setdefault("MUJOCO_GL", "egl")
     # Rendering is bound by vertices, which Mesa's software rasterizer does not thread.
     os.environ.setdefault("LP_NUM_THREADS", "1")
