@@ -191,9 +191,10 @@ def dataset_statistics(
       cache: Whether to read and write the cache.
     """
     dataset = RldsDataset(path, split, transform=standardize.get(standardization))
-    fingerprint = f"{_VERSION} {standardization} {dataset.fingerprint()}"
+    content = dataset.fingerprint()
+    fingerprint = f"{_VERSION} {standardization} {content}"
     name = f"dataset_statistics_{split}_{standardization}.json"
-    folders = (dataset.path, user_cache() / f"{dataset.name}-{dataset.fingerprint()[:16]}")
+    folders = (dataset.path, user_cache() / f"{dataset.name}-{content[:16]}")
     if cache:
         for folder in folders:
             cached = _read_cache(folder / name, dataset.name, fingerprint)

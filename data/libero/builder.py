@@ -288,7 +288,8 @@ def main() -> None:
     try:
         print(build(tyro.cli(BuildArgs, description=__doc__)))
     except QvlaError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -121,9 +121,7 @@ def _open(path: Path) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise DatasetError(
-            "reading HDF5 demonstrations needs h5py: pip install 'qvla-jax[rlds]'"
-        ) from error
+        raise DatasetError("reading HDF5 demonstrations needs h5py: pip install h5py") from error
     if not path.is_file():
         raise DatasetError(f"{path}: no such demonstration file")
     try:

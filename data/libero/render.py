@@ -99,7 +99,8 @@ def main() -> None:
     try:
         render(tyro.cli(RenderArgs, description=__doc__))
     except QvlaError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

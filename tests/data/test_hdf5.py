@@ -1,5 +1,7 @@
 """Reading demonstrations in their three layouts."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -92,3 +94,12 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         file["data/demo_0/actions"] = np.zeros((2, 7))
     with pytest.raises(DatasetError, match="missing states; has actions"):
         list(read_demonstrations(partial))
+
+
+def test_command_ends_with_code_2_on_bad_input(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qvla_jax.data.libero.render"]
+    arguments = ["--states", str(tmp_path / "absent.hdf5"), "--out", str(tmp_path / "frames")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "absent.hdf5: no such demonstration file" in done.stderr
+    assert not (tmp_path / "frames").exists()
