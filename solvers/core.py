@@ -83,7 +83,7 @@ def core(
     dual = _Dual.of(problem, relaxation)
     excess = dual.excess_of(incumbent)
     if excess <= dual.tolerance:
-        return Proposal(incumbent, relaxation=relaxation, details={"core": 0})
+        return Proposal(incumbent, dual.value, "optimal", relaxation, {"core": 0})
     opened = dual.core(excess)
     left = None if time_limit is None else time_limit - (time.perf_counter() - start)
     found = search_core(dual, opened, incumbent, excess, time_limit=left, max_states=max_states)
@@ -131,7 +131,7 @@ def ilp_core(
     dual = _Dual.of(problem, relaxation)
     excess = dual.excess_of(incumbent)
     if excess <= dual.tolerance:
-        return Proposal(incumbent, relaxation=relaxation, details={"core": 0})
+        return Proposal(incumbent, dual.value, "optimal", relaxation, {"core": 0})
     quick = search_core(
         dual,
         dual.core(excess),

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator
 from typing import Any, Literal
 
@@ -70,8 +71,10 @@ def solve_mip(
         threads: Threads of the solver.
         warm_start: Hands the incumbent to the solver.
     """
+    if backend not in ("highs", "cbc"):
+        raise InputError(f"backend must be 'highs' or 'cbc', got {backend!r}.")
     start = time.perf_counter()
-    pulp = _import_pulp()
+    pulp: Any = importlib.import_module("pulp")
     rows = np.arange(len(costs))
     open_costs = np.where(opened, costs, np.inf)
     floor = open_costs.min(axis=1)
@@ -137,10 +140,6 @@ def solve_mip(
     return MipResult(choice, lower_bound, status, time.perf_counter() - start, len(variables))
 
 
-def _import_pulp() -> Any:
-    return importlib.import_module("pulp")
-
-
 def _binary(pulp: Any, problem: Any, name: str) -> Any:
     # PuLP 3.3 deprecates the constructor that older versions need.
     if hasattr(problem, "add_variable"):
@@ -158,11 +157,15 @@ def _backend(
     pulp: Any, backend: str, *, time_limit: float | None, gap: float, threads: int, warm: bool
 ) -> Any:
     if backend == "cbc":
-        return pulp.PULP_CBC_CMD(
-            msg=False, timeLimit=time_limit, gapRel=gap, gapAbs=0.0, threads=threads, warmStart=warm
+        return _cbc(
+            pulp,
+            msg=False,
+            timeLimit=time_limit,
+            gapRel=gap,
+            gapAbs=0.0,
+            threads=threads,
+            warmStart=warm,
         )
-    if backend != "highs":
-        raise InputError(f"backend must be 'highs' or 'cbc', got {backend!r}.")
     base: Any = pulp.HiGHS
     methods = {
         "createAndConfigureSolver": _create_quietly(base),
@@ -178,6 +181,17 @@ def _backend(
         primal_feasibility_tolerance=1e-9,
         dual_feasibility_tolerance=1e-9,
     )
+
+
+def _cbc(pulp: Any, **options: Any) -> Any:
+    """CBC from the path, or the copy that PuLP brings along up to version 3."""
+    for name in ("COIN_CMD", "PULP_CBC_CMD"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            solver: Any = getattr(pulp, name)(**options) if hasattr(pulp, name) else None
+        if solver is not None and solver.available():
+            return solver
+    raise InputError("CBC is not installed: `pip install 'pulp[cbc]'`, or use backend='highs'.")
 
 
 def _create_quietly(base: Any) -> Callable[[Any, Any], None]:

@@ -97,7 +97,11 @@ def _suffix(path: str | os.PathLike[str]) -> str:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
-    with np.load(path, allow_pickle=False) as file:
+    # numpy leaves a file open that it opened itself and cannot read.
+    with path.open("rb") as stream:
+        file: Any = np.load(stream, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
         arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
     return arrays, str(arrays.pop(_HEADER))
 

@@ -1,0 +1,72 @@
+"""Small random problems, brute force, and what every solution must satisfy."""
+
+import itertools
+
+import numpy as np
+from hypothesis import strategies as st
+
+from qvla_jax.solvers import AllocationProblem, Solution, verify
+
+HEURISTICS = ("uniform", "greedy:qvla", "greedy:released", "greedy:marginal", "lagrangian")
+EXACT = ("dynamic_programming", "core", "ilp", "ilp:core")
+
+
+@st.composite
+def small_problems(
+    draw: st.DrawFn, *, max_channels: int = 5, max_options: int = 4, constrained: bool = True
+) -> AllocationProblem:
+    """Ties, zeros, equal sizes, non-monotone and negative costs, closed options: all likely."""
+    channels = draw(st.integers(1, max_channels))
+    options = draw(st.integers(1, max_options))
+    shape = (channels, options)
+    sizes = np.array(draw(_table(st.integers(0, draw(st.sampled_from([3, 12, 5000]))), shape)))
+    cost = draw(
+        st.sampled_from(
+            [
+                st.integers(0, 3),
+                st.integers(-5, 5),
+                st.floats(0, 1, allow_subnormal=False),
+                st.floats(-8, 3).map(lambda x: 10.0**x),
+            ]
+        )
+    )
+    costs = np.array(draw(_table(cost, shape)), dtype=np.float64)
+    fixed = groups = minimums = None
+    if constrained and draw(st.booleans()):
+        groups = np.array(draw(st.lists(st.integers(0, 1), min_size=channels, max_size=channels)))
+        minimums = np.array([draw(st.integers(0, options - 1)) for _ in range(groups.max() + 1)])
+        lowest = minimums[groups]
+        fixed = np.array([draw(st.sampled_from([-1, -1, *range(low, options)])) for low in lowest])
+    keywords = {"groups": groups, "minimums": minimums, "fixed": fixed}
+    loose = AllocationProblem(costs=costs, sizes=sizes, budget=2**40, **keywords)
+    tightness = draw(st.floats(0, 1.1))
+    span = loose.maximum_size - loose.minimum_size
+    return loose.with_budget(loose.minimum_size + int(tightness * span))
+
+
+def brute_force(problem: AllocationProblem) -> float:
+    """The least cost of all allocations."""
+    rows = np.arange(problem.channels)
+    choices = np.array(list(itertools.product(range(problem.options), repeat=problem.channels)))
+    fits = problem.sizes[rows, choices].sum(axis=1) <= problem.budget
+    if problem.allowed is not None:
+        fits &= problem.allowed[rows, choices].all(axis=1)
+    return float(problem.costs[rows, choices[fits]].sum(axis=1).min())
+
+
+def check(problem: AllocationProblem, solution: Solution) -> None:
+    """Feasible, and every claim of the certificate holds."""
+    verification = verify(problem, solution)
+    assert verification.ok, verification.failures
+    assert solution.size <= problem.budget
+    assert solution.lower_bound <= solution.cost + 1e-12 * (1 + abs(solution.cost))
+
+
+def close(problem: AllocationProblem) -> float:
+    """The absolute difference within which two costs of a problem count as equal."""
+    return 1e-9 * float(np.abs(problem.costs).max(initial=1e-30))
+
+
+def _table(values: st.SearchStrategy, shape: tuple[int, int]) -> st.SearchStrategy:
+    row = st.lists(values, min_size=shape[1], max_size=shape[1])
+    return st.lists(row, min_size=shape[0], max_size=shape[0])
