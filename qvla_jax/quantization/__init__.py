@@ -1,0 +1,31 @@
+"""Quantizer grids, the bytes they store, and quantizing a policy channel by channel."""
+
+from qvla_jax.quantization.apply import (
+    QuantizedPolicy,
+    policy_index,
+    quantize,
+    quantize_uniform,
+)
+from qvla_jax.quantization.grid import BITS, dequantize_rows, quantize_rows
+from qvla_jax.quantization.index import ChannelIndex, LayerInfo
+from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+from qvla_jax.quantization.layout import option_sizes, row_bytes, stored_bytes, uniform_bytes
+
+__all__ = [
+    "BITS",
+    "DEFAULT_RULES",
+    "ChannelIndex",
+    "LayerInfo",
+    "LayerRules",
+    "QuantizedPolicy",
+    "dequantize_rows",
+    "option_sizes",
+    "policy_index",
+    "quantizable_layers",
+    "quantize",
+    "quantize_rows",
+    "quantize_uniform",
+    "row_bytes",
+    "stored_bytes",
+    "uniform_bytes",
+]
