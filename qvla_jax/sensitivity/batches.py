@@ -1,0 +1,86 @@
+"""Calibration frames as equal batches on the device mesh."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qvla_jax import sharding
+from qvla_jax.array_typing import Array, Int
+from qvla_jax.errors import InputError
+
+
+class Calibration(Protocol):
+    """What the methods need of a calibration set; `data.calibration.CalibrationSet` is one."""
+
+    @property
+    def frames(self) -> int:
+        """Frames in the set."""
+        ...
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What names the set; `sha256` is its hash."""
+        ...
+
+    def batches(self, size: int) -> Iterator[dict[str, Any]]:
+        """Observation batches; the last one may be smaller."""
+        ...
+
+
+class ModelPolicy(Protocol):
+    """What the methods need of a policy; `inference.Policy` is one."""
+
+    @property
+    def model(self) -> Any:
+        """The network, an NNX module from model inputs to normalized action chunks [b, h, a]."""
+        ...
+
+    def prepare(self, batch: Mapping[str, Any]) -> Any:
+        """Model inputs; arrays share their first axis, the batch."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameBatch:
+    """One batch, padded to the common size by repeating its last frame.
+
+    Every batch has the same shapes, so that a step is compiled once.
+    """
+
+    # Model inputs on the mesh, [b, ...] split over the devices.
+    inputs: Any
+    # Number of each frame in the calibration set, on the mesh; a frame's probes depend on it alone.
+    frames: Int[Array, " b"]
+    # Frames that are real.
+    count: int
+
+
+def batch_size(frames: int, wanted: int, mesh: Mesh) -> int:
+    """The batch size used: a multiple of the devices, and no larger than needed."""
+    devices = mesh.shape[sharding.DATA_AXIS]
+    return -(-min(wanted, frames) // devices) * devices
+
+
+def frame_batches(
+    policy: ModelPolicy, calibration: Calibration, size: int, mesh: Mesh
+) -> Iterator[FrameBatch]:
+    """Batches of `size` frames on the mesh.
+
+    Raises:
+        InputError: the calibration set is empty.
+    """
+    start = 0
+    for batch in calibration.batches(size):
+        inputs = jax.tree.map(np.asarray, policy.prepare(batch))
+        count = len(jax.tree.leaves(inputs)[0])
+        numbers = np.arange(start, start + count, dtype=np.int32)
+        padded, _ = sharding.pad_batch((inputs, numbers), size)
+        inputs, numbers = sharding.shard_batch(mesh, padded)
+        yield FrameBatch(inputs, numbers, count)
+        start += count
+    if start == 0:
+        raise InputError("the calibration set holds no frames")

@@ -1,0 +1,166 @@
+"""`sensitivities`: every method behind one signature."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from flax import nnx
+
+from qvla_jax.errors import InputError
+from qvla_jax.inference.policy import Policy
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.provenance import provenance
+from qvla_jax.quantization.grid import BITS, SOURCE
+from qvla_jax.quantization.index import ChannelIndex
+from qvla_jax.quantization.layers import (
+    DEFAULT_RULES,
+    LayerRules,
+    channel_index,
+    quantizable_layers,
+)
+from qvla_jax.quantization.layout import option_sizes
+from qvla_jax.sensitivity.batches import Calibration
+from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.input_hessian import input_hessian_costs
+from qvla_jax.sensitivity.jacobian import reverse_costs
+from qvla_jax.sensitivity.means import input_means
+from qvla_jax.sensitivity.probes import Probes, check_probes
+from qvla_jax.sensitivity.table import SensitivityTable
+
+METHODS: Final = ("jacobian", "exact", "taylor", "input_hessian")
+DEFAULT_BITS: Final = (0, 2, 4, 8, 16)
+
+
+def sensitivities(
+    policy: Policy,
+    calibration: Calibration,
+    *,
+    method: str = "jacobian",
+    bits: tuple[int, ...] = DEFAULT_BITS,
+    probes: Probes = 8,
+    seed: int = 0,
+    batch: int | None = None,
+    action_weights: np.ndarray | None = None,
+    bias_correction: bool = True,
+    rules: LayerRules = DEFAULT_RULES,
+    progress: Progress = no_progress,
+) -> SensitivityTable:
+    """What each output channel of each quantized layer costs under each option.
+
+    Args:
+        policy: the full-precision policy.
+        calibration: frames to average over.
+        method: "jacobian" (first order, all channels at once), "exact" (one forward pass for each
+            channel and option), "taylor" and "input_hessian" (proxies to compare with). Equations
+            stand in the modules of these names.
+        bits: options, out of 0, 2, 3, 4, 8, 16.
+        probes: Rademacher vectors for each frame, or "full" for all h a basis vectors (jacobian
+            and taylor).
+        seed: of the probes.
+        batch: frames at a time; memory grows with it.
+        action_weights: weight of each of the a action dimensions; None weighs all alike.
+        bias_correction: cost the quantizer that moves the mean error into the bias, which
+            `quantize` uses; needs one more pass for E[x].
+        rules: which layers are quantized.
+        progress: called as it goes on.
+
+    Returns:
+        Costs in squared normalized action units (but for input_hessian), with sizes in bytes.
+
+    Raises:
+        InputError: unknown method or option, unusable weights or probes, a weight or an activation
+            that is NaN or infinite (weights are named by layer and channel), an empty set.
+    """
+    started = time.perf_counter()
+    if method not in METHODS:
+        raise InputError(f"unknown sensitivity method {method!r}; choose from {', '.join(METHODS)}")
+    bits = _check_bits(bits)
+    check_probes(probes)
+    weights = _check_weights(action_weights, policy.config.action_dim)
+    layers = quantizable_layers(policy.model, rules)
+    index = channel_index(layers)
+    means = None
+    if bias_correction:
+        means = input_means(policy, calibration, index, seed=seed, progress=progress)
+    options = tuple(b for b in bits if b != SOURCE)
+    costs, error = _costs(
+        policy, calibration, layers, index, means, method, options, probes, seed, batch, weights,
+        progress,
+    )  # fmt: skip
+    columns = [options.index(b) if b != SOURCE else len(options) for b in bits]
+
+    def with_source(values: np.ndarray) -> np.ndarray:
+        return np.pad(values, ((0, 0), (0, 1)))[:, columns]
+
+    settings: dict[str, Any] = {
+        "probes": probes if method in ("jacobian", "taylor") else None,
+        "frames": calibration.frames,
+        "bias_correction": bias_correction,
+        "action_weights": None if weights is None else weights.tolist(),
+    }
+    return SensitivityTable(
+        costs=with_source(costs),
+        sizes=option_sizes(index, bits, bias_correction=bias_correction),
+        bits=bits,
+        index=index,
+        method=method,
+        standard_error=None if error is None else with_source(error),
+        means=means,
+        provenance={
+            **provenance(seed=seed),
+            "policy": policy.fingerprint,
+            "calibration": calibration.manifest["sha256"],
+            "settings": settings,
+            "seconds": time.perf_counter() - started,
+        },
+    )
+
+
+def _costs(
+    policy: Policy,
+    calibration: Calibration,
+    layers: Mapping[str, nnx.Linear],
+    index: ChannelIndex,
+    means: Mapping[str, np.ndarray] | None,
+    method: str,
+    bits: tuple[int, ...],
+    probes: Probes,
+    seed: int,
+    batch: int | None,
+    weights: np.ndarray | None,
+    progress: Progress,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    size = batch or 8
+    if method == "input_hessian":
+        costs = input_hessian_costs(
+            policy, calibration, layers, index, bits=bits, batch=size, progress=progress
+        )
+        return costs, None
+    if method == "exact":
+        return exact_costs(
+            policy, calibration, layers, index, means, bits=bits, batch=size, weights=weights,
+            progress=progress,
+        )  # fmt: skip
+    return reverse_costs(
+        policy, calibration, layers, index, means, method=method, bits=bits, probes=probes,
+        seed=seed, batch=size, weights=weights, progress=progress,
+    )  # fmt: skip
+
+
+def _check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
+    bits = tuple(int(b) for b in bits)
+    if len(set(bits)) != len(bits) or not set(bits) <= set(BITS) or set(bits) <= {SOURCE}:
+        raise InputError(f"bits: expected distinct options out of {BITS} below 16, got {bits}")
+    return bits
+
+
+def _check_weights(weights: np.ndarray | None, dimensions: int) -> np.ndarray | None:
+    if weights is None:
+        return None
+    weights = np.asarray(weights, np.float32)
+    if weights.shape != (dimensions,) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise InputError(
+            f"action_weights: expected {dimensions} finite numbers, none negative, got {weights}"
+        )
+    return weights

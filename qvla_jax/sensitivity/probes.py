@@ -1,0 +1,52 @@
+"""Probe vectors v with E[v v^T] = I over the entries of an action chunk."""
+
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.errors import InputError
+
+# A number of Rademacher vectors, or every basis vector once.
+Probes: TypeAlias = int | Literal["full"]
+
+
+def check_probes(probes: Probes) -> None:
+    """Raises an `InputError` unless `probes` is "full" or a positive number."""
+    if probes != "full" and (isinstance(probes, bool | str) or probes < 1):
+        raise InputError(f'probes: expected "full" or a positive number, got {probes!r}')
+
+
+def probe_vectors(
+    probes: Probes,
+    key: Array,
+    frames: Int[Array, " b"],
+    shape: tuple[int, int],
+    weights: Float[Array, " a"] | None,
+) -> Float[Array, "s b h a"]:
+    """Probes for each frame, whose squared products with dA average to the weighted ||dA||^2.
+
+    With v = sqrt(s) * (probe), sum over s of (v_s . dA)^2 is an unbiased estimate of
+    sum_ij weights_j dA_ij^2 for Rademacher vectors, and exactly that for the basis ("full").
+
+    Args:
+        probes: s, or "full" for all h a basis vectors.
+        key: typed PRNG key of the whole sweep.
+        frames: number of each frame; the vectors of a frame depend on it and the key alone.
+        shape: (h, a).
+        weights: weight of each action dimension; None weighs all alike.
+    """
+    root = jnp.ones((shape[1],), jnp.float32) if weights is None else jnp.sqrt(weights)
+    scale = root[None, None, None, :]
+    if probes == "full":
+        basis = jnp.eye(shape[0] * shape[1], dtype=scale.dtype).reshape(-1, 1, *shape)
+        return jnp.broadcast_to(basis * scale, (basis.shape[0], frames.shape[0], *shape))
+
+    def of_frame(frame: Int[Array, ""]) -> Float[Array, "s h a"]:
+        return jax.random.rademacher(
+            jax.random.fold_in(key, frame), (probes, *shape), dtype=scale.dtype
+        )
+
+    vectors = jax.vmap(of_frame, out_axes=1)(frames)
+    return vectors * scale / jnp.sqrt(jnp.asarray(probes, scale.dtype))

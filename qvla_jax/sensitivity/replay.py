@@ -1,0 +1,148 @@
+"""The compiled halves of exact probing: the unperturbed pass, and the replay of perturbations."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from qvla_jax.array_typing import Array, Bool, Float, Int
+from qvla_jax.sensitivity.instrument import hook_layers, per_frame
+from qvla_jax.sensitivity.stages import replay_or_reuse, wrap_stages
+from qvla_jax.sharding import DATA_AXIS
+
+_EVERYWHERE, _SPLIT = PartitionSpec(), PartitionSpec(DATA_AXIS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplaySpec:
+    """All that the compiled functions depend on beside their arrays."""
+
+    graphdef: nnx.GraphDef[Any]
+    # Layers that may be perturbed; a perturbation names one by its number here.
+    paths: tuple[str, ...]
+    stages: tuple[str, ...]
+    mesh: Mesh
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Perturbations:
+    """p changes of one output channel each."""
+
+    # Number of the perturbed layer in `ReplaySpec.paths`, and its output channel.
+    layer: Int[Array, " p"]
+    channel: Int[Array, " p"]
+    # What is added to the channel's output, over the tokens of each frame, padded on the right.
+    change: Float[Array, "p b T"]
+
+
+@dataclasses.dataclass
+class Trace:
+    """What a pass records: order of the stages, stages before each layer, and arrays."""
+
+    order: list[str] = dataclasses.field(default_factory=list)
+    positions: dict[str, int] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, Array] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+
+def record(spec: ReplaySpec, state: Any, inputs: Any) -> Trace:
+    """Runs the unperturbed model; traceable."""
+    trace, model = Trace(), nnx.merge(spec.graphdef, state)
+    inside: list[str] = []
+
+    def hook(path: str, x: Array, y: Array) -> Array:
+        trace.inputs[path] = x
+        trace.positions[path] = len(trace.order) - len(inside)
+        return y
+
+    def call(path: str, inner: Any, *args: Any) -> Array:
+        trace.order.append(path)
+        inside.append(path)
+        trace.outputs[path] = inner(*args)
+        inside.pop()
+        return trace.outputs[path]
+
+    hook_layers(model, spec.paths, hook)
+    wrap_stages(model, spec.stages, call)
+    with jax.default_matmul_precision("float32"):
+        model(inputs)
+    return trace
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def unperturbed(
+    spec: ReplaySpec, state: Any, inputs: Any
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Outputs of the stages, and inputs [b, T, k] of the layers, by path."""
+
+    def run(state: Any, inputs: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+        trace = record(spec, state, inputs)
+        count = len(jax.tree.leaves(inputs)[0])
+        return trace.outputs, {p: per_frame(x, count) for p, x in trace.inputs.items()}
+
+    return jax.shard_map(
+        run, mesh=spec.mesh, in_specs=(_EVERYWHERE, _SPLIT), out_specs=_SPLIT, check_vma=False
+    )(state, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def replay(
+    spec: ReplaySpec,
+    state: Any,
+    inputs: Any,
+    outputs: Mapping[str, Array],
+    run: Mapping[str, Bool[Array, ""]],
+    perturbations: Perturbations,
+) -> Float[Array, "p b h a"]:
+    """Action chunks under each perturbation, all of them in one batched pass.
+
+    Args:
+        spec: static description.
+        state: the model's arrays.
+        inputs: model inputs.
+        outputs: of the unperturbed stages.
+        run: which stages have to run, for all these perturbations together.
+        perturbations: the changes; no weight is copied for them.
+    """
+    changes = Perturbations(_EVERYWHERE, _EVERYWHERE, PartitionSpec(None, DATA_AXIS))
+    return jax.shard_map(
+        functools.partial(_replay, spec),
+        mesh=spec.mesh,
+        in_specs=(_EVERYWHERE, _SPLIT, _SPLIT, _EVERYWHERE, changes),
+        out_specs=PartitionSpec(None, DATA_AXIS),
+        check_vma=False,
+    )(state, inputs, outputs, run, perturbations)
+
+
+def _replay(
+    spec: ReplaySpec,
+    state: Any,
+    inputs: Any,
+    outputs: Mapping[str, Array],
+    run: Mapping[str, Bool[Array, ""]],
+    perturbations: Perturbations,
+) -> Float[Array, "p b h a"]:
+    number = {path: i for i, path in enumerate(spec.paths)}
+    count = len(jax.tree.leaves(inputs)[0])
+
+    def one(item: Perturbations) -> Float[Array, "b h a"]:
+        def hook(path: str, x: Array, y: Array) -> Array:
+            tokens = y.shape[0] * y.shape[1] // count
+            change = item.change[:, :tokens].reshape(y.shape[:2]).astype(y.dtype)
+            channel = jnp.where(item.layer == number[path], item.channel, -1)
+            hit = jnp.arange(y.shape[-1])[None, None] == channel
+            return y + jnp.where(hit, change[..., None], 0)
+
+        model = nnx.merge(spec.graphdef, state)
+        hook_layers(model, spec.paths, hook)
+        wrap_stages(model, spec.stages, replay_or_reuse(run, outputs))
+        with jax.default_matmul_precision("float32"):
+            return model(inputs)
+
+    return jax.vmap(one)(perturbations)

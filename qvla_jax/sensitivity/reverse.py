@@ -1,0 +1,135 @@
+"""One forward and s reverse passes that serve every layer at once.
+
+The forward pass records the input X of every quantized layer and adds a zero perturbation to its
+output; the derivative of v . A with respect to these perturbations is the cotangent g = J^T v of
+each layer's output. What a method makes of X and g is a `Contraction`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.sensitivity.instrument import hooked_forward, layer_outputs, per_frame
+from qvla_jax.sensitivity.probes import Probes, probe_vectors
+from qvla_jax.sharding import DATA_AXIS
+
+# For one layer: cotangents g [b, T, c] -> [b, ...], summed over the probes.
+FromCotangent: TypeAlias = Callable[[Float[Array, "b T c"]], Float[Array, "b ..."]]
+
+
+class Contraction(Protocol):
+    """A method's part: prepares a layer's inputs once, then takes each probe's cotangent."""
+
+    def __call__(self, x: Float[Array, "b T k"], constants: Any) -> FromCotangent:
+        """`constants` are the method's arrays for this layer."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseSpec:
+    """All that a compiled reverse sweep depends on beside its arrays."""
+
+    graphdef: nnx.GraphDef[Any]
+    paths: tuple[str, ...]
+    contraction: Contraction
+    probes: Probes
+    mesh: Mesh
+    # Probes that are pulled back together; more of them take more memory.
+    block: int = 8
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reverse_sweep(
+    spec: ReverseSpec,
+    state: Any,
+    constants: Mapping[str, Any],
+    inputs: Any,
+    frames: Int[Array, " b"],
+    key: Array,
+    weights: Float[Array, " a"] | None,
+) -> dict[str, Float[Array, "b ..."]]:
+    """The contraction of every layer that the model reaches, for every frame.
+
+    Frames are independent, so each device works on its share of the batch without communication.
+
+    Args:
+        spec: static description.
+        state: the model's arrays.
+        constants: path -> the contraction's arrays for this layer.
+        inputs: model inputs, [b, ...].
+        frames: number of each frame in the calibration set.
+        key: PRNG key of the sweep.
+        weights: weight of each action dimension; None weighs all alike.
+
+    Returns:
+        Path -> contraction, summed over the probes. Layers that the forward pass never reaches
+        are absent.
+    """
+    everywhere, split = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    return jax.shard_map(
+        functools.partial(_sweep, spec),
+        mesh=spec.mesh,
+        in_specs=(everywhere, everywhere, split, split, everywhere, everywhere),
+        out_specs=split,
+        check_vma=False,
+    )(state, constants, inputs, frames, key, weights)
+
+
+def _sweep(
+    spec: ReverseSpec,
+    state: Any,
+    constants: Mapping[str, Any],
+    inputs: Any,
+    frames: Int[Array, " b"],
+    key: Array,
+    weights: Float[Array, " a"] | None,
+) -> dict[str, Float[Array, "b ..."]]:
+    count = frames.shape[0]
+    shapes = layer_outputs(spec.graphdef, state, inputs, spec.paths)
+
+    def forward(perturbations: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        seen: dict[str, Array] = {}
+
+        def hook(path: str, x: Array, y: Array) -> Array:
+            seen[path] = x
+            return y + perturbations[path]
+
+        return hooked_forward(spec.graphdef, state, inputs, tuple(shapes), hook), seen
+
+    zeros = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes.items()}
+    action, pull_back, seen = jax.vjp(forward, zeros, has_aux=True)
+    contract = {
+        path: spec.contraction(per_frame(x, count), constants.get(path)) for path, x in seen.items()
+    }
+
+    def of_probe(vector: Float[Array, "b h a"]) -> dict[str, Array]:
+        (cotangents,) = pull_back(vector)
+        return {path: contract[path](per_frame(g, count)) for path, g in cotangents.items()}
+
+    vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
+    vectors = vectors.astype(action.dtype)
+    return _sum_in_blocks(of_probe, vectors, spec.block)
+
+
+def _sum_in_blocks(function: Callable[[Array], Any], vectors: Array, block: int) -> Any:
+    """Sum of `function` over the first axis, `block` entries at a time."""
+    block = max(d for d in range(1, min(block, len(vectors)) + 1) if len(vectors) % d == 0)
+
+    def of_block(part: Array) -> Any:
+        return jax.tree.map(lambda r: r.sum(axis=0), jax.vmap(function)(part))
+
+    parts = vectors.reshape(-1, block, *vectors.shape[1:])
+    if len(parts) == 1:
+        return of_block(parts[0])
+    first = of_block(parts[0])
+    total, _ = jax.lax.scan(
+        lambda acc, part: (jax.tree.map(jnp.add, acc, of_block(part)), None), first, parts[1:]
+    )
+    return total

@@ -1,0 +1,182 @@
+"""`SensitivityTable`: what every channel costs under every option, in action error and in bytes."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from qvla_jax.array_typing import Float, Int
+from qvla_jax.errors import InputError
+from qvla_jax.quantization.grid import BITS, SOURCE
+from qvla_jax.quantization.index import ChannelIndex, LayerInfo
+from qvla_jax.solvers import AllocationProblem
+from qvla_jax.solvers.storage import read_arrays, write_arrays
+
+_KIND = "qvla_jax.sensitivity_table"
+_MEAN = "mean."
+
+
+class Chosen(Protocol):
+    """What `bits_of` needs of a solver's solution."""
+
+    @property
+    def choice(self) -> Int[np.ndarray, " C"]:
+        """The option of each channel."""
+        ...
+
+
+class ChannelBits(np.ndarray):
+    """Bits [C] of every channel, with the mean inputs that a bias correction needs.
+
+    An ordinary integer array otherwise; arrays of the same shape that are made from it keep the
+    means.
+    """
+
+    means: Mapping[str, Float[np.ndarray, " k"]] | None = None
+
+    def __array_finalize__(self, source: Any) -> None:
+        if isinstance(source, ChannelBits) and source.shape == self.shape:
+            self.means = source.means
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SensitivityTable:
+    """Costs and sizes of C channels under n options.
+
+    Invariants: costs are finite, not negative, and exactly 0 at 16 bits; `costs`, `sizes` and
+    `standard_error` are [C, n] with C = len(index) and n = len(bits).
+    """
+
+    # Mean over calibration frames of the squared error of the normalized action chunk, summed over
+    # its h a entries, when this channel alone is quantized. `input_hessian` has a unit of its own.
+    costs: Float[np.ndarray, "C n"]
+    # Bytes really stored (quantization.layout).
+    sizes: Int[np.ndarray, "C n"]
+    bits: tuple[int, ...]
+    index: ChannelIndex
+    method: str
+    # JSON object: policy fingerprint, calibration hash and manifest, seed, versions, settings.
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Of the mean over frames; None where the method has none.
+    standard_error: Float[np.ndarray, "C n"] | None = None
+    # E[x] of each layer, used by the bias-corrected quantizer; None where the costs are those of
+    # the quantizer without correction.
+    means: Mapping[str, Float[np.ndarray, " k"]] | None = None
+
+    def __post_init__(self) -> None:
+        shape = (len(self.index), len(self.bits))
+        bad = [b for b in self.bits if b not in BITS]
+        if bad or len(set(self.bits)) != len(self.bits) or not self.bits:
+            raise InputError(f"bits: expected distinct options out of {BITS}, got {self.bits}")
+        for name in ("costs", "sizes", "standard_error"):
+            array = getattr(self, name)
+            if array is None:
+                continue
+            if array.shape != shape:
+                raise InputError(f"{name}: expected shape {shape}, got {array.shape}")
+            if not np.isfinite(array).all() or (array < 0).any():
+                row = int(np.argwhere(~np.isfinite(array) | (array < 0))[0][0])
+                raise InputError(
+                    f"{name}: {self.index.name(row)} holds {array[row].tolist()}; expected finite "
+                    "numbers that are not negative"
+                )
+        if not np.issubdtype(self.sizes.dtype, np.integer):
+            raise InputError(f"sizes: expected integers, got {self.sizes.dtype}")
+        if SOURCE in self.bits and self.costs[:, self.bits.index(SOURCE)].any():
+            raise InputError("costs: 16 bits leave a channel as it is, so their cost must be 0")
+        if self.means is not None:
+            for layer in self.index.layers:
+                if np.shape(self.means.get(layer.path)) != (layer.fan_in,):
+                    raise InputError(f"means: {layer.path} needs {layer.fan_in} entries")
+
+    def problem(
+        self, *, budget_bits: float | None = None, budget_bytes: int | None = None
+    ) -> AllocationProblem:
+        """The allocation problem under a budget; give one of the two.
+
+        Args:
+            budget_bits: bits for each quantized weight, everything stored counted (scales,
+                biases, permutation, padding).
+            budget_bytes: the same in bytes.
+
+        Raises:
+            BudgetError: the smallest options exceed the budget.
+            InputError: none or both budgets are given.
+        """
+        if (budget_bits is None) == (budget_bytes is None):
+            raise InputError("give either budget_bits or budget_bytes")
+        if budget_bytes is None:
+            if not np.isfinite(budget_bits) or budget_bits <= 0:
+                raise InputError(f"budget_bits: expected a positive number, got {budget_bits}")
+            budget_bytes = int(budget_bits * self.index.num_weights / 8)
+        return AllocationProblem(
+            costs=self.costs,
+            sizes=self.sizes,
+            budget=budget_bytes,
+            groups=self.index.layer_of.astype(np.int64),
+            group_names=self.index.paths,
+        )
+
+    def bits_of(self, solution: Chosen) -> Int[np.ndarray, " C"]:
+        """Bits of every channel in a solution of `problem`, as `quantize` takes them."""
+        choice = np.asarray(solution.choice)
+        if choice.shape != (len(self.index),):
+            raise InputError(
+                f"the solution chooses for {choice.shape} channels, the table has "
+                f"{len(self.index)}; solve this table's own problem"
+            )
+        bits = np.asarray(self.bits, np.int64)[choice].view(ChannelBits)
+        bits.means = self.means
+        return bits
+
+    def predicted(self, bits: Int[np.ndarray, " C"]) -> float:
+        """Summed costs of an allocation: the joint error if single errors simply added up."""
+        bits = self.index.check_bits(bits, self.bits)
+        column = np.asarray([self.bits.index(b) for b in bits])
+        return float(self.costs[np.arange(len(column)), column].sum())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file with a JSON header, completely or not at all."""
+        arrays = {"costs": self.costs.astype(np.float64), "sizes": self.sizes.astype(np.int64)}
+        if self.standard_error is not None:
+            arrays["standard_error"] = self.standard_error.astype(np.float64)
+        if self.means is not None:
+            for name, mean in self.means.items():
+                arrays[_MEAN + name] = np.asarray(mean, np.float64)
+        header = {
+            "method": self.method,
+            "bits": list(self.bits),
+            "layers": [dataclasses.asdict(layer) for layer in self.index.layers],
+            "provenance": dict(self.provenance),
+        }
+        write_arrays(path, arrays, header, kind=_KIND)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SensitivityTable":
+        """Reads and validates a table.
+
+        Raises:
+            InputError: the file is missing, truncated, of another kind, or inconsistent.
+        """
+        arrays, header = read_arrays(path, kind=_KIND, required=("costs", "sizes"))
+        try:
+            means = {k[len(_MEAN) :]: v for k, v in arrays.items() if k.startswith(_MEAN)}
+            return cls(
+                costs=arrays["costs"],
+                sizes=arrays["sizes"],
+                bits=tuple(int(b) for b in header["bits"]),
+                index=ChannelIndex(tuple(LayerInfo(**layer) for layer in header["layers"])),
+                method=str(header["method"]),
+                provenance=header["provenance"],
+                standard_error=arrays.get("standard_error"),
+                means=means or None,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{os.fspath(path)}: the header of this sensitivity table is damaged ({error!r}); "
+                "compute it again"
+            ) from error
+        except InputError as error:
+            raise InputError(f"{os.fspath(path)}: {error}; compute the table again") from error

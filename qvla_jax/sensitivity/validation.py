@@ -1,0 +1,155 @@
+"""Can a table be trusted? Rank correlation with exact probing, and additivity."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.array_typing import Float, Int
+from qvla_jax.errors import InputError
+from qvla_jax.inference.policy import Policy
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.index import ChannelIndex
+from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+from qvla_jax.sensitivity.batches import Calibration
+from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.ranks import spearman
+from qvla_jax.sensitivity.table import SensitivityTable
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstFrames:
+    """The first frames of a calibration set, which come in random order."""
+
+    whole: Calibration
+    frames: int
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """That of the whole set, and how many frames of it."""
+        return {**self.whole.manifest, "first_frames": self.frames}
+
+    def batches(self, size: int) -> Iterator[dict[str, Any]]:
+        """Batches of `size` frames; the last one may be smaller."""
+        whole, part = divmod(self.frames, size)
+        for number, batch in enumerate(
+            itertools.islice(self.whole.batches(size), whole + (part > 0))
+        ):
+            keep = size if number < whole else part
+            yield {key: value[:keep] for key, value in batch.items()}
+
+
+def sample_channels(index: ChannelIndex, count: int, *, seed: int) -> Int[np.ndarray, " m"]:
+    """Rows drawn without replacement, as evenly over all channels as chance allows; sorted."""
+    if count < 1:
+        raise InputError(f"channels to sample: expected at least 1, got {count}")
+    count = min(count, len(index))
+    return np.sort(np.random.default_rng(seed).choice(len(index), count, replace=False))
+
+
+def module_type(path: str) -> str:
+    """`language_model.model.layers.3.mlp.up_proj` -> `language_model.mlp.up_proj`."""
+    path = re.sub(r"\.(model\.layers|blocks)\.\d+", "", path)
+    return path.removeprefix("vision_backbone.")
+
+
+def validate(
+    policy: Policy,
+    calibration: Calibration,
+    table: SensitivityTable,
+    *,
+    channels: int = 256,
+    frames: int = 8,
+    seed: int = 0,
+    rules: LayerRules = DEFAULT_RULES,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Compares a table with exact probing of sampled channels.
+
+    The table's costs are means over its whole calibration set; exact probing is dear and sees the
+    first `frames` of it, so that the correlation found is a lower bound of the method's.
+
+    Args:
+        policy: the full-precision policy.
+        calibration: the table's calibration set.
+        table: what is tested.
+        channels: channels drawn over all layers.
+        frames: frames that they are measured on.
+        seed: of the draw.
+        rules: those of the table.
+        progress: called as it goes on.
+
+    Returns:
+        JSON object: `channels`, `frames`, `spearman` [{bits, spearman, by_module: {type: rho}}],
+        and the samples themselves (`rows`, `exact` [m][n]).
+
+    Raises:
+        InputError: the table belongs to other layers, or nothing can be sampled.
+    """
+    layers = quantizable_layers(policy.model, rules)
+    if tuple(layers) != table.index.paths:
+        raise InputError("the table was made for other layers than this policy's")
+    part = FirstFrames(calibration, min(frames, calibration.frames))
+    rows = sample_channels(table.index, channels, seed=seed)
+    bits = tuple(b for b in table.bits if b != SOURCE)
+    exact, _ = exact_costs(
+        policy, part, layers, table.index, table.means, bits=bits, rows=rows, progress=progress
+    )
+    estimate = table.costs[rows][:, [table.bits.index(b) for b in bits]]
+    return {
+        "channels": len(rows),
+        "frames": part.frames,
+        "method": table.method,
+        "spearman": rank_correlations(table.index, rows, bits, estimate, exact),
+        "rows": rows.tolist(),
+        "exact": exact.tolist(),
+    }
+
+
+def rank_correlations(
+    index: ChannelIndex,
+    rows: Int[np.ndarray, " m"],
+    bits: tuple[int, ...],
+    estimate: Float[np.ndarray, "m n"],
+    exact: Float[np.ndarray, "m n"],
+) -> list[dict[str, Any]]:
+    """Spearman correlation for each bit-width, over all samples and within each module type.
+
+    A module type with fewer than three samples, or without variation, is left out.
+    """
+    types = np.asarray([module_type(index.paths[i]) for i in index.layer_of[rows]])
+    result = []
+    for column, b in enumerate(bits):
+        by_module = {}
+        for kind in sorted(set(types)):
+            of_kind = types == kind
+            if of_kind.sum() >= 3:
+                rho = spearman(estimate[of_kind, column], exact[of_kind, column])
+                if np.isfinite(rho):
+                    by_module[str(kind)] = rho
+        rho = spearman(estimate[:, column], exact[:, column])
+        # Without variation there is no correlation, and JSON knows no NaN.
+        overall = rho if np.isfinite(rho) else 0.0
+        result.append({"bits": b, "spearman": overall, "by_module": by_module})
+    return result
+
+
+def joint_error(
+    policy: Policy, quantized: Policy, calibration: Calibration, *, batch: int = 32
+) -> float:
+    """Measured mean over frames of || A_quantized(x) - A*(x) ||^2, summed over the chunk.
+
+    Comparable with `SensitivityTable.predicted(bits)`: their ratio says how far single errors add
+    up.
+    """
+    total, frames = 0.0, 0
+    for observations in calibration.batches(batch):
+        change = quantized.infer_normalized(observations).astype(np.float64)
+        change -= policy.infer_normalized(observations)
+        total += float(np.sum(change**2))
+        frames += len(change)
+    return total / frames
