@@ -20,6 +20,8 @@ from qvla_jax.solvers import uniform as uniform
 from qvla_jax.solvers.comparison import Comparison as Comparison
 from qvla_jax.solvers.comparison import compare as compare
 from qvla_jax.solvers.filling import fill as fill
+from qvla_jax.solvers.front import Front as Front
+from qvla_jax.solvers.front import sweep as sweep
 from qvla_jax.solvers.problem import AllocationProblem as AllocationProblem
 from qvla_jax.solvers.problem import ProblemSummary as ProblemSummary
 from qvla_jax.solvers.registry import Proposal as Proposal
