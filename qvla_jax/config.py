@@ -21,7 +21,7 @@ class VisionTowerConfig:
     depth: int
     num_heads: int
     mlp_dim: int
-    # A class token and register tokens are put in front of the patches (DINOv2), or nothing (SigLIP).
+    # A class token and registers are put in front of the patches (DINOv2), or nothing (SigLIP).
     class_token: bool = False
     num_registers: int = 0
     layer_scale: bool = False
@@ -119,9 +119,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         hints = typing.get_type_hints(kind)
         built = {k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
         missing = [
-            n
-            for n, f in fields.items()
-            if f.default is dataclasses.MISSING and n not in built
+            n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in built
         ]
         if missing:
             raise InputError(f"{where}: missing key {missing[0]!r}")

@@ -86,7 +86,8 @@ def load_weights(model: nnx.Module, path: Path) -> None:
         tensors = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error}); it may be truncated: fetch it again"
+            f"{path}: not a readable safetensors file ({error}); it may be truncated: fetch it "
+            "again"
         ) from error
     assign_tensors(model, tensors, source=str(path))
 
@@ -112,9 +113,7 @@ def assign_tensors(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, sour
         value = value.astype(variable.dtype)
         if not np.isfinite(value.astype(np.float32)).all():
             raise CheckpointError(f"{source}: tensor {name!r} holds NaN or inf")
-        converted[name] = (
-            value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
-        )
+        converted[name] = value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
     # Assigned only after all checks, so that a refused file leaves the model as it was.
     for name, (_, variable) in parameters.items():
         variable[...] = jnp.asarray(converted[name])

@@ -89,13 +89,9 @@ class Policy:
             key: [value] if key == "instruction" else np.asarray(value)[None]
             for key, value in observation.items()
         }
-        return self.unnormalize_actions(
-            self.infer_normalized(batch, preprocessed=preprocessed)[0]
-        )
+        return self.unnormalize_actions(self.infer_normalized(batch, preprocessed=preprocessed)[0])
 
-    def normalize_actions(
-        self, actions: Float[np.ndarray, "... a"]
-    ) -> Float[np.ndarray, "... a"]:
+    def normalize_actions(self, actions: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
         """Metric actions -> the normalized action space."""
         return self.processor.actions.normalize(actions)
 

@@ -26,9 +26,7 @@ class Processor:
     actions: Normalizer
     proprio: Normalizer | None
 
-    def __call__(
-        self, batch: Mapping[str, Any], *, preprocessed: bool = False
-    ) -> ModelInputs:
+    def __call__(self, batch: Mapping[str, Any], *, preprocessed: bool = False) -> ModelInputs:
         """A batch of observations -> model inputs (numpy).
 
         Args:
@@ -119,4 +117,3 @@ def _require(batch: Mapping[str, Any], key: str) -> Any:
     if key not in batch:
         raise InputError(f"observation has no {key!r}; it holds: {', '.join(sorted(batch))}")
     return batch[key]
-

@@ -13,6 +13,6 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b c"]:
-        """x [..., k] -> x kernel + bias [..., c]."""
+        """Inputs x [..., k] -> x kernel + bias [..., c]."""
         flat = super().__call__(x.reshape(-1, x.shape[-1]))
         return flat.reshape(*x.shape[:-1], flat.shape[-1])

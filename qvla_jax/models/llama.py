@@ -129,9 +129,7 @@ class LlamaForCausalLM(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.model = LlamaModel(config, rngs=rngs)
-        self.lm_head = Linear(
-            config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs
-        )
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
 
 
 def bidirectional_mask(valid: Bool[Array, "b t"]) -> Bool[Array, "b 1 1 t"]:

@@ -27,9 +27,7 @@ def named_modules(model: nnx.Module, kind: type[M]) -> dict[str, M]:
     Returns:
         Dotted path -> module. Indices are ordered as numbers: block 2 comes before block 10.
     """
-    found = {
-        path: module for path, module in nnx.iter_modules(model) if isinstance(module, kind)
-    }
+    found = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, kind)}
     return {path_string(p): found[p] for p in sorted(found, key=_natural_order)}
 
 

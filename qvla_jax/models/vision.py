@@ -102,9 +102,7 @@ class VisionTransformer(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         self.pos_embed = nnx.Param(init(rngs.params(), (1, config.num_patches, dim)))
-        self.cls_token = (
-            nnx.Param(init(rngs.params(), (1, 1, dim))) if config.class_token else None
-        )
+        self.cls_token = nnx.Param(init(rngs.params(), (1, 1, dim))) if config.class_token else None
         self.reg_token = (
             nnx.Param(init(rngs.params(), (1, config.num_registers, dim)))
             if config.num_registers
@@ -135,9 +133,7 @@ class VisionTransformer(nnx.Module):
 class VisionBackbone(nnx.Module):
     """Both towers over all images, features concatenated on channels."""
 
-    def __init__(
-        self, configs: tuple[VisionTowerConfig, VisionTowerConfig], *, rngs: nnx.Rngs
-    ):
+    def __init__(self, configs: tuple[VisionTowerConfig, VisionTowerConfig], *, rngs: nnx.Rngs):
         self.featurizer = VisionTransformer(configs[0], rngs=rngs)
         self.fused_featurizer = VisionTransformer(configs[1], rngs=rngs)
 
@@ -145,7 +141,5 @@ class VisionBackbone(nnx.Module):
         """Images [b, v, H, W, 3] of v cameras -> patch features [b, v t, c1 + c2]."""
         b = images.shape[0]
         flat = images.reshape(-1, *images.shape[2:])
-        features = jnp.concatenate(
-            [self.featurizer(flat), self.fused_featurizer(flat)], axis=-1
-        )
+        features = jnp.concatenate([self.featurizer(flat), self.fused_featurizer(flat)], axis=-1)
         return features.reshape(b, -1, features.shape[-1])

@@ -92,9 +92,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def l1_loss(
-    model: OpenVLA, inputs: ModelInputs, chunks: Float[Array, "b h a"]
-) -> Float[Array, ""]:
+def l1_loss(model: OpenVLA, inputs: ModelInputs, chunks: Float[Array, "b h a"]) -> Float[Array, ""]:
     """Mean absolute error per action entry, in normalized space."""
     return jnp.mean(jnp.abs(model(inputs) - chunks))
 
@@ -116,9 +114,9 @@ def _train_step(
     if inputs.proprio is not None:
         noisy = proprio_noise(noise_key, inputs.proprio, scale=config.proprio_noise)
         inputs = dataclasses.replace(inputs, proprio=noisy)
-    loss, grads = jax.value_and_grad(
-        lambda p: l1_loss(nnx.merge(graphdef, p), inputs, chunks)
-    )(params)
+    loss, grads = jax.value_and_grad(lambda p: l1_loss(nnx.merge(graphdef, p), inputs, chunks))(
+        params
+    )
     updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss
 
@@ -246,9 +244,7 @@ def _run(
     return policy.replace(model=nnx.merge(graphdef, params))
 
 
-def _batches(
-    config: TrainConfig, num_frames: int, first: int
-) -> Iterator[tuple[int, np.ndarray]]:
+def _batches(config: TrainConfig, num_frames: int, first: int) -> Iterator[tuple[int, np.ndarray]]:
     """(step, frame rows) from step `first` on; each epoch is a fresh permutation."""
     per_epoch = num_frames // config.batch_size
     if per_epoch == 0:
@@ -303,9 +299,7 @@ def _claim_folder(config: TrainConfig) -> None:
                     f"{config.out} holds a run with {key} = {old.get(key)!r}, asked for "
                     f"{values[key]!r}; choose another --out"
                 )
-        reached = max(
-            (int(p.name) for p in (config.out / "checkpoints").glob("[0-9]*")), default=0
-        )
+        reached = max((int(p.name) for p in (config.out / "checkpoints").glob("[0-9]*")), default=0)
         decay_from = min(old["steps"] - old["decay_steps"], config.steps - config.decay_steps)
         same = all(old[key] == values[key] for key in ("steps", "decay_steps"))
         if reached > decay_from and not same:

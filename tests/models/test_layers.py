@@ -68,7 +68,9 @@ def test_patch_embedding_is_the_public_convolution():
     )
 
 
-@pytest.mark.parametrize(("mask_of", "sees_future"), [(causal_mask, False), (bidirectional_mask, True)])
+@pytest.mark.parametrize(
+    ("mask_of", "sees_future"), [(causal_mask, False), (bidirectional_mask, True)]
+)
 def test_masks_decide_who_sees_later_and_padded_positions(mask_of, sees_future):
     model = LlamaModel(preset("tiny-test").text, rngs=nnx.Rngs(0))
     x = _normal(1, 6, 32)

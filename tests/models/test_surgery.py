@@ -32,7 +32,10 @@ def test_indices_are_ordered_as_numbers():
 
 def test_replacing_puts_the_new_module_in_place():
     model = random_policy("tiny-test").model
-    paths = ["language_model.model.layers.1.mlp.up_proj", "action_head.model.mlp_resnet_blocks.0.ffn.1"]
+    paths = [
+        "language_model.model.layers.1.mlp.up_proj",
+        "action_head.model.mlp_resnet_blocks.0.ffn.1",
+    ]
     new = {path: Linear(1, 1, rngs=nnx.Rngs(0)) for path in paths}
     replace_modules(model, new)
     assert all(get_module(model, path) is new[path] for path in paths)

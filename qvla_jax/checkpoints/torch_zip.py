@@ -1,0 +1,364 @@
+"""Reads `torch.save` files without PyTorch and without running a pickle.
+
+A `.pt` file is an uncompressed zip archive: `<root>/data.pkl` describes tensors, and each
+`<root>/data/<key>` holds the bytes of a storage. The description is interpreted here by a small
+machine that knows the opcodes of a state dict and can build dicts, lists, tuples, numbers, strings
+and tensors, nothing else: no name is ever imported and no object ever called.
+"""
+
+import dataclasses
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from qvla_jax.errors import CheckpointError
+
+_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+# A description larger than this is not one of a state dict: 50 million parameters in 1,000 tensors
+# take 150 kB.
+_MAX_DESCRIPTION: Final = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Global:
+    """A name that the description mentions; it stands for itself and is never looked up."""
+
+    name: str
+
+
+_ORDERED_DICT = _Global("collections OrderedDict")
+_REBUILD_TENSOR = _Global("torch._utils _rebuild_tensor_v2")
+_REBUILD_PARAMETER = _Global("torch._utils _rebuild_parameter")
+_STORAGES = {_Global(f"torch {name}"): dtype for name, dtype in _DTYPES.items()}
+_KNOWN = {_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES}
+_MARK = _Global("mark")
+
+
+def read_torch_zip(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict.
+
+    Args:
+        path: a file written by `torch.save(state_dict)` (zip format, PyTorch 1.6 or later).
+
+    Returns:
+        Name -> array, in the file's order; nested dicts are joined by dots. Arrays are read-only
+        views of the memory-mapped file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, compressed, mentions a name that tensors do
+            not need, or describes a tensor outside its storage.
+    """
+    path = Path(path)
+    try:
+        archive = _Archive(path)
+        tree = _Machine(archive.description(), archive.storage).run()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        NotImplementedError,  # zip features that Python does not know
+        RecursionError,  # a message about a value nested too deep to be printed
+        zipfile.BadZipFile,
+        struct.error,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a readable torch.save file ({reason}); it may be truncated: fetch it "
+            "again"
+        ) from error
+    return dict(_tensors(tree, str(path)))
+
+
+def _tensors(tree: Any, source: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(dotted name, tensor) of all tensors, in order; walks every dict once."""
+    pending, seen = [("", tree)], set()
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, np.ndarray):
+            yield name, value
+            continue
+        if not isinstance(value, dict):
+            raise CheckpointError(
+                f"{source}: expected a dict of tensors, found {type(value).__name__} at {name!r}"
+            )
+        # A dict that holds itself, or that is held many times over, would be walked for ever.
+        if id(value) in seen:
+            raise CheckpointError(f"{source}: the dict at {name!r} stands in several places")
+        seen.add(id(value))
+        prefix = f"{name}." if name else ""
+        pending += [(f"{prefix}{k}", v) for k, v in reversed(value.items())]
+
+
+class _Archive:
+    """The zip container: every member stored as it is, none overlapping another."""
+
+    def __init__(self, path: Path):
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        if not members:
+            raise CheckpointError("an empty archive")
+        self._bytes = np.memmap(path, np.uint8, mode="r")
+        self._spans: dict[str, tuple[int, int]] = {}
+        end_of_last = 0
+        for member in sorted(members, key=lambda m: m.header_offset):
+            begin = self._data_offset(member)
+            end = begin + member.file_size
+            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+                raise CheckpointError(f"member {member.filename!r} is compressed or encrypted")
+            if member.compress_size != member.file_size or end > size:
+                raise CheckpointError(f"member {member.filename!r} reaches past the file's end")
+            if member.header_offset < end_of_last:
+                raise CheckpointError(f"member {member.filename!r} overlaps another one")
+            if member.filename in self._spans:
+                raise CheckpointError(f"member {member.filename!r} stands there twice")
+            end_of_last = end
+            self._spans[member.filename] = (begin, end)
+        roots = [n.removesuffix("/data.pkl") for n in self._spans if n.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise CheckpointError(f"expected one data.pkl, found {len(roots)}")
+        self._root = roots[0]
+        order = self._spans.get(f"{self._root}/byteorder")
+        if order and bytes(self._bytes[slice(*order)]) != b"little":
+            raise CheckpointError("written on a big-endian machine")
+
+    def _data_offset(self, member: zipfile.ZipInfo) -> int:
+        # The local header repeats the name and has its own extra field (torch pads with it).
+        header = bytes(self._bytes[member.header_offset : member.header_offset + 30])
+        signature, name, extra = struct.unpack("<4s22xHH", header)
+        if signature != b"PK\x03\x04":
+            raise CheckpointError(f"member {member.filename!r} has no local header")
+        return member.header_offset + 30 + name + extra
+
+    def description(self) -> bytes:
+        begin, end = self._spans[f"{self._root}/data.pkl"]
+        if end - begin > _MAX_DESCRIPTION:
+            raise CheckpointError(f"a description of {end - begin} bytes")
+        return self._bytes[begin:end].tobytes()
+
+    def storage(self, key: str, dtype: np.dtype[Any], count: int) -> np.ndarray:
+        if not re.fullmatch(r"\d{1,9}", key):
+            raise CheckpointError(f"storage key {key[:40]!r} is not a number")
+        name = f"{self._root}/data/{key}"
+        if name not in self._spans:
+            raise CheckpointError(f"storage {key} is missing")
+        begin, end = self._spans[name]
+        if end - begin != count * dtype.itemsize:
+            raise CheckpointError(
+                f"storage {key} holds {end - begin} bytes, {count} x {dtype} were announced"
+            )
+        return self._bytes[begin:end].view(dtype)
+
+
+class _Machine:
+    """Interprets the description."""
+
+    def __init__(
+        self, description: bytes, storage: Callable[[str, np.dtype[Any], int], np.ndarray]
+    ):
+        self._description = description
+        self._storage = storage
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        for opcode, argument, _ in pickletools.genops(self._description):
+            if opcode.name == "STOP":
+                return self._pop()
+            action = getattr(self, f"_op_{opcode.name.lower()}", None)
+            if action is None:
+                raise CheckpointError(f"opcode {opcode.name} has no place in a state dict")
+            action(argument)
+        raise CheckpointError("the description has no end")
+
+    def _pop(self) -> Any:
+        if not self._stack or self._stack[-1] is _MARK:
+            raise CheckpointError("the description takes more than it has put")
+        return self._stack.pop()
+
+    def _to_mark(self) -> list[Any]:
+        items = []
+        while self._stack and self._stack[-1] is not _MARK:
+            items.append(self._stack.pop())
+        if not self._stack:
+            raise CheckpointError("the description closes what it has not opened")
+        self._stack.pop()
+        return items[::-1]
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _op_proto(self, version: int) -> None:
+        if version > 5:
+            raise CheckpointError(f"description of unknown version {version}")
+
+    def _op_frame(self, _: int) -> None:
+        pass
+
+    def _op_mark(self, _: None) -> None:
+        self._push(_MARK)
+
+    def _op_none(self, _: None) -> None:
+        self._push(None)
+
+    def _op_newtrue(self, _: None) -> None:
+        self._push(True)
+
+    def _op_newfalse(self, _: None) -> None:
+        self._push(False)
+
+    # Numbers and strings come parsed.
+    _op_binint = _op_binint1 = _op_binint2 = _op_long1 = _op_binfloat = _push
+    _op_binunicode = _op_short_binunicode = _push
+
+    def _op_empty_dict(self, _: None) -> None:
+        self._push({})
+
+    def _op_empty_list(self, _: None) -> None:
+        self._push([])
+
+    def _op_empty_tuple(self, _: None) -> None:
+        self._push(())
+
+    def _op_tuple(self, _: None) -> None:
+        self._push(tuple(self._to_mark()))
+
+    def _op_tuple1(self, _: None) -> None:
+        self._push((self._pop(),))
+
+    def _op_tuple2(self, _: None) -> None:
+        second = self._pop()
+        self._push((self._pop(), second))
+
+    def _op_tuple3(self, _: None) -> None:
+        third, second = self._pop(), self._pop()
+        self._push((self._pop(), second, third))
+
+    def _op_append(self, _: None) -> None:
+        value = self._pop()
+        self._top(list).append(value)
+
+    def _op_appends(self, _: None) -> None:
+        values = self._to_mark()
+        self._top(list).extend(values)
+
+    def _op_setitem(self, _: None) -> None:
+        value, key = self._pop(), self._pop()
+        self._set(key, value)
+
+    def _op_setitems(self, _: None) -> None:
+        items = self._to_mark()
+        if len(items) % 2:
+            raise CheckpointError("a key without a value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self._set(key, value)
+
+    def _set(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | int):
+            raise CheckpointError(f"a key of type {type(key).__name__}")
+        self._top(dict)[key] = value
+
+    def _top(self, kind: type) -> Any:
+        if not self._stack or not isinstance(self._stack[-1], kind):
+            raise CheckpointError(f"expected a {kind.__name__} to add to")
+        return self._stack[-1]
+
+    def _op_memoize(self, _: None) -> None:
+        self._memo[len(self._memo)] = self._peek()
+
+    def _op_binput(self, slot: int) -> None:
+        self._memo[slot] = self._peek()
+
+    _op_long_binput = _op_binput
+
+    def _peek(self) -> Any:
+        value = self._pop()
+        self._push(value)
+        return value
+
+    def _op_binget(self, slot: int) -> None:
+        if slot not in self._memo:
+            raise CheckpointError(f"refers to slot {slot}, which is empty")
+        self._push(self._memo[slot])
+
+    _op_long_binget = _op_binget
+
+    def _op_global(self, name: str) -> None:
+        known = _Global(name)
+        if known not in _KNOWN:
+            raise CheckpointError(f"refuses the name {name!r}: tensors do not need it")
+        self._push(known)
+
+    def _op_stack_global(self, _: None) -> None:
+        attribute, module = self._pop(), self._pop()
+        self._op_global(f"{module} {attribute}")
+
+    def _op_binpersid(self, _: None) -> None:
+        reference = self._pop()
+        match reference:
+            case ("storage", _Global() as kind, str(key), str(), int(count)) if kind in _STORAGES:
+                self._push(self._storage(key, _STORAGES[kind], count))
+            case _:
+                raise CheckpointError("a reference that is not one to a storage")
+
+    def _op_reduce(self, _: None) -> None:
+        arguments, function = self._pop(), self._pop()
+        match function, arguments:
+            case _Global(_ORDERED_DICT.name), ():
+                self._push({})
+            case _Global(_REBUILD_TENSOR.name), (np.ndarray() as storage, offset, size, stride, *_):
+                self._push(_tensor(storage, offset, size, stride))
+            case _Global(_REBUILD_PARAMETER.name), (np.ndarray() as tensor, *_):
+                self._push(tensor)
+            case _:
+                raise CheckpointError(f"refuses to call {function!r}")
+
+    def _op_build(self, _: None) -> None:
+        # A state dict carries `_metadata` (versions of its modules), which no tensor needs.
+        state = self._pop()
+        self._top(dict)
+        if not (isinstance(state, dict) and set(state) <= {"_metadata"}):
+            raise CheckpointError("refuses to set attributes")
+
+
+def _tensor(storage: np.ndarray, offset: Any, size: Any, stride: Any) -> np.ndarray:
+    """A view of a storage, entirely inside it and with each element used at most once."""
+    if (
+        not (isinstance(size, tuple) and isinstance(stride, tuple))
+        or len(size) != len(stride)
+        or len(size) > 8
+        or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
+    ):
+        raise CheckpointError(f"a tensor of size {size!r}, stride {stride!r}, offset {offset!r}")
+    count = 1
+    for n in size:
+        count *= n
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if count else 0
+    if count > storage.size or last >= max(storage.size, 1):
+        raise CheckpointError(
+            f"a tensor of size {tuple(size)}, stride {tuple(stride)} at {offset} reaches outside "
+            f"its storage of {storage.size}"
+        )
+    return np.lib.stride_tricks.as_strided(
+        storage[offset:], size, [s * storage.itemsize for s in stride], writeable=False
+    )

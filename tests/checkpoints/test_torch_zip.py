@@ -1,0 +1,278 @@
+"""Files are made here with the standard pickle and zipfile modules, never with PyTorch."""
+
+import collections
+import contextlib
+import io
+import os
+import pickle
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qvla_jax.checkpoints.torch_zip import read_torch_zip
+from qvla_jax.errors import CheckpointError
+
+STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
+
+
+class _Name:
+    """Pickled as a global of another module, as `torch.save` would write it."""
+
+    def __init__(self, module: str, name: str):
+        self.module, self.name = module, name
+
+    def __call__(self):  # the pickler insists on a callable for REDUCE
+        raise AssertionError
+
+
+class _Storage:
+    def __init__(self, key: str, array: np.ndarray):
+        self.key, self.array = key, array
+
+
+class _Tensor:
+    def __init__(self, storage: _Storage, offset: object, size: object, stride: object):
+        self.arguments = (storage, offset, size, stride, False, collections.OrderedDict())
+
+
+class _Pickler(pickle._Pickler):
+    """Writes `_Name`, `_Storage` and `_Tensor` as torch does."""
+
+    def persistent_id(self, value):
+        if isinstance(value, _Storage):
+            kind = _Name("torch", STORAGES[str(value.array.dtype)])
+            return ("storage", kind, value.key, "cpu", value.array.size)
+        return None
+
+    def save(self, value, save_persistent_id=True):
+        if isinstance(value, _Name):
+            return self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+        if isinstance(value, _Tensor):
+            self.save(_Name("torch._utils", "_rebuild_tensor_v2"))
+            self.save(value.arguments)
+            return self.write(pickle.REDUCE)
+        return super().save(value, save_persistent_id)
+
+
+def dumps(tree: object) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(tree)
+    return buffer.getvalue()
+
+
+def write(path, description: bytes, storages: dict[str, bytes], *, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", description)
+        archive.writestr("archive/byteorder", b"little")
+        for key, data in storages.items():
+            archive.writestr(f"archive/data/{key}", data)
+        archive.writestr("archive/version", b"3\n")
+    return path
+
+
+def save(path, tensors: dict[str, np.ndarray], **options):
+    storages = {name: _Storage(str(i), array) for i, (name, array) in enumerate(tensors.items())}
+    tree = collections.OrderedDict(
+        (
+            name,
+            _Tensor(
+                storages[name], 0, array.shape, tuple(s // array.itemsize for s in array.strides)
+            ),
+        )
+        for name, array in tensors.items()
+    )
+    data = {s.key: s.array.tobytes() for s in storages.values()}
+    return write(path, dumps(tree), data, **options)
+
+
+def tree_with(tensor: _Tensor) -> bytes:
+    return dumps({"w": tensor})
+
+
+@pytest.fixture
+def storage():
+    return _Storage("0", np.arange(6, dtype=np.float32))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([np.float32, ml_dtypes.bfloat16, np.int64]),
+            st.lists(st.integers(0, 4), max_size=4),
+        ),
+        max_size=5,
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_tensors_come_back_bit_for_bit(tmp_path, parts):
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"module.layer{i}.weight": rng.integers(-9, 9, shape).astype(dtype)
+        for i, (dtype, shape) in enumerate(parts)
+    }
+    read = read_torch_zip(save(tmp_path / "m.pt", tensors))
+    assert list(read) == list(tensors)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(read[name], tensor)
+
+
+def test_transposed_and_offset_views_and_nested_dicts(tmp_path, storage):
+    tree = {
+        "model": {"t": _Tensor(storage, 0, (2, 3), (1, 2)), "o": _Tensor(storage, 4, (2,), (1,))}
+    }
+    path = write(tmp_path / "m.pt", dumps(tree), {"0": storage.array.tobytes()})
+    read = read_torch_zip(path)
+    np.testing.assert_array_equal(read["model.t"], storage.array.reshape(3, 2).T)
+    np.testing.assert_array_equal(read["model.o"], [4.0, 5.0])
+    with pytest.raises(ValueError, match="read-only"):
+        read["model.o"][0] = 1
+
+
+class _Evil:
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        _Evil(os.system, "touch {marker}"),
+        _Evil(eval, "open('{marker}', 'w')"),
+        _Evil(getattr, os, "system"),
+        {"nested": [({"deep": _Evil(os.system, "touch {marker}")},)]},
+    ],
+    ids=["system", "eval", "getattr", "nested"],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_no_code_runs_and_the_name_is_told(tmp_path, evil, protocol):
+    marker = tmp_path / "pwned"
+    if isinstance(evil, _Evil):
+        evil.arguments = tuple(
+            a.format(marker=marker) if isinstance(a, str) else a for a in evil.arguments
+        )
+        if os in evil.arguments:
+            evil.arguments = ("os", "system")
+    path = write(tmp_path / "m.pt", pickle.dumps(evil, protocol), {})
+    with pytest.raises(CheckpointError, match=r"m\.pt: (refuses|opcode)"):
+        read_torch_zip(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        (b"\x80\x02ctorch.serialization\nload\n.", "refuses the name 'torch.serialization load'"),
+        (b"\x80\x02ctorch\nFloatStorage\n)R.", "refuses to call"),
+        (b"\x80\x02}U\x01xN.", "opcode SHORT_BINSTRING"),
+        (b"\x80\x02}(K\x01u.", "a key without a value"),
+        (b"\x80\x02}", "has no end|not a readable"),
+        (b"\x80\x02.", "takes more than it has put"),
+        (b"\x80\x02}u.", "closes what it has not opened"),
+        (b"\x80\x02h\x05.", "slot 5, which is empty"),
+        (b"\x80\x02]q\x00h\x00a.", "expected a dict of tensors, found list"),
+        (b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", "stands in several places"),
+        (b"\x80\x02}X\x01\x00\x00\x00xb.", "refuses to set attributes"),
+        (b"\x80\x02X\xff\xff\xff\x7fabc.", "not a readable"),
+        (b"\x80\x02K\x01Q.", "not one to a storage"),
+        (b"\x80\x02" + b")" + b"\x85" * 100_000 + b".", "expected a dict of tensors, found tuple"),
+    ],
+)
+def test_descriptions_that_are_no_state_dict_are_refused(tmp_path, description, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_torch_zip(write(tmp_path / "m.pt", description, {}))
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride"),
+    [
+        (0, (7,), (1,)),
+        (4, (3,), (1,)),
+        (-1, (2,), (1,)),
+        (0, (2, 3), (4, 1)),
+        (5, (3,), (-1,)),
+        (0, (1 << 40, 1 << 40), (0, 0)),
+        (0, (2, 3), (3,)),
+        (0, (2.0, 3), (3, 1)),
+        (0, 6, 1),
+    ],
+)
+def test_tensors_outside_their_storage_are_refused(tmp_path, storage, offset, size, stride):
+    path = write(
+        tmp_path / "m.pt",
+        tree_with(_Tensor(storage, offset, size, stride)),
+        {"0": storage.array.tobytes()},
+    )
+    with pytest.raises(CheckpointError, match=r"m\.pt: (a tensor of size|refuses)"):
+        read_torch_zip(path)
+
+
+@pytest.mark.parametrize("key", ["../../etc/passwd", "0/../1", "", "9" * 20])
+def test_storage_keys_are_numbers(tmp_path, key):
+    tensor = _Tensor(_Storage(key, np.zeros(1, np.float32)), 0, (1,), (1,))
+    with pytest.raises(CheckpointError, match="is not a number"):
+        read_torch_zip(write(tmp_path / "m.pt", tree_with(tensor), {}))
+
+
+def test_storages_must_exist_and_have_the_announced_size(tmp_path, storage):
+    description = tree_with(_Tensor(storage, 0, (6,), (1,)))
+    with pytest.raises(CheckpointError, match="storage 0 is missing"):
+        read_torch_zip(write(tmp_path / "m.pt", description, {}))
+    with pytest.raises(CheckpointError, match="storage 0 holds 20 bytes, 6 x float32"):
+        read_torch_zip(write(tmp_path / "m.pt", description, {"0": bytes(20)}))
+
+
+def test_compressed_members_are_refused(tmp_path):
+    path = save(tmp_path / "m.pt", {"w": np.zeros(1 << 20, np.float32)}, compression=8)
+    assert path.stat().st_size < 10_000, "a zip bomb in the small"
+    with pytest.raises(CheckpointError, match="is compressed"):
+        read_torch_zip(path)
+
+
+def _patch_directory(path, entry: int, field: int, value: int) -> None:
+    """Overwrites one 32-bit field of an entry of the zip's central directory."""
+    data = bytearray(path.read_bytes())
+    at = -1
+    for _ in range(entry + 1):
+        at = data.index(b"PK\x01\x02", at + 1)
+    struct.pack_into("<I", data, at + field, value)
+    path.write_bytes(bytes(data))
+
+
+def test_overlapping_and_overlong_members_are_refused(tmp_path):
+    tensors = {"a": np.zeros(4, np.float32), "b": np.ones(4, np.float32)}
+    path = save(tmp_path / "a.pt", tensors)
+    with zipfile.ZipFile(path) as archive:
+        first = archive.infolist()[2].header_offset
+    _patch_directory(path, entry=3, field=42, value=first)
+    with pytest.raises(CheckpointError, match=r"overlaps|not a readable"):
+        read_torch_zip(path)
+    path = save(tmp_path / "b.pt", tensors)
+    _patch_directory(path, entry=2, field=20, value=1 << 30)
+    _patch_directory(path, entry=2, field=24, value=1 << 30)
+    with pytest.raises(CheckpointError, match=r"past the file's end|not a readable"):
+        read_torch_zip(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_damaged_files_end_in_one_error(tmp_path, data):
+    path = save(tmp_path / "m.pt", {"w": np.arange(12, dtype=np.float32).reshape(3, 4)})
+    content = bytearray(path.read_bytes())
+    kind = data.draw(st.sampled_from(["cut", "flip"]))
+    if kind == "cut":
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content))
+    with contextlib.suppress(CheckpointError):
+        assert all(t.nbytes <= len(content) for t in read_torch_zip(path).values())

@@ -1,0 +1,101 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from qvla_jax.checkpoints import public_tensors
+from qvla_jax.data import bundled_path
+from qvla_jax.errors import DatasetError, InputError
+from qvla_jax.inference import load_policy
+from qvla_jax.training import TrainConfig, train
+from qvla_jax.training.behaviour_cloning import learning_rate
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes_dtypes():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(
+        data=bundled_path(),
+        out=tmp_path / "run",
+        model="tiny-test",
+        train_split="calibration",
+        steps=6,
+        batch_size=8,
+        warmup_steps=2,
+        decay_steps=2,
+        checkpoint_every=2,
+        evaluate_every=3,
+    )
+
+
+def test_the_rate_warms_up_stays_and_decays(tmp_path):
+    config = TrainConfig(data=tmp_path, out=tmp_path, steps=100, warmup_steps=10, decay_steps=20)
+    rate = learning_rate(config)
+    peak = config.peak_learning_rate
+    expected = {0: 0.0, 5: peak / 2, 10: peak, 50: peak, 80: peak, 90: peak / 2, 100: 0.0}
+    for step, value in expected.items():
+        np.testing.assert_allclose(float(rate(step)), value, atol=1e-9)
+
+
+def test_a_cut_run_resumes_to_the_same_weights(config, tmp_path):
+    whole = dataclasses.replace(config, out=tmp_path / "whole")
+    train(whole)
+
+    def cut_after_three(stage, done, total):
+        if stage == "train" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=cut_after_three)
+    assert not (config.out / "policy").exists()
+    train(config)
+
+    expected = public_tensors(load_policy(whole.out / "policy").model)
+    resumed = public_tensors(load_policy(config.out / "policy").model)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(resumed[name], tensor, err_msg=name)
+    logs = [(out / "log.jsonl").read_text().splitlines() for out in (whole.out, config.out)]
+    assert [json.loads(line)["step"] for line in logs[1]] == [3, 6]
+    # The mean training loss of a window that was cut covers only what was run after the cut.
+    assert [json.loads(line)["heldout_l1"] for line in logs[0]] == pytest.approx(
+        [json.loads(line)["heldout_l1"] for line in logs[1]], rel=1e-6
+    )
+
+
+def test_training_fits_and_says_what_it_reached(config):
+    config = dataclasses.replace(config, steps=40, evaluate_every=10, peak_learning_rate=3e-3)
+    folder = train(config)
+    log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["train_l1"] < 0.7 * log[0]["train_l1"]
+    record = json.loads((folder / "training.json").read_text())
+    assert record["heldout_l1_normalized"] == pytest.approx(log[-1]["heldout_l1"], rel=0.05)
+    assert record["train_episodes"] == 20
+    assert "data" not in record["config"]
+
+
+def test_another_recipe_in_the_same_folder_is_refused(config):
+    config = dataclasses.replace(config, steps=2, warmup_steps=0, decay_steps=0)
+    train(config)
+    with pytest.raises(InputError, match="holds a run with batch_size = 8, asked for 16"):
+        train(dataclasses.replace(config, batch_size=16))
+
+
+def test_a_run_may_be_prolonged_only_before_its_decay(config):
+    train(dataclasses.replace(config, decay_steps=0))
+    train(dataclasses.replace(config, steps=8, decay_steps=2))
+    with pytest.raises(InputError, match="past the start of a decay"):
+        train(dataclasses.replace(config, steps=12, decay_steps=2))
+
+
+def test_wrong_data_are_named(config, tmp_path):
+    with pytest.raises(DatasetError, match="no such directory"):
+        train(dataclasses.replace(config, data=tmp_path / "nothing"))
+    with pytest.raises(InputError, match="decay_steps 9 do not fit into steps 6"):
+        train(dataclasses.replace(config, decay_steps=9))
