@@ -42,5 +42,5 @@ def test_replacing_puts_the_new_module_in_place():
 
 
 def test_unknown_paths_name_the_part_that_is_missing(model):
-    with pytest.raises(KeyError, match="'layers.7.mlp'.*'7' was not found"):
+    with pytest.raises(KeyError, match=r"'layers\.7\.mlp'.*'7' was not found"):
         get_module(model.language_model.model, "layers.7.mlp")
