@@ -39,7 +39,8 @@ lint: $(VENV)/.dev types  ## Check style, formatting and types
 types: $(VENV)/.dev
 	rm -rf build/types
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
-	$(BIN)/basedpyright --pythonpath $(BIN)/python build/types/qvla_jax
+	cp pyproject.toml build/types
+	$(BIN)/basedpyright --project build/types --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev  ## Fix style and formatting
 	$(BIN)/ruff check --fix .

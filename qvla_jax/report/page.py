@@ -265,7 +265,7 @@ def _provenance(report: Mapping[str, Any]) -> str:
         "commit": made["commit"] or "not from a checkout",
         "Python": made["python"],
         "packages": ", ".join(f"{k} {v}" for k, v in made["packages"].items()),
-        "seconds": ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()),
+        "seconds": ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items() if v),
         "made": report["created"],
     }
     inner = "".join(

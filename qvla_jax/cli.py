@@ -1,0 +1,174 @@
+"""The `qvla` command: one subcommand for each stage, and one for the whole walk.
+
+Settings are the frozen dataclasses of the Python API, turned into options by tyro. Results go to
+stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qvla_jax import __version__
+from qvla_jax.errors import InputError, QvlaError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        summary: One line for `qvla --help`.
+        example: A call that works.
+        load: Imports and returns the settings' class and the function that takes them. Only the
+            command that runs is imported.
+    """
+
+    summary: str
+    example: str
+    load: Callable[[], tuple[type[Any], Callable[[Any], None]]]
+
+
+def _run() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+    from qvla_jax.pipeline import RunConfig
+
+    return RunConfig, commands.run
+
+
+def _stage(name: str) -> Callable[[], tuple[type[Any], Callable[[Any], None]]]:
+    def load() -> tuple[type[Any], Callable[[Any], None]]:
+        from qvla_jax import commands, pipeline
+
+        return getattr(pipeline, f"{name.capitalize()}Config"), getattr(commands, name)
+
+    return load
+
+
+def _train() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+    from qvla_jax.training import TrainConfig
+
+    return TrainConfig, commands.train
+
+
+def _inspect() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+
+    return commands.InspectConfig, commands.inspect
+
+
+def _doctor() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+
+    return commands.DoctorConfig, commands.doctor
+
+
+COMMANDS = {
+    "run": Command(
+        "calibrate, measure, allocate, evaluate and report in one go",
+        "qvla run --model libero-mini --budget-bits 4 --out runs/mini",
+        _run,
+    ),
+    "calibrate": Command(
+        "draw the calibration frames", "qvla calibrate --frames 128 --out runs/mini",
+        _stage("calibrate"),
+    ),
+    "sensitivity": Command(
+        "measure what each channel costs at each bit-width",
+        "qvla sensitivity --model libero-mini --out runs/mini",
+        _stage("sensitivity"),
+    ),
+    "allocate": Command(
+        "choose a bit-width for every channel", "qvla allocate --budget-bits 3 --out runs/mini",
+        _stage("allocate"),
+    ),
+    "evaluate": Command(
+        "measure the action error on held-out frames",
+        "qvla evaluate --model libero-mini --out runs/mini",
+        _stage("evaluate"),
+    ),
+    "report": Command(
+        "write report.json and report.html", "qvla report --out runs/mini", _stage("report")
+    ),
+    "train": Command(
+        "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train
+    ),
+    "inspect": Command(
+        "say what a policy holds and what it weighs", "qvla inspect --model libero-mini", _inspect
+    ),
+    "doctor": Command("check this installation", "qvla doctor", _doctor),
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        return _complain(error, BAD_INPUT)
+    except QvlaError as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return DONE if arguments else BAD_INPUT
+    if arguments[0] in ("--version", "-V"):
+        print(f"qvla {__version__}")
+        return DONE
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=2)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise InputError(f"there is no command {name!r}{hint} `qvla --help` lists them")
+    command = COMMANDS[name]
+    # Before anything touches a device: one XLA CPU device uses about one core.
+    from qvla_jax.sharding import use_all_cpu_cores
+
+    use_all_cpu_cores()
+    kind, function = command.load()
+    import tyro
+
+    config = tyro.cli(
+        kind,
+        args=rest,
+        prog=f"qvla {name}",
+        description=f"{(kind.__doc__ or command.summary).strip()}\n\nExample: {command.example}",
+    )
+    function(config)
+    return DONE
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: qvla COMMAND [options]",
+            "",
+            "Quantize vision-language-action policies, channel by channel.",
+            "",
+            *lines,
+            "",
+            "`qvla COMMAND --help` lists the options; for example:",
+            f"  {COMMANDS['run'].example}",
+        ]
+    )
+
+
+def _complain(error: object, code: int) -> int:
+    message = " ".join(str(error).split())
+    print(f"qvla: {'' if code == INTERRUPTED else 'error: '}{message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""What the subcommands do: run a stage with progress bars, then say what came out."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qvla_jax import __version__, pipeline
+from qvla_jax.errors import QvlaError
+from qvla_jax.pipeline import files
+from qvla_jax.progress import ProgressBars
+from qvla_jax.report.page import size_text
+from qvla_jax.report.svg import number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Says what a policy holds and what it weighs at uniform bit-widths."""
+
+    # A policy that ships with the package, or a directory that holds one.
+    model: str = "libero-mini"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Checks this installation: versions, devices, extras, bundled files."""
+
+
+def run(config: pipeline.RunConfig) -> None:
+    """Runs the whole walk and prints the table of methods."""
+    with ProgressBars() as progress:
+        content = pipeline.run(config, progress=progress)
+    show_report(content)
+    _say(f"Report: {config.out / files.REPORT_HTML}")
+
+
+def calibrate(config: pipeline.CalibrateConfig) -> None:
+    """Draws the calibration frames."""
+    with ProgressBars() as progress:
+        drawn = pipeline.calibrate(config, progress=progress)
+    _say(
+        f"{drawn.frames} frames of {drawn.manifest['trajectories']} episodes "
+        f"({drawn.manifest['dataset']}, {drawn.manifest['split']}): "
+        f"{config.out / files.CALIBRATION}"
+    )
+
+
+def sensitivity(config: pipeline.SensitivityConfig) -> None:
+    """Measures the sensitivities."""
+    with ProgressBars() as progress:
+        validation = pipeline.sensitivity(config, progress=progress)
+    if validation is not None:
+        _say(spearman_line(validation, config.method))
+    _say(f"Sensitivities: {config.out / files.SENSITIVITY}")
+
+
+def allocate(config: pipeline.AllocateConfig) -> None:
+    """Allocates bits and prints what each solver reached."""
+    with ProgressBars() as progress:
+        allocations = pipeline.allocate(config, progress=progress)
+    table = Table("allocation", box=None)
+    for heading in ("budget", "stored", "cost", "lower bound", "seconds"):
+        table.add_column(heading, justify="right")
+    for a in allocations.items:
+        table.add_row(
+            f"{a.sensitivity}, {a.solver}",
+            f"{a.budget_bits:g} bits",
+            size_text(a.stored_bytes),
+            number(a.predicted_sse_normalized),
+            number(a.lower_bound),
+            f"{a.seconds:.2f}",
+        )
+    _print(table)
+    _say(f"Allocation: {config.out / files.ALLOCATION}")
+
+
+def evaluate(config: pipeline.EvaluateConfig) -> None:
+    """Evaluates and prints the table of methods."""
+    with ProgressBars() as progress:
+        content = pipeline.evaluate(config, progress=progress)
+    _print(methods_table(content["methods"]))
+    _say(f"Evaluation: {config.out / files.EVALUATION}")
+
+
+def report(config: pipeline.ReportConfig) -> None:
+    """Writes the report."""
+    show_report(pipeline.report(config))
+    _say(f"Report: {config.out / files.REPORT_HTML}")
+
+
+def train(config: Any) -> None:
+    """Trains a policy."""
+    from qvla_jax.training import train as behaviour_cloning
+
+    with ProgressBars() as progress:
+        behaviour_cloning(config, progress=progress)
+
+
+def inspect(config: InspectConfig) -> None:
+    """Prints what a policy holds."""
+    from qvla_jax.inference import load_policy
+    from qvla_jax.quantization import policy_index
+    from qvla_jax.quantization.layout import uniform_bytes
+
+    policy = load_policy(config.model)
+    index = policy_index(policy)
+    _say(f"{policy.config.name}  fingerprint {policy.fingerprint}")
+    _say(
+        f"{pipeline.count_parameters(policy):,} parameters; {index.num_weights:,} of them in "
+        f"{len(index):,} quantizable output channels of {len(index.layers)} layers"
+    )
+    table = Table("uniform bits", box=None)
+    table.add_column("quantized layers", justify="right")
+    for bits in (16, 8, 4, 3, 2):
+        table.add_row("source" if bits == 16 else str(bits), size_text(uniform_bytes(index, bits)))
+    _print(table)
+
+
+def doctor(config: DoctorConfig) -> None:
+    """Prints what works here.
+
+    Raises:
+        QvlaError: Something that the core needs is missing.
+    """
+    del config
+    import jax
+
+    from qvla_jax import data, provenance, solvers
+
+    made = provenance.provenance()
+    _say(f"qvla_jax {__version__}, Python {made['python']}, {made['system']} {made['machine']}")
+    device = made["device"]
+    _say(f"JAX {jax.__version__}: {device['count']} × {device['kind']} ({device['platform']})")
+    _say(f"solvers: {', '.join(solvers.available())}")
+    for extra, module in (("rlds", "tensorflow"), ("libero", "libero"), ("serve", "websockets")):
+        found = importlib.util.find_spec(module) is not None
+        hint = "installed" if found else f"not installed (pip install 'qvla-jax[{extra}]')"
+        _say(f"extra {extra}: {hint}")
+    bundled = data.bundled_path()
+    if not bundled.is_dir():
+        raise QvlaError("the bundled episodes are missing; install the package again")
+    _say("bundled episodes: present")
+
+
+def show_report(content: Mapping[str, Any]) -> None:
+    """Prints a report's validation and its table of methods."""
+    if content["validation"] is not None:
+        _say(spearman_line(content["validation"], content["sensitivity"]["method"]))
+    _print(methods_table(content["methods"]))
+    _say(content["simulated"]["note"])
+
+
+def spearman_line(validation: Mapping[str, Any], method: str) -> str:
+    """Returns the rank correlations in one line."""
+    ranks = ", ".join(f"{r['spearman']:.4f} at {r['bits']} bits" for r in validation["spearman"])
+    return f"Spearman({method}, exact) on {validation['channels']} channels: {ranks}"
+
+
+def methods_table(entries: list[Mapping[str, Any]]) -> Table:
+    """Returns the table of methods: bytes, bits and errors."""
+    table = Table("method (execution simulated)", box=None, padding=(0, 1))
+    for heading in ("stored", "bits/weight", "MSE", "L1", "worst", "grip flips", "L1 expert"):
+        table.add_column(heading, justify="right")
+    for e in entries:
+        errors, expert = e["versus_full_precision"], e["versus_expert"]
+        full = e["family"] == "full"
+        table.add_row(
+            e["label"],
+            size_text(e["stored_bytes"]),
+            f"{e['stored_bits_per_weight']:.2f}",
+            "-" if full else number(errors["action_mse_normalized"]),
+            "-" if full else number(errors["action_l1_normalized"]),
+            "-" if full else number(max(errors["worst_by_dimension"])),
+            "-" if full else f"{errors['gripper_flip_rate']:.2%}",
+            f"{expert['action_l1_normalized']:.4f}",
+        )
+    return table
+
+
+def _say(text: str) -> None:
+    print(text)
+
+
+def _print(table: Table) -> None:
+    # A fixed width where there is no terminal, so that piped output is not folded at 80 columns.
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=140)
+    console.print(table)

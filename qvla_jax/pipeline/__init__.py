@@ -1,0 +1,39 @@
+"""The stages of the walk: calibrate, sensitivity, allocate, evaluate, report, and `run` for all.
+
+Each takes a frozen settings dataclass and leaves its result in one folder, where the next one finds
+it; each checks that what it finds belongs together.
+"""
+
+from qvla_jax.pipeline.allocate import Allocation, Allocations, allocate
+from qvla_jax.pipeline.calibrate import calibrate, load_calibration
+from qvla_jax.pipeline.configs import (
+    AllocateConfig,
+    CalibrateConfig,
+    EvaluateConfig,
+    ReportConfig,
+    RunConfig,
+    SensitivityConfig,
+)
+from qvla_jax.pipeline.evaluate import count_parameters, evaluate
+from qvla_jax.pipeline.report import report
+from qvla_jax.pipeline.run import run
+from qvla_jax.pipeline.sensitivity import sensitivity
+
+__all__ = [
+    "AllocateConfig",
+    "Allocation",
+    "Allocations",
+    "CalibrateConfig",
+    "EvaluateConfig",
+    "ReportConfig",
+    "RunConfig",
+    "SensitivityConfig",
+    "allocate",
+    "calibrate",
+    "count_parameters",
+    "evaluate",
+    "load_calibration",
+    "report",
+    "run",
+    "sensitivity",
+]

@@ -1,0 +1,169 @@
+"""Stage 3: choose a bit-width for every channel, for each method and budget."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.array_typing import Integer, NpArray
+from qvla_jax.errors import BudgetError, InputError
+from qvla_jax.pipeline import files
+from qvla_jax.pipeline.configs import AllocateConfig
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.sensitivity.table import SensitivityTable
+from qvla_jax.solvers import relax, solve
+from qvla_jax.solvers.storage import read_arrays, write_arrays
+
+KIND = "qvla_jax.allocation"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Allocation:
+    """Bits for every channel, and how they were found.
+
+    Attributes:
+        bits: `[C]`, in the table's channel order.
+        sensitivity: The method that the costs come from.
+        baseline: The costs are not those of the run's own method.
+        solver: The solver's registered name.
+        budget_bits: The budget, bits for each quantized weight with everything stored counted.
+        budget_bytes: The same in bytes.
+        stored_bytes: What the allocation stores, at most `budget_bytes`.
+        predicted_sse_normalized: The summed costs: the joint error if errors simply added up.
+        lower_bound: No allocation within the budget has a smaller sum of costs.
+        seconds: What the solver took.
+    """
+
+    bits: Integer[NpArray, " C"]
+    sensitivity: str
+    baseline: bool
+    solver: str
+    budget_bits: float
+    budget_bytes: int
+    stored_bytes: int
+    predicted_sse_normalized: float
+    lower_bound: float
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Identifies the allocation within a run."""
+        return f"{self.sensitivity}+{self.solver}@{self.budget_bits:g}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Allocations:
+    """All allocations of a run.
+
+    Attributes:
+        items: The chosen one first.
+        layers: `path`, `out_features` and `fan_in` of each layer, in channel order.
+        made_from: Policy fingerprint and calibration hash.
+    """
+
+    items: tuple[Allocation, ...]
+    layers: tuple[Mapping[str, Any], ...]
+    made_from: Mapping[str, str]
+
+    @property
+    def chosen(self) -> Allocation:
+        """The run's result."""
+        return self.items[0]
+
+    def save(self, path: Path) -> None:
+        """Writes one file with the bits of every allocation."""
+        arrays = {f"bits.{i}": a.bits.astype(np.uint8) for i, a in enumerate(self.items)}
+        described = [_without_bits(a) for a in self.items]
+        header = {"allocations": described, "layers": self.layers, "made_from": self.made_from}
+        write_arrays(path, arrays, header, kind=KIND)
+
+    @classmethod
+    def load(cls, path: Path) -> "Allocations":
+        """Reads a file written by `save`.
+
+        Raises:
+            InputError: It is missing, damaged or of another kind.
+        """
+        arrays, header = read_arrays(files.needed(path), kind=KIND, required=("bits.0",))
+        try:
+            items = tuple(
+                Allocation(bits=arrays[f"bits.{i}"].astype(np.int64), **described)
+                for i, described in enumerate(header["allocations"])
+            )
+            return cls(items, tuple(header["layers"]), header["made_from"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: damaged allocation file ({error})") from error
+
+
+def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> Allocations:
+    """Solves for every sensitivity table in the folder, every solver and every budget.
+
+    The solvers beyond the first are run on the main table alone; the other tables are baselines of
+    the sensitivity, under the same allocator.
+
+    Raises:
+        BudgetError: Even the smallest option of every channel exceeds the budget.
+        InputError: A table is missing or damaged, or a solver's name is unknown.
+    """
+    tables = load_tables(config.out)
+    main = tables[0]
+    jobs = [(table, solver) for table in tables for solver in config.solvers]
+    jobs = [(t, s) for t, s in jobs if t is main or s == config.solvers[0]]
+    main.problem(budget_bits=config.budget_bits)  # before any work: is the budget possible?
+    budgets = [config.budget_bits, *(b for b in sorted(config.sweep) if b != config.budget_bits)]
+    items: list[Allocation] = []
+    total = len(jobs) * len(budgets)
+    for done, (bits, (table, solver)) in enumerate((b, j) for b in budgets for j in jobs):
+        progress("allocate", done, total)
+        try:
+            items.append(_solve(table, solver, bits, baseline=table is not main))
+        except BudgetError:
+            if bits == config.budget_bits:
+                raise
+            # A budget of the sweep below what can be stored simply has no point on the curve.
+    progress("allocate", total, total)
+    allocations = Allocations(tuple(items), _layers(main), files.made_from(main))
+    allocations.save(config.out / files.ALLOCATION)
+    return allocations
+
+
+def load_tables(folder: Path) -> list[SensitivityTable]:
+    """Loads the main sensitivity table and the baselines beside it, checked to belong together."""
+    tables = [SensitivityTable.load(files.needed(folder / files.SENSITIVITY))]
+    for path in sorted(folder.glob("sensitivity_*.safetensors")):
+        table = SensitivityTable.load(path)
+        remedy = f"run `qvla sensitivity --out {folder}` again, or delete it"
+        files.check_same(path, files.made_from(table), files.made_from(tables[0]), remedy=remedy)
+        tables.append(table)
+    return tables
+
+
+def _solve(table: SensitivityTable, solver: str, bits: float, *, baseline: bool) -> Allocation:
+    problem = table.problem(budget_bits=bits)
+    solution = solve(problem, solver, relaxation=relax(problem))
+    return Allocation(
+        bits=np.asarray(table.bits_of(solution)),
+        sensitivity=table.method,
+        baseline=baseline,
+        solver=solver,
+        budget_bits=bits,
+        budget_bytes=problem.budget,
+        stored_bytes=solution.size,
+        predicted_sse_normalized=solution.cost,
+        lower_bound=solution.lower_bound,
+        seconds=solution.seconds,
+    )
+
+
+def _without_bits(allocation: Allocation) -> dict[str, Any]:
+    fields = dataclasses.fields(allocation)
+    return {f.name: getattr(allocation, f.name) for f in fields if f.name != "bits"}
+
+
+def _layers(table: SensitivityTable) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {"path": layer.path, "out_features": layer.out_features, "fan_in": layer.fan_in}
+        for layer in table.index.layers
+    )

@@ -1,0 +1,117 @@
+"""Settings of the stages: frozen dataclasses, shared by the Python API and the command line.
+
+`RunConfig` inherits every stage's settings, so it can be handed to each of them.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from qvla_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every stage needs."""
+
+    # Folder that the stages read from and write to.
+    out: Path
+    # Seed of every random draw.
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(StageConfig):
+    """Draws the calibration frames and writes their manifest, calibration.json."""
+
+    # "bundled", or the directory of an RLDS data set.
+    dataset: str = "bundled"
+    # Split to calibrate on.
+    split: str = "calibration"
+    # Frames to draw. Few frames overfit: 8 cost a factor of 10 to 60 in held-out error.
+    frames: int = 128
+    # Actions of the expert that go with each frame; must be the policy's.
+    horizon: int = 8
+
+    def __post_init__(self) -> None:
+        _positive(self, "frames", "horizon")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SensitivityConfig(StageConfig):
+    """Measures what each output channel costs at each bit-width; writes sensitivity.safetensors."""
+
+    # A policy that ships with the package, or a directory that holds one.
+    model: str = "libero-mini"
+    # jacobian (first order, all channels at once) or exact (a forward pass each).
+    method: str = "jacobian"
+    # Random probe vectors for each frame (jacobian).
+    probes: int = 8
+    # Other methods to compare with, each in a file of its own.
+    baselines: tuple[str, ...] = ("input_hessian",)
+    # Sampled channels whose sensitivity is also measured exactly, to validate the rest; 0 skips it.
+    validate: int = 256
+    # Calibration frames used for that.
+    validate_frames: int = 16
+
+    def __post_init__(self) -> None:
+        _positive(self, "probes", "validate_frames")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllocateConfig(StageConfig):
+    """Chooses a bit-width for every channel; writes allocation.safetensors."""
+
+    # Bits for each quantized weight, everything stored counted (scales, biases, index, padding).
+    budget_bits: float = 4.0
+    # Solvers to compare; the first one is the result, the others are baselines.
+    solvers: tuple[str, ...] = ("greedy:marginal", "greedy:qvla")
+    # Further budgets, for the curve of error against bytes.
+    sweep: tuple[float, ...] = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+
+    def __post_init__(self) -> None:
+        if not self.solvers:
+            raise InputError("at least one solver is needed, such as greedy:marginal")
+        for bits in (self.budget_bits, *self.sweep):
+            if not 0 < bits <= 16:
+                raise InputError(f"a budget must lie above 0 and at most 16 bits, got {bits}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(StageConfig):
+    """Measures the action error of every allocation on held-out frames; writes evaluation.json."""
+
+    # A policy that ships with the package, or a directory that holds one.
+    model: str = "libero-mini"
+    # "bundled", or the directory of an RLDS data set.
+    eval_dataset: str = "bundled"
+    # Split to evaluate on; must not be the one that was calibrated on.
+    eval_split: str = "heldout"
+    # Frames to draw from it; 0 takes all of them.
+    eval_frames: int = 256
+    # Uniform round-to-nearest baselines.
+    uniform_bits: tuple[int, ...] = (2, 3, 4, 8)
+    # Frames for each forward pass.
+    eval_batch: int = 32
+
+    def __post_init__(self) -> None:
+        _positive(self, "eval_batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig(StageConfig):
+    """Writes report.json and report.html from the files of the other stages."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(CalibrateConfig, SensitivityConfig, AllocateConfig, EvaluateConfig, ReportConfig):
+    """Runs the whole walk: calibrate, sensitivity, allocate, evaluate, report."""
+
+    def __post_init__(self) -> None:
+        for base in (CalibrateConfig, SensitivityConfig, AllocateConfig, EvaluateConfig):
+            base.__post_init__(self)
+
+
+def _positive(config: StageConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")

@@ -1,0 +1,241 @@
+"""Stage 4: the action error of every allocation on frames that calibration never saw."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.atomic import write_json
+from qvla_jax.data.calibration import CalibrationSet, calibration_set
+from qvla_jax.data.rlds import RldsDataset
+from qvla_jax.data.samples import bundled_path
+from qvla_jax.errors import InputError
+from qvla_jax.evaluation import Predictions, action_errors, predict
+from qvla_jax.inference import Policy, load_policy
+from qvla_jax.pipeline import files
+from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
+from qvla_jax.pipeline.calibrate import load_calibration
+from qvla_jax.pipeline.configs import EvaluateConfig
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.provenance import provenance
+from qvla_jax.quantization import (
+    ChannelIndex,
+    policy_index,
+    quantize,
+    quantize_uniform,
+    uniform_bytes,
+)
+
+EVALUATION_KIND = "qvla_jax.evaluation"
+SOURCE_BITS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """Held-out frames, decoded once for all methods."""
+
+    frames: int
+    stored: tuple[Mapping[str, Any], ...]
+
+    def batches(self, n: int) -> Iterator[Mapping[str, Any]]:
+        """Yields the stored batches, whose size was chosen before."""
+        del n
+        yield from self.stored
+
+
+def evaluate(
+    config: EvaluateConfig, *, policy: Policy | None = None, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Measures full precision, uniform rounding and every allocation; writes evaluation.json.
+
+    Args:
+        config: Settings.
+        policy: The policy, if it is loaded already.
+        progress: Called as it goes on.
+
+    Raises:
+        InputError: A file is missing or was made for another policy or calibration set, or the
+            evaluation frames are those of the calibration.
+    """
+    started = time.perf_counter()
+    policy = load_policy(config.model) if policy is None else policy
+    path = config.out / files.ALLOCATION
+    allocations = Allocations.load(path)
+    calibration = load_calibration(config.out)
+    files.check_same(
+        path,
+        allocations.made_from,
+        {"policy fingerprint": policy.fingerprint, "calibration hash": calibration.hash},
+        remedy=f"run `qvla sensitivity` and `qvla allocate` with --out {config.out} again",
+    )
+    heldout = heldout_set(config, horizon=policy.config.action_horizon)
+    check_disjoint(calibration, heldout)
+    held = _Held(heldout.frames, tuple(heldout.batches(config.eval_batch)))
+    index = policy_index(policy)
+    means = load_tables(config.out)[0].means
+
+    total = 1 + len(config.uniform_bits) + len(allocations.items)
+    progress("evaluate", 0, total)
+    reference = predict(policy, held, batch_size=config.eval_batch)
+    entries = [_full_entry(index, reference)]
+    for bits in config.uniform_bits:
+        progress("evaluate", len(entries), total)
+        uniform = quantize_uniform(policy, bits)
+        entries.append(_uniform_entry(index, bits, predict(uniform, held), reference))
+    for allocation in allocations.items:
+        progress("evaluate", len(entries), total)
+        quantized = quantize(policy, allocation.bits, means=means)
+        solver = allocations.chosen.solver
+        entries.append(
+            _entry(index, allocation, predict(quantized, held), reference, solver=solver)
+        )
+    progress("evaluate", total, total)
+    evaluation = {
+        "format": EVALUATION_KIND,
+        "version": 1,
+        "made_from": allocations.made_from,
+        "model": {
+            "name": policy.config.name,
+            "fingerprint": policy.fingerprint,
+            "parameters": count_parameters(policy),
+            "layers": len(index.layers),
+            "channels": len(index),
+            "quantized_weights": index.num_weights,
+        },
+        "simulated": {
+            "execution": True,
+            "note": "Quantized weights run in floating point here, on exactly the values of their "
+            "grids; stored bytes are computed from the packed layout.",
+        },
+        "heldout": describe_frames(heldout),
+        "chosen": allocations.chosen.name,
+        "methods": entries,
+        "seconds": time.perf_counter() - started,
+        "provenance": provenance(seed=config.seed),
+    }
+    write_json(config.out / files.EVALUATION, evaluation)
+    return evaluation
+
+
+def heldout_set(config: EvaluateConfig, *, horizon: int) -> CalibrationSet:
+    """Draws the evaluation frames, or takes all of the split."""
+    trajectories = None
+    if config.eval_frames < 1:
+        source = bundled_path() if config.eval_dataset == "bundled" else config.eval_dataset
+        trajectories = len(RldsDataset(source, config.eval_split))
+    return calibration_set(
+        config.eval_dataset,
+        frames=config.eval_frames if config.eval_frames > 0 else None,
+        trajectories=trajectories,
+        seed=config.seed,
+        split=config.eval_split,
+        horizon=horizon,
+    )
+
+
+def check_disjoint(calibration: CalibrationSet, heldout: CalibrationSet) -> None:
+    """Refuses to evaluate on the frames that were calibrated on.
+
+    Raises:
+        InputError: Both sets are of the same split of the same data.
+    """
+    keys = ("dataset", "version", "split", "files")
+    if all(calibration.manifest[key] == heldout.manifest[key] for key in keys):
+        raise InputError(
+            f"split {heldout.manifest['split']!r} of {heldout.manifest['dataset']} was calibrated "
+            "on; evaluate on another one (--eval-split)"
+        )
+
+
+def describe_frames(frames: CalibrationSet) -> dict[str, Any]:
+    """Names a set of frames for reports; where the data lie is left out."""
+    keys = ("dataset", "version", "split", "frames", "seed")
+    return {
+        **{key: frames.manifest[key] for key in keys},
+        "episodes": frames.manifest["trajectories"],
+        "hash": frames.hash,
+    }
+
+
+def count_parameters(policy: Policy) -> int:
+    """Counts the policy's parameters, quantized or not."""
+    import jax
+    from flax import nnx
+
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(policy.model, nnx.Param)))
+
+
+def _full_entry(index: ChannelIndex, reference: Predictions) -> dict[str, Any]:
+    return {
+        "method": "full",
+        "label": "full precision",
+        "series": "full precision",
+        "family": "full",
+        **_stored(index, uniform_bytes(index, SOURCE_BITS), np.full(len(index), SOURCE_BITS)),
+        **_measured(reference, reference, simulated=False),
+    }
+
+
+def _uniform_entry(
+    index: ChannelIndex, bits: int, candidate: Predictions, reference: Predictions
+) -> dict[str, Any]:
+    return {
+        "method": f"uniform@{bits}",
+        "label": f"uniform round-to-nearest, {bits} bits",
+        "series": "uniform round-to-nearest",
+        "family": "uniform",
+        "requested_bits": float(bits),
+        **_stored(index, uniform_bytes(index, bits), np.full(len(index), bits)),
+        **_measured(candidate, reference),
+    }
+
+
+def _entry(
+    index: ChannelIndex,
+    allocation: Allocation,
+    candidate: Predictions,
+    reference: Predictions,
+    *,
+    solver: str,
+) -> dict[str, Any]:
+    ours = not allocation.baseline
+    family = ("ours" if allocation.solver == solver else "other_solver") if ours else "baseline"
+    source = "action sensitivity" if ours else allocation.sensitivity.replace("_", " ")
+    series = f"{source}, {allocation.solver}"
+    return {
+        "method": allocation.name,
+        "label": f"{series}, {allocation.budget_bits:g} bits",
+        "series": series,
+        "family": family,
+        "sensitivity": allocation.sensitivity,
+        "solver": allocation.solver,
+        "bias_correction": True,
+        "requested_bits": allocation.budget_bits,
+        "budget_bytes": allocation.budget_bytes,
+        **_stored(index, allocation.stored_bytes, allocation.bits),
+        # The unit of a baseline's costs is not that of the action error.
+        "predicted_sse_normalized": allocation.predicted_sse_normalized if ours else None,
+        **_measured(candidate, reference),
+    }
+
+
+def _stored(index: ChannelIndex, size: int, bits: np.ndarray) -> dict[str, Any]:
+    widths, counts = np.unique(bits, return_counts=True)
+    return {
+        "stored_bytes": int(size),
+        "stored_bits_per_weight": 8 * size / index.num_weights,
+        "avg_bits_per_weight": index.average_bits(bits),
+        "channels_by_bits": {str(w): int(n) for w, n in zip(widths, counts, strict=True)},
+    }
+
+
+def _measured(
+    candidate: Predictions, reference: Predictions, *, simulated: bool = True
+) -> dict[str, Any]:
+    return {
+        "simulated": simulated,
+        "versus_full_precision": action_errors(candidate.chunks, reference.chunks).to_dict(),
+        "versus_expert": action_errors(candidate.chunks, reference.expert).to_dict(),
+    }

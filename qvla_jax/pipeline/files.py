@@ -1,0 +1,117 @@
+"""The files that stages hand to each other, and the checks that they belong together."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qvla_jax.errors import InputError
+from qvla_jax.sensitivity import SensitivityTable
+
+CALIBRATION = "calibration.json"
+SENSITIVITY = "sensitivity.safetensors"
+VALIDATION = "validation.json"
+ALLOCATION = "allocation.safetensors"
+EVALUATION = "evaluation.json"
+REPORT_JSON = "report.json"
+REPORT_HTML = "report.html"
+
+# Which command writes which file, for messages.
+_WRITERS = {
+    CALIBRATION: "calibrate",
+    SENSITIVITY: "sensitivity",
+    VALIDATION: "sensitivity",
+    ALLOCATION: "allocate",
+    EVALUATION: "evaluate",
+}
+
+
+def sensitivity_file(folder: Path, method: str, *, main: str) -> Path:
+    """Returns where the table of `method` lies: baselines have the method in their name."""
+    return folder / (SENSITIVITY if method == main else f"sensitivity_{method}.safetensors")
+
+
+def check_folder(folder: Path) -> None:
+    """Checks that results can be put into `folder`, without creating it.
+
+    Raises:
+        InputError: It is a file, or nothing can be written there.
+    """
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise InputError(f"--out {folder}: {existing} is a file, expected a folder")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"--out {folder}: no permission to write in {existing}")
+
+
+def made_from(table: SensitivityTable) -> dict[str, str]:
+    """Returns what a table was measured on: the policy's fingerprint and the calibration hash."""
+    return {
+        "policy fingerprint": table.provenance["policy"],
+        "calibration hash": table.provenance["calibration"],
+    }
+
+
+def needed(path: Path) -> Path:
+    """Returns `path` if it is there.
+
+    Raises:
+        InputError: It is missing; the message names the command that writes it.
+    """
+    if path.is_file():
+        return path
+    writer = _WRITERS.get(path.name, "sensitivity")
+    raise InputError(f"{path}: missing; `qvla {writer} --out {path.parent}` writes it")
+
+
+def read_json(path: Path, *, kind: str, version: int = 1) -> dict[str, Any]:
+    """Reads one of our JSON files.
+
+    Raises:
+        InputError: It is missing, damaged, of another kind or of another version.
+    """
+    try:
+        content = json.loads(needed(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != kind:
+        raise InputError(f"{path}: expected a {kind} file, found {found!r}")
+    if content.get("version") != version:
+        raise InputError(
+            f"{path}: format version {content.get('version')!r}, this qvla_jax reads {version}"
+        )
+    return content
+
+
+def check_same(
+    path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], *, remedy: str
+) -> None:
+    """Checks that a file was made from what the caller has.
+
+    Args:
+        path: The file.
+        found: What it says it was made from.
+        expected: What it should have been made from, the same keys.
+        remedy: What to do if it was not.
+
+    Raises:
+        InputError: A key is missing or differs.
+    """
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise InputError(
+                f"{path}: made for another {key} ({_short(found.get(key))}, here it is "
+                f"{_short(value)}); {remedy}"
+            )
+
+
+def stale(path: Path, command: str) -> InputError:
+    """Returns the error for a file that is older than those it was made from."""
+    return InputError(f"{path}: older than the other files; run `qvla {command}` again")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else text[:16] + "…"

@@ -1,0 +1,151 @@
+"""Stage 5: join what the other stages wrote into report.json and report.html."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.atomic import write_json, write_text
+from qvla_jax.pipeline import files
+from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
+from qvla_jax.pipeline.calibrate import load_calibration
+from qvla_jax.pipeline.configs import ReportConfig
+from qvla_jax.pipeline.evaluate import EVALUATION_KIND, describe_frames
+from qvla_jax.pipeline.sensitivity import load_validation
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.report import SensitivityMap, render
+from qvla_jax.sensitivity.table import SensitivityTable
+
+KIND = "qvla_jax.report"
+
+
+def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
+    """Writes report.json and report.html.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        InputError: A file is missing, damaged, or does not belong to the others.
+    """
+    progress("report", 0, 1)
+    evaluation = files.read_json(config.out / files.EVALUATION, kind=EVALUATION_KIND)
+    allocations = Allocations.load(config.out / files.ALLOCATION)
+    tables = load_tables(config.out)
+    calibration = load_calibration(config.out)
+    validation = load_validation(config.out)
+    made_from = {
+        files.ALLOCATION: allocations.made_from,
+        files.EVALUATION: evaluation["made_from"],
+        **({} if validation is None else {files.VALIDATION: validation["made_from"]}),
+    }
+    remedy = f"run `qvla run --out {config.out}` or the stages after `sensitivity` again"
+    for name, found in made_from.items():
+        files.check_same(config.out / name, found, files.made_from(tables[0]), remedy=remedy)
+    if evaluation["chosen"] != allocations.chosen.name:
+        raise files.stale(config.out / files.EVALUATION, "evaluate")
+
+    chosen = allocations.chosen
+    methods, sweep = split_methods(evaluation["methods"], chosen.budget_bits)
+    content = {
+        "format": KIND,
+        "version": 1,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": evaluation["model"],
+        "simulated": evaluation["simulated"],
+        "budget": {"bits_per_weight": chosen.budget_bits, "bytes": chosen.budget_bytes},
+        "calibration": describe_frames(calibration),
+        "heldout": evaluation["heldout"],
+        "sensitivity": {"method": tables[0].method, "bits": list(tables[0].bits)},
+        "validation": None if validation is None else summarize(validation),
+        "chosen": chosen.name,
+        "methods": methods,
+        "sweep": sweep,
+        "allocations": [describe_allocation(a) for a in allocations.items],
+        "layers": describe_layers(tables[0], chosen),
+        "seconds": {
+            "sensitivity": tables[0].provenance.get("seconds"),
+            "allocate": sum(a.seconds for a in allocations.items),
+            "evaluate": evaluation["seconds"],
+        },
+        "provenance": evaluation["provenance"],
+    }
+    page = render(content, _map(tables[0]))
+    write_json(config.out / files.REPORT_JSON, content)
+    write_text(config.out / files.REPORT_HTML, page)
+    progress("report", 1, 1)
+    return content
+
+
+def split_methods(
+    entries: Sequence[dict[str, Any]], budget_bits: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Separates the methods at the requested budget from those of the sweep.
+
+    The uniform baseline shown at the budget is the one whose grid has that many bits, or the
+    nearest. The stated bytes say what each really takes.
+    """
+    uniform = [e for e in entries if e["family"] == "uniform"]
+    nearest = min(uniform, key=lambda e: abs(e["requested_bits"] - budget_bits), default=None)
+    here = [
+        e
+        for e in entries
+        if e["family"] == "full"
+        or e is nearest
+        or (e["family"] != "uniform" and e["requested_bits"] == budget_bits)
+    ]
+    order = {"full": 0, "uniform": 1, "baseline": 2, "other_solver": 3, "ours": 4}
+    here.sort(key=lambda e: order[e["family"]])
+    return here, [e for e in entries if not any(e is h for h in here)]
+
+
+def summarize(validation: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves the single samples out."""
+    return {key: validation[key] for key in ("channels", "frames", "spearman")}
+
+
+def describe_allocation(allocation: Allocation) -> dict[str, Any]:
+    """States how an allocation was found and how far from the optimum it can be."""
+    return {
+        "method": allocation.name,
+        "solver": allocation.solver,
+        "sensitivity": allocation.sensitivity,
+        "budget_bits": allocation.budget_bits,
+        "budget_bytes": allocation.budget_bytes,
+        "stored_bytes": allocation.stored_bytes,
+        "cost": allocation.predicted_sse_normalized,
+        "lower_bound": allocation.lower_bound,
+        "seconds": allocation.seconds,
+    }
+
+
+def describe_layers(table: SensitivityTable, allocation: Allocation) -> list[dict[str, Any]]:
+    """Sums up each layer: its size, its bits, and how sensitive its channels are."""
+    layers = []
+    for layer, rows in table.index.items():
+        bits = allocation.bits[rows]
+        widths, counts = np.unique(bits, return_counts=True)
+        costs = table.costs[rows]
+        layers.append(
+            {
+                "path": layer.path,
+                "out_features": layer.out_features,
+                "fan_in": layer.fan_in,
+                "channels_by_bits": {str(w): int(n) for w, n in zip(widths, counts, strict=True)},
+                "average_bits": float(bits.mean()),
+                "sensitivity_by_bits": {
+                    str(b): {
+                        "median": float(np.median(costs[:, i])),
+                        "max": float(costs[:, i].max()),
+                        "sum": float(costs[:, i].sum()),
+                    }
+                    for i, b in enumerate(table.bits)
+                },
+            }
+        )
+    return layers
+
+
+def _map(table: SensitivityTable) -> SensitivityMap:
+    return SensitivityMap(table.index.paths, table.index.offsets.tolist(), table.bits, table.costs)

@@ -1,0 +1,43 @@
+"""The whole walk, stage after stage."""
+
+import dataclasses
+from typing import Any
+
+from qvla_jax.inference import load_policy
+from qvla_jax.pipeline import files
+from qvla_jax.pipeline.allocate import allocate
+from qvla_jax.pipeline.calibrate import calibrate
+from qvla_jax.pipeline.configs import RunConfig
+from qvla_jax.pipeline.evaluate import check_disjoint, evaluate, heldout_set
+from qvla_jax.pipeline.report import report
+from qvla_jax.pipeline.sensitivity import check_budget, check_methods, sensitivity
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.solvers.registry import get_solver
+
+
+def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
+    """Calibrates, measures, allocates, evaluates and reports.
+
+    Everything that can be wrong with the input is checked before the first long stage, and before
+    the first file.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        InputError: Something handed in cannot be used.
+    """
+    files.check_folder(config.out)
+    for name in config.solvers:
+        get_solver(name)
+    check_methods(config)
+    policy = load_policy(config.model)
+    config = dataclasses.replace(config, horizon=policy.config.action_horizon)
+    check_budget(policy, config.budget_bits)
+    heldout = heldout_set(config, horizon=config.horizon)
+    calibration = calibrate(config, progress=progress)
+    check_disjoint(calibration, heldout)
+    sensitivity(config, policy=policy, calibration=calibration, progress=progress)
+    allocate(config, progress=progress)
+    evaluate(config, policy=policy, progress=progress)
+    return report(config, progress=progress)

@@ -1,0 +1,133 @@
+"""Stage 2: what each output channel costs at each bit-width, and whether that can be trusted."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from qvla_jax.atomic import write_json
+from qvla_jax.data.calibration import CalibrationSet
+from qvla_jax.errors import BudgetError, InputError
+from qvla_jax.inference import Policy, load_policy
+from qvla_jax.pipeline import files
+from qvla_jax.pipeline.calibrate import load_calibration
+from qvla_jax.pipeline.configs import SensitivityConfig
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.quantization import option_sizes, policy_index
+from qvla_jax.sensitivity import METHODS, SensitivityTable, sensitivities, validate
+
+BITS = (0, 2, 4, 8, 16)
+VALIDATION_KIND = "qvla_jax.validation"
+
+
+def sensitivity(
+    config: SensitivityConfig,
+    *,
+    policy: Policy | None = None,
+    calibration: CalibrationSet | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, Any] | None:
+    """Measures the sensitivities and those of the baselines, and validates the former.
+
+    Args:
+        config: Settings.
+        policy: The policy, if it is loaded already.
+        calibration: The calibration set, if it is loaded already.
+        progress: Called as it goes on.
+
+    Returns:
+        The content of validation.json; None if it was skipped.
+
+    Raises:
+        InputError: There is no calibration manifest, or a method's name is unknown.
+    """
+    files.check_folder(config.out)
+    check_methods(config)
+    calibration = load_calibration(config.out) if calibration is None else calibration
+    policy = load_policy(config.model) if policy is None else policy
+    tables = {}
+    for method in dict.fromkeys((config.method, *config.baselines)):
+        tables[method] = sensitivities(
+            policy,
+            calibration,
+            method=method,
+            bits=BITS,
+            probes=config.probes,
+            seed=config.seed,
+            progress=_named(progress, method),
+        )
+    validation = None
+    if config.validate and config.method != "exact":
+        validation = validate(
+            policy,
+            calibration,
+            tables[config.method],
+            channels=config.validate,
+            frames=config.validate_frames,
+            seed=config.seed,
+            progress=_named(progress, "validation"),
+        )
+    _write(config, tables, validation)
+    return validation
+
+
+def check_methods(config: SensitivityConfig) -> None:
+    """Checks the methods' names.
+
+    Raises:
+        InputError: One is unknown; the message suggests close ones.
+    """
+    for method in (config.method, *config.baselines):
+        if method not in METHODS:
+            close = difflib.get_close_matches(method, METHODS, n=2)
+            hint = (
+                f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(METHODS)}"
+            )
+            raise InputError(f"unknown sensitivity method {method!r}; {hint}")
+
+
+def check_budget(policy: Policy, budget_bits: float) -> None:
+    """Checks, before anything is measured, that a budget can be met.
+
+    Raises:
+        BudgetError: The smallest option of every channel takes more; the message says how much.
+        InputError: A weight is not finite.
+    """
+    index = policy_index(policy)
+    least = int(option_sizes(index, BITS).min(axis=1).sum())
+    if least > int(budget_bits * index.num_weights / 8):
+        bits = -(-800 * least // index.num_weights) / 100
+        raise BudgetError(
+            f"a budget of {budget_bits:g} bits per weight cannot be met: biases and index of the "
+            f"{len(index):,} channels alone take {least:,} bytes; give at least {bits:g} bits"
+        )
+
+
+def load_validation(folder: Path) -> dict[str, Any] | None:
+    """Reads validation.json; None if the validation was skipped."""
+    path = folder / files.VALIDATION
+    return files.read_json(path, kind=VALIDATION_KIND) if path.exists() else None
+
+
+def _write(
+    config: SensitivityConfig,
+    tables: dict[str, SensitivityTable],
+    validation: dict[str, Any] | None,
+) -> None:
+    """Replaces all files of this stage, so that none of an earlier run stays behind."""
+    for old in (*config.out.glob("sensitivity*.safetensors"), config.out / files.VALIDATION):
+        old.unlink(missing_ok=True)
+    for method, table in tables.items():
+        table.save(files.sensitivity_file(config.out, method, main=config.method))
+    if validation is not None:
+        header = {"format": VALIDATION_KIND, "version": 1}
+        made_from = files.made_from(tables[config.method])
+        write_json(config.out / files.VALIDATION, {**header, "made_from": made_from, **validation})
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    """Puts the method's name in front of the stages that it reports."""
+
+    def call(stage: str, done: int, total: int) -> None:
+        progress(stage if stage == name else f"{name}: {stage}", done, total)
+
+    return call

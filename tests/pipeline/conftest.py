@@ -1,0 +1,37 @@
+"""One small run of the whole walk, shared by the tests."""
+
+from pathlib import Path
+
+import pytest
+
+from qvla_jax import pipeline
+from qvla_jax.inference import random_policy
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("policy") / "tiny"
+    random_policy("tiny-test", seed=0).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(policy_folder, tmp_path_factory) -> pipeline.RunConfig:
+    return pipeline.RunConfig(
+        model=str(policy_folder),
+        out=tmp_path_factory.mktemp("run") / "out",
+        frames=6,
+        probes=2,
+        validate=24,
+        validate_frames=3,
+        budget_bits=10.0,
+        sweep=(0.1, 9.0, 12.0),
+        uniform_bits=(3, 4, 8),
+        eval_frames=9,
+        eval_batch=4,
+    )
+
+
+@pytest.fixture(scope="session")
+def content(config) -> dict:
+    return pipeline.run(config)
