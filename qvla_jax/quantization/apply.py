@@ -123,6 +123,7 @@ def _quantize_layer(linear: nnx.Linear, bits: np.ndarray, mean: np.ndarray | Non
         old = None if linear.bias is None else linear.bias[...]
         bias = corrected_bias(weight, quantized, jnp.asarray(mean, jnp.float32), old)
         linear.bias = nnx.Param(bias)
+        linear.use_bias = True
     linear.kernel = nnx.Param(quantized.T)
 
 

@@ -62,7 +62,7 @@ class FrameBatch:
 def batch_size(frames: int, wanted: int, mesh: Mesh) -> int:
     """The batch size used: a multiple of the devices, and no larger than needed."""
     devices = mesh.shape[sharding.DATA_AXIS]
-    return -(-min(wanted, frames) // devices) * devices
+    return -(-max(min(wanted, frames), 1) // devices) * devices
 
 
 def frame_batches(

@@ -83,10 +83,11 @@ def exact_costs(
     spec = ReplaySpec(graphdef, tuple(layers), stage_paths(policy.model), mesh)
     prober = _Prober(spec, state, layers, index, means, bits, rows, block)
     root = 1.0 if weights is None else np.sqrt(np.asarray(weights, np.float64))
-    result, total = FrameMean(), len(rows) * len(bits) * -(-calibration.frames // size)
-    done = 0
+    result, each = FrameMean(), len(rows) * len(bits)
+    total = each * -(-calibration.frames // size)
     progress("exact", 0, total)
-    for item in frame_batches(policy, calibration, size, mesh):
+    for number, item in enumerate(frame_batches(policy, calibration, size, mesh)):
+        done = number * each
         costs = np.zeros((item.count, len(rows), len(bits)))
         for samples, change in prober.measure(item):
             squares = np.sum((change[:, : item.count] * root) ** 2, axis=(2, 3))
@@ -94,6 +95,8 @@ def exact_costs(
             done += len(samples)
             progress("exact", done, total)
         result.add(costs)
+        # Channels that no action reads are not probed.
+        progress("exact", (number + 1) * each, total)
     return result.mean, result.standard_error
 
 

@@ -1,0 +1,154 @@
+"""Quantizing whole policies."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qvla_jax.errors import InputError
+from qvla_jax.inference import random_policy
+from qvla_jax.models import get_module
+from qvla_jax.quantization import (
+    LayerRules,
+    policy_index,
+    quantizable_layers,
+    quantize,
+    quantize_uniform,
+)
+from qvla_jax.quantization.grid import on_grid
+
+LLAMA = "language_model.model.layers.1.mlp.up_proj"
+VISION = "vision_backbone.featurizer.blocks.0.attn.qkv"
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return random_policy("tiny-test")
+
+
+@pytest.fixture(scope="module")
+def index(policy):
+    return policy_index(policy)
+
+
+@pytest.fixture(scope="module")
+def means(index):
+    rng = np.random.default_rng(0)
+    return {layer.path: rng.normal(size=layer.fan_in) for layer in index.layers}
+
+
+def rows(policy, path):
+    return np.asarray(get_module(policy.model, path).kernel[...]).T
+
+
+def test_towers_and_language_model_are_quantized_and_nothing_else(index):
+    assert all(p.startswith(("vision_backbone.", "language_model.model.")) for p in index.paths)
+    assert any(p.endswith("patch_embed.proj") for p in index.paths)
+    assert LLAMA in index.paths
+
+
+def test_weights_lie_on_their_grids_and_16_bits_are_identical(policy, index, means):
+    bits = np.random.default_rng(1).choice([0, 2, 3, 4, 8, 16], size=len(index))
+    result = quantize(policy, bits, means=means)
+    assert result.simulated
+    assert result.bias_corrected
+    for layer, where in index.items():
+        source, found = rows(policy, layer.path), rows(result, layer.path)
+        for row, b in enumerate(bits[where]):
+            expected = np.asarray(on_grid(jnp.asarray(source[row : row + 1]), int(b)))[0]
+            np.testing.assert_array_equal(found[row], expected)
+
+
+def test_the_source_policy_is_left_as_it_is(policy, index, means):
+    before = policy.fingerprint
+    quantize(policy, np.zeros(len(index), int), means=means)
+    assert type(policy)(**vars_of(policy)).fingerprint == before
+    assert get_module(policy.model, LLAMA).bias is None
+
+
+def vars_of(policy):
+    return {name: getattr(policy, name) for name in ("config", "model", "processor", "statistics")}
+
+
+def test_pruned_channels_become_their_mean_output(policy, index, means):
+    result = quantize(policy, np.zeros(len(index), int), means=means)
+    for path in (LLAMA, VISION):
+        source, pruned = get_module(policy.model, path), get_module(result.model, path)
+        expected = rows(policy, path) @ means[path]
+        if source.bias is not None:
+            expected = expected + np.asarray(source.bias[...])
+        np.testing.assert_allclose(pruned.bias[...], expected, rtol=1e-4, atol=1e-5)
+        # And so they do in a forward pass, whatever comes in.
+        x = jnp.ones((2, source.kernel.shape[0]))
+        np.testing.assert_allclose(pruned(x)[1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_16_bits_is_the_same_policy(policy, index, means):
+    result = quantize(policy, np.full(len(index), 16), means=means)
+    assert result.fingerprint == policy.fingerprint
+
+
+def test_uniform_rounds_without_touching_biases(policy, index):
+    result = quantize_uniform(policy, 4)
+    assert not result.bias_corrected
+    assert get_module(result.model, LLAMA).bias is None
+    np.testing.assert_array_equal(
+        rows(result, VISION), on_grid(jnp.asarray(rows(policy, VISION)), 4)
+    )
+    np.testing.assert_array_equal(
+        get_module(result.model, VISION).bias[...], get_module(policy.model, VISION).bias[...]
+    )
+    assert (result.bits == 4).all()
+
+
+def broken(policy, value, channel=3):
+    graphdef, state = nnx.split(policy.model)
+    model = nnx.merge(graphdef, state)
+    linear = get_module(model, LLAMA)
+    linear.kernel = nnx.Param(linear.kernel[...].at[2, channel].set(value))
+    return policy.replace(model=model)
+
+
+@pytest.mark.parametrize(("value", "word"), [(np.nan, "NaN"), (np.inf, "infinite")])
+def test_weights_that_are_not_finite_name_layer_and_channel(policy, index, value, word):
+    with pytest.raises(InputError, match=rf"{LLAMA}.*channel 3 hold {word}"):
+        quantize(broken(policy, value), np.full(len(index), 4))
+
+
+def test_bad_bits_and_means_are_refused(policy, index, means):
+    with pytest.raises(InputError, match=f"expected {len(index)} integers"):
+        quantize(policy, np.full(len(index) - 1, 4))
+    with pytest.raises(InputError, match="have none of"):
+        quantize(policy, np.full(len(index), 5))
+    with pytest.raises(InputError, match="pass means="):
+        quantize(policy, np.full(len(index), 4), bias_correction=True)
+    with pytest.raises(InputError, match=LLAMA):
+        quantize(policy, np.full(len(index), 4), means={**means, LLAMA: np.zeros(3)})
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(quantize_uniform(policy, 8), np.full(len(index), 4))
+
+
+def test_a_simulated_policy_is_not_saved(policy, tmp_path):
+    with pytest.raises(InputError, match="not packed"):
+        quantize_uniform(policy, 8).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rules_choose_layers_by_path(policy):
+    rules = LayerRules(include=(r"action_head\.", "projector"), exclude=(r".*\.fc2",))
+    chosen = quantizable_layers(policy.model, rules)
+    assert all(path.startswith(("action_head.", "projector.")) for path in chosen)
+    assert not any(path.endswith("fc2") for path in chosen)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (LayerRules(include=("language_modle",)), "include pattern 'language_modle'"),
+        (LayerRules(exclude=(r"vision_backbone\.fused_typo",)), "exclude pattern"),
+        (LayerRules(include=("projector",), exclude=("projector",)), "nothing to quantize"),
+    ],
+)
+def test_rules_that_decide_nothing_are_refused(policy, rules, message):
+    with pytest.raises(InputError, match=message):
+        quantizable_layers(policy.model, rules)

@@ -1,0 +1,48 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from qvla_jax.quantization.layers import channel_index, quantizable_layers
+
+from .toys import ToyFrames, toy_policy
+
+
+@pytest.fixture(scope="session")
+def policy():
+    return toy_policy()
+
+
+@pytest.fixture(scope="session")
+def linear_policy():
+    return toy_policy(linear=True)
+
+
+@pytest.fixture(scope="session")
+def frames():
+    return ToyFrames(5)
+
+
+@pytest.fixture(scope="session")
+def layers(policy):
+    return quantizable_layers(policy.model)
+
+
+@pytest.fixture(scope="session")
+def index(layers):
+    return channel_index(layers)
+
+
+@pytest.fixture(scope="session")
+def means(index):
+    """Any numbers do: the methods take them as given."""
+    rng = np.random.default_rng(7)
+    return {layer.path: rng.normal(size=layer.fan_in) for layer in index.layers}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs the methods on a mesh of one device instead of two."""
+    mesh = Mesh(np.asarray(jax.local_devices()[:1]), ("data",))
+    for module in ("jacobian", "exact", "means", "input_hessian"):
+        monkeypatch.setattr(f"qvla_jax.sensitivity.{module}.data_mesh", lambda: mesh)

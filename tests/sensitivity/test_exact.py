@@ -1,0 +1,87 @@
+"""Exact costs against quantizing one channel after another for real."""
+
+import numpy as np
+import pytest
+
+from qvla_jax.models import get_module
+from qvla_jax.quantization import quantize
+from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.stages import downstream, stage_paths
+
+from .toys import LLM, UNREACHED
+
+BITS = (0, 2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def exact(policy, frames, layers, index, means):
+    return exact_costs(policy, frames, layers, index, means, bits=BITS, batch=4, block=16)[0]
+
+
+def looped_costs(policy, frames, index, means, rows):
+    """One quantized policy and one forward pass for each (channel, bits)."""
+    batch = frames.whole()
+    reference = policy.infer_normalized(batch).astype(np.float64)
+    result = np.zeros((len(rows), len(BITS)))
+    for i, row in enumerate(rows):
+        for j, width in enumerate(BITS):
+            bits = np.full(len(index), 16)
+            bits[row] = width
+            changed = quantize(policy, bits, means=means).infer_normalized(batch)
+            result[i, j] = np.mean(np.sum((changed - reference) ** 2, axis=(1, 2)))
+    return result
+
+
+def test_vmapped_equals_looped_quantized_policies(policy, frames, index, means, exact):
+    # The first and the last channel of every other layer: every stage, both towers.
+    ends = [r for _, s in list(index.items())[::2] for r in (s.start, s.stop - 1)]
+    looped = looped_costs(policy, frames, index, means, ends)
+    np.testing.assert_allclose(exact[ends], looped, rtol=2e-3, atol=1e-9)
+
+
+def test_rows_block_and_batch_do_not_matter(policy, frames, layers, index, means, exact):
+    rows = np.arange(0, len(index), 7)
+    some, _ = exact_costs(
+        policy, frames, layers, index, means, bits=BITS, rows=rows, batch=2, block=5
+    )
+    # Another batch shape rounds otherwise; at 8 bits a change is a few hundred ulps of the action.
+    np.testing.assert_allclose(some, exact[rows], rtol=3e-3, atol=1e-10)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_one_device_equals_two(policy, frames, layers, index, means, exact):
+    single, _ = exact_costs(policy, frames, layers, index, means, bits=BITS, batch=4, block=16)
+    np.testing.assert_allclose(single, exact, rtol=3e-3, atol=1e-10)
+
+
+def test_layers_that_no_action_reads_cost_nothing(index, exact):
+    for layer, rows in index.items():
+        assert exact[rows].any() == (layer.path != UNREACHED)
+
+
+def test_stages_are_blocks_of_both_towers_and_the_language_model(policy):
+    assert set(stage_paths(policy.model)) == {
+        "vision_backbone.featurizer.blocks.0",
+        "vision_backbone.featurizer.blocks.1",
+        "vision_backbone.fused_featurizer.blocks.0",
+        "language_model.model.layers.0",
+        "language_model.model.layers.1",
+    }
+    assert get_module(policy.model, LLM) is not None
+
+
+def test_only_what_lies_behind_a_perturbation_runs_again():
+    one, two = "vision_backbone.featurizer.blocks.0", "vision_backbone.fused_featurizer.blocks.0"
+    llm = ["language_model.model.layers.0", "language_model.model.layers.1"]
+    stages = [one, two, *llm]
+    positions = {f"{s}.fc": i for i, s in enumerate(stages)}
+
+    def running(*layers):
+        flags = downstream(stages, positions, [f"{s}.fc" for s in layers])
+        return [s for s in stages if flags[s]]
+
+    assert running(one) == [one, *llm]
+    assert running(two) == [two, *llm]
+    assert running(llm[0]) == llm
+    assert running(llm[1]) == [llm[1]]
+    assert running(llm[1], two) == [two, *llm]

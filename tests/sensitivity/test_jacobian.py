@@ -1,0 +1,164 @@
+"""First-order costs against derivatives taken another way, and against the exact quadratic form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qvla_jax.errors import InputError
+from qvla_jax.models import get_module
+from qvla_jax.quantization.grid import on_grid
+from qvla_jax.quantization.layers import channel_index, quantizable_layers
+from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.jacobian import reverse_costs
+
+from .toys import LLM, UNREACHED, ToyFrames, take_inputs
+
+BITS = (0, 2, 4, 8)
+
+
+def costs_of(policy, frames, means, **kwargs):
+    layers = quantizable_layers(policy.model)
+    settings = {"method": "jacobian", "bits": BITS, "probes": "full"} | kwargs
+    return reverse_costs(policy, frames, layers, channel_index(layers), means, **settings)
+
+
+def directional_costs(policy, frames, means, path):
+    """|| d/de A(W + e dW, b + e db) ||^2 by forward mode in the weights, channel after channel."""
+    graphdef, state = nnx.split(policy.model)
+    inputs = take_inputs(frames.whole())
+
+    def action(kernel, shift):
+        model = nnx.merge(graphdef, state)
+        linear = get_module(model, path)
+        linear.kernel = nnx.Param(kernel)
+        bias = shift if linear.bias is None else linear.bias[...] + shift
+        linear.bias, linear.use_bias = nnx.Param(bias), True
+        return model(inputs)
+
+    kernel = get_module(policy.model, path).kernel[...]
+    zero = jnp.zeros(kernel.shape[1])
+    derivative = jax.jit(lambda dw, db: jax.jvp(action, (kernel, zero), (dw, db))[1])
+    result = np.zeros((kernel.shape[1], len(BITS)))
+    for option, bits in enumerate(BITS):
+        change = on_grid(kernel.T, bits).T - kernel
+        shift = -jnp.asarray(means[path], jnp.float32) @ change
+        for channel in range(kernel.shape[1]):
+            only = jnp.arange(kernel.shape[1]) == channel
+            d = derivative(jnp.where(only[None], change, 0), jnp.where(only, shift, 0))
+            result[channel, option] = np.mean(np.sum(np.asarray(d, np.float64) ** 2, axis=(1, 2)))
+    return result
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        LLM,
+        "language_model.model.layers.0.attn",
+        "vision_backbone.fused_featurizer.blocks.0.fc",
+    ],
+)
+def test_full_probes_equal_directional_derivatives(policy, frames, index, means, path):
+    costs, _ = costs_of(policy, frames, means)
+    rows = dict((layer.path, where) for layer, where in index.items())[path]
+    np.testing.assert_allclose(
+        costs[rows], directional_costs(policy, frames, means, path), rtol=2e-3, atol=1e-10
+    )
+
+
+def test_a_linear_model_has_no_higher_order(linear_policy, frames, means):
+    layers = quantizable_layers(linear_policy.model)
+    first, _ = costs_of(linear_policy, frames, means)
+    exact, _ = exact_costs(
+        linear_policy, frames, layers, channel_index(layers), means, bits=BITS, block=32
+    )
+    np.testing.assert_allclose(first, exact, rtol=1e-3, atol=1e-9)
+
+
+def test_small_changes_agree_with_exact_on_a_curved_model(policy, frames, layers, index, means):
+    first, _ = costs_of(policy, frames, means, bits=(8,))
+    exact, _ = exact_costs(policy, frames, layers, index, means, bits=(8,), block=32)
+    reached = first[:, 0] > 1e-8
+    np.testing.assert_allclose(first[reached], exact[reached], rtol=0.05)
+
+
+def test_sketched_costs_are_unbiased(policy, frames, means):
+    full, _ = costs_of(policy, frames, means, bits=(2,))
+    sketched, _ = costs_of(policy, frames, means, bits=(2,), probes=2000)
+    reached = full > 1e-9
+    # The relative standard deviation of one probe is at most sqrt(2), so here sqrt(2 / 2000 / 5).
+    np.testing.assert_allclose(sketched[reached], full[reached], rtol=6 * np.sqrt(2 / 2000))
+
+
+def test_probes_follow_the_seed_and_the_frame_alone(policy, frames, means):
+    kwargs = {"bits": (4,), "probes": 3}
+    first, _ = costs_of(policy, frames, means, batch=2, **kwargs)
+    again, _ = costs_of(policy, frames, means, batch=4, **kwargs)
+    other, _ = costs_of(policy, frames, means, seed=1, batch=4, **kwargs)
+    np.testing.assert_allclose(first, again, rtol=1e-5)
+    assert not np.allclose(first, other, rtol=1e-2)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_one_device_equals_two(policy, frames, means, monkeypatch):
+    single, _ = costs_of(policy, frames, means)
+    monkeypatch.undo()
+    double, _ = costs_of(policy, frames, means)
+    np.testing.assert_allclose(single, double, rtol=1e-6, atol=1e-14)
+
+
+def test_layers_that_no_action_reads_cost_nothing(policy, frames, index, means):
+    costs, error = costs_of(policy, frames, means)
+    for layer, rows in index.items():
+        if layer.path == UNREACHED:
+            assert not costs[rows].any()
+            assert not error[rows].any()
+        else:
+            assert costs[rows].any()
+
+
+def test_standard_error_is_that_of_the_mean_over_frames(policy, means):
+    singles = []
+    for number in range(4):
+        frame = ToyFrames(4)
+        frame.frames = 1
+        frame.arrays = {k: v[number : number + 1] for k, v in frame.arrays.items()}
+        singles.append(costs_of(policy, frame, means)[0])
+    mean, error = costs_of(policy, ToyFrames(4), means)
+    np.testing.assert_allclose(mean, np.mean(singles, axis=0), rtol=1e-5, atol=1e-14)
+    np.testing.assert_allclose(error, np.std(singles, axis=0, ddof=1) / 2, rtol=1e-3, atol=1e-10)
+
+
+def test_weights_of_action_dimensions(policy, frames, means):
+    parts = [
+        costs_of(policy, frames, means, weights=np.eye(3, dtype=np.float32)[i])[0] for i in range(3)
+    ]
+    whole, _ = costs_of(policy, frames, means, weights=np.asarray([1.0, 2.0, 0.5], np.float32))
+    np.testing.assert_allclose(
+        whole, parts[0] + 2 * parts[1] + 0.5 * parts[2], rtol=1e-4, atol=1e-12
+    )
+
+
+def test_taylor_is_the_product_of_two_norms(policy, frames, index, layers, means):
+    costs, _ = costs_of(policy, frames, means, method="taylor")
+    for layer, rows in index.items():
+        weight = layers[layer.path].kernel[...].T
+        norms = [float(jnp.sum((on_grid(weight, b) - weight)[0] ** 2)) for b in BITS]
+        # The ratio of two bit-widths is that of the weight errors alone.
+        first = costs[rows][0]
+        if first[0] > 0:
+            np.testing.assert_allclose(first / first[0], np.divide(norms, norms[0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("probes", [0, -1, "all", True])
+def test_unusable_probes_are_refused(policy, frames, means, probes):
+    with pytest.raises(InputError, match="probes"):
+        costs_of(policy, frames, means, probes=probes)
+
+
+def test_an_activation_that_is_not_finite_names_the_frame(policy, means):
+    frames = ToyFrames(4)
+    frames.arrays["text"][2, 0, 0] = np.inf
+    with pytest.raises(InputError, match="calibration frame 2"):
+        costs_of(policy, frames, means)

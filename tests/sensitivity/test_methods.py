@@ -1,0 +1,146 @@
+"""The one signature, and validation against exact probing."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+
+from qvla_jax.errors import InputError
+from qvla_jax.models import get_module
+from qvla_jax.quantization import quantize
+from qvla_jax.sensitivity import METHODS, joint_error, sensitivities, spearman, validate
+from qvla_jax.sensitivity.validation import FirstFrames, module_type, sample_channels
+from qvla_jax.solvers import solve
+
+from .toys import LLM, ToyFrames, toy_policy
+
+BITS = (0, 2, 4, 8, 16)
+
+
+@pytest.fixture(scope="module")
+def table(policy, frames):
+    return sensitivities(policy, frames, probes="full", batch=4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_fills_the_same_table(policy, frames, index, method):
+    seen = []
+    table = sensitivities(
+        policy, frames, method=method, probes=2, batch=4,
+        progress=lambda stage, done, total: seen.append((stage, done, total)),
+    )  # fmt: skip
+    assert table.index == index
+    assert table.bits == BITS
+    assert table.costs.shape == table.sizes.shape == (len(index), 5)
+    assert not table.costs[:, 4].any()
+    assert (table.costs[:, 0] > 0).any()
+    # More bits, less error, summed over all channels.
+    assert (np.diff(table.costs.sum(axis=0)) < 0).all()
+    assert table.method == method
+    assert table.provenance["policy"] == policy.fingerprint
+    assert table.provenance["calibration"] == frames.manifest["sha256"]
+    json.dumps(table.provenance, allow_nan=False)
+    assert seen[-1][1] == seen[-1][2]
+
+
+def test_options_keep_their_order(policy, frames, table):
+    other = sensitivities(policy, frames, probes="full", bits=(16, 4, 0), batch=4)
+    np.testing.assert_allclose(other.costs, table.costs[:, [4, 2, 0]], rtol=1e-5)
+    np.testing.assert_array_equal(other.sizes, table.sizes[:, [4, 2, 0]])
+
+
+def test_the_walk_from_table_to_quantized_policy(policy, frames, table):
+    solution = solve(table.problem(budget_bits=12.0), "greedy:marginal")
+    bits = table.bits_of(solution)
+    quantized = quantize(policy, bits)
+    assert quantized.bias_corrected
+    measured, predicted = joint_error(policy, quantized, frames), table.predicted(bits)
+    assert 0.25 < measured / predicted < 4
+
+
+def test_validation_ranks_like_exact(policy, frames, table):
+    result = validate(policy, frames, table, channels=30, frames=5)
+    json.dumps(result, allow_nan=False)
+    assert result["channels"] == 30
+    assert result["frames"] == 5
+    assert [row["bits"] for row in result["spearman"]] == [0, 2, 4, 8]
+    # A toy of width 12 is strongly curved: pruning a channel is far from first order.
+    for row, least in zip(result["spearman"], (0.5, 0.8, 0.98, 0.99), strict=True):
+        assert row["spearman"] > least
+
+
+def test_a_table_of_other_layers_is_not_validated(frames, table):
+    class Other(type(toy_policy().model)):
+        def __init__(self):
+            super().__init__(linear=False, seed=0)
+            self.vision_backbone.featurizer.blocks = nnx.List(
+                [self.vision_backbone.featurizer.blocks[0]]
+            )
+
+    with pytest.raises(InputError, match="other layers"):
+        validate(toy_policy().replace(model=Other()), frames, table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "hessian"}, "unknown sensitivity method 'hessian'"),
+        ({"bits": (0, 5)}, "distinct options"),
+        ({"bits": (4, 4)}, "distinct options"),
+        ({"bits": (16,)}, "distinct options"),
+        ({"probes": 0}, "probes"),
+        ({"action_weights": np.ones(2)}, "expected 3 finite numbers"),
+        ({"action_weights": np.array([1.0, -1, 1])}, "none negative"),
+    ],
+)
+def test_bad_arguments_are_refused(policy, frames, arguments, message):
+    with pytest.raises(InputError, match=message):
+        sensitivities(policy, frames, **arguments)
+
+
+def test_nan_weights_name_layer_and_channel(frames):
+    policy = toy_policy()
+    linear = get_module(policy.model, LLM)
+    linear.kernel = nnx.Param(linear.kernel[...].at[0, 5].set(jnp.nan))
+    with pytest.raises(InputError, match=rf"{LLM}.*channel 5 hold NaN"):
+        sensitivities(policy, frames)
+
+
+def test_an_empty_calibration_set_is_refused(policy):
+    with pytest.raises(InputError, match="no frames"):
+        sensitivities(policy, ToyFrames(0))
+
+
+def test_first_frames_are_the_first_frames():
+    whole = ToyFrames(7)
+    part = FirstFrames(whole, 5)
+    found = np.concatenate([batch["image"] for batch in part.batches(2)])
+    np.testing.assert_array_equal(found, whole.arrays["image"][:5])
+
+
+def test_samples_are_distinct_and_repeatable(index):
+    first = sample_channels(index, 9, seed=1)
+    assert len(set(first.tolist())) == 9
+    np.testing.assert_array_equal(first, sample_channels(index, 9, seed=1))
+    np.testing.assert_array_equal(sample_channels(index, 10**6, seed=0), np.arange(len(index)))
+    with pytest.raises(InputError):
+        sample_channels(index, 0, seed=0)
+
+
+def test_module_types_drop_the_depth():
+    assert module_type("language_model.model.layers.3.mlp.up_proj") == "language_model.mlp.up_proj"
+    assert module_type("vision_backbone.featurizer.blocks.0.attn.qkv") == "featurizer.attn.qkv"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_spearman_equals_scipy_ties_included(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, 6, 50).astype(float), rng.normal(size=50)
+    assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
+
+
+def test_spearman_without_variation_is_nan():
+    assert np.isnan(spearman(np.ones(4), np.arange(4.0)))

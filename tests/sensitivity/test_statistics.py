@@ -1,0 +1,89 @@
+"""Mean inputs, and the released code's proxy against its recorded outputs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qvla_jax.sensitivity import input_means
+from qvla_jax.sensitivity.input_hessian import (
+    input_hessians,
+    inverse_factor_diagonal,
+    proxy_costs,
+    released_grid,
+)
+
+from .toys import LLM, UNREACHED, ToyFrames
+
+RELEASE = np.load(Path(__file__).parent / "fixtures" / "qvla_release.npz")
+LAYERS = ("llm", "down", "vision", "patch")
+FIRST_TOWER = "vision_backbone.featurizer.blocks.0.fc"
+FIRST_LLM = "language_model.model.layers.0.attn"
+
+
+def test_means_are_those_of_all_frames_cameras_and_tokens(policy, index):
+    frames = ToyFrames(5, padding=False)
+    means = input_means(policy, frames, index, batch=2)
+    images = frames.arrays["image"].astype(np.float64)
+    np.testing.assert_allclose(means[FIRST_TOWER], images.mean(axis=(0, 1, 2)), rtol=1e-5)
+    assert means[LLM].dtype == np.float64
+    assert not means[UNREACHED].any()
+
+
+def test_batch_size_and_devices_do_not_change_the_means(policy, index, frames):
+    first = input_means(policy, frames, index, batch=2)
+    second = input_means(policy, frames, index, batch=5)
+    for path, mean in first.items():
+        np.testing.assert_allclose(mean, second[path], rtol=1e-5, atol=1e-7)
+
+
+def test_padding_does_not_count(policy, index):
+    frames = ToyFrames(4)
+    means = input_means(policy, frames, index)
+    # Whatever stands in the padding.
+    for frame, length in enumerate(frames.arrays["length"].astype(int)):
+        frames.arrays["text"][frame, length - 6 :] = 50.0
+    padded = input_means(policy, frames, index)
+    for path, mean in means.items():
+        np.testing.assert_allclose(mean, padded[path], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_factor_of_the_recorded_covariance(layer):
+    found = inverse_factor_diagonal(RELEASE[f"{layer}/H"])
+    np.testing.assert_allclose(found, RELEASE[f"{layer}/diag_hinv"], rtol=2e-5)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_released_grid(layer, bits):
+    found = released_grid(RELEASE[f"{layer}/weight"], bits)
+    np.testing.assert_allclose(found, RELEASE[f"{layer}/quantize_row_sym_{bits}"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_released_proxy(layer):
+    bits = (0, 2, 4, 8, 16)
+    diagonal = inverse_factor_diagonal(RELEASE[f"{layer}/H"])
+    found = proxy_costs(RELEASE[f"{layer}/weight"], diagonal, bits)
+    expected = np.stack([RELEASE[f"{layer}/proxy_{b}"] for b in bits], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-12)
+    assert not found[:, -1].any()
+
+
+@pytest.mark.parametrize("layer", ["llm", "vision"])
+def test_the_recorded_covariance_is_two_over_n_times_the_sum(layer):
+    calls = [RELEASE[key] for key in RELEASE.files if key.startswith(f"{layer}/input_")]
+    n = sum(len(call) for call in calls)
+    assert n == RELEASE[f"{layer}/nsamples"]
+    total = sum(np.einsum("btj,btk->jk", c, c, dtype=np.float64) for c in calls)
+    np.testing.assert_allclose(RELEASE[f"{layer}/H"], 2 / n * total, rtol=1e-5, atol=1e-4)
+
+
+def test_covariances_through_the_model(policy, layers, frames):
+    found = input_hessians(policy, frames, layers, batch=2)
+    images = frames.arrays["image"].astype(np.float64)
+    expected = 2 / 5 * np.einsum("bvtj,bvtk->jk", images, images)
+    np.testing.assert_allclose(found[FIRST_TOWER], expected, rtol=1e-5)
+    assert found[FIRST_LLM].shape == (12, 12)
+    assert not found[UNREACHED].any()
