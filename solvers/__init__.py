@@ -10,6 +10,7 @@ run. It imports no JAX.
 """
 
 # Importing a solver registers it.
+from qvla_jax.solvers import alignment as alignment
 from qvla_jax.solvers import core as core
 from qvla_jax.solvers import demotion as demotion
 from qvla_jax.solvers import dynamic_programming as dynamic_programming
@@ -34,3 +35,5 @@ from qvla_jax.solvers.relaxation import relax as relax
 from qvla_jax.solvers.solution import Solution as Solution
 from qvla_jax.solvers.solution import Verification as Verification
 from qvla_jax.solvers.solution import verify as verify
+from qvla_jax.solvers.tying import Tied as Tied
+from qvla_jax.solvers.tying import tie as tie

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.solvers.arrays import BoolArray, FloatArray, IntArray
+from qvla_jax.errors import InputError
 from qvla_jax.solvers.marginal import marginal_from
-from qvla_jax.solvers.mip import MipResult, solve_mip
+from qvla_jax.solvers.mip import solve_mip
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.registry import Proposal, register
 from qvla_jax.solvers.relaxation import relax
+from qvla_jax.solvers.tying import tie
 
 _LEVELS = ("channel", "group")
 
@@ -42,32 +42,21 @@ def ilp(
     """
     if level not in _LEVELS:
         raise InputError(f"level must be one of {', '.join(_LEVELS)}, got {level!r}.")
+    tied = None
     if level == "group":
-        costs, sizes, opened, member = _by_group(problem)
-        masked = np.where(opened, sizes, np.iinfo(np.int64).max)
-        if (least := int(masked.min(axis=1).sum())) > problem.budget:
-            raise BudgetError(
-                f"The budget of {problem.budget:,} bytes is too small for one option per group. "
-                f"Raise it to at least {least} bytes, or allocate by channel."
-            )
-        # Closed options cost so much that no hull contains them.
-        dear = np.where(opened, costs, np.abs(costs).sum() + 1.0)
-        large = np.where(opened, sizes, problem.budget + 1)
-        reduced = AllocationProblem(costs=dear, sizes=large, budget=problem.budget)
-        relaxation = None
-    else:
-        costs, sizes, member = problem.costs, problem.sizes, np.arange(problem.channels)
-        opened = (
-            np.ones(costs.shape, dtype=np.bool_) if problem.allowed is None else problem.allowed
-        )
-        reduced = problem
-        relaxation = relax(problem)
-    incumbent = marginal_from(reduced, relaxation or relax(reduced)).choice
+        if problem.groups is None:
+            raise InputError('level="group" needs a problem with groups.')
+        tied = tie(problem, problem.groups)
+    reduced = problem if tied is None else tied.problem
+    relaxation = relax(reduced)
+    incumbent = marginal_from(reduced, relaxation).choice
     result = solve_mip(
-        costs,
-        sizes,
-        opened,
-        problem.budget,
+        reduced.costs,
+        reduced.sizes,
+        np.ones(reduced.costs.shape, dtype=np.bool_)
+        if reduced.allowed is None
+        else reduced.allowed,
+        reduced.budget,
         incumbent=incumbent,
         backend=backend,
         time_limit=time_limit,
@@ -75,52 +64,18 @@ def ilp(
         threads=threads,
         warm_start=warm_start,
     )
-    choice = better_choice(costs, incumbent, result)
-    by_channel = level == "channel"
-    return Proposal(
-        choice[member],
-        lower_bound=result.lower_bound if by_channel else None,
-        status="time_limit"
-        if result.status != "optimal"
-        else "optimal"
-        if by_channel and gap == 0
-        else None,
-        relaxation=relaxation,
-        details={
-            "variables": result.variables,
-            "mip_status": result.status,
-            "mip_lower_bound": float(result.lower_bound)
-            if np.isfinite(result.lower_bound)
-            else None,
-        },
-    )
-
-
-def better_choice(costs: FloatArray, incumbent: IntArray, result: MipResult) -> IntArray:
-    """The solver's choice, unless it has none or a dearer one than the incumbent."""
-    if result.choice is None:
-        return incumbent
-    rows = np.arange(len(costs))
-    is_better = costs[rows, result.choice].sum() <= costs[rows, incumbent].sum()
-    return result.choice if is_better else incumbent
-
-
-def _by_group(problem: AllocationProblem) -> tuple[FloatArray, IntArray, BoolArray, IntArray]:
-    """Costs f64[G, n], sizes i64[G, n], what is open to all members, and each channel's group."""
-    if problem.groups is None:
-        raise InputError('level="group" needs a problem with groups.')
-    present, member = np.unique(problem.groups, return_inverse=True)
-    costs = np.zeros((len(present), problem.options))
-    sizes = np.zeros((len(present), problem.options), dtype=np.int64)
-    closed = np.zeros((len(present), problem.options), dtype=np.int64)
-    np.add.at(costs, member, problem.costs)
-    np.add.at(sizes, member, problem.sizes)
-    if problem.allowed is not None:
-        np.add.at(closed, member, (~problem.allowed).astype(np.int64))
-    opened = closed == 0
-    empty = np.flatnonzero(~opened.any(axis=1))
-    if len(empty):
-        raise InputError(
-            f"Group {int(present[empty[0]])} has no option open to all of its channels."
-        )
-    return costs, sizes, opened, member.astype(np.int64)
+    choice = incumbent
+    if result.choice is not None:
+        choice = min(incumbent, result.choice, key=reduced.cost_of)
+    details = {
+        "variables": result.variables,
+        "mip_status": result.status,
+        "mip_lower_bound": result.lower_bound if np.isfinite(result.lower_bound) else None,
+    }
+    ended = result.status == "optimal"
+    if tied is not None:
+        # The certificate is that of the channel-wise problem, which may well do better.
+        status = None if ended else "time_limit"
+        return Proposal(tied.expand(choice), status=status, details=details)
+    status = "time_limit" if not ended else "optimal" if gap == 0 else None
+    return Proposal(choice, result.lower_bound, status, relaxation, details)

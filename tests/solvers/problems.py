@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from qvla_jax.solvers import AllocationProblem, Solution, verify
 
 HEURISTICS = ("uniform", "greedy:qvla", "greedy:released", "greedy:marginal", "lagrangian")
+ALIGNED = ("greedy:aligned",)
 EXACT = ("dynamic_programming", "core", "ilp", "ilp:core")
 
 

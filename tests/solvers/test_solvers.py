@@ -1,3 +1,4 @@
+import itertools
 from random import Random
 
 import numpy as np
@@ -8,9 +9,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.solvers import AllocationProblem, available, fill, instances, relax, solve
+from qvla_jax.solvers import AllocationProblem, available, fill, instances, relax, solve, tie
 
-from .problems import EXACT, HEURISTICS, brute_force, check, close, small_problems  # noqa: TID251
+from .problems import ALIGNED, EXACT, HEURISTICS, brute_force, check, close, small_problems  # noqa: TID251
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 # Every example starts HiGHS.
@@ -18,7 +19,7 @@ slow_solver = settings(max_examples=25, deadline=None, suppress_health_check=lis
 
 
 def test_every_documented_solver_is_available() -> None:
-    assert set(HEURISTICS + EXACT) == set(available())
+    assert set(HEURISTICS + EXACT + ALIGNED) == set(available())
 
 
 @quick
@@ -43,11 +44,11 @@ def test_integer_programming_agrees_with_brute_force(problem: AllocationProblem)
         assert solution.cost == pytest.approx(best, abs=close(problem))
 
 
-@slow_solver
+@settings(slow_solver, max_examples=15)
 @given(st.sampled_from(instances.families()), st.integers(0, 10**6), st.floats(0.02, 0.98))
 def test_exact_solvers_agree_on_larger_instances(family: str, seed: int, tightness: float) -> None:
     problem = instances.random_instance(
-        family, channels=30, options=4, largest=200, tightness=tightness, seed=seed
+        family, channels=20, options=4, largest=100, tightness=tightness, seed=seed
     )
     best = solve(problem, "dynamic_programming")
     for name in ("core", "ilp", "ilp:core"):
@@ -252,3 +253,46 @@ def test_unknown_solvers_and_settings_name_the_known_ones() -> None:
         solve(problem, "ilp", level="group")
     with pytest.raises(InputError, match="more than max_states"):
         solve(problem, "dynamic_programming", max_states=1)
+
+
+@quick
+@given(small_problems(), st.data())
+def test_tied_channels_share_their_option_at_least_cost(
+    problem: AllocationProblem, data: st.DataObject
+) -> None:
+    label = st.integers(0, 2)
+    size = problem.channels
+    labels = np.array(data.draw(st.lists(label, min_size=size, max_size=size)))
+    choices = [
+        np.array(options)[np.unique(labels, return_inverse=True)[1]]
+        for options in itertools.product(range(problem.options), repeat=len(np.unique(labels)))
+    ]
+    rows = np.arange(problem.channels)
+    costs = [
+        problem.cost_of(choice)
+        for choice in choices
+        if problem.size_of(choice) <= problem.budget
+        and (problem.allowed is None or problem.allowed[rows, choice].all())
+    ]
+    if not costs:
+        with pytest.raises(InputError):
+            tie(problem, labels)
+        return
+    tied = tie(problem, labels)
+    choice = tied.expand(solve(tied.problem, "core").choice)
+    assert problem.size_of(choice) <= problem.budget
+    assert problem.cost_of(choice) == pytest.approx(min(costs), abs=close(problem))
+
+
+def test_conflicting_ties_are_refused() -> None:
+    problem = instances.random_instance("monotone", channels=4, seed=1)
+    torn = AllocationProblem(
+        costs=problem.costs, sizes=problem.sizes, budget=10**6, fixed=np.array([0, -1, 1, -1])
+    )
+    with pytest.raises(
+        InputError, match="channel 0 is fixed to option 0, and a channel tied to it"
+    ):
+        tie(torn, np.zeros(4, dtype=int))
+    crossed = AllocationProblem(costs=np.zeros((2, 2)), sizes=np.array([[0, 4], [4, 0]]), budget=0)
+    with pytest.raises(BudgetError, match=r"With tied channels: .* at least 4 bytes"):
+        tie(crossed, np.zeros(2, dtype=int))

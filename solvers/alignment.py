@@ -1,0 +1,188 @@
+"""Channel counts in whole tiles.
+
+Kernels work on tiles of channels of one bit-width: 16 on a CPU, 64 on a GPU, 128 on a TPU. A count
+that is not a multiple of the tile is padded, by bytes that nobody counted or by channels promoted
+after the fact. Here the counts are part of the allocation.
+"""
+
+import numpy as np
+
+from qvla_jax.errors import BudgetError, InputError
+from qvla_jax.solvers.arrays import FloatArray, IntArray
+from qvla_jax.solvers.marginal import marginal_from
+from qvla_jax.solvers.problem import AllocationProblem
+from qvla_jax.solvers.registry import Proposal, register
+from qvla_jax.solvers.relaxation import relax
+
+
+@register("greedy:aligned")
+def greedy_aligned(
+    problem: AllocationProblem,
+    *,
+    multiple: int = 16,
+    exempt: tuple[int, ...] = (0, -1),
+    iterations: int = 40,
+) -> Proposal:
+    """Counts per group and option in multiples of a tile; the price is reported.
+
+    At a multiplier every group takes its cheapest options and then rounds each count up or down,
+    whichever costs less, by moving the channels that mind least. The multiplier is bisected until
+    the bytes fit. The multiples hold exactly; the cost is not proven optimal under them.
+
+    Args:
+        problem: The problem; without groups all channels form one.
+        multiple: Channels of a tile.
+        exempt: Options that may have any count, negative ones counted from the end. By default
+            pruned rows, which are not stored, and the widest option, which takes the remainder.
+        iterations: Bisection steps.
+
+    Raises:
+        InputError: A setting is wrong, or a group cannot be aligned (for its fixed channels).
+        BudgetError: No aligned allocation was found within the budget.
+    """
+    if multiple < 1 or iterations < 1:
+        raise InputError(
+            f"multiple and iterations must be positive, got {multiple} and {iterations}."
+        )
+    tiled = _tiled(problem, exempt)
+    relaxation = relax(problem)
+    unaligned = problem.cost_of(marginal_from(problem, relaxation).choice)
+    groups = _Groups(problem, tiled, multiple)
+
+    best: tuple[float, IntArray] | None = None
+    # Bracket the multiplier around the relaxation's, in growing strides, then bisect.
+    low, high = 0.0, np.inf
+    trial, stride = relaxation.multiplier, 1.05
+    for _ in range(iterations):
+        choice = groups.aligned(trial)
+        cost, fits = problem.cost_of(choice), problem.size_of(choice) <= problem.budget
+        if fits and (best is None or cost < best[0]):
+            best = cost, choice
+        low, high = (low, trial) if fits else (trial, high)
+        stride = min(stride * stride, 16.0)
+        if not fits and high == np.inf:
+            trial = trial * stride if trial > 0 else _gentlest(relaxation.hulls.gain)
+        elif fits and low == 0:
+            trial /= stride
+        else:
+            trial = (low + high) / 2
+        if trial in (low, high) or high - low <= 1e-9 * low:
+            break
+    if best is None:
+        choice = groups.smallest()
+        size = problem.size_of(choice)
+        if size > problem.budget:
+            raise BudgetError(
+                f"The budget of {problem.budget:,} bytes is too small for counts in multiples of "
+                f"{multiple}: the smallest such allocation found takes {size} bytes."
+            )
+        best = problem.cost_of(choice), choice
+    details = {"unaligned_cost": unaligned, "price": best[0] - unaligned}
+    return Proposal(best[1], relaxation=relaxation, details=details)
+
+
+def _gentlest(gains: FloatArray) -> float:
+    """The least positive gain: the first multiplier at which anything changes."""
+    positive = gains[gains > 0]
+    return float(positive.min()) if len(positive) else 1.0
+
+
+class _Groups:
+    """The problem's arrays with each group's channels side by side."""
+
+    def __init__(self, problem: AllocationProblem, tiled: IntArray, multiple: int):
+        groups = problem.groups
+        if groups is None:
+            groups = np.zeros(problem.channels, dtype=np.int64)
+        self._order = np.argsort(groups, kind="stable")
+        self._labels, starts = np.unique(groups[self._order], return_index=True)
+        self._ends = np.append(starts, problem.channels)
+        self._costs = problem.costs[self._order]
+        self._sizes = problem.sizes[self._order]
+        self._allowed = None if problem.allowed is None else problem.allowed[self._order]
+        self._names = problem.group_names
+        self._tiled = tiled
+        self._multiple = multiple
+
+    def aligned(self, multiplier: float) -> IntArray:
+        """i64[C], the aligned choice at a multiplier."""
+        return self._choice(1.0, multiplier)
+
+    def smallest(self) -> IntArray:
+        """i64[C], the aligned choice that minds the bytes alone."""
+        return self._choice(0.0, 1.0)
+
+    def _choice(self, cost_weight: float, size_weight: float) -> IntArray:
+        choice = np.empty(len(self._order), dtype=np.int64)
+        for label, start, end in zip(self._labels, self._ends[:-1], self._ends[1:], strict=True):
+            rows = slice(int(start), int(end))
+            values = cost_weight * self._costs[rows] + size_weight * self._sizes[rows]
+            if self._allowed is not None:
+                values = np.where(self._allowed[rows], values, np.inf)
+            aligned = _align(values, self._tiled, self._multiple)
+            if aligned is None:
+                name = f" ({self._names[label]})" if self._names is not None else ""
+                raise InputError(
+                    f"Group {int(label)}{name} of {rows.stop - rows.start} channels cannot have "
+                    f"counts in multiples of {self._multiple}: exempt another option, or free its "
+                    f"fixed channels."
+                )
+            choice[self._order[rows]] = aligned
+        return choice
+
+
+def _tiled(problem: AllocationProblem, exempt: tuple[int, ...]) -> IntArray:
+    """The options whose counts must be multiples."""
+    options = problem.options
+    wrong = [j for j in exempt if not -options <= j < options]
+    if wrong or not exempt:
+        raise InputError(
+            f"exempt must name one of the options 0 .. {options - 1} at least, got {exempt}."
+        )
+    return np.setdiff1d(np.arange(options), [j % options for j in exempt])
+
+
+def _align(values: FloatArray, tiled: IntArray, multiple: int) -> IntArray | None:
+    """Rounds the counts of one group's options, one option after the other.
+
+    Channels come from and go to options that are not rounded yet, or exempt; so a rounded count
+    stays.
+
+    Args:
+        values: f64[c, n], penalized costs; infinite for closed options.
+        tiled: Options to round, in this order.
+        multiple: Channels of a tile.
+
+    Returns:
+        i64[c], or None where the channels' closed options leave no way.
+    """
+    rows = np.arange(len(values))
+    choice = values.argmin(axis=1)
+    unrounded = np.ones(values.shape[1], dtype=np.int64)
+    for option in tiled.tolist():
+        unrounded[option] = 0
+        members = choice == option
+        over = int(members.sum()) % multiple
+        if over == 0:
+            continue
+        elsewhere = np.where(unrounded == 1, values, np.inf)
+        target = elsewhere.argmin(axis=1)
+        leave = np.where(members, elsewhere[rows, target] - values[:, option], np.inf)
+        enter = np.where(unrounded[choice] == 1, values[:, option] - values[rows, choice], np.inf)
+        out, loss_out = _least(leave, over)
+        into, loss_in = _least(enter, multiple - over)
+        if min(loss_out, loss_in) == np.inf:
+            return None
+        if loss_out <= loss_in:
+            choice[out] = target[out]
+        else:
+            choice[into] = option
+    return choice
+
+
+def _least(losses: FloatArray, count: int) -> tuple[IntArray, float]:
+    """The `count` channels of least loss, and what they lose together; infinite if too few."""
+    if count > len(losses):
+        return np.empty(0, dtype=np.int64), np.inf
+    chosen = np.argpartition(losses, count - 1)[:count]
+    return chosen, float(losses[chosen].sum())
