@@ -79,8 +79,8 @@ def frame_batches(
         count = len(jax.tree.leaves(inputs)[0])
         numbers = np.arange(start, start + count, dtype=np.int32)
         padded, _ = sharding.pad_batch((inputs, numbers), size)
-        inputs, numbers = sharding.shard_batch(mesh, padded)
-        yield FrameBatch(inputs, numbers, count)
+        placed: Any = sharding.shard_batch(mesh, padded)
+        yield FrameBatch(inputs=placed[0], frames=placed[1], count=count)
         start += count
     if start == 0:
         raise InputError("the calibration set holds no frames")

@@ -15,7 +15,7 @@ E_v sum_t g[t, c]^2 || w_hat - w ||^2, which knows nothing of the inputs.
 """
 
 from collections.abc import Mapping
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def reverse_costs(
     index: ChannelIndex,
     means: Mapping[str, np.ndarray] | None,
     *,
-    method: Literal["jacobian", "taylor"],
+    method: str,
     bits: tuple[int, ...],
     probes: Probes,
     seed: int = 0,

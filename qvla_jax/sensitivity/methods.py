@@ -43,6 +43,7 @@ def sensitivities(
     batch: int | None = None,
     action_weights: np.ndarray | None = None,
     bias_correction: bool = True,
+    means: Mapping[str, np.ndarray] | None = None,
     rules: LayerRules = DEFAULT_RULES,
     progress: Progress = no_progress,
 ) -> SensitivityTable:
@@ -61,7 +62,9 @@ def sensitivities(
         batch: frames at a time; memory grows with it.
         action_weights: weight of each of the a action dimensions; None weighs all alike.
         bias_correction: cost the quantizer that moves the mean error into the bias, which
-            `quantize` uses; needs one more pass for E[x].
+            `quantize` uses.
+        means: E[x] of each layer from `input_means` on the same set, if it is known already; None
+            finds it in a pass of its own.
         rules: which layers are quantized.
         progress: called as it goes on.
 
@@ -80,8 +83,9 @@ def sensitivities(
     weights = _check_weights(action_weights, policy.config.action_dim)
     layers = quantizable_layers(policy.model, rules)
     index = channel_index(layers)
-    means = None
-    if bias_correction:
+    if not bias_correction:
+        means = None
+    elif means is None:
         means = input_means(policy, calibration, index, seed=seed, progress=progress)
     options = tuple(b for b in bits if b != SOURCE)
     costs, error = _costs(

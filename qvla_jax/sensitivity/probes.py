@@ -22,7 +22,7 @@ def probe_vectors(
     probes: Probes,
     key: Array,
     frames: Int[Array, " b"],
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     weights: Float[Array, " a"] | None,
 ) -> Float[Array, "s b h a"]:
     """Probes for each frame, whose squared products with dA average to the weighted ||dA||^2.

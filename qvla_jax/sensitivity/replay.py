@@ -110,7 +110,10 @@ def replay(
         run: which stages have to run, for all these perturbations together.
         perturbations: the changes; no weight is copied for them.
     """
-    changes = Perturbations(_EVERYWHERE, _EVERYWHERE, PartitionSpec(None, DATA_AXIS))
+    # Partition specs stand where the arrays do.
+    split: Any = PartitionSpec(None, DATA_AXIS)
+    whole: Any = _EVERYWHERE
+    changes = Perturbations(layer=whole, channel=whole, change=split)
     return jax.shard_map(
         functools.partial(_replay, spec),
         mesh=spec.mesh,

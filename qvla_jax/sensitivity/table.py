@@ -88,7 +88,8 @@ class SensitivityTable:
             raise InputError("costs: 16 bits leave a channel as it is, so their cost must be 0")
         if self.means is not None:
             for layer in self.index.layers:
-                if np.shape(self.means.get(layer.path)) != (layer.fan_in,):
+                mean = self.means.get(layer.path)
+                if mean is None or np.shape(mean) != (layer.fan_in,):
                     raise InputError(f"means: {layer.path} needs {layer.fan_in} entries")
 
     def problem(
@@ -107,10 +108,11 @@ class SensitivityTable:
         """
         if (budget_bits is None) == (budget_bytes is None):
             raise InputError("give either budget_bits or budget_bytes")
-        if budget_bytes is None:
+        if budget_bits is not None:
             if not np.isfinite(budget_bits) or budget_bits <= 0:
                 raise InputError(f"budget_bits: expected a positive number, got {budget_bits}")
             budget_bytes = int(budget_bits * self.index.num_weights / 8)
+        assert budget_bytes is not None
         return AllocationProblem(
             costs=self.costs,
             sizes=self.sizes,
