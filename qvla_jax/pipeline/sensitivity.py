@@ -44,7 +44,7 @@ def sensitivity(
     check_methods(config)
     calibration = load_calibration(config.out) if calibration is None else calibration
     policy = load_policy(config.model) if policy is None else policy
-    tables = {}
+    tables: dict[str, SensitivityTable] = {}
     for method in dict.fromkeys((config.method, *config.baselines)):
         tables[method] = sensitivities(
             policy,
@@ -53,6 +53,8 @@ def sensitivity(
             bits=BITS,
             probes=config.probes,
             seed=config.seed,
+            # The mean inputs are the same for every method: measured once.
+            means=tables[config.method].means if tables else None,
             progress=_named(progress, method),
         )
     validation = None
