@@ -28,6 +28,9 @@ class VisionTowerConfig:
     # 0-based index of the block whose output is the feature. The public policies read the
     # second-to-last block and never use the last one.
     feature_block: int
+    # Stored in the public checkpoints and never read by a policy.
+    final_norm: bool = False
+    attention_pool: bool = False
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -67,6 +70,13 @@ class OpenVLAConfig:
     action_horizon: int = 8
     # 0: the policy takes no proprio.
     proprio_dim: int = 0
+    # Language modulates the towers' blocks (OpenVLA-OFT+).
+    use_film: bool = False
+    # How raw camera images become what the towers take: "openvla" as the reference does it in
+    # LIBERO (JPEG round trip, lanczos3 to 224 pixels), "plain" by one resize where sizes differ.
+    image_chain: Literal["plain", "openvla"] = "plain"
+    # Crop the central 90 % of the area: for policies that were trained with random crops.
+    center_crop: bool = False
     prompt_template: str = "In: What action should the robot take to {instruction}?\nOut:"
     # Longest prompt in tokens (BOS and the empty token included); shorter ones are padded.
     max_prompt_tokens: int = 64
@@ -76,6 +86,8 @@ class OpenVLAConfig:
     pad_token_id: int = 32000
     # The lone word-boundary piece that the reference appends after "Out:".
     empty_token_id: int | None = 29871
+    # Size of the vocabulary without padding rows; action bins are its last 256 tokens.
+    action_vocab_size: int = 32000
     # Statistics entry used where a checkpoint holds several data sets.
     unnorm_key: str | None = None
 
@@ -161,6 +173,7 @@ _DINOV2_L = VisionTowerConfig(
     num_registers=4,
     layer_scale=True,
     feature_block=22,
+    final_norm=True,
     # timm stores the ImageNet constants in bfloat16, and so does the public preprocessor.
     mean=_IMAGENET_MEAN,
     std=_IMAGENET_STD,
@@ -174,6 +187,8 @@ _SIGLIP_SO400M = VisionTowerConfig(
     num_heads=16,
     mlp_dim=4304,
     feature_block=25,
+    final_norm=True,
+    attention_pool=True,
 )
 _LLAMA_2_7B = LlamaConfig(
     vocab_size=32064,
@@ -229,6 +244,7 @@ PRESETS: dict[str, OpenVLAConfig] = {
             vision=(_DINOV2_L, _SIGLIP_SO400M),
             text=_LLAMA_2_7B,
             decoding="tokens",
+            image_chain="openvla",
             action_horizon=1,
         ),
         OpenVLAConfig(
@@ -237,6 +253,8 @@ PRESETS: dict[str, OpenVLAConfig] = {
             text=_LLAMA_2_7B,
             num_images=2,
             proprio_dim=8,
+            image_chain="openvla",
+            center_crop=True,
         ),
         OpenVLAConfig(
             name="libero-mini",

@@ -93,7 +93,10 @@ def load_weights(model: nnx.Module, path: Path) -> None:
 
 
 def assign_tensors(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str) -> None:
-    """Fills the parameters of `model` from public tensors; see `load_weights` for errors."""
+    """Fills the parameters of `model` from public tensors, read one at a time.
+
+    A model that was refused a tensor is half-filled and of no use. See `load_weights` for errors.
+    """
     parameters = {name: (leaf, variable) for name, leaf, variable in _parameters(model)}
     if missing := sorted(parameters.keys() - tensors.keys()):
         raise CheckpointError(f"{source}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
@@ -102,7 +105,6 @@ def assign_tensors(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, sour
             f"{source}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): the "
             "file belongs to another architecture"
         )
-    converted = {}
     for name, (leaf, variable) in parameters.items():
         value = tensors[name]
         expected = _public_shape(name, leaf, variable.shape)
@@ -113,7 +115,6 @@ def assign_tensors(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, sour
         value = value.astype(variable.dtype)
         if not np.isfinite(value.astype(np.float32)).all():
             raise CheckpointError(f"{source}: tensor {name!r} holds NaN or inf")
-        converted[name] = value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
-    # Assigned only after all checks, so that a refused file leaves the model as it was.
-    for name, (_, variable) in parameters.items():
-        variable[...] = jnp.asarray(converted[name])
+        if leaf == "kernel":
+            value = value.reshape(variable.shape[::-1]).T
+        variable[...] = jnp.asarray(value)

@@ -18,13 +18,15 @@ from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import atomic_path, write_json
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
+from qvla_jax.checkpoints.huggingface import is_huggingface, read_config, read_json, read_tensors
+from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference.normalization import Normalizer
 from qvla_jax.inference.processor import Processor
 from qvla_jax.inference.word_tokenizer import word_tokenizer
-from qvla_jax.models import ModelInputs, OpenVLA
+from qvla_jax.models import ModelInputs, Prismatic, make_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -34,9 +36,9 @@ STATISTICS_FILE = "dataset_statistics.json"
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
-    graphdef: nnx.GraphDef[OpenVLA], state: nnx.State, inputs: ModelInputs
+    graphdef: nnx.GraphDef[Prismatic], state: nnx.State, inputs: ModelInputs
 ) -> Float[Array, "b h a"]:
-    return nnx.merge(graphdef, state)(inputs)
+    return nnx.merge(graphdef, state).actions(inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Policy:
     """A network with all that it needs between sensors and motors."""
 
     config: OpenVLAConfig
-    model: OpenVLA
+    model: Prismatic
     processor: Processor
     # The public dataset_statistics.json, kept as it is for `save`.
     statistics: Mapping[str, Any]
@@ -56,7 +58,7 @@ class Policy:
     def infer_normalized(
         self, batch: Mapping[str, Any], *, preprocessed: bool = False
     ) -> Float[np.ndarray, "b h a"]:
-        """A batch of observations -> normalized action chunks, float32.
+        """A batch of observations -> normalized action chunks, float32: what the robot executes.
 
         The batch is split over all local devices; it is padded where it does not divide evenly.
 
@@ -101,7 +103,7 @@ class Policy:
         """Normalized actions -> metric units."""
         return self.processor.actions.unnormalize(actions)
 
-    def replace(self, *, model: OpenVLA) -> "Policy":
+    def replace(self, *, model: Prismatic) -> "Policy":
         """The same policy with another network."""
         return dataclasses.replace(self, model=model)
 
@@ -128,7 +130,7 @@ class Policy:
 
 def make_policy(
     config: OpenVLAConfig,
-    model: OpenVLA,
+    model: Prismatic,
     tokenizer: tokenizers.Tokenizer,
     statistics: Mapping[str, Any],
     *,
@@ -176,12 +178,24 @@ def make_policy(
     return Policy(config=config, model=model, processor=processor, statistics=statistics)
 
 
-def load_policy(source: str | Path) -> Policy:
+def load_policy(
+    source: str | Path,
+    *,
+    unnorm_key: str | None = None,
+    num_images: int | None = None,
+    center_crop: bool | None = None,
+) -> Policy:
     """Loads a policy.
 
     Args:
-        source: the name of a preset that ships with weights ("libero-mini"), or a directory
-            written by `Policy.save`.
+        source: the name of a preset that ships with weights ("libero-mini"), a directory written
+            by `Policy.save`, or a public OpenVLA or OpenVLA-OFT directory.
+        unnorm_key: for public directories, which data set's statistics un-normalize the actions;
+            may be left out where there is one, or one of LIBERO.
+        num_images: for public directories, the number of cameras, which the files do not tell: 2
+            for OpenVLA-OFT and 1 for OpenVLA if left out.
+        center_crop: for public directories, whether raw images are cropped to the central 90 % of
+            their area: for OpenVLA-OFT and not for OpenVLA if left out.
 
     Raises:
         InputError: neither a preset nor a directory; the message lists close matches.
@@ -195,16 +209,34 @@ def load_policy(source: str | Path) -> Policy:
             raise InputError(
                 f"{config.name!r} ships without weights; give a directory that holds them"
             )
-    config = OpenVLAConfig.from_dict(_read_json(folder / CONFIG_FILE))
-    model = OpenVLA(config, rngs=nnx.Rngs(0))
+    if is_huggingface(folder):
+        return _load_huggingface(folder, unnorm_key, num_images, center_crop)
+    config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
+    model = make_model(config, rngs=nnx.Rngs(0))
     load_weights(model, folder / WEIGHTS_FILE)
     return make_policy(
         config,
         model,
         _read_tokenizer(folder / TOKENIZER_FILE),
-        _read_json(folder / STATISTICS_FILE),
+        read_json(folder / STATISTICS_FILE),
         source=str(folder / STATISTICS_FILE),
     )
+
+
+def _load_huggingface(
+    folder: Path, unnorm_key: str | None, num_images: int | None, center_crop: bool | None
+) -> Policy:
+    tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
+    config, statistics = read_config(
+        folder,
+        unnorm_key=unnorm_key,
+        num_images=num_images,
+        center_crop=center_crop,
+        empty_token_id=tokenizer.token_to_id("\u2581"),
+    )
+    model = make_model(config, rngs=nnx.Rngs(0))
+    assign_tensors(model, read_tensors(folder), source=str(folder))
+    return make_policy(config, model, tokenizer, statistics, source=str(folder))
 
 
 def random_policy(name: str, *, seed: int = 0) -> Policy:
@@ -222,20 +254,11 @@ def random_policy(name: str, *, seed: int = 0) -> Policy:
     key = config.unnorm_key or "random"
     return make_policy(
         config,
-        OpenVLA(config, rngs=nnx.Rngs(seed)),
+        make_model(config, rngs=nnx.Rngs(seed)),
         word_tokenizer(),
         {key: {"action": action, "proprio": unit[config.proprio_dim]}},
         source=name,
     )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from PIL import Image
 
 from qvla_jax.array_typing import Int, UInt8
 from qvla_jax.config import OpenVLAConfig
 from qvla_jax.errors import InputError
+from qvla_jax.inference.images import reference_chain, resize_bicubic
 from qvla_jax.inference.normalization import Normalizer
 from qvla_jax.models import ModelInputs
 
@@ -32,7 +32,8 @@ class Processor:
         Args:
             batch: `image` and, for two cameras, `wrist_image` u8[b, H, W, 3]; `state` f32[b, p]
                 where the policy takes proprio; `instruction`, b strings. Other keys are ignored.
-            preprocessed: the images are at the model's size already and must not be resized.
+            preprocessed: the images are what the reference's processor receives (resized and cropped
+                uint8); only its own resize to the towers' size is left to do.
 
         Raises:
             InputError: a key is missing or has the wrong shape or dtype.
@@ -97,20 +98,10 @@ class Processor:
             raise InputError(
                 f"{key}: expected uint8 [b, H, W, 3], got {images.dtype} {list(images.shape)}"
             )
-        size = self.config.image_size
-        if images.shape[1:3] == (size, size):
-            return images
-        if preprocessed:
-            raise InputError(
-                f"{key}: preprocessed images must be {size} x {size}, got "
-                f"{images.shape[1]} x {images.shape[2]}"
-            )
-        return np.stack(
-            [
-                np.asarray(Image.fromarray(i).resize((size, size), Image.Resampling.LANCZOS))
-                for i in images
-            ]
-        )
+        config = self.config
+        if config.image_chain == "openvla" and not preprocessed:
+            images = np.stack([reference_chain(i, center_crop=config.center_crop) for i in images])
+        return np.stack([resize_bicubic(i, config.image_size) for i in images])
 
 
 def _require(batch: Mapping[str, Any], key: str) -> Any:

@@ -4,6 +4,8 @@ The mask is an argument: OpenVLA runs it causally, OpenVLA-OFT lets every positi
 position that is not padding.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,6 +35,15 @@ def apply_rotary(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one layer, for s places of which the first ones are filled."""
+
+    k: Float[Array, "b s m d"]
+    v: Float[Array, "b s m d"]
+
+
 class LlamaAttention(nnx.Module):
     """Self-attention with rotary positions and optional grouped key-value heads."""
 
@@ -51,14 +62,52 @@ class LlamaAttention(nnx.Module):
         angles: tuple[Float[Array, "b t 1 r"], Float[Array, "b t 1 r"]],
         mask: Bool[Array, "b 1 #t s"],
     ) -> Float[Array, "b t c"]:
+        q, k, v = self._project(x, angles)
+        return self.o_proj(attention(q, k, v, mask).reshape(x.shape))
+
+    def fill(
+        self,
+        x: Float[Array, "b t c"],
+        angles: tuple[Float[Array, "b t 1 r"], Float[Array, "b t 1 r"]],
+        mask: Bool[Array, "b 1 #t t"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "b t c"], KVCache]:
+        """As a call, and stores keys and values in the first t places of the cache."""
+        q, k, v = self._project(x, angles)
+        filled = KVCache(
+            k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, 0, axis=1),
+            v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, 0, axis=1),
+        )
+        return self.o_proj(attention(q, k, v, mask).reshape(x.shape)), filled
+
+    def step(
+        self,
+        x: Float[Array, "b 1 c"],
+        angles: tuple[Float[Array, "b 1 1 r"], Float[Array, "b 1 1 r"]],
+        places: Int[Array, " b"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "b 1 c"], KVCache]:
+        """One token of each sequence, at its place; attends to all places up to it."""
+        q, k, v = self._project(x, angles)
+        rows = jnp.arange(x.shape[0])
+        cache = KVCache(
+            k=cache.k.at[rows, places].set(k[:, 0]), v=cache.v.at[rows, places].set(v[:, 0])
+        )
+        mask = jnp.arange(cache.k.shape[1])[None] <= places[:, None]
+        y = attention(q, cache.k, cache.v, mask[:, None, None])
+        return self.o_proj(y.reshape(x.shape)), cache
+
+    def _project(
+        self,
+        x: Float[Array, "b t c"],
+        angles: tuple[Float[Array, "b t 1 r"], Float[Array, "b t 1 r"]],
+    ) -> tuple[Float[Array, "b t n d"], Float[Array, "b t m d"], Float[Array, "b t m d"]]:
         b, t, c = x.shape
         head_dim = c // self.config.num_attention_heads
         q, k, v = (
             proj(x).reshape(b, t, -1, head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = apply_rotary(q, angles), apply_rotary(k, angles)
-        y = attention(q, k, v, mask)
-        return self.o_proj(y.reshape(b, t, c))
+        return apply_rotary(q, angles), apply_rotary(k, angles), v
 
 
 class LlamaMLP(nnx.Module):
@@ -90,7 +139,31 @@ class LlamaDecoderLayer(nnx.Module):
         angles: tuple[Float[Array, "b t 1 r"], Float[Array, "b t 1 r"]],
         mask: Bool[Array, "b 1 #t s"],
     ) -> Float[Array, "b t c"]:
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask)
+        return self._transform(x + self.self_attn(self.input_layernorm(x), angles, mask))
+
+    def fill(
+        self,
+        x: Float[Array, "b t c"],
+        angles: tuple[Float[Array, "b t 1 r"], Float[Array, "b t 1 r"]],
+        mask: Bool[Array, "b 1 #t t"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "b t c"], KVCache]:
+        """See `LlamaAttention.fill`."""
+        y, cache = self.self_attn.fill(self.input_layernorm(x), angles, mask, cache)
+        return self._transform(x + y), cache
+
+    def step(
+        self,
+        x: Float[Array, "b 1 c"],
+        angles: tuple[Float[Array, "b 1 1 r"], Float[Array, "b 1 1 r"]],
+        places: Int[Array, " b"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "b 1 c"], KVCache]:
+        """See `LlamaAttention.step`."""
+        y, cache = self.self_attn.step(self.input_layernorm(x), angles, places, cache)
+        return self._transform(x + y), cache
+
+    def _transform(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -114,14 +187,48 @@ class LlamaModel(nnx.Module):
         self, embeddings: Float[Array, "b t c"], mask: Bool[Array, "b 1 #t t"]
     ) -> Float[Array, "b t c"]:
         """Embeddings [b, t, c] at positions 0..t-1 -> final-norm hidden states [b, t, c]."""
-        b, t, _ = embeddings.shape
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
-        angles = rotary_angles(positions, head_dim, self.config.rope_theta)
+        angles = self._angles(_positions(embeddings))
         x = embeddings
         for layer in self.layers:
             x = layer(x, angles, mask)
         return self.norm(x)
+
+    def fill(
+        self, embeddings: Float[Array, "b t c"], mask: Bool[Array, "b 1 #t t"], *, places: int
+    ) -> tuple[Float[Array, "b t c"], list[KVCache]]:
+        """As a call, and returns a cache of `places` places for each layer, the first t filled."""
+        config, (b, _, c) = self.config, embeddings.shape
+        empty = jnp.zeros(
+            (b, places, config.num_key_value_heads, c // config.num_attention_heads),
+            embeddings.dtype,
+        )
+        angles = self._angles(_positions(embeddings))
+        x, caches = embeddings, []
+        for layer in self.layers:
+            x, cache = layer.fill(x, angles, mask, KVCache(k=empty, v=empty))
+            caches.append(cache)
+        return self.norm(x), caches
+
+    def step(
+        self, embedding: Float[Array, "b 1 c"], places: Int[Array, " b"], caches: list[KVCache]
+    ) -> tuple[Float[Array, "b 1 c"], list[KVCache]]:
+        """One more token of each sequence: its final-norm state, and the caches with it."""
+        angles = self._angles(places[:, None])
+        x, updated = embedding, []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.step(x, angles, places, cache)
+            updated.append(cache)
+        return self.norm(x), updated
+
+    def _angles(
+        self, positions: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b t 1 r"], Float[Array, "b t 1 r"]]:
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return rotary_angles(positions, head_dim, self.config.rope_theta)
+
+
+def _positions(embeddings: Float[Array, "b t c"]) -> Int[Array, "b t"]:
+    return jnp.broadcast_to(jnp.arange(embeddings.shape[1])[None], embeddings.shape[:2])
 
 
 class LlamaForCausalLM(nnx.Module):

@@ -1,10 +1,12 @@
-"""OpenVLA-OFT: towers, projector, Llama with parallel decoding, regression head.
+"""The assembled policies: OpenVLA (action tokens) and OpenVLA-OFT (parallel decoding).
 
-Sequence of the language model (moojink/openvla-oft): BOS, patches of every image, the proprio
-token, the rest of the prompt with the empty token last, h*a zeroed action placeholders, the stop
-token, padding. Every position attends to every position that is not padding. The head reads h*a
-final-norm states from the empty token's own position on: as in next-token prediction, a state
-stands one place before the entry that it predicts.
+Both put the patches right behind BOS: BOS, patches of every image, the proprio token (OFT), the
+rest of the prompt with the empty token last.
+
+OpenVLA goes on greedily with 7 action tokens, causally. OpenVLA-OFT appends h a zeroed action
+placeholders and the stop token, lets every position attend to every position that is not padding,
+and reads h a final-norm states from the empty token's own position on: as in next-token
+prediction, a state stands one place before the entry that it predicts.
 """
 
 import dataclasses
@@ -15,8 +17,9 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Bool, Float, Int, UInt8
 from qvla_jax.config import OpenVLAConfig
+from qvla_jax.models import action_bins
 from qvla_jax.models.action_head import L1RegressionActionHead
-from qvla_jax.models.llama import LlamaForCausalLM, bidirectional_mask
+from qvla_jax.models.llama import LlamaForCausalLM, bidirectional_mask, causal_mask
 from qvla_jax.models.projector import PrismaticProjector, ProprioProjector
 from qvla_jax.models.vision import VisionBackbone
 
@@ -36,20 +39,34 @@ class ModelInputs:
     proprio: Float[Array, "b p"] | None = None
 
 
-class OpenVLA(nnx.Module):
-    """The policy network: inputs to a normalized action chunk."""
+class Prismatic(nnx.Module):
+    """What both policies share: towers, projector and language model."""
 
     def __init__(self, config: OpenVLAConfig, *, rngs: nnx.Rngs):
-        if config.decoding != "l1":
-            raise NotImplementedError(
-                f"{config.name}: decoding {config.decoding!r} is not ported yet; only 'l1' is"
-            )
         self.config = config
         llm_dim = config.text.hidden_size
         vision_dim = sum(tower.embed_dim for tower in config.vision)
-        self.vision_backbone = VisionBackbone(config.vision, rngs=rngs)
+        self.vision_backbone = VisionBackbone(
+            config.vision, language_dim=llm_dim if config.use_film else None, rngs=rngs
+        )
         self.projector = PrismaticProjector(vision_dim, llm_dim, rngs=rngs)
         self.language_model = LlamaForCausalLM(config.text, rngs=rngs)
+
+    def __call__(self, inputs: ModelInputs) -> Float[Array, "b h a"]:
+        """Normalized action chunk of each observation; differentiable."""
+        raise NotImplementedError
+
+    def actions(self, inputs: ModelInputs) -> Float[Array, "b h a"]:
+        """The normalized chunk that the robot executes."""
+        return self(inputs)
+
+
+class OpenVLAOFT(Prismatic):
+    """OpenVLA-OFT: one bidirectional pass and a regression head."""
+
+    def __init__(self, config: OpenVLAConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        llm_dim = config.text.hidden_size
         self.proprio_projector = (
             ProprioProjector(config.proprio_dim, llm_dim, rngs=rngs) if config.proprio_dim else None
         )
@@ -59,23 +76,29 @@ class OpenVLA(nnx.Module):
 
     def __call__(self, inputs: ModelInputs) -> Float[Array, "b h a"]:
         """Normalized action chunk of each observation."""
-        prefix = self.projector(self.vision_backbone(inputs.images))
+        embeddings, valid = self.embed(inputs)
+        states = self.language_model.model(embeddings, bidirectional_mask(valid))
+        return self.action_head(self.action_states(states, inputs.prompt_length))
+
+    def embed(self, inputs: ModelInputs) -> tuple[Float[Array, "b t c"], Bool[Array, "b t"]]:
+        """The whole sequence, and which places are not padding."""
+        text, valid, is_placeholder = self._text_embeddings(inputs)
+        language = None
+        if self.config.use_film:
+            # The mean covers the prompt and the stop token, as in the reference.
+            used = (valid & ~is_placeholder)[:, :, None]
+            language = jnp.sum(text, axis=1, where=used) / jnp.sum(used, axis=1).astype(text.dtype)
+        prefix = self.projector(self.vision_backbone(inputs.images, language))
         if self.proprio_projector is not None:
             if inputs.proprio is None:
                 raise ValueError(f"{self.config.name} takes proprio, but the inputs hold none")
             prefix = jnp.concatenate([prefix, self.proprio_projector(inputs.proprio)], axis=1)
-        text, valid = self._text_embeddings(inputs)
-        embeddings = jnp.concatenate([text[:, :1], prefix, text[:, 1:]], axis=1)
-        valid = jnp.concatenate(
-            [valid[:, :1], jnp.ones(prefix.shape[:2], bool), valid[:, 1:]], axis=1
-        )
-        states = self.language_model.model(embeddings, bidirectional_mask(valid))
-        return self.action_head(self._action_states(states, prefix.shape[1], inputs.prompt_length))
+        return _behind_bos(prefix, text, valid)
 
     def _text_embeddings(
         self, inputs: ModelInputs
-    ) -> tuple[Float[Array, "b t c"], Bool[Array, "b t"]]:
-        """Prompt, zeroed action placeholders and stop token; and which places are not padding."""
+    ) -> tuple[Float[Array, "b t c"], Bool[Array, "b t"], Bool[Array, "b t"]]:
+        """Prompt, zeroed placeholders and stop token; which are not padding; the placeholders."""
         config = self.config
         length = inputs.prompt_length[:, None]
         ids = jnp.pad(inputs.input_ids, ((0, 0), (0, config.num_action_tokens + 1)))
@@ -87,15 +110,96 @@ class OpenVLA(nnx.Module):
         ids = jnp.where(place > stop_at, config.pad_token_id, ids)
         embeddings = self.language_model.model.embed_tokens(ids)
         zero = jnp.zeros((), embeddings.dtype)
-        return jnp.where(is_placeholder[:, :, None], zero, embeddings), place <= stop_at
+        return (
+            jnp.where(is_placeholder[:, :, None], zero, embeddings),
+            place <= stop_at,
+            is_placeholder,
+        )
 
-    def _action_states(
-        self,
-        states: Float[Array, "b t c"],
-        num_prefix: int,
-        prompt_length: Int[Array, " b"],
+    def action_states(
+        self, states: Float[Array, "b t c"], prompt_length: Int[Array, " b"]
     ) -> Float[Array, "b h*a c"]:
-        """The h*a states that the head reads, from the empty token's position on."""
-        start = num_prefix + prompt_length - 1
+        """The h a states that the head reads, from the empty token's position on."""
+        start = self.config.num_prefix_tokens + prompt_length - 1
         place = start[:, None] + jnp.arange(self.config.num_action_tokens)[None]
         return jnp.take_along_axis(states, place[:, :, None], axis=1)
+
+
+class OpenVLA(Prismatic):
+    """OpenVLA: greedy decoding of 7 action tokens."""
+
+    def __call__(self, inputs: ModelInputs) -> Float[Array, "b 1 a"]:
+        """Expected action over the bins at each of the 7 greedily decoded places.
+
+        One causal pass over the prompt and the tokens that `decode` chooses; the choice itself is
+        held fixed, so that the result is differentiable.
+        """
+        tokens = jax.lax.stop_gradient(self.decode(inputs))
+        embeddings, valid = self.embed(inputs)
+        places = self._first_place(inputs)[:, None] + jnp.arange(self.config.action_dim)[None]
+        rows = jnp.arange(len(places))[:, None]
+        extra = self.config.action_dim - 1
+        embeddings = jnp.pad(embeddings, ((0, 0), (0, extra), (0, 0)))
+        chosen = self.language_model.model.embed_tokens(tokens[:, :-1])
+        embeddings = embeddings.at[rows, places[:, 1:]].set(chosen)
+        valid = jnp.arange(embeddings.shape[1])[None] <= places[:, -1:]
+        states = self.language_model.model(embeddings, causal_mask(valid))
+        logits = self.language_model.lm_head(
+            jnp.take_along_axis(states, places[:, :, None], axis=1)
+        )
+        return action_bins.expectation(logits, self.config.action_vocab_size)[:, None]
+
+    def actions(self, inputs: ModelInputs) -> Float[Array, "b 1 a"]:
+        """Normalized action of the greedily decoded tokens: what the robot executes."""
+        return action_bins.decode(self.decode(inputs), self.config.action_vocab_size)[:, None]
+
+    def embed(self, inputs: ModelInputs) -> tuple[Float[Array, "b t c"], Bool[Array, "b t"]]:
+        """The prompt with its patches, and which places are not padding."""
+        prefix = self.projector(self.vision_backbone(inputs.images))
+        text = self.language_model.model.embed_tokens(inputs.input_ids)
+        place = jnp.arange(inputs.input_ids.shape[1])[None]
+        return _behind_bos(prefix, text, place < inputs.prompt_length[:, None])
+
+    def decode(self, inputs: ModelInputs) -> Int[Array, "b a"]:
+        """The 7 most likely tokens, one after the other, with a preallocated KV cache."""
+        tokens, _ = self.decode_with_logits(inputs)
+        return tokens
+
+    def decode_with_logits(
+        self, inputs: ModelInputs
+    ) -> tuple[Int[Array, "b a"], Float[Array, "b a n"]]:
+        """The tokens, and the logits that each was chosen by."""
+        embeddings, valid = self.embed(inputs)
+        first = self._first_place(inputs)
+        steps = self.config.action_dim
+        states, caches = self.language_model.model.fill(
+            embeddings, causal_mask(valid), places=embeddings.shape[1] + steps - 1
+        )
+        last = jnp.take_along_axis(states, first[:, None, None], axis=1)
+        logits = [self.language_model.lm_head(last)[:, 0]]
+        for step in range(1, steps):
+            token = jnp.argmax(logits[-1], axis=-1)
+            embedding = self.language_model.model.embed_tokens(token[:, None])
+            state, caches = self.language_model.model.step(embedding, first + step, caches)
+            logits.append(self.language_model.lm_head(state)[:, 0])
+        stacked = jnp.stack(logits, axis=1)
+        return jnp.argmax(stacked, axis=-1), stacked
+
+    def _first_place(self, inputs: ModelInputs) -> Int[Array, " b"]:
+        """Place of the prompt's last token, whose state predicts the first action token."""
+        return self.config.num_prefix_tokens + inputs.prompt_length - 1
+
+
+def make_model(config: OpenVLAConfig, *, rngs: nnx.Rngs) -> Prismatic:
+    """The architecture that a configuration describes, with random weights."""
+    return (OpenVLAOFT if config.decoding == "l1" else OpenVLA)(config, rngs=rngs)
+
+
+def _behind_bos(
+    prefix: Float[Array, "b p c"], text: Float[Array, "b t c"], valid: Bool[Array, "b t"]
+) -> tuple[Float[Array, "b p+t c"], Bool[Array, "b p+t"]]:
+    """Puts the prefix behind the first token."""
+    return (
+        jnp.concatenate([text[:, :1], prefix, text[:, 1:]], axis=1),
+        jnp.concatenate([valid[:, :1], jnp.ones(prefix.shape[:2], bool), valid[:, 1:]], axis=1),
+    )

@@ -87,16 +87,56 @@ class Block(nnx.Module):
         self.ls2 = LayerScale(dim) if config.layer_scale else None
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        return self.transform(self.attend(x))
+
+    def attend(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        """The attention half, residual included."""
         y = self.attn(self.norm1(x))
-        x = x + (y if self.ls1 is None else self.ls1(y))
+        return x + (y if self.ls1 is None else self.ls1(y))
+
+    def transform(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        """The MLP half, residual included."""
         y = self.mlp(self.norm2(x))
         return x + (y if self.ls2 is None else self.ls2(y))
+
+
+class FiLMedBlock(nnx.Module):
+    """A block whose residual stream is modulated by language between attention and MLP.
+
+    x <- x (1 + gamma) + beta, gamma and beta linear in the mean language embedding; prefix tokens
+    included (OpenVLA-OFT's `FiLMedVisionTransformerBlock`).
+    """
+
+    def __init__(self, config: VisionTowerConfig, language_dim: int, *, rngs: nnx.Rngs):
+        self.block = Block(config, rngs=rngs)
+        self.scale = Linear(language_dim, config.embed_dim, rngs=rngs)
+        self.shift = Linear(language_dim, config.embed_dim, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t c"], language: Float[Array, "b l"]
+    ) -> Float[Array, "b t c"]:
+        gamma, beta = self.scale(language)[:, None], self.shift(language)[:, None]
+        x = self.block.attend(x)
+        return self.block.transform(x * (1.0 + gamma) + beta)
+
+
+class AttentionPool(nnx.Module):
+    """SigLIP's pooling head: stored in the public checkpoints, never run by a policy."""
+
+    def __init__(self, config: VisionTowerConfig, *, rngs: nnx.Rngs):
+        dim = config.embed_dim
+        self.latent = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, dim)))
+        self.q = Linear(dim, dim, rngs=rngs)
+        self.kv = Linear(dim, 2 * dim, rngs=rngs)
+        self.proj = Linear(dim, dim, rngs=rngs)
+        self.norm = _layer_norm(dim, rngs)
+        self.mlp = Mlp(dim, config.mlp_dim, rngs=rngs)
 
 
 class VisionTransformer(nnx.Module):
     """One tower; returns the patch features of an inner block."""
 
-    def __init__(self, config: VisionTowerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionTowerConfig, language_dim: int | None, *, rngs: nnx.Rngs):
         self.config = config
         dim = config.embed_dim
         init = nnx.initializers.normal(0.02)
@@ -108,9 +148,20 @@ class VisionTransformer(nnx.Module):
             if config.num_registers
             else None
         )
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = nnx.List(
+            [
+                Block(config, rngs=rngs)
+                if language_dim is None
+                else FiLMedBlock(config, language_dim, rngs=rngs)
+                for _ in range(config.depth)
+            ]
+        )
+        self.norm = _layer_norm(dim, rngs) if config.final_norm else None
+        self.attn_pool = AttentionPool(config, rngs=rngs) if config.attention_pool else None
 
-    def __call__(self, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b t c"]:
+    def __call__(
+        self, images: UInt8[Array, "b H W 3"], language: Float[Array, "b l"] | None = None
+    ) -> Float[Array, "b t c"]:
         mean = jnp.asarray(self.config.mean, jnp.float32)
         std = jnp.asarray(self.config.std, jnp.float32)
         pixels = (images.astype(jnp.float32) / 255.0 - mean[None, None, None]) / std[
@@ -126,20 +177,42 @@ class VisionTransformer(nnx.Module):
         ]
         x = jnp.concatenate([*prefix, x], axis=1)
         for block in list(self.blocks)[: self.config.feature_block + 1]:
-            x = block(x)
+            x = block(x) if language is None else block(x, language)
         return x[:, x.shape[1] - self.config.num_patches :]
 
 
 class VisionBackbone(nnx.Module):
     """Both towers over all images, features concatenated on channels."""
 
-    def __init__(self, configs: tuple[VisionTowerConfig, VisionTowerConfig], *, rngs: nnx.Rngs):
-        self.featurizer = VisionTransformer(configs[0], rngs=rngs)
-        self.fused_featurizer = VisionTransformer(configs[1], rngs=rngs)
+    def __init__(
+        self,
+        configs: tuple[VisionTowerConfig, VisionTowerConfig],
+        *,
+        language_dim: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.featurizer = VisionTransformer(configs[0], language_dim, rngs=rngs)
+        self.fused_featurizer = VisionTransformer(configs[1], language_dim, rngs=rngs)
 
-    def __call__(self, images: UInt8[Array, "b v H W 3"]) -> Float[Array, "b v*t c"]:
-        """Images [b, v, H, W, 3] of v cameras -> patch features [b, v t, c1 + c2]."""
-        b = images.shape[0]
+    def __call__(
+        self,
+        images: UInt8[Array, "b v H W 3"],
+        language: Float[Array, "b l"] | None = None,
+    ) -> Float[Array, "b v*t c"]:
+        """Images of v cameras (and the mean language embedding, with FiLM) -> patch features.
+
+        Args:
+            images: [b, v, H, W, 3].
+            language: [b, l]; every image of an observation is modulated by the same.
+
+        Returns:
+            [b, v t, c1 + c2].
+        """
+        b, v = images.shape[:2]
         flat = images.reshape(-1, *images.shape[2:])
-        features = jnp.concatenate([self.featurizer(flat), self.fused_featurizer(flat)], axis=-1)
+        if language is not None:
+            language = jnp.repeat(language, v, axis=0)
+        features = jnp.concatenate(
+            [self.featurizer(flat, language), self.fused_featurizer(flat, language)], axis=-1
+        )
         return features.reshape(b, -1, features.shape[-1])

@@ -28,7 +28,7 @@ from qvla_jax.data.statistics import dataset_statistics
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy, load_policy, make_policy
 from qvla_jax.inference.word_tokenizer import word_tokenizer
-from qvla_jax.models import ModelInputs, OpenVLA
+from qvla_jax.models import ModelInputs, Prismatic, make_model
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.training.augmentation import proprio_noise, random_shift
@@ -92,14 +92,16 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def l1_loss(model: OpenVLA, inputs: ModelInputs, chunks: Float[Array, "b h a"]) -> Float[Array, ""]:
+def l1_loss(
+    model: Prismatic, inputs: ModelInputs, chunks: Float[Array, "b h a"]
+) -> Float[Array, ""]:
     """Mean absolute error per action entry, in normalized space."""
     return jnp.mean(jnp.abs(model(inputs) - chunks))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _train_step(
-    graphdef: nnx.GraphDef[OpenVLA],
+    graphdef: nnx.GraphDef[Prismatic],
     config: TrainConfig,
     params: nnx.State,
     opt_state: optax.OptState,
@@ -148,7 +150,7 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     )
     policy = make_policy(
         architecture,
-        OpenVLA(architecture, rngs=nnx.Rngs(config.seed)),
+        make_model(architecture, rngs=nnx.Rngs(config.seed)),
         word_tokenizer(),
         statistics.to_json(),
         source=str(config.data),
@@ -192,7 +194,7 @@ def heldout_l1(policy: Policy, frames: Frames, *, batch_size: int = 64) -> Float
 
 @functools.partial(jax.jit, static_argnums=0)
 def _predict(
-    graphdef: nnx.GraphDef[OpenVLA], params: nnx.State, inputs: ModelInputs
+    graphdef: nnx.GraphDef[Prismatic], params: nnx.State, inputs: ModelInputs
 ) -> Float[Array, "b h a"]:
     return nnx.merge(graphdef, params)(inputs)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import load_policy, random_policy
+from qvla_jax.inference.images import resize_bicubic
 from qvla_jax.inference.normalization import Normalizer
 from qvla_jax.inference.word_tokenizer import SPECIAL_TOKENS, word_tokenizer
 
@@ -68,10 +69,11 @@ def test_malformed_observations_name_the_key(policy, change, message):
         policy.infer(obs)
 
 
-def test_images_of_other_sizes_are_resized_unless_said_to_be_preprocessed(policy):
-    assert policy.infer(observation(size=64)).shape == (8, 7)
-    with pytest.raises(InputError, match="preprocessed images must be 32 x 32, got 64 x 64"):
-        policy.infer(observation(size=64), preprocessed=True)
+def test_images_of_other_sizes_are_resized(policy):
+    large, small = observation(size=64), observation(size=64)
+    for key in ("image", "wrist_image"):
+        small[key] = resize_bicubic(large[key], 32)
+    np.testing.assert_array_equal(policy.infer(large), policy.infer(small))
 
 
 def test_unknown_models_suggest_close_names():

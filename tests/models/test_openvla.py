@@ -69,7 +69,7 @@ def test_cameras_are_not_interchangeable(policy):
 def test_placeholders_are_zeroed_and_the_stop_token_is_embedded():
     policy = random_policy("tiny-test")
     inputs = policy.prepare(observations(1))
-    text, valid = policy.model._text_embeddings(inputs)
+    text, valid, _ = policy.model._text_embeddings(inputs)
     length, slots = int(inputs.prompt_length[0]), policy.config.num_action_tokens
     table = np.asarray(policy.model.language_model.model.embed_tokens.embedding[...])
     np.testing.assert_array_equal(text[0, :length], table[inputs.input_ids[0, :length]])
@@ -82,8 +82,6 @@ def test_the_head_reads_from_the_empty_token_on(policy):
     inputs = policy.prepare(observations(1))
     t = policy.config.num_prefix_tokens + inputs.input_ids.shape[1] + 57
     states = jnp.broadcast_to(jnp.arange(t, dtype=jnp.float32)[None, :, None], (1, t, 32))
-    read = policy.model._action_states(
-        states, policy.config.num_prefix_tokens, jnp.asarray(inputs.prompt_length)
-    )
+    read = policy.model.action_states(states, jnp.asarray(inputs.prompt_length))
     first = policy.config.num_prefix_tokens + int(inputs.prompt_length[0]) - 1
     np.testing.assert_array_equal(read[0, :, 0], np.arange(first, first + 56))

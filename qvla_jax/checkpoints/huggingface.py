@@ -1,0 +1,292 @@
+"""Reads OpenVLA and OpenVLA-OFT directories in the public Hugging Face layout.
+
+| file                                  | what it holds                                             |
+|---------------------------------------|-----------------------------------------------------------|
+| `config.json`                         | timm ids, Llama's sizes, statistics of the training mixture |
+| `model*.safetensors` (with an index)  | the weights, under the names of `qvla_jax.models`         |
+| `preprocessor_config.json`            | the towers' normalization constants                       |
+| `dataset_statistics.json`             | statistics of a fine-tune; replaces those of config.json  |
+| `action_head--*_checkpoint.pt`        | OFT's regression head                                     |
+| `proprio_projector--*_checkpoint.pt`  | OFT's proprio projector                                   |
+| `vision_backbone--*_checkpoint.pt`    | towers with FiLM and unmerged LoRA; replace the weights'  |
+| `lora_adapter/`                       | a PEFT adapter that was not merged                        |
+| `tiny_vision_archs.json`              | sizes of towers that are not built in (not public)        |
+"""
+
+import collections
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import safetensors
+
+from qvla_jax.checkpoints.lora import merge_adapter, merge_inline
+from qvla_jax.checkpoints.torch_zip import read_torch_zip
+from qvla_jax.config import PRESETS, LlamaConfig, OpenVLAConfig, VisionTowerConfig
+from qvla_jax.errors import CheckpointError
+
+CONFIG_FILE: Final = "config.json"
+STATISTICS_FILE: Final = "dataset_statistics.json"
+_COMPONENTS: Final = ("action_head", "proprio_projector", "vision_backbone")
+_KNOWN_TOWERS: Final = {t.timm_id: t for t in PRESETS["openvla-7b"].vision}
+# OpenVLA-OFT's constant for LIBERO; the head's weights do not tell it.
+_ACTION_HORIZON: Final = 8
+# Every prompt is padded to this, so that one compiled program serves all instructions.
+_MAX_PROMPT_TOKENS: Final = 96
+
+
+class ShardedTensors(Mapping[str, np.ndarray]):
+    """The tensors of all safetensors files of a directory, read one at a time."""
+
+    def __init__(self, folder: Path):
+        """Opens the files and reads their headers.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or a tensor stands in two files.
+        """
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        else:
+            files = ["model.safetensors"]
+        self._files: dict[str, Path] = {}
+        self._handles: dict[Path, Any] = {}
+        for name in files:
+            path = folder / name
+            # A name with a folder in it would reach out of the directory.
+            if Path(name).name != name or not path.is_file():
+                raise CheckpointError(f"{path}: missing; the index names it")
+            try:
+                handle = safetensors.safe_open(path, framework="numpy")
+                keys = list(handle.keys())
+            except (safetensors.SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path}: not a readable safetensors file ({error}); fetch it again"
+                ) from error
+            self._handles[path] = handle
+            for key in keys:
+                if key in self._files:
+                    raise CheckpointError(f"{path}: {key!r} stands in {self._files[key].name} too")
+                self._files[key] = path
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._handles[self._files[name]].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a directory holds a public checkpoint rather than one of ours."""
+    path = folder / CONFIG_FILE
+    return path.is_file() and "model_type" in read_json(path)
+
+
+def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
+    """All tensors of a directory under the names of `qvla_jax.models`, LoRA merged.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or refused.
+    """
+    sharded: Mapping[str, np.ndarray] = ShardedTensors(folder)
+    components: dict[str, np.ndarray] = {}
+    for component in _COMPONENTS:
+        path = _component(folder, component)
+        if path is None:
+            continue
+        prefix = "" if component == "vision_backbone" else f"{component}."
+        loaded = {
+            f"{prefix}{name.removeprefix('module.')}": tensor
+            for name, tensor in read_torch_zip(path).items()
+        }
+        components |= merge_inline(loaded, source=str(path))
+        sharded = _Without(sharded, f"{component}.")
+    tensors: Mapping[str, np.ndarray] = collections.ChainMap(components, sharded)  # type: ignore[arg-type]
+    adapter = folder / "lora_adapter"
+    return merge_adapter(tensors, adapter) if adapter.is_dir() else tensors
+
+
+class _Without(Mapping[str, np.ndarray]):
+    """A mapping without the names that begin with a prefix."""
+
+    def __init__(self, inner: Mapping[str, np.ndarray], prefix: str):
+        self._inner = inner
+        self._names = [name for name in inner if not name.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._inner[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _component(folder: Path, name: str) -> Path | None:
+    found = sorted(folder.glob(f"{name}--*_checkpoint.pt"))
+    if len(found) > 1:
+        raise CheckpointError(f"{folder}: several {name} files: {[p.name for p in found]}")
+    return found[0] if found else None
+
+
+def read_config(
+    folder: Path,
+    *,
+    unnorm_key: str | None = None,
+    num_images: int | None = None,
+    center_crop: bool | None = None,
+    empty_token_id: int | None = None,
+) -> tuple[OpenVLAConfig, dict[str, Any]]:
+    """The architecture of a directory and its statistics.
+
+    Args:
+        folder: the directory.
+        unnorm_key: statistics entry to use; may be left out where there is one, or one of LIBERO.
+        num_images: cameras, which the files do not tell; 2 for OFT and 1 for OpenVLA if left out.
+        center_crop: whether raw images are cropped; True for OFT and False for OpenVLA if left out.
+        empty_token_id: the tokenizer's lone word-boundary piece; Llama's 29871 if left out.
+
+    Raises:
+        CheckpointError: a file is missing or a key has no or an unsupported value.
+    """
+    path = folder / CONFIG_FILE
+    raw = read_json(path)
+    statistics = raw.get("norm_stats", {})
+    if (folder / STATISTICS_FILE).is_file():
+        statistics = read_json(folder / STATISTICS_FILE)
+    head, proprio, film = (_component(folder, name) for name in _COMPONENTS)
+    oft = head is not None
+    try:
+        if raw["arch_specifier"] != "no-align+fused-gelu-mlp":
+            raise CheckpointError(f"{path}: arch_specifier {raw['arch_specifier']!r} unsupported")
+        text = _text_config(raw["text_config"])
+        config = OpenVLAConfig(
+            name=folder.resolve().name,
+            vision=_towers(folder, raw),
+            text=text,
+            num_images=num_images or (2 if oft else 1),
+            decoding="l1" if oft else "tokens",
+            action_dim=7 if head is None else _rows(head, "model.fc2.bias"),
+            action_horizon=_ACTION_HORIZON if oft else 1,
+            proprio_dim=0 if proprio is None else _columns(proprio, "fc1.weight"),
+            use_film=film is not None,
+            image_chain="openvla",
+            center_crop=oft if center_crop is None else center_crop,
+            max_prompt_tokens=_MAX_PROMPT_TOKENS,
+            pad_token_id=raw["pad_token_id"],
+            empty_token_id=29871 if empty_token_id is None else empty_token_id,
+            action_vocab_size=text.vocab_size - raw["pad_to_multiple_of"],
+            unnorm_key=_unnorm_key(statistics, unnorm_key, folder),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: missing or unusable key ({error!r})") from error
+    return config, statistics
+
+
+def _text_config(raw: Mapping[str, Any]) -> LlamaConfig:
+    # Only what differs from LlamaConfig's defaults is stored: those of Llama-2-7B.
+    heads = raw.get("num_attention_heads", 32)
+    return LlamaConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw.get("hidden_size", 4096),
+        intermediate_size=raw.get("intermediate_size", 11008),
+        num_hidden_layers=raw.get("num_hidden_layers", 32),
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=raw.get("rope_theta", 10000.0),
+    )
+
+
+def _towers(folder: Path, raw: Mapping[str, Any]) -> tuple[VisionTowerConfig, VisionTowerConfig]:
+    extra_path = folder / "tiny_vision_archs.json"
+    extra = read_json(extra_path) if extra_path.is_file() else {}
+    constants = read_json(folder / "preprocessor_config.json")["tvf_normalize_params"]
+    ids, sizes = raw["timm_model_ids"], raw["image_sizes"]
+    towers = []
+    for timm_id, size, normalize in zip(ids, sizes, constants, strict=True):
+        colours = {"mean": tuple(normalize["mean"]), "std": tuple(normalize["std"])}
+        if timm_id in extra:
+            tower = _described_tower(timm_id, extra[timm_id], size, colours)
+        elif timm_id in _KNOWN_TOWERS:
+            tower = _KNOWN_TOWERS[timm_id]
+            if size != tower.image_size or any(colours[k] != getattr(tower, k) for k in colours):
+                raise CheckpointError(f"{folder}: {timm_id} with size {size} and {colours}")
+        else:
+            raise CheckpointError(
+                f"{folder}: vision tower {timm_id!r} is not built in; describe its sizes in "
+                f"{extra_path.name}"
+            )
+        towers.append(tower)
+    first, second = towers
+    return first, second
+
+
+def _described_tower(
+    timm_id: str, sizes: Mapping[str, Any], image_size: int, colours: Mapping[str, Any]
+) -> VisionTowerConfig:
+    class_token = sizes.get("class_token", True)
+    return VisionTowerConfig(
+        timm_id=timm_id,
+        image_size=image_size,
+        patch_size=sizes["patch_size"],
+        embed_dim=sizes["embed_dim"],
+        depth=sizes["depth"],
+        num_heads=sizes["num_heads"],
+        mlp_dim=int(sizes["embed_dim"] * sizes.get("mlp_ratio", 4.0)),
+        class_token=class_token,
+        num_registers=sizes.get("reg_tokens", 0),
+        layer_scale=sizes.get("init_values") is not None,
+        feature_block=sizes["depth"] - 2,
+        final_norm=True,
+        attention_pool=sizes.get("global_pool") == "map",
+        **colours,
+    )
+
+
+def _unnorm_key(statistics: Mapping[str, Any], asked: str | None, folder: Path) -> str:
+    if asked is not None:
+        return asked
+    libero = [key for key in statistics if key.startswith("libero")]
+    for candidates in (list(statistics), libero):
+        if len(candidates) == 1:
+            return candidates[0]
+    raise CheckpointError(
+        f"{folder}: statistics of several data sets; name one with unnorm_key: "
+        f"{', '.join(statistics) or 'there are none'}"
+    )
+
+
+def _shape(path: Path, suffix: str) -> tuple[int, ...]:
+    for name, tensor in read_torch_zip(path).items():
+        if name.endswith(suffix):
+            return tensor.shape
+    raise CheckpointError(f"{path}: tensor {suffix!r} is missing")
+
+
+def _rows(path: Path, suffix: str) -> int:
+    return _shape(path, suffix)[0]
+
+
+def _columns(path: Path, suffix: str) -> int:
+    return _shape(path, suffix)[1]
+
+
+def read_json(path: Path) -> Any:
+    """Parses a JSON file.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
