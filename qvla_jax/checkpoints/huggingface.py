@@ -1,16 +1,16 @@
 """Reads OpenVLA and OpenVLA-OFT directories in the public Hugging Face layout.
 
-| file                                  | what it holds                                             |
-|---------------------------------------|-----------------------------------------------------------|
-| `config.json`                         | timm ids, Llama's sizes, statistics of the training mixture |
-| `model*.safetensors` (with an index)  | the weights, under the names of `qvla_jax.models`         |
-| `preprocessor_config.json`            | the towers' normalization constants                       |
-| `dataset_statistics.json`             | statistics of a fine-tune; replaces those of config.json  |
-| `action_head--*_checkpoint.pt`        | OFT's regression head                                     |
-| `proprio_projector--*_checkpoint.pt`  | OFT's proprio projector                                   |
-| `vision_backbone--*_checkpoint.pt`    | towers with FiLM and unmerged LoRA; replace the weights'  |
-| `lora_adapter/`                       | a PEFT adapter that was not merged                        |
-| `tiny_vision_archs.json`              | sizes of towers that are not built in (not public)        |
+| file                                 | what it holds                                      |
+|--------------------------------------|----------------------------------------------------|
+| `config.json`                        | timm ids, Llama's sizes, statistics of the mixture |
+| `model*.safetensors`                 | the weights, under the names of `qvla_jax.models`  |
+| `preprocessor_config.json`           | the towers' normalization constants                |
+| `dataset_statistics.json`            | a fine-tune's, instead of config.json's            |
+| `action_head--*_checkpoint.pt`       | OFT's regression head                              |
+| `proprio_projector--*_checkpoint.pt` | OFT's proprio projector                            |
+| `vision_backbone--*_checkpoint.pt`   | towers with FiLM and LoRA, instead of the weights' |
+| `lora_adapter/`                      | a PEFT adapter that was not merged                 |
+| `tiny_vision_archs.json`             | sizes of towers that are not built in              |
 """
 
 import collections

@@ -32,8 +32,8 @@ class Processor:
         Args:
             batch: `image` and, for two cameras, `wrist_image` u8[b, H, W, 3]; `state` f32[b, p]
                 where the policy takes proprio; `instruction`, b strings. Other keys are ignored.
-            preprocessed: the images are what the reference's processor receives (resized and cropped
-                uint8); only its own resize to the towers' size is left to do.
+            preprocessed: the images are what the reference's processor receives (resized and
+                cropped uint8); only its own resize to the towers' size is left to do.
 
         Raises:
             InputError: a key is missing or has the wrong shape or dtype.
