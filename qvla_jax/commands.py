@@ -150,6 +150,8 @@ def show_report(content: Mapping[str, Any]) -> None:
     if content["validation"] is not None:
         _say(spearman_line(content["validation"], content["sensitivity"]["method"]))
     _print(methods_table(content["methods"]))
+    _say("")
+    _print(sweep_table([*content["methods"], *content["sweep"]]))
     _say(content["simulated"]["note"])
 
 
@@ -176,6 +178,33 @@ def methods_table(entries: list[Mapping[str, Any]]) -> Table:
             "-" if full else number(max(errors["worst_by_dimension"])),
             "-" if full else f"{errors['gripper_flip_rate']:.2%}",
             f"{expert['action_l1_normalized']:.4f}",
+        )
+    return table
+
+
+def sweep_table(entries: list[Mapping[str, Any]]) -> Table:
+    """Returns our errors over the budgets: measured, predicted, and the uniform grid's."""
+    uniform = {e["requested_bits"]: e for e in entries if e["family"] == "uniform"}
+    table = Table("budget", box=None, padding=(0, 1))
+    for heading in ("MSE", "uniform MSE", "times less", "SSE predicted", "measured", "ratio"):
+        table.add_column(heading, justify="right")
+    ours = [e for e in entries if e["family"] == "ours"]
+    for e in sorted(ours, key=lambda e: e["requested_bits"]):
+        errors = e["versus_full_precision"]
+        mse, sse = errors["action_mse_normalized"], errors["action_sse_normalized"]
+        predicted = e["predicted_sse_normalized"]
+        other, times = "-", "-"
+        if e["requested_bits"] in uniform:
+            grid = uniform[e["requested_bits"]]["versus_full_precision"]["action_mse_normalized"]
+            other, times = number(grid), number(grid / mse) if mse else "-"
+        table.add_row(
+            f"{e['requested_bits']:g} bits",
+            number(mse),
+            other,
+            times,
+            number(predicted),
+            number(sse),
+            number(sse / predicted) if predicted else "-",
         )
     return table
 

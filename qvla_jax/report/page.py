@@ -159,6 +159,28 @@ def _curve(report: Mapping[str, Any]) -> str:
         "entries and averaged over held-out frames, against full precision. Bytes are those of the "
         "packed layout: words, scales, biases and the channel index. Hover for values."
         "</figcaption></figure>\n"
+        f"{_budgets(entries)}"
+    )
+
+
+def _budgets(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The curve as a table: action MSE of every series at every budget."""
+    series = list(dict.fromkeys(e["series"] for e in entries))
+    rows = []
+    for bits in sorted({e["requested_bits"] for e in entries}):
+        cells = [f"{bits:g} bits"]
+        for name in series:
+            found = [e for e in entries if (e["series"], e["requested_bits"]) == (name, bits)]
+            error = "–"
+            if found:
+                error = number(found[0]["versus_full_precision"]["action_mse_normalized"])
+            cells.append(error)
+        rows.append(f"<tr>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
+    table = _table(("budget, or bits of the uniform grid", *series), "".join(rows))
+    return (
+        f'<figure><div class="scroll">{table}</div><figcaption>Action MSE against full precision. '
+        "A budget counts everything stored; a uniform grid of the same name stores more, because "
+        "its scales come on top.</figcaption></figure>\n"
     )
 
 
