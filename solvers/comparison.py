@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qvla_jax.errors import InputError
+from qvla_jax.errors import QvlaError
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.registry import available, get_solver, solve
 from qvla_jax.solvers.relaxation import relax
@@ -101,6 +101,6 @@ def compare(
             rows.append(
                 Row(name, solve(problem, name, relaxation=relaxation, **given.get(name, {})))
             )
-        except InputError as error:
+        except QvlaError as error:
             rows.append(Row(name, None, str(error)))
     return Comparison(problem, tuple(rows))

@@ -15,8 +15,10 @@ problem", 1995); or by PuLP.
 import dataclasses
 import math
 import time
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qvla_jax.solvers.arrays import FloatArray, IntArray, blocks
 from qvla_jax.solvers.marginal import marginal_from
@@ -25,6 +27,9 @@ from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.registry import Proposal, register
 from qvla_jax.solvers.relaxation import Relaxation, option_major, relax
 from qvla_jax.solvers.solution import OPTIMALITY_TOLERANCE, Status
+
+# What the search may remember of its states to trace the best one back.
+_HISTORY_BYTES = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +97,11 @@ def core(
         status = "optimal"
     elif found.timed_out:
         status = "time_limit"
-    return Proposal(
-        found.choice,
-        lower_bound=dual.value + found.lower_bound
-        if status != "optimal"
-        else problem.cost_of(found.choice),
-        status=status,
-        relaxation=relaxation,
-        details={"core": found.stages, "opened": len(opened.channel), "states": found.states},
-    )
+    bound = dual.value + found.lower_bound
+    if status == "optimal":
+        bound = problem.cost_of(found.choice)
+    details = {"core": found.stages, "opened": len(opened.channel), "states": found.states}
+    return Proposal(found.choice, bound, status, relaxation, details)
 
 
 @register("ilp:core", requires=("pulp",))
@@ -142,12 +143,16 @@ def ilp_core(
         max_stages=300,
     )
     opened = dual.core(quick.excess)
-    details = {"core": min(len(opened.channel), max_core), "opened": len(opened.channel)}
+    details: dict[str, Any] = {
+        "core": min(len(opened.channel), max_core),
+        "opened": len(opened.channel),
+    }
     complete = len(opened.channel) <= max_core
     rows = opened.channel[:max_core]
     reduced, choice = opened.reduced[:max_core], quick.choice
     if len(rows) == 0:
         return Proposal(choice, problem.cost_of(choice), "optimal", relaxation, details)
+    left = None if time_limit is None else time_limit - (time.perf_counter() - start)
     inside = problem.sizes[rows]
     outside = problem.size_of(choice) - int(inside[np.arange(len(rows)), choice[rows]].sum())
     result = solve_mip(
@@ -158,9 +163,7 @@ def ilp_core(
         incumbent=choice[rows],
         slack_price=relaxation.multiplier,
         backend=backend,
-        time_limit=None
-        if time_limit is None
-        else max(1.0, time_limit - (time.perf_counter() - start)),
+        time_limit=left,
         threads=threads,
     )
     if result.choice is not None:
@@ -171,10 +174,13 @@ def ilp_core(
     bound = problem.cost_of(choice) if proven else None
     if complete and not proven and math.isfinite(result.lower_bound):
         bound = dual.value + result.lower_bound
-    status: Status = (
-        "optimal" if proven else "time_limit" if result.status != "optimal" else "feasible"
-    )
-    return Proposal(choice, bound, status, relaxation, {**details, "variables": result.variables})
+    status: Status = "feasible"
+    if proven:
+        status = "optimal"
+    elif result.status == "time_limit":
+        status = "time_limit"
+    details |= {"variables": result.variables, "mip_status": result.status}
+    return Proposal(choice, bound, status, relaxation, details)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +269,9 @@ def search_core(
     price, slack = dual.multiplier, dual.slack
     added = np.zeros(1, dtype=np.int64)
     reduced = np.zeros(1)
-    history: list[tuple[IntArray, IntArray]] = []
+    # Of each state: its parent in the stage before, and the option taken.
+    history: list[tuple[NDArray[np.int32], NDArray[np.int16]]] = []
+    remembered = 0
     best: tuple[int, int] | None = None
     # Nothing that was dropped has less excess than this.
     dropped = math.inf
@@ -278,7 +286,7 @@ def search_core(
         if not alive.any():
             break
         timed_out = time_limit is not None and time.perf_counter() - start > time_limit
-        if timed_out or k == max_stages:
+        if timed_out or k == max_stages or remembered > _HISTORY_BYTES:
             dropped = min(dropped, float(reduced[alive].min()) + following)
             break
         keep = np.flatnonzero(alive)
@@ -292,15 +300,17 @@ def search_core(
         # Sorted runs: the stable sort merges them in linear time.
         order = np.argsort(new_added, kind="stable")
         new_added, new_reduced = new_added[order], new_reduced[order]
-        # A state that is neither smaller nor cheaper than another leads nowhere that the other does
-        # not.
+        # A state neither smaller nor cheaper than another leads nowhere that the other does not.
         costs = new_reduced - price * new_added
         floor = np.minimum.accumulate(costs)
         survives = np.concatenate([[True], costs[1:] < floor[:-1]])
         survives &= new_reduced < excess
         index = order[survives]
         added, reduced = new_added[survives], new_reduced[survives]
-        history.append((keep[index % len(keep)], options[index // len(keep)]))
+        parent = keep[index % len(keep)].astype(np.int32)
+        option = options[index // len(keep)].astype(np.int16)
+        history.append((parent, option))
+        remembered += parent.nbytes + option.nbytes
         peak = max(peak, len(added))
         fits = int(np.searchsorted(added, slack, side="right"))
         if fits:
@@ -314,7 +324,7 @@ def search_core(
         stage, state = best
         while stage > 0:
             stage -= 1
-            parent, option = history[stage]
-            choice[opened.channel[stage]] = option[state]
-            state = int(parent[state])
+            parents, taken = history[stage]
+            choice[opened.channel[stage]] = taken[state]
+            state = int(parents[state])
     return Search(choice, excess, min(excess, dropped), len(history), peak, timed_out)

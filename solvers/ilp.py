@@ -72,10 +72,10 @@ def ilp(
         "mip_status": result.status,
         "mip_lower_bound": result.lower_bound if np.isfinite(result.lower_bound) else None,
     }
-    ended = result.status == "optimal"
+    status = "time_limit" if result.status == "time_limit" else None
     if tied is not None:
         # The certificate is that of the channel-wise problem, which may well do better.
-        status = None if ended else "time_limit"
         return Proposal(tied.expand(choice), status=status, details=details)
-    status = "time_limit" if not ended else "optimal" if gap == 0 else None
+    if result.status == "optimal" and gap == 0:
+        status = "optimal"
     return Proposal(choice, result.lower_bound, status, relaxation, details)

@@ -173,7 +173,7 @@ def _backend(
     }
     return type("QuietHiGHS", (base,), methods)(
         msg=False,
-        timeLimit=time_limit,
+        timeLimit=None if time_limit is None else max(0.1, time_limit),
         gapRel=gap,
         gapAbs=0.0,
         threads=threads,

@@ -150,6 +150,11 @@ def solve(
         InputError: The solver or a setting is unknown, or the solver cannot take this problem.
         BudgetError: The solver has no allocation within the budget; the message states its minimum.
     """
+    if relaxation is not None and relaxation.budget != problem.budget:
+        raise InputError(
+            f"The relaxation is for {relaxation.budget} bytes, the problem's budget is "
+            f"{problem.budget}: their bounds differ."
+        )
     solver = get_solver(name)
     complete = solver.settings(settings)
     start = time.perf_counter()

@@ -51,6 +51,7 @@ class Relaxation:
     """The optimum of the linear relaxation.
 
     Attributes:
+        budget: The budget that it is for.
         hulls: The hulls that it was found on.
         multiplier: The critical slope, in cost per byte; 0 where the budget does not bind.
         lower_bound: The dual value there, reduced by the rounding errors of its own evaluation.
@@ -58,6 +59,7 @@ class Relaxation:
             budget.
     """
 
+    budget: int
     hulls: Hulls
     multiplier: float
     lower_bound: float
@@ -72,6 +74,7 @@ def relax(problem: AllocationProblem) -> Relaxation:
     critical = critical_value(-hulls.gain[is_step], hulls.size[is_step], capacity)
     multiplier = 0.0 if critical is None else -critical
     return Relaxation(
+        budget=problem.budget,
         hulls=hulls,
         multiplier=multiplier,
         lower_bound=dual_bound(problem, multiplier),

@@ -1,6 +1,7 @@
 """A solver's answer with its certificate, and an independent check of both."""
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -65,12 +66,8 @@ class Solution:
         """Everything but the choice, as JSON types."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["choice"]
-        return {
-            **fields,
-            "settings": dict(self.settings),
-            "details": dict(self.details),
-            "gap": self.gap,
-        }
+        fields |= {"settings": dict(self.settings), "details": dict(self.details)}
+        return json.loads(json.dumps({**fields, "gap": self.gap}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the solution to a `.safetensors` or `.npz` file, completely or not at all."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.solvers import AllocationProblem, Solution, compare, instances, solve, verify
+from qvla_jax.solvers import AllocationProblem, Solution, compare, instances, relax, solve, verify
 
 COSTS = np.array([[3.0, 1.0, 0.0], [2.0, 0.5, 0.0]])
 SIZES = np.array([[1, 4, 8], [2, 4, 8]])
@@ -184,6 +184,15 @@ def test_compare_prints_a_row_for_each_solver_and_keeps_going() -> None:
     assert len(comparison.to_json()) == len(rows)
     with pytest.raises(InputError, match="no setting sped"):
         compare(problem, ["uniform"], settings={"uniform": {"sped": 1}})
+
+
+def test_a_relaxation_for_another_budget_is_refused() -> None:
+    problem = instances.random_instance("monotone", channels=9, seed=1)
+    relaxation = relax(problem)
+    given = solve(problem, "uniform", relaxation=relaxation)
+    assert given.lower_bound == solve(problem, "uniform").lower_bound
+    with pytest.raises(InputError, match="their bounds differ"):
+        solve(problem.with_budget(problem.budget + 1), "uniform", relaxation=relaxation)
 
 
 def test_instances_repeat_for_a_seed() -> None:
