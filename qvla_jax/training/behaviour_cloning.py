@@ -48,6 +48,8 @@ class TrainConfig:
     # Checkpoints, log and the finished policy; a run that was cut off is resumed from here.
     out: Path
     model: str = "libero-mini"
+    # Start from the weights of this policy (a preset or a directory); None starts from random ones.
+    initial_policy: str | None = None
     train_split: str = "train"
     heldout_split: str = "heldout"
     standardization: str = "libero"
@@ -137,7 +139,8 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
         The policy's directory (weights rounded to bfloat16), with `training.json` beside them.
 
     Raises:
-        InputError: `out` holds a run of another recipe.
+        InputError: `out` holds a run of another recipe, or the initial policy has another
+            architecture.
         DatasetError: the data set cannot be read.
     """
     _claim_folder(config)
@@ -148,12 +151,16 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     statistics = dataset_statistics(
         config.data, config.train_split, standardization=config.standardization
     )
+    model = make_model(architecture, rngs=nnx.Rngs(config.seed))
+    if config.initial_policy is not None:
+        initial = load_policy(config.initial_policy)
+        if initial.config != architecture:
+            raise InputError(
+                f"{config.initial_policy} is no {config.model}: its configuration differs"
+            )
+        model = initial.model
     policy = make_policy(
-        architecture,
-        make_model(architecture, rngs=nnx.Rngs(config.seed)),
-        word_tokenizer(),
-        statistics.to_json(),
-        source=str(config.data),
+        architecture, model, word_tokenizer(), statistics.to_json(), source=str(config.data)
     )
     frames = load_frames(train_set, policy.processor, stage="load", progress=progress)
     heldout = load_frames(heldout_set, policy.processor, stage="load held-out", progress=progress)

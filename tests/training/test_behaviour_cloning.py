@@ -2,13 +2,14 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qvla_jax.checkpoints import public_tensors
 from qvla_jax.data import bundled_path
 from qvla_jax.errors import DatasetError, InputError
-from qvla_jax.inference import load_policy
+from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.training import TrainConfig, train
 from qvla_jax.training.behaviour_cloning import learning_rate
 
@@ -99,3 +100,23 @@ def test_wrong_data_are_named(config, tmp_path):
         train(dataclasses.replace(config, data=tmp_path / "nothing"))
     with pytest.raises(InputError, match="decay_steps 9 do not fit into steps 6"):
         train(dataclasses.replace(config, decay_steps=9))
+
+
+def test_training_goes_on_from_another_policy(config, tmp_path):
+    policy = random_policy("tiny-test", seed=7)
+    policy.save(tmp_path / "initial")
+    start = dataclasses.replace(
+        config,
+        initial_policy=str(tmp_path / "initial"),
+        steps=1,
+        warmup_steps=1,
+        decay_steps=0,
+        evaluate_every=1,
+    )
+    # The first step of a warm-up has a rate of zero.
+    trained = public_tensors(load_policy(train(start)).model)
+    for name, tensor in public_tensors(policy.model).items():
+        expected = tensor.astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(trained[name], expected, err_msg=name)
+    with pytest.raises(InputError, match="is no libero-mini"):
+        train(dataclasses.replace(start, model="libero-mini", out=tmp_path / "other"))
