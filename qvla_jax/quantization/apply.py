@@ -13,7 +13,7 @@ from qvla_jax.array_typing import Float, Int
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization.bias import corrected_bias
-from qvla_jax.quantization.grid import BITS, SOURCE, on_mixed_grid
+from qvla_jax.quantization.grid import BITS, SOURCE, Grid, on_mixed_grid
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,
@@ -65,6 +65,7 @@ def quantize(
     *,
     means: Mapping[str, Float[np.ndarray, " k"]] | None = None,
     bias_correction: bool | None = None,
+    grid: Grid = "fitted",
     rules: LayerRules = DEFAULT_RULES,
 ) -> QuantizedPolicy:
     """A copy of the policy with every channel at its bit-width; the source is left as it is.
@@ -79,6 +80,7 @@ def quantize(
         means: E[x] of each layer's inputs over calibration data, for the bias correction. Bits that
             come from `SensitivityTable.bits_of` bring them along.
         bias_correction: whether to correct biases; None does so if the means are known.
+        grid: "fitted" (ours, that of a sensitivity table) or "rtn" (plain rounding to nearest).
         rules: which layers are quantized.
 
     Raises:
@@ -101,7 +103,7 @@ def quantize(
     for layer, rows in index.items():
         if np.any(chosen[rows] != SOURCE):
             mean = means[layer.path] if correct and means is not None else None
-            _quantize_layer(copies[layer.path], chosen[rows], mean)
+            _quantize_layer(copies[layer.path], chosen[rows], mean, grid)
     fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(Policy)}
     return QuantizedPolicy(
         **{**fields, "model": model}, index=index, bits=chosen, bias_corrected=correct
@@ -113,12 +115,14 @@ def quantize_uniform(
 ) -> QuantizedPolicy:
     """Round to nearest at one bit-width everywhere, without bias correction: the baseline."""
     count = len(policy_index(policy, rules))
-    return quantize(policy, np.full(count, bits), bias_correction=False, rules=rules)
+    return quantize(policy, np.full(count, bits), bias_correction=False, grid="rtn", rules=rules)
 
 
-def _quantize_layer(linear: nnx.Linear, bits: np.ndarray, mean: np.ndarray | None) -> None:
+def _quantize_layer(
+    linear: nnx.Linear, bits: np.ndarray, mean: np.ndarray | None, grid: Grid
+) -> None:
     weight = linear.kernel[...].T
-    quantized = on_mixed_grid(weight, jnp.asarray(bits, jnp.int32))
+    quantized = on_mixed_grid(weight, jnp.asarray(bits, jnp.int32), grid=grid)
     if mean is not None:
         old = None if linear.bias is None else linear.bias[...]
         bias = corrected_bias(weight, quantized, jnp.asarray(mean, jnp.float32), old)

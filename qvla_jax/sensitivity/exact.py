@@ -19,6 +19,7 @@ from flax import nnx
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.deltas import row_changes
+from qvla_jax.quantization.grid import Grid
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.sensitivity.accumulate import FrameMean
 from qvla_jax.sensitivity.batches import (
@@ -55,6 +56,7 @@ def exact_costs(
     batch: int = 8,
     block: int = 16,
     weights: np.ndarray | None = None,
+    grid: Grid = "fitted",
     progress: Progress = no_progress,
 ) -> tuple[Float[np.ndarray, "m n"], Float[np.ndarray, "m n"]]:
     """Measured sensitivities of some channels, and their standard errors over frames.
@@ -70,6 +72,7 @@ def exact_costs(
         batch: frames at a time.
         block: perturbations at a time, one of which is the zero perturbation.
         weights: weight of each action dimension.
+        grid: that of the quantizer.
         progress: called with the perturbations done.
 
     Raises:
@@ -81,7 +84,7 @@ def exact_costs(
     graphdef, state = nnx.split(policy.model)
     state = replicate(mesh, state)
     spec = ReplaySpec(graphdef, tuple(layers), stage_paths(policy.model), mesh)
-    prober = _Prober(spec, state, layers, index, means, bits, rows, block)
+    prober = _Prober(spec, state, layers, index, means, bits, rows, block, grid)
     root = 1.0 if weights is None else np.sqrt(np.asarray(weights, np.float64))
     result, each = FrameMean(), len(rows) * len(bits)
     total = each * -(-calibration.frames // size)
@@ -113,11 +116,13 @@ class _Prober:
         bits: tuple[int, ...],
         rows: Int[np.ndarray, " m"],
         block: int,
+        grid: Grid,
     ):
         self.spec, self.state, self.block = spec, state, max(block, 2)
         self.layers, self.index, self.means = layers, index, means
-        self.bits, self.rows = bits, rows
+        self.bits, self.rows, self.grid = bits, rows, grid
         self.trace: Trace | None = None
+        self.changes: dict[str, np.ndarray] = {}
 
     def measure(
         self, batch: FrameBatch
@@ -164,16 +169,22 @@ class _Prober:
             if not samples.size:
                 continue
             channels = self.index.channel[self.rows[samples]]
-            weight = self.layers[path].kernel[...].T[channels]
-            changes = np.asarray(row_changes(weight, self.bits))  # [n, m, k]
+            changes = self._changes(path, channels)
             x = np.asarray(inputs[path], np.float32)
             if self.means is not None:
                 x = x - self.means[path].astype(np.float32)
-            for sample, channel, change in zip(
-                samples, channels, np.swapaxes(changes, 0, 1), strict=True
-            ):
+            for sample, channel, change in zip(samples, channels, changes, strict=True):
                 for option, dy in enumerate(np.moveaxis(x @ change.T, -1, 0)):
                     yield int(sample) * len(self.bits) + option, layer, int(channel), dy
+
+    def _changes(self, path: str, channels: np.ndarray) -> Float[np.ndarray, "m n k"]:
+        """w_hat - w of the sampled rows of a layer, found once."""
+        if path not in self.changes:
+            # Of the whole layer: few shapes, so few compilations.
+            weight = self.layers[path].kernel[...].T
+            whole = np.asarray(row_changes(weight, self.bits, grid=self.grid))
+            self.changes[path] = np.swapaxes(whole[:, channels], 0, 1)
+        return self.changes[path]
 
     def _pack(self, chunk: Sequence[_Item], tokens: int, frames: int) -> Perturbations:
         """One block: the zero perturbation first, zeros again where the chunk is short."""

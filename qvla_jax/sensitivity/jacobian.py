@@ -25,6 +25,7 @@ from flax import nnx
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.deltas import row_changes
+from qvla_jax.quantization.grid import Grid
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.sensitivity.accumulate import FrameMean
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
@@ -82,6 +83,7 @@ def reverse_costs(
     seed: int = 0,
     batch: int = 8,
     weights: np.ndarray | None = None,
+    grid: Grid = "fitted",
     progress: Progress = no_progress,
 ) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
     """Sensitivities of every channel for every one of `bits`, and their standard errors.
@@ -98,6 +100,7 @@ def reverse_costs(
         seed: of the probes.
         batch: frames at a time; memory grows with it.
         weights: weight of each action dimension.
+        grid: that of the quantizer.
         progress: called with the frames done.
 
     Returns:
@@ -112,7 +115,7 @@ def reverse_costs(
     spec = ReverseSpec(graphdef, tuple(layers), CONTRACTIONS[method], probes, mesh)
     constants = {
         path: LayerConstants(
-            changes=row_changes(layer.kernel[...].T, bits),
+            changes=row_changes(layer.kernel[...].T, bits, grid=grid),
             mean=jnp.asarray(
                 np.zeros(layer.kernel.shape[0]) if means is None else means[path], jnp.float32
             ),

@@ -1,5 +1,6 @@
 """`sensitivities`: every method behind one signature."""
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -11,7 +12,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
-from qvla_jax.quantization.grid import BITS, SOURCE
+from qvla_jax.quantization.grid import BITS, SOURCE, Grid
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,
@@ -24,6 +25,7 @@ from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.input_hessian import input_hessian_costs
 from qvla_jax.sensitivity.jacobian import reverse_costs
+from qvla_jax.sensitivity.joint import joint_factors
 from qvla_jax.sensitivity.means import input_means
 from qvla_jax.sensitivity.probes import Probes, check_probes
 from qvla_jax.sensitivity.table import SensitivityTable
@@ -43,7 +45,9 @@ def sensitivities(
     batch: int | None = None,
     action_weights: np.ndarray | None = None,
     bias_correction: bool = True,
+    grid: Grid = "fitted",
     means: Mapping[str, np.ndarray] | None = None,
+    joint: bool = True,
     rules: LayerRules = DEFAULT_RULES,
     progress: Progress = no_progress,
 ) -> SensitivityTable:
@@ -63,8 +67,12 @@ def sensitivities(
         action_weights: weight of each of the a action dimensions; None weighs all alike.
         bias_correction: cost the quantizer that moves the mean error into the bias, which
             `quantize` uses.
+        grid: the quantizer's grid, "fitted" or "rtn" (quantization.grid); `input_hessian` has its
+            own.
         means: E[x] of each layer from `input_means` on the same set, if it is known already; None
             finds it in a pass of its own.
+        joint: also measure by how much joint errors exceed the sum of single ones
+            (sensitivity.joint); not for input_hessian, whose costs have another unit.
         rules: which layers are quantized.
         progress: called as it goes on.
 
@@ -90,7 +98,7 @@ def sensitivities(
     options = tuple(b for b in bits if b != SOURCE)
     costs, error = _costs(
         policy, calibration, layers, index, means, method, options, probes, seed, batch, weights,
-        progress,
+        grid, progress,
     )  # fmt: skip
     columns = [options.index(b) if b != SOURCE else len(options) for b in bits]
 
@@ -103,12 +111,13 @@ def sensitivities(
         "bias_correction": bias_correction,
         "action_weights": None if weights is None else weights.tolist(),
     }
-    return SensitivityTable(
+    table = SensitivityTable(
         costs=with_source(costs),
         sizes=option_sizes(index, bits, bias_correction=bias_correction),
         bits=bits,
         index=index,
         method=method,
+        grid=grid,
         standard_error=None if error is None else with_source(error),
         means=means,
         provenance={
@@ -119,6 +128,10 @@ def sensitivities(
             "seconds": time.perf_counter() - started,
         },
     )
+    if not joint or method == "input_hessian":
+        return table
+    factors = joint_factors(policy, calibration, table, rules=rules, progress=progress)
+    return dataclasses.replace(table, joint=factors)
 
 
 def _costs(
@@ -133,6 +146,7 @@ def _costs(
     seed: int,
     batch: int | None,
     weights: np.ndarray | None,
+    grid: Grid,
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     size = batch or 8
@@ -144,11 +158,11 @@ def _costs(
     if method == "exact":
         return exact_costs(
             policy, calibration, layers, index, means, bits=bits, batch=size, weights=weights,
-            progress=progress,
+            grid=grid, progress=progress,
         )  # fmt: skip
     return reverse_costs(
         policy, calibration, layers, index, means, method=method, bits=bits, probes=probes,
-        seed=seed, batch=size, weights=weights, progress=progress,
+        seed=seed, batch=size, weights=weights, grid=grid, progress=progress,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.errors import InputError
-from qvla_jax.quantization.grid import BITS, SOURCE
+from qvla_jax.quantization.grid import BITS, SOURCE, Grid
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.solvers import AllocationProblem
 from qvla_jax.solvers.storage import read_arrays, write_arrays
@@ -59,6 +59,11 @@ class SensitivityTable:
     method: str
     # JSON object: policy fingerprint, calibration hash and manifest, seed, versions, settings.
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Grid of the quantizer that the costs belong to.
+    grid: Grid = "fitted"
+    # For each option, by how much the joint error of many channels exceeds the sum of their costs
+    # (sensitivity.joint); None where it was not measured.
+    joint: tuple[float, ...] | None = None
     # Of the mean over frames; None where the method has none.
     standard_error: Float[np.ndarray, "C n"] | None = None
     # E[x] of each layer, used by the bias-corrected quantizer; None where the costs are those of
@@ -82,15 +87,26 @@ class SensitivityTable:
                     f"{name}: {self.index.name(row)} holds {array[row].tolist()}; expected finite "
                     "numbers that are not negative"
                 )
+        if self.grid not in ("fitted", "rtn"):
+            raise InputError(f"grid: expected 'fitted' or 'rtn', got {self.grid!r}")
         if not np.issubdtype(self.sizes.dtype, np.integer):
             raise InputError(f"sizes: expected integers, got {self.sizes.dtype}")
         if SOURCE in self.bits and self.costs[:, self.bits.index(SOURCE)].any():
             raise InputError("costs: 16 bits leave a channel as it is, so their cost must be 0")
+        if self.joint is not None and not (
+            len(self.joint) == len(self.bits) and all(1 <= f < np.inf for f in self.joint)
+        ):
+            raise InputError(f"joint: expected {len(self.bits)} factors from 1, got {self.joint}")
         if self.means is not None:
             for layer in self.index.layers:
                 mean = self.means.get(layer.path)
                 if mean is None or np.shape(mean) != (layer.fan_in,):
                     raise InputError(f"means: {layer.path} needs {layer.fan_in} entries")
+
+    @property
+    def joint_costs(self) -> Float[np.ndarray, "C n"]:
+        """Costs as they add up: each option's, times its joint factor."""
+        return self.costs if self.joint is None else self.costs * np.asarray(self.joint)
 
     def problem(
         self, *, budget_bits: float | None = None, budget_bytes: int | None = None
@@ -114,7 +130,7 @@ class SensitivityTable:
             budget_bytes = int(budget_bits * self.index.num_weights / 8)
         assert budget_bytes is not None
         return AllocationProblem(
-            costs=self.costs,
+            costs=self.joint_costs,
             sizes=self.sizes,
             budget=budget_bytes,
             groups=self.index.layer_of.astype(np.int64),
@@ -134,10 +150,10 @@ class SensitivityTable:
         return bits
 
     def predicted(self, bits: Int[np.ndarray, " C"]) -> float:
-        """Summed costs of an allocation: the joint error if single errors simply added up."""
+        """Expected joint error of an allocation: the sum of its costs, times the joint factors."""
         bits = self.index.check_bits(bits, self.bits)
         column = np.asarray([self.bits.index(b) for b in bits])
-        return float(self.costs[np.arange(len(column)), column].sum())
+        return float(self.joint_costs[np.arange(len(column)), column].sum())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file with a JSON header, completely or not at all."""
@@ -150,6 +166,8 @@ class SensitivityTable:
         header = {
             "method": self.method,
             "bits": list(self.bits),
+            "grid": self.grid,
+            "joint": None if self.joint is None else list(self.joint),
             "layers": [dataclasses.asdict(layer) for layer in self.index.layers],
             "provenance": dict(self.provenance),
         }
@@ -171,6 +189,8 @@ class SensitivityTable:
                 bits=tuple(int(b) for b in header["bits"]),
                 index=ChannelIndex(tuple(LayerInfo(**layer) for layer in header["layers"])),
                 method=str(header["method"]),
+                grid=header["grid"],
+                joint=None if header["joint"] is None else tuple(map(float, header["joint"])),
                 provenance=header["provenance"],
                 standard_error=arrays.get("standard_error"),
                 means=means or None,

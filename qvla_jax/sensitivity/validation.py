@@ -97,7 +97,15 @@ def validate(
     rows = sample_channels(table.index, channels, seed=seed)
     bits = tuple(b for b in table.bits if b != SOURCE)
     exact, _ = exact_costs(
-        policy, part, layers, table.index, table.means, bits=bits, rows=rows, progress=progress
+        policy,
+        part,
+        layers,
+        table.index,
+        table.means,
+        bits=bits,
+        rows=rows,
+        grid=table.grid,
+        progress=progress,
     )
     estimate = table.costs[rows][:, [table.bits.index(b) for b in bits]]
     return {

@@ -55,7 +55,9 @@ def test_weights_lie_on_their_grids_and_16_bits_are_identical(policy, index, mea
     for layer, where in index.items():
         source, found = rows(policy, layer.path), rows(result, layer.path)
         for row, b in enumerate(bits[where]):
-            expected = np.asarray(on_grid(jnp.asarray(source[row : row + 1]), int(b)))[0]
+            expected = np.asarray(
+                on_grid(jnp.asarray(source[row : row + 1]), int(b), grid="fitted")
+            )[0]
             np.testing.assert_array_equal(found[row], expected)
 
 

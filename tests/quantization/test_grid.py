@@ -88,19 +88,60 @@ def test_symmetric_and_idempotent(weight):
 
 @pytest.mark.parametrize("bits", GRID_BITS)
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-38, 3e38])
-def test_zero_tiny_and_huge_rows_stay_finite(bits, value):
-    codes, scale = quantize_rows(jnp.full((1, 4), value, jnp.float32), bits)
+@pytest.mark.parametrize("grid", ["rtn", "fitted"])
+def test_zero_tiny_and_huge_rows_stay_finite(bits, value, grid):
+    codes, scale = quantize_rows(jnp.full((1, 4), value, jnp.float32), bits, grid=grid)
     back = dequantize_rows(codes, scale)
     assert np.isfinite(np.asarray(back)).all()
     assert (np.asarray(scale) > 0).all()
     if value == 0:
-        assert not np.asarray(codes).any()
+        assert np.abs(back).max() < 1e-36
+
+
+@pytest.mark.parametrize("bits", GRID_BITS)
+@settings(max_examples=25, deadline=None)
+@given(weight=ROWS)
+def test_a_fitted_row_is_no_worse_and_stays_on_its_grid(bits, weight):
+    codes, scale = (np.asarray(a) for a in quantize_rows(jnp.asarray(weight), bits, grid="fitted"))
+    np.testing.assert_array_equal(scale, scale.astype(ml_dtypes.bfloat16).astype(np.float32))
+    if bits == 2:
+        assert set(np.unique(codes)) <= {-3, -1, 1, 3}
+        return
+    qmax = 2 ** (bits - 1) - 1
+    assert codes.min() >= -qmax - 1
+    assert codes.max() <= qmax
+    plain = np.asarray(on_grid(jnp.asarray(weight), bits), np.float64)
+    errors = [np.sum((w - weight) ** 2, axis=1) for w in (codes * scale.astype(np.float64), plain)]
+    # The stretch may cost as much as the shrinkage that it undoes.
+    assert (errors[0] <= 1.3 * errors[1] + 1e-30).all()
+
+
+def test_the_fitted_grid_loses_little_of_gaussian_rows():
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(200, 192)), jnp.float32)
+
+    def loss(bits, grid):
+        return float(jnp.mean(jnp.square(on_grid(weight, bits, grid=grid) - weight)))
+
+    # The best 4-level uniform quantizer of a Gaussian loses 0.1188 (Max 1960); without shrinking,
+    # 0.1188 / (1 - 0.1188).
+    assert 0.13 < loss(2, "fitted") < 0.138
+    assert loss(2, "rtn") > 0.5
+    assert loss(3, "fitted") < 0.6 * loss(3, "rtn")
+    assert loss(4, "fitted") < 0.8 * loss(4, "rtn")
+    assert loss(8, "fitted") <= loss(8, "rtn")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_fitted_grid_does_not_shrink_rows(bits):
+    weight = jnp.asarray(np.random.default_rng(0).standard_t(5, size=(50, 96)), jnp.float32)
+    onto = jnp.sum(weight * on_grid(weight, bits, grid="fitted"), axis=1)
+    np.testing.assert_allclose(onto, jnp.sum(weight**2, axis=1), rtol=2**-8)
 
 
 def test_jit_gives_the_same_scales_as_eager():
     weight = jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)), jnp.float32)
     eager = quantize_rows(weight, 8)
-    jitted = jax.jit(quantize_rows, static_argnums=1)(weight, 8)
+    jitted = jax.jit(lambda w: quantize_rows(w, 8))(weight)
     for a, b in zip(eager, jitted, strict=True):
         np.testing.assert_array_equal(a, b)
 

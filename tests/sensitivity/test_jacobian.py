@@ -42,7 +42,7 @@ def directional_costs(policy, frames, means, path):
     derivative = jax.jit(lambda dw, db: jax.jvp(action, (kernel, zero), (dw, db))[1])
     result = np.zeros((kernel.shape[1], len(BITS)))
     for option, bits in enumerate(BITS):
-        change = on_grid(kernel.T, bits).T - kernel
+        change = on_grid(kernel.T, bits, grid="fitted").T - kernel
         shift = -jnp.asarray(means[path], jnp.float32) @ change
         for channel in range(kernel.shape[1]):
             only = jnp.arange(kernel.shape[1]) == channel
@@ -144,7 +144,7 @@ def test_taylor_is_the_product_of_two_norms(policy, frames, index, layers, means
     costs, _ = costs_of(policy, frames, means, method="taylor")
     for layer, rows in index.items():
         weight = layers[layer.path].kernel[...].T
-        norms = [float(jnp.sum((on_grid(weight, b) - weight)[0] ** 2)) for b in BITS]
+        norms = [float(jnp.sum((on_grid(weight, b, grid="fitted") - weight)[0] ** 2)) for b in BITS]
         # The ratio of two bit-widths is that of the weight errors alone.
         first = costs[rows][0]
         if first[0] > 0:

@@ -48,7 +48,7 @@ def test_round_trip(table, tmp_path):
         assert getattr(loaded, name).dtype == getattr(table, name).dtype
     for path_, mean in table.means.items():
         np.testing.assert_array_equal(loaded.means[path_], mean)
-    for name in ("bits", "index", "method", "provenance"):
+    for name in ("bits", "index", "method", "grid", "provenance"):
         assert getattr(loaded, name) == getattr(table, name)
     assert [p.name for p in path.parent.iterdir()] == ["table.safetensors"]
 
