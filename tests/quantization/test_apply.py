@@ -54,11 +54,11 @@ def test_weights_lie_on_their_grids_and_16_bits_are_identical(policy, index, mea
     assert result.bias_corrected
     for layer, where in index.items():
         source, found = rows(policy, layer.path), rows(result, layer.path)
-        for row, b in enumerate(bits[where]):
-            expected = np.asarray(
-                on_grid(jnp.asarray(source[row : row + 1]), int(b), grid="fitted")
-            )[0]
-            np.testing.assert_array_equal(found[row], expected)
+        for width in np.unique(bits[where]):
+            chosen = bits[where] == width
+            expected = np.asarray(on_grid(jnp.asarray(source), int(width), grid="fitted"))
+            np.testing.assert_array_equal(found[chosen], expected[chosen])
+        assert found[bits[where] == 16].tobytes() == source[bits[where] == 16].tobytes()
 
 
 def test_the_source_policy_is_left_as_it_is(policy, index, means):

@@ -52,6 +52,14 @@ def test_options_keep_their_order(policy, frames, table):
     np.testing.assert_array_equal(other.sizes, table.sizes[:, [4, 2, 0]])
 
 
+def test_joint_factors_are_at_least_one_and_not_for_the_proxy(policy, frames, table):
+    assert len(table.joint) == 5
+    assert min(table.joint) >= 1
+    assert table.joint[4] == 1
+    proxy = sensitivities(policy, frames, method="input_hessian", batch=4)
+    assert proxy.joint is None
+
+
 def test_the_walk_from_table_to_quantized_policy(policy, frames, table):
     solution = solve(table.problem(budget_bits=12.0), "greedy:marginal")
     bits = table.bits_of(solution)

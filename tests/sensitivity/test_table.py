@@ -74,6 +74,18 @@ def test_problem_and_bits(table):
     assert bits[:2].means is None
 
 
+def test_joint_factors_weigh_the_problem_but_not_the_costs(table, tmp_path):
+    weighted = dataclasses.replace(table, joint=(3.0, 2.0, 1.0, 1.0, 1.0))
+    weighted.save(tmp_path / "t.safetensors")
+    loaded = SensitivityTable.load(tmp_path / "t.safetensors")
+    assert loaded.joint == weighted.joint
+    np.testing.assert_array_equal(loaded.costs, table.costs)
+    np.testing.assert_array_equal(
+        loaded.problem(budget_bits=4.0).costs, table.costs * [3, 2, 1, 1, 1]
+    )
+    assert loaded.predicted(np.zeros(5, int)) == pytest.approx(3 * table.costs[:, 0].sum())
+
+
 def test_budgets_that_make_no_sense(table):
     with pytest.raises(BudgetError):
         table.problem(budget_bits=0.5)
@@ -97,6 +109,9 @@ def test_inconsistent_tables_are_refused(table):
         (changed(table, sizes=table.sizes * 1.0), "integers"),
         (changed(table, bits=(0, 2, 4, 8, 5)), "distinct options"),
         (changed(table, bits=(0, 2, 4, 8, 8)), "distinct options"),
+        (changed(table, joint=(1.0, 1.0)), "joint: expected 5 factors"),
+        (changed(table, joint=(0.5, 1.0, 1.0, 1.0, 1.0)), "joint: expected 5 factors"),
+        (changed(table, grid="other"), "grid: expected"),
         (changed(table, means={"a": np.zeros(64)}), r"means: b\.0"),
     ]
     for make, message in cases:
@@ -142,6 +157,8 @@ def test_hostile_files_are_refused(table, tmp_path):
         (arrays, {**header, "layers": [{**header["layers"][0], "fan_in": "x"}]}),
         (arrays, {**header, "bits": [0, 2, 4]}),
         (arrays, {**header, "bits": None}),
+        (arrays, {**header, "joint": [1, "x", 1, 1, 1]}),
+        (arrays, {k: v for k, v in header.items() if k != "grid"}),
         (arrays, {k: v for k, v in header.items() if k != "method"}),
     ]
     for bad_arrays, bad_header in cases:

@@ -89,6 +89,9 @@ class Toy(nnx.Module):
         pooled = (x * valid[:, :, None]).sum(axis=1) / inputs["length"][:, None]
         return self.action_head(pooled).reshape(-1, HORIZON, ACTIONS)
 
+    def actions(self, inputs):
+        return self(inputs)
+
 
 class Config:
     action_dim = ACTIONS
