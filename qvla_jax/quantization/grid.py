@@ -96,27 +96,33 @@ def quantize_rows(
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=1, keepdims=True)
     top = 3 if _is_offset(bits, grid) else 2 ** (bits - 1) - 1
-    scale = _scales(largest, 1.0, top)
-    if grid == "fitted":
-        # Rows are scaled to 1, so that squares of tiny or huge weights stay finite.
-        unit = weight / jnp.maximum(largest, _SMALLEST_SCALE)
+    if grid == "rtn":
+        scale = _scales(largest, 1.0, top)
+        return _codes(weight, scale, bits, grid).astype(jnp.int8), scale
+    # Rows are scaled to 1, so that squares of tiny or huge weights stay finite.
+    unit = weight / jnp.maximum(largest, _SMALLEST_SCALE)
+    clip = _best_clips(unit, bits, top)
+    if bits == 8:
+        scale = _scales(largest, clip, top)
+        return _codes(weight, scale, bits, grid).astype(jnp.int8), scale
+    codes = _codes(unit, clip / top, bits, grid)
+    # The least squared error shrinks a row; <w, w_hat> = ||w||^2 undoes that.
+    energy = jnp.sum(unit * unit, axis=1, keepdims=True)
+    onto = jnp.sum(unit * codes, axis=1, keepdims=True)
+    stretch = energy / jnp.maximum(onto, _SMALLEST_SCALE)
+    return codes.astype(jnp.int8), _scales(largest, stretch, 1)
 
-        def error(clip: Array) -> Float[Array, "c 1"]:
-            step = jnp.full_like(largest, clip / top)
-            change = step * _codes(unit, step, bits, grid) - unit
-            return jnp.sum(jnp.square(change), axis=1, keepdims=True)
 
-        clips = jnp.asarray(_CLIPS, jnp.float32)
-        best = jnp.argmin(jax.lax.map(error, clips), axis=0)
-        scale = _scales(largest, clips[best], top)
-    if grid == "fitted" and bits < 8:
-        codes = _codes(unit, clips[best] / top, bits, grid)
-        # The least squared error shrinks a row; <w, w_hat> = ||w||^2 undoes that.
-        stretch = jnp.sum(unit * unit, axis=1, keepdims=True) / jnp.maximum(
-            jnp.sum(unit * codes, axis=1, keepdims=True), _SMALLEST_SCALE
-        )
-        return codes.astype(jnp.int8), _scales(largest, stretch, 1)
-    return _codes(weight, scale, bits, grid).astype(jnp.int8), scale
+def _best_clips(unit: Float[Array, "c k"], bits: int, top: int) -> Float[Array, "c 1"]:
+    """For rows of largest magnitude 1, the clip of least squared error."""
+
+    def error(clip: Array) -> Float[Array, "c 1"]:
+        step = jnp.full_like(unit[:, :1], clip / top)
+        change = step * _codes(unit, step, bits, "fitted") - unit
+        return jnp.sum(jnp.square(change), axis=1, keepdims=True)
+
+    clips = jnp.asarray(_CLIPS, jnp.float32)
+    return clips[jnp.argmin(jax.lax.map(error, clips), axis=0)]
 
 
 def dequantize_rows(codes: Int8[Array, "c k"], scale: Float[Array, "c 1"]) -> Float[Array, "c k"]:
