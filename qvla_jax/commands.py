@@ -183,22 +183,27 @@ def methods_table(entries: list[Mapping[str, Any]]) -> Table:
 
 
 def sweep_table(entries: list[Mapping[str, Any]]) -> Table:
-    """Returns our errors over the budgets: measured, predicted, and the uniform grid's."""
+    """Returns our errors over the budgets: measured, predicted, and beside a uniform grid's.
+
+    A grid is compared where its stored bytes were the budget.
+    """
     uniform = {e["requested_bits"]: e for e in entries if e["family"] == "uniform"}
     table = Table("budget", box=None, padding=(0, 1))
-    for heading in ("MSE", "uniform MSE", "times less", "SSE predicted", "measured", "ratio"):
+    for heading in ("stored", "MSE", "uniform MSE", "times less", "SSE predicted", "measured"):
         table.add_column(heading, justify="right")
+    table.add_column("ratio", justify="right")
     ours = [e for e in entries if e["family"] == "ours"]
-    for e in sorted(ours, key=lambda e: e["requested_bits"]):
+    for e in sorted(ours, key=lambda e: e["stored_bytes"]):
         errors = e["versus_full_precision"]
         mse, sse = errors["action_mse_normalized"], errors["action_sse_normalized"]
-        predicted = e["predicted_sse_normalized"]
-        other, times = "-", "-"
-        if e["requested_bits"] in uniform:
-            grid = uniform[e["requested_bits"]]["versus_full_precision"]["action_mse_normalized"]
+        predicted, bits = e["predicted_sse_normalized"], e.get("matches_uniform_bits")
+        other = times = "-"
+        if bits in uniform:
+            grid = uniform[bits]["versus_full_precision"]["action_mse_normalized"]
             other, times = number(grid), number(grid / mse) if mse else "-"
         table.add_row(
-            f"{e['requested_bits']:g} bits",
+            f"{e['requested_bits']:g} bits" if bits is None else f"uniform {bits} bits",
+            size_text(e["stored_bytes"]),
             number(mse),
             other,
             times,

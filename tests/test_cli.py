@@ -14,7 +14,7 @@ from qvla_jax.inference import random_policy
 
 SMALL = (
     "--frames", "4", "--probes", "1", "--validate", "0", "--eval-frames", "4",
-    "--budget-bits", "10", "--sweep", "10", "--uniform-bits", "4",
+    "--budget-bits", "10", "--sweep", "10", "--uniform-bits", "4", "--match-uniform", "8",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Stage 3: choose a bit-width for every channel, for each method and budget."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,9 @@ from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import AllocateConfig
 from qvla_jax.progress import Progress, no_progress
+from qvla_jax.quantization import uniform_bytes
 from qvla_jax.sensitivity.table import SensitivityTable
-from qvla_jax.solvers import relax, solve
+from qvla_jax.solvers import AllocationProblem, relax, solve
 from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 KIND = "qvla_jax.allocation"
@@ -34,6 +36,7 @@ class Allocation:
         predicted_sse_normalized: The summed costs: the joint error if errors simply added up.
         lower_bound: No allocation within the budget has a smaller sum of costs.
         seconds: What the solver took.
+        matches: The bits of the uniform grid whose bytes are the budget, if it was chosen so.
     """
 
     bits: Integer[NpArray, " C"]
@@ -46,11 +49,13 @@ class Allocation:
     predicted_sse_normalized: float
     lower_bound: float
     seconds: float
+    matches: int | None = None
 
     @property
     def name(self) -> str:
         """Identifies the allocation within a run."""
-        return f"{self.sensitivity}+{self.solver}@{self.budget_bits:g}"
+        budget = f"{self.budget_bits:g}" if self.matches is None else f"uniform{self.matches}"
+        return f"{self.sensitivity}+{self.solver}@{budget}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +119,7 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
     main.problem(budget_bits=config.budget_bits)  # before any work: is the budget possible?
     budgets = [config.budget_bits, *(b for b in sorted(config.sweep) if b != config.budget_bits)]
     items: list[Allocation] = []
-    total = len(jobs) * len(budgets)
+    total = len(jobs) * len(budgets) + len(config.match_uniform)
     for done, (bits, (table, solver)) in enumerate((b, j) for b in budgets for j in jobs):
         progress("allocate", done, total)
         try:
@@ -123,6 +128,9 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
             if bits == config.budget_bits:
                 raise
             # A budget of the sweep below what can be stored simply has no point on the curve.
+    for uniform in config.match_uniform:
+        with contextlib.suppress(BudgetError):
+            items.append(_solve_matched(main, config.solvers[0], uniform))
     progress("allocate", total, total)
     allocations = Allocations(tuple(items), _layers(main), files.made_from(main))
     allocations.save(config.out / files.ALLOCATION)
@@ -140,8 +148,28 @@ def load_tables(folder: Path) -> list[SensitivityTable]:
     return tables
 
 
+def _solve_matched(table: SensitivityTable, solver: str, uniform: int) -> Allocation:
+    """Allocates exactly the bytes that a uniform grid stores."""
+    size = uniform_bytes(table.index, uniform)
+    problem = table.problem(budget_bytes=size)
+    bits = 8 * size / table.index.num_weights
+    found = _allocation(table, problem, solver, bits, baseline=False)
+    return dataclasses.replace(found, matches=uniform)
+
+
 def _solve(table: SensitivityTable, solver: str, bits: float, *, baseline: bool) -> Allocation:
     problem = table.problem(budget_bits=bits)
+    return _allocation(table, problem, solver, bits, baseline=baseline)
+
+
+def _allocation(
+    table: SensitivityTable,
+    problem: AllocationProblem,
+    solver: str,
+    bits: float,
+    *,
+    baseline: bool,
+) -> Allocation:
     solution = solve(problem, solver, relaxation=relax(problem))
     return Allocation(
         bits=np.asarray(table.bits_of(solution)),

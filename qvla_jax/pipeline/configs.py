@@ -51,7 +51,7 @@ class SensitivityConfig(StageConfig):
     # Sampled channels whose sensitivity is also measured exactly, to validate the rest; 0 skips it.
     validate: int = 256
     # Calibration frames used for that.
-    validate_frames: int = 16
+    validate_frames: int = 8
 
     def __post_init__(self) -> None:
         _positive(self, "probes", "validate_frames")
@@ -67,6 +67,8 @@ class AllocateConfig(StageConfig):
     solvers: tuple[str, ...] = ("greedy:marginal", "greedy:qvla")
     # Further budgets, for the curve of error against bytes.
     sweep: tuple[float, ...] = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+    # Uniform grids whose exact bytes are budgets too, for comparisons at the same size.
+    match_uniform: tuple[int, ...] = (3, 4)
 
     def __post_init__(self) -> None:
         if not self.solvers:

@@ -204,9 +204,12 @@ def _entry(
     family = ("ours" if allocation.solver == solver else "other_solver") if ours else "baseline"
     source = "action sensitivity" if ours else allocation.sensitivity.replace("_", " ")
     series = f"{source}, {allocation.solver}"
+    budget = f"{allocation.budget_bits:g} bits"
+    if allocation.matches is not None:
+        budget = f"bytes of uniform {allocation.matches} bits"
     return {
         "method": allocation.name,
-        "label": f"{series}, {allocation.budget_bits:g} bits",
+        "label": f"{series}, {budget}",
         "series": series,
         "family": family,
         "sensitivity": allocation.sensitivity,
@@ -214,6 +217,7 @@ def _entry(
         "bias_correction": True,
         "requested_bits": allocation.budget_bits,
         "budget_bytes": allocation.budget_bytes,
+        "matches_uniform_bits": allocation.matches,
         **_stored(index, allocation.stored_bytes, allocation.bits),
         # The unit of a baseline's costs is not that of the action error.
         "predicted_sse_normalized": allocation.predicted_sse_normalized if ours else None,

@@ -94,15 +94,16 @@ def split_methods(
         if e["family"] == "full"
         or e is nearest
         or (e["family"] != "uniform" and e["requested_bits"] == budget_bits)
+        or (nearest and e.get("matches_uniform_bits") == nearest["requested_bits"])
     ]
     order = {"full": 0, "uniform": 1, "baseline": 2, "other_solver": 3, "ours": 4}
-    here.sort(key=lambda e: order[e["family"]])
+    here.sort(key=lambda e: (order[e["family"]], e.get("matches_uniform_bits") is None))
     return here, [e for e in entries if not any(e is h for h in here)]
 
 
 def summarize(validation: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves the single samples out."""
-    return {key: validation[key] for key in ("channels", "frames", "spearman")}
+    return {key: validation[key] for key in ("channels", "frames", "spearman", "spearman_table")}
 
 
 def describe_allocation(allocation: Allocation) -> dict[str, Any]:

@@ -94,12 +94,11 @@ def _cards(report: Mapping[str, Any]) -> str:
             "mean squared action error against full precision, normalized actions",
         ),
     ]
-    if uniform is not None and errors["action_mse_normalized"] > 0:
-        ratio = (
-            uniform["versus_full_precision"]["action_mse_normalized"]
-            / errors["action_mse_normalized"]
-        )
-        share = ours["stored_bytes"] / uniform["stored_bytes"]
+    matched = next((e for e in report["methods"] if e.get("matches_uniform_bits")), ours)
+    error = matched["versus_full_precision"]["action_mse_normalized"]
+    if uniform is not None and error > 0:
+        ratio = uniform["versus_full_precision"]["action_mse_normalized"] / error
+        share = matched["stored_bytes"] / uniform["stored_bytes"]
         text = f"{number(ratio)}× less error" if ratio >= 1 else f"{number(1 / ratio)}× more error"
         cards.append((text, f"than {uniform['label']}, at {share:.0%} of its bytes"))
     cards.append(
@@ -165,6 +164,7 @@ def _curve(report: Mapping[str, Any]) -> str:
 
 def _budgets(entries: Sequence[Mapping[str, Any]]) -> str:
     """The curve as a table: action MSE of every series at every budget."""
+    entries = [e for e in entries if not e.get("matches_uniform_bits")]
     series = list(dict.fromkeys(e["series"] for e in entries))
     rows = []
     for bits in sorted({e["requested_bits"] for e in entries}):
@@ -202,14 +202,17 @@ def _additivity_and_spearman(report: Mapping[str, Any]) -> str:
     validation = report["validation"]
     if validation is not None:
         rows = "".join(
-            f"<tr><td>{row['bits']} bits</td><td>{row['spearman']:.4f}</td></tr>"
-            for row in validation["spearman"]
+            f"<tr><td>{row['bits']} bits</td><td>{row['spearman']:.4f}</td>"
+            f"<td>{table['spearman']:.4f}</td></tr>"
+            for row, table in zip(validation["spearman"], validation["spearman_table"], strict=True)
         )
         parts.append(
-            f"<figure>{_table(('channel quantized to', 'Spearman rank correlation'), rows)}"
+            f"<figure>{_table(('Spearman rank correlation', 'same frames', 'whole table'), rows)}"
             f"<figcaption>{escape(report['sensitivity']['method'])} against the exact sensitivity "
             f"of {validation['channels']} channels drawn from all layers, on "
-            f"{validation['frames']} calibration frames.</figcaption></figure>"
+            f"{validation['frames']} calibration frames: computed on these frames, and as it is in "
+            "the table that the allocation used, an average over all calibration frames."
+            "</figcaption></figure>"
         )
     if points:
         parts.append(

@@ -27,6 +27,7 @@ def config(policy_folder, tmp_path_factory) -> pipeline.RunConfig:
         budget_bits=10.0,
         sweep=(0.1, 9.0, 12.0),
         uniform_bits=(3, 4, 8),
+        match_uniform=(8,),
         eval_frames=9,
         eval_batch=4,
     )

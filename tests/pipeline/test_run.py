@@ -44,7 +44,9 @@ def test_full_precision_has_no_error_and_all_methods_are_compared(content):
         "baseline",
         "other_solver",
         "ours",
+        "ours",
     ]
+    assert by_name["jacobian+greedy:marginal@uniform8"] in content["methods"]
     for name in (
         "jacobian+greedy:marginal",
         "jacobian+greedy:qvla",
@@ -63,7 +65,7 @@ def test_stored_bytes_keep_the_budget_and_count_everything(content):
     for entry in entries(content):
         if "budget_bytes" in entry:
             assert entry["stored_bytes"] <= entry["budget_bytes"]
-            assert entry["budget_bytes"] <= entry["requested_bits"] * weights / 8
+            assert entry["budget_bytes"] <= entry["requested_bits"] * weights / 8 + 1e-6
         assert entry["stored_bits_per_weight"] == pytest.approx(8 * entry["stored_bytes"] / weights)
         if entry["family"] != "full":
             assert entry["stored_bits_per_weight"] > entry["avg_bits_per_weight"]
@@ -79,6 +81,14 @@ def test_more_bytes_mean_less_error_for_our_allocations(content):
     )
     errors = [error for _, error in ours]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_the_comparison_with_a_uniform_grid_is_at_its_bytes(content):
+    by_name = {e["method"]: e for e in entries(content)}
+    grid, ours = by_name["uniform@8"], by_name["jacobian+greedy:marginal@uniform8"]
+    assert ours["budget_bytes"] == grid["stored_bytes"]
+    assert ours["stored_bytes"] <= grid["stored_bytes"]
+    assert ours["matches_uniform_bits"] == 8
 
 
 def test_layers_add_up_to_the_chosen_allocation(content, config):

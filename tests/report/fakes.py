@@ -139,6 +139,7 @@ def fake_report():
         "sensitivity": {"method": "jacobian", "bits": list(BITS)},
         "validation": {
             "channels": 256, "frames": 32,
+            "spearman_table": [{"bits": b, "spearman": 0.93} for b in (0, 2, 4, 8)],
             "spearman": [{"bits": b, "spearman": s} for b, s in ((0, 0.95), (2, 0.96), (4, 0.999), (8, 0.999))],
         },
         "layers": [
