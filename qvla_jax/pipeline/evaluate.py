@@ -74,7 +74,7 @@ def evaluate(
     check_disjoint(calibration, heldout)
     held = _Held(heldout.frames, tuple(heldout.batches(config.eval_batch)))
     index = policy_index(policy)
-    means = load_tables(config.out)[0].means
+    table = load_tables(config.out)[0]
 
     total = 1 + len(config.uniform_bits) + len(allocations.items)
     progress("evaluate", 0, total)
@@ -86,7 +86,7 @@ def evaluate(
         entries.append(_uniform_entry(index, bits, predict(uniform, held), reference))
     for allocation in allocations.items:
         progress("evaluate", len(entries), total)
-        quantized = quantize(policy, allocation.bits, means=means)
+        quantized = quantize(policy, allocation.bits, means=table.means, grid=table.grid)
         solver = allocations.chosen.solver
         entries.append(
             _entry(index, allocation, predict(quantized, held), reference, solver=solver)
