@@ -14,7 +14,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization.bias import corrected_bias
 from qvla_jax.quantization.grid import BITS, SOURCE, Grid, on_mixed_grid
-from qvla_jax.quantization.index import ChannelIndex
+from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,
     LayerRules,
@@ -103,7 +103,7 @@ def quantize(
     for layer, rows in index.items():
         if np.any(chosen[rows] != SOURCE):
             mean = means[layer.path] if correct and means is not None else None
-            _quantize_layer(copies[layer.path], chosen[rows], mean, grid)
+            _quantize_layer(copies[layer.path], layer, chosen[rows], mean, grid)
     fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(Policy)}
     return QuantizedPolicy(
         **{**fields, "model": model}, index=index, bits=chosen, bias_corrected=correct
@@ -119,13 +119,15 @@ def quantize_uniform(
 
 
 def _quantize_layer(
-    linear: nnx.Linear, bits: np.ndarray, mean: np.ndarray | None, grid: Grid
+    linear: nnx.Linear, info: LayerInfo, bits: np.ndarray, mean: np.ndarray | None, grid: Grid
 ) -> None:
     weight = linear.kernel[...].T
     quantized = on_mixed_grid(weight, jnp.asarray(bits, jnp.int32), grid=grid)
     if mean is not None:
         old = None if linear.bias is None else linear.bias[...]
         bias = corrected_bias(weight, quantized, jnp.asarray(mean, jnp.float32), old)
+        if info.source_bytes == 2:  # a bias is stored in the source dtype
+            bias = bias.astype(jnp.bfloat16).astype(jnp.float32)
         linear.bias = nnx.Param(bias)
         linear.use_bias = True
     linear.kernel = nnx.Param(quantized.T)

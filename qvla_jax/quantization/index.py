@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
 from qvla_jax.array_typing import Int
 from qvla_jax.errors import InputError
+
+MAX_CHANNELS: Final = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,7 @@ class LayerInfo:
     fan_in: int
     # The source layer has a bias of its own.
     has_bias: bool
-    # Bytes of one weight of the source, kept by 16-bit channels.
+    # Bytes of one weight of the source, kept by 16-bit channels and by biases.
     source_bytes: int = 2
 
     @property
@@ -44,6 +47,11 @@ class ChannelIndex:
         for layer in self.layers:
             if min(layer.out_features, layer.fan_in, layer.source_bytes) < 1:
                 raise InputError(f"{layer.path}: sizes must be positive, got {layer}")
+            if layer.out_features > MAX_CHANNELS:
+                raise InputError(
+                    f"{layer.path}: {layer.out_features} output channels; the packed layout's "
+                    f"16-bit index serves {MAX_CHANNELS}: exclude this layer"
+                )
 
     def __len__(self) -> int:
         return int(self.offsets[-1])

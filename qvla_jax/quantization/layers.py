@@ -71,13 +71,14 @@ def channel_index(layers: dict[str, nnx.Linear]) -> ChannelIndex:
     for path, linear in layers.items():
         rows = weight_rows(linear)
         check_finite(path, rows)
+        arrays = [rows] if linear.bias is None else [rows, np.asarray(linear.bias[...])]
         infos.append(
             LayerInfo(
                 path=path,
                 out_features=rows.shape[0],
                 fan_in=rows.shape[1],
                 has_bias=linear.bias is not None,
-                source_bytes=source_bytes(rows),
+                source_bytes=max(source_bytes(array) for array in arrays),
             )
         )
     return ChannelIndex(tuple(infos))

@@ -4,12 +4,13 @@ A row of fan-in k at b bits is stored as
 
     4 ceil(k b / 32)   whole 32-bit words along k (16-bit rows: the source dtype, whole words),
     2                  its bfloat16 scale, for 2 to 8 bits,
-    4                  its float32 bias, where the layer stores one,
-    4                  its entry in the layer's output permutation (mixed layouts alone).
+    2 (4)              its bias, where the layer stores one, in the source dtype,
+    2                  its 16-bit entry in the layer's output index (mixed layouts alone).
 
-A pruned row keeps its bias (there lives its mean output) and its entry in the permutation, and
-loses all else. Biases count in every option, because each layer with a corrected bias stores the
-whole vector. A uniform model needs no permutation; all else counts by the same rules.
+A pruned row keeps its bias (there lives its mean output) and loses all else: the index lists the
+rows that are stored, and the outputs of all others are their biases. Biases count in every option,
+because each layer with a corrected bias stores the whole vector. A uniform model needs no index;
+all else counts by the same rules.
 """
 
 import math
@@ -26,8 +27,7 @@ from qvla_jax.quantization.index import ChannelIndex
 
 WORD_BYTES: Final = 4
 SCALE_BYTES: Final = 2
-BIAS_BYTES: Final = 4
-INDEX_BYTES: Final = 4
+INDEX_BYTES: Final = 2
 
 
 def row_bytes(
@@ -39,8 +39,8 @@ def row_bytes(
         fan_in: inputs k of the row.
         bits: one of 0, 2, 3, 4, 8, 16.
         bias: the layer stores a bias.
-        permuted: the layer stores an output permutation.
-        source_bytes: bytes of one weight in the source dtype, which 16-bit rows keep.
+        permuted: the layer stores an output index.
+        source_bytes: bytes of one weight in the source dtype, which 16-bit rows and biases keep.
 
     Raises:
         InputError: `bits` is no option.
@@ -50,7 +50,8 @@ def row_bytes(
     weight_bits = 8 * source_bytes if bits == SOURCE else bits
     words = math.ceil(fan_in * weight_bits / (8 * WORD_BYTES))
     scale = SCALE_BYTES if bits not in (PRUNED, SOURCE) else 0
-    return WORD_BYTES * words + scale + BIAS_BYTES * bias + INDEX_BYTES * permuted
+    entry = INDEX_BYTES if permuted and bits != PRUNED else 0
+    return WORD_BYTES * words + scale + source_bytes * bias + entry
 
 
 def option_sizes(

@@ -35,9 +35,9 @@ def packed_arrays(fan_in: int, bits: int, *, bias: bool, permuted: bool) -> int:
         arrays.append(np.packbits(stream).view(np.uint32))
         arrays.append(np.zeros(1, ml_dtypes.bfloat16))
     if bias:
-        arrays.append(np.zeros(1, np.float32))
-    if permuted:
-        arrays.append(np.zeros(1, np.int32))
+        arrays.append(np.zeros(1, ml_dtypes.bfloat16))
+    if permuted and bits:
+        arrays.append(np.zeros(1, np.uint16))
     return sum(a.nbytes for a in arrays)
 
 
@@ -52,9 +52,10 @@ def test_row_bytes_equal_a_packed_row(bits, bias, permuted):
 
 
 def test_known_rows():
-    # 192 weights of 4 bits: 24 words, scale, bias, permutation.
-    assert row_bytes(192, 4, bias=True) == 96 + 2 + 4 + 4
-    assert row_bytes(192, 0, bias=True) == 8
+    # 192 weights of 4 bits: 24 words, scale, bias, index.
+    assert row_bytes(192, 4, bias=True) == 96 + 2 + 2 + 2
+    assert row_bytes(192, 0, bias=True) == 2
+    assert row_bytes(192, 0, bias=True, source_bytes=4) == 4
     assert row_bytes(192, 16, bias=False, permuted=False, source_bytes=4) == 768
 
 
@@ -78,8 +79,8 @@ def test_stored_and_uniform_bytes():
     )
     assert stored_bytes(INDEX, bits) == expected
     # 3 rows of ceil(40 / 32) words, 2 of ceil(132 / 32) with a bias, 1 of ceil(28 / 32); no index.
-    assert uniform_bytes(INDEX, 4) == 3 * (8 + 2) + 2 * (20 + 2 + 4) + (4 + 2)
-    assert uniform_bytes(INDEX, 16) == 3 * 20 + 2 * (68 + 4) + 28
+    assert uniform_bytes(INDEX, 4) == 3 * (8 + 2) + 2 * (20 + 2 + 2) + (4 + 2)
+    assert uniform_bytes(INDEX, 16) == 3 * 20 + 2 * (68 + 2) + 28
 
 
 def test_average_bits_weigh_channels_by_their_weights():
@@ -120,6 +121,11 @@ def test_wrong_bits_are_refused(bits, message):
 def test_a_path_twice_is_refused():
     with pytest.raises(InputError, match="twice"):
         ChannelIndex((layer("a"), layer("a")))
+
+
+def test_more_channels_than_the_index_serves_are_refused():
+    with pytest.raises(InputError, match="16-bit index serves 65536"):
+        ChannelIndex((layer("a", c=65537),))
 
 
 def test_an_unknown_width_has_no_row():
