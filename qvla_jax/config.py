@@ -122,7 +122,7 @@ class OpenVLAConfig:
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """Builds an annotated value from plain JSON types, naming the key that does not fit."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: expected an object, got {type(value).__name__}")
         fields = {f.name: f for f in dataclasses.fields(kind)}

@@ -151,7 +151,7 @@ def make_policy(
     key = config.unnorm_key
     if key is None and len(statistics) == 1:
         key = next(iter(statistics))
-    if key not in statistics:
+    if key is None or key not in statistics:
         raise CheckpointError(
             f"{source}: no statistics for {key!r}; there are: {', '.join(statistics)}"
         )

@@ -57,12 +57,13 @@ class Processor:
             sizes["state"] = len(proprio)
         if len(set(sizes.values())) != 1:
             raise InputError(f"observation batch: entries differ in length: {sizes}")
-        return ModelInputs(
-            images=np.stack(images, axis=1),
-            input_ids=input_ids,
-            prompt_length=length,
-            proprio=proprio,
-        )
+        arrays: dict[str, Any] = {
+            "images": np.stack(images, axis=1),
+            "input_ids": input_ids,
+            "prompt_length": length,
+            "proprio": proprio,
+        }
+        return ModelInputs(**arrays)
 
     def tokenize(
         self, instructions: Sequence[str]

@@ -1,5 +1,7 @@
 """The linear layer of every model."""
 
+from typing import Any
+
 from flax import nnx
 
 from qvla_jax.array_typing import Array, Float
@@ -12,7 +14,9 @@ class Linear(nnx.Linear):
     leading axes, which is what the weight gradient of a [b, t, k] input asks for.
     """
 
-    def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b c"]:
-        """Inputs x [..., k] -> x kernel + bias [..., c]."""
-        flat = super().__call__(x.reshape(-1, x.shape[-1]))
-        return flat.reshape(*x.shape[:-1], flat.shape[-1])
+    def __call__(
+        self, inputs: Float[Array, "*b k"], out_sharding: Any = None
+    ) -> Float[Array, "*b c"]:
+        """Inputs [..., k] -> inputs kernel + bias [..., c]; see `nnx.Linear`."""
+        flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
+        return flat.reshape(*inputs.shape[:-1], flat.shape[-1])

@@ -27,7 +27,10 @@ from qvla_jax.models.vision import VisionBackbone
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelInputs:
-    """What the model takes; the first axis of every array is the batch."""
+    """What the model takes; the first axis of every array is the batch.
+
+    Arrays may be numpy's until they are put on a device.
+    """
 
     # Images of v cameras, already at the towers' size.
     images: UInt8[Array, "b v H W 3"]

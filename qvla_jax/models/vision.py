@@ -5,6 +5,8 @@ SigLIP; the feature is the output of one inner block, without final norm or pref
 two towers' features are concatenated on channels.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -176,7 +178,8 @@ class VisionTransformer(nnx.Module):
             if token is not None
         ]
         x = jnp.concatenate([*prefix, x], axis=1)
-        for block in list(self.blocks)[: self.config.feature_block + 1]:
+        blocks: list[Any] = list(self.blocks)  # of either kind, or wrapped by instrumentation
+        for block in blocks[: self.config.feature_block + 1]:
             x = block(x) if language is None else block(x, language)
         return x[:, x.shape[1] - self.config.num_patches :]
 

@@ -122,7 +122,8 @@ def _train_step(
         params
     )
     updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, loss
+    updated: Any = optax.apply_updates(params, updates)
+    return updated, opt_state, loss
 
 
 def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
@@ -258,6 +259,7 @@ def _batches(config: TrainConfig, num_frames: int, first: int) -> Iterator[tuple
     per_epoch = num_frames // config.batch_size
     if per_epoch == 0:
         raise InputError(f"{num_frames} frames are fewer than one batch of {config.batch_size}")
+    order = np.empty(0, np.int64)
     for step in range(first, config.steps):
         epoch, place = divmod(step, per_epoch)
         if place == 0 or step == first:

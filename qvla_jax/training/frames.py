@@ -1,6 +1,7 @@
 """Demonstration frames in memory, as the training loop takes them."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def load_frames(
         )
         rows = next_steps(np.arange(steps), steps, horizon)
         chunks.append(processor.actions.normalize(episode.action[rows]))
-    joined = {
+    joined: dict[str, Any] = {
         field.name: np.concatenate([getattr(part, field.name) for part in inputs])
         for field in dataclasses.fields(ModelInputs)
         if getattr(inputs[0], field.name) is not None
