@@ -88,7 +88,7 @@ def test_joint_factors_weigh_the_problem_but_not_the_costs(table, tmp_path):
 
 def test_budgets_that_make_no_sense(table):
     with pytest.raises(BudgetError):
-        table.problem(budget_bits=0.5)
+        table.problem(budget_bytes=9)  # biases alone take 10
     for arguments in ({}, {"budget_bits": 4.0, "budget_bytes": 10}, {"budget_bits": np.nan}):
         with pytest.raises(InputError):
             table.problem(**arguments)
