@@ -1,8 +1,6 @@
-"""Files are made here with the standard pickle and zipfile modules, never with PyTorch."""
+"""Files are made with the standard pickle and zipfile modules, never with PyTorch."""
 
-import collections
 import contextlib
-import io
 import os
 import pickle
 import struct
@@ -17,86 +15,16 @@ from hypothesis import strategies as st
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.errors import CheckpointError
 
-STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
+from .torch_files import Storage, Tensor, dumps, save, write
 
 
-class _Name:
-    """Pickled as a global of another module, as `torch.save` would write it."""
-
-    def __init__(self, module: str, name: str):
-        self.module, self.name = module, name
-
-    def __call__(self):  # the pickler insists on a callable for REDUCE
-        raise AssertionError
-
-
-class _Storage:
-    def __init__(self, key: str, array: np.ndarray):
-        self.key, self.array = key, array
-
-
-class _Tensor:
-    def __init__(self, storage: _Storage, offset: object, size: object, stride: object):
-        self.arguments = (storage, offset, size, stride, False, collections.OrderedDict())
-
-
-class _Pickler(pickle._Pickler):
-    """Writes `_Name`, `_Storage` and `_Tensor` as torch does."""
-
-    def persistent_id(self, value):
-        if isinstance(value, _Storage):
-            kind = _Name("torch", STORAGES[str(value.array.dtype)])
-            return ("storage", kind, value.key, "cpu", value.array.size)
-        return None
-
-    def save(self, value, save_persistent_id=True):
-        if isinstance(value, _Name):
-            return self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
-        if isinstance(value, _Tensor):
-            self.save(_Name("torch._utils", "_rebuild_tensor_v2"))
-            self.save(value.arguments)
-            return self.write(pickle.REDUCE)
-        return super().save(value, save_persistent_id)
-
-
-def dumps(tree: object) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=2).dump(tree)
-    return buffer.getvalue()
-
-
-def write(path, description: bytes, storages: dict[str, bytes], *, compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", description)
-        archive.writestr("archive/byteorder", b"little")
-        for key, data in storages.items():
-            archive.writestr(f"archive/data/{key}", data)
-        archive.writestr("archive/version", b"3\n")
-    return path
-
-
-def save(path, tensors: dict[str, np.ndarray], **options):
-    storages = {name: _Storage(str(i), array) for i, (name, array) in enumerate(tensors.items())}
-    tree = collections.OrderedDict(
-        (
-            name,
-            _Tensor(
-                storages[name], 0, array.shape, tuple(s // array.itemsize for s in array.strides)
-            ),
-        )
-        for name, array in tensors.items()
-    )
-    data = {s.key: s.array.tobytes() for s in storages.values()}
-    return write(path, dumps(tree), data, **options)
-
-
-def tree_with(tensor: _Tensor) -> bytes:
+def tree_with(tensor: Tensor) -> bytes:
     return dumps({"w": tensor})
 
 
 @pytest.fixture
 def storage():
-    return _Storage("0", np.arange(6, dtype=np.float32))
+    return Storage("0", np.arange(6, dtype=np.float32))
 
 
 @given(
@@ -123,9 +51,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path, parts):
 
 
 def test_transposed_and_offset_views_and_nested_dicts(tmp_path, storage):
-    tree = {
-        "model": {"t": _Tensor(storage, 0, (2, 3), (1, 2)), "o": _Tensor(storage, 4, (2,), (1,))}
-    }
+    tree = {"model": {"t": Tensor(storage, 0, (2, 3), (1, 2)), "o": Tensor(storage, 4, (2,), (1,))}}
     path = write(tmp_path / "m.pt", dumps(tree), {"0": storage.array.tobytes()})
     read = read_torch_zip(path)
     np.testing.assert_array_equal(read["model.t"], storage.array.reshape(3, 2).T)
@@ -208,7 +134,7 @@ def test_descriptions_that_are_no_state_dict_are_refused(tmp_path, description, 
 def test_tensors_outside_their_storage_are_refused(tmp_path, storage, offset, size, stride):
     path = write(
         tmp_path / "m.pt",
-        tree_with(_Tensor(storage, offset, size, stride)),
+        tree_with(Tensor(storage, offset, size, stride)),
         {"0": storage.array.tobytes()},
     )
     with pytest.raises(CheckpointError, match=r"m\.pt: (a tensor of size|refuses)"):
@@ -217,13 +143,13 @@ def test_tensors_outside_their_storage_are_refused(tmp_path, storage, offset, si
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "0/../1", "", "9" * 20])
 def test_storage_keys_are_numbers(tmp_path, key):
-    tensor = _Tensor(_Storage(key, np.zeros(1, np.float32)), 0, (1,), (1,))
+    tensor = Tensor(Storage(key, np.zeros(1, np.float32)), 0, (1,), (1,))
     with pytest.raises(CheckpointError, match="is not a number"):
         read_torch_zip(write(tmp_path / "m.pt", tree_with(tensor), {}))
 
 
 def test_storages_must_exist_and_have_the_announced_size(tmp_path, storage):
-    description = tree_with(_Tensor(storage, 0, (6,), (1,)))
+    description = tree_with(Tensor(storage, 0, (6,), (1,)))
     with pytest.raises(CheckpointError, match="storage 0 is missing"):
         read_torch_zip(write(tmp_path / "m.pt", description, {}))
     with pytest.raises(CheckpointError, match="storage 0 holds 20 bytes, 6 x float32"):
