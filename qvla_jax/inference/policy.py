@@ -18,7 +18,14 @@ from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import atomic_path, write_json
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
-from qvla_jax.checkpoints.huggingface import is_huggingface, read_config, read_json, read_tensors
+from qvla_jax.checkpoints.huggingface import (
+    CONFIG_FILE,
+    STATISTICS_FILE,
+    is_huggingface,
+    read_config,
+    read_json,
+    read_tensors,
+)
 from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
@@ -28,10 +35,8 @@ from qvla_jax.inference.processor import Processor
 from qvla_jax.inference.word_tokenizer import word_tokenizer
 from qvla_jax.models import ModelInputs, Prismatic, make_model
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-STATISTICS_FILE = "dataset_statistics.json"
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -65,7 +70,10 @@ class Policy:
         Raises:
             InputError: a key is missing or has the wrong shape or dtype.
         """
-        inputs = self.prepare(batch, preprocessed=preprocessed)
+        return self.run(self.prepare(batch, preprocessed=preprocessed))
+
+    def run(self, inputs: ModelInputs) -> Float[np.ndarray, "b h a"]:
+        """Prepared inputs -> normalized action chunks; see `infer_normalized`."""
         mesh = sharding.data_mesh()
         padded, count = sharding.pad_batch(inputs, mesh.size)
         graphdef, state = nnx.split(self.model)

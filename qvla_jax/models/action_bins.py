@@ -14,11 +14,6 @@ EDGES: Float[np.ndarray, " 256"] = np.linspace(-1.0, 1.0, NUM_BINS)
 CENTERS: Float[np.ndarray, " 255"] = (EDGES[:-1] + EDGES[1:]) / 2.0
 
 
-def encode(actions: Float[np.ndarray, "..."], vocab_size: int) -> Int[np.ndarray, "..."]:
-    """Normalized actions -> token ids."""
-    return vocab_size - np.digitize(np.clip(actions, -1.0, 1.0), EDGES)
-
-
 def decode(token_ids: Int[AnyArray, "..."], vocab_size: int) -> Float[Array, "..."]:
     """Token ids -> normalized actions, float32."""
     bins = jnp.clip(vocab_size - jnp.asarray(token_ids) - 1, 0, NUM_BINS - 2)

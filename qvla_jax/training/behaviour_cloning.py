@@ -189,22 +189,13 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
 
 def heldout_l1(policy: Policy, frames: Frames, *, batch_size: int = 64) -> Float[np.ndarray, "h a"]:
     """Mean absolute error over frames, for each entry of the chunk, in normalized space."""
-    graphdef, params = nnx.split(policy.model)
-    mesh = sharding.data_mesh()
     total = np.zeros(frames.chunks.shape[1:], np.float64)
     for start in range(0, len(frames), batch_size):
         part = frames.take(np.arange(start, min(start + batch_size, len(frames))))
+        # One compiled program serves the last, smaller batch too.
         padded, count = sharding.pad_batch(part.inputs, batch_size)
-        predicted = _predict(graphdef, params, sharding.shard_batch(mesh, padded))
-        total += np.abs(np.asarray(predicted)[:count] - part.chunks).sum(axis=0)
+        total += np.abs(policy.run(padded)[:count] - part.chunks).sum(axis=0)
     return total / len(frames)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predict(
-    graphdef: nnx.GraphDef[Prismatic], params: nnx.State, inputs: ModelInputs
-) -> Float[Array, "b h a"]:
-    return nnx.merge(graphdef, params)(inputs)
 
 
 def _run(
