@@ -117,4 +117,5 @@ def assign_tensors(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, sour
             raise CheckpointError(f"{source}: tensor {name!r} holds NaN or inf")
         if leaf == "kernel":
             value = value.reshape(variable.shape[::-1]).T
-        variable[...] = jnp.asarray(value)
+        # Not an assignment into an array: an abstract model has none yet.
+        variable.set_value(jnp.asarray(value))

@@ -33,7 +33,7 @@ from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference.normalization import Normalizer
 from qvla_jax.inference.processor import Processor
 from qvla_jax.inference.word_tokenizer import word_tokenizer
-from qvla_jax.models import ModelInputs, Prismatic, make_model
+from qvla_jax.models import ModelInputs, Prismatic, abstract_model, make_model
 
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
@@ -220,7 +220,7 @@ def load_policy(
     if is_huggingface(folder):
         return _load_huggingface(folder, unnorm_key, num_images, center_crop)
     config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
-    model = make_model(config, rngs=nnx.Rngs(0))
+    model = abstract_model(config)
     load_weights(model, folder / WEIGHTS_FILE)
     return make_policy(
         config,
@@ -242,7 +242,7 @@ def _load_huggingface(
         center_crop=center_crop,
         empty_token_id=tokenizer.token_to_id("\u2581"),
     )
-    model = make_model(config, rngs=nnx.Rngs(0))
+    model = abstract_model(config)
     assign_tensors(model, read_tensors(folder), source=str(folder))
     return make_policy(config, model, tokenizer, statistics, source=str(folder))
 

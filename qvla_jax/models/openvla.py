@@ -198,6 +198,11 @@ def make_model(config: OpenVLAConfig, *, rngs: nnx.Rngs) -> Prismatic:
     return (OpenVLAOFT if config.decoding == "l1" else OpenVLA)(config, rngs=rngs)
 
 
+def abstract_model(config: OpenVLAConfig) -> Prismatic:
+    """The architecture with shapes and dtypes in place of arrays: costs no memory, cannot run."""
+    return nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
+
+
 def _behind_bos(
     prefix: Float[Array, "b p c"], text: Float[Array, "b t c"], valid: Bool[Array, "b t"]
 ) -> tuple[Float[Array, "b p+t c"], Bool[Array, "b p+t"]]:
