@@ -46,6 +46,13 @@ def _forward(
     return nnx.merge(graphdef, state).actions(inputs)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _complete(
+    graphdef: nnx.GraphDef[Prismatic], state: nnx.State, inputs: ModelInputs
+) -> ModelInputs:
+    return nnx.merge(graphdef, state).complete(inputs)
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """A network with all that it needs between sensors and motors."""
@@ -80,6 +87,20 @@ class Policy:
         with jax.default_matmul_precision("float32"):
             chunk = _forward(graphdef, state, sharding.shard_batch(mesh, padded))
         return np.asarray(chunk)[:count]
+
+    def complete(self, inputs: ModelInputs) -> ModelInputs:
+        """Prepared inputs, with the decoded tokens of a policy that decodes them.
+
+        A call of the model on completed inputs is one differentiable pass.
+
+        Args:
+            inputs: on the devices that they shall be used on.
+        """
+        if self.config.decoding != "tokens":
+            return inputs
+        graphdef, state = nnx.split(self.model)
+        with jax.default_matmul_precision("float32"):
+            return _complete(graphdef, state, inputs)
 
     def infer(
         self, observation: Mapping[str, Any], *, preprocessed: bool = False

@@ -40,6 +40,9 @@ class ModelInputs:
     prompt_length: Int[Array, " b"]
     # Normalized proprio; None for policies that take none.
     proprio: Float[Array, "b p"] | None = None
+    # The action tokens to read expectations behind, from `Prismatic.complete`; None until then and
+    # for policies that decode none.
+    action_tokens: Int[Array, "b a"] | None = None
 
 
 class Prismatic(nnx.Module):
@@ -62,6 +65,10 @@ class Prismatic(nnx.Module):
     def actions(self, inputs: ModelInputs) -> Float[Array, "b h a"]:
         """The normalized chunk that the robot executes."""
         return self(inputs)
+
+    def complete(self, inputs: ModelInputs) -> ModelInputs:
+        """The inputs with all that a call would have to compute first, so that it is one pass."""
+        return inputs
 
 
 class OpenVLAOFT(Prismatic):
@@ -135,9 +142,10 @@ class OpenVLA(Prismatic):
         """Expected action over the bins at each of the 7 greedily decoded places.
 
         One causal pass over the prompt and the tokens that `decode` chooses; the choice itself is
-        held fixed, so that the result is differentiable.
+        held fixed, so that the result is differentiable. Inputs from `complete` bring the tokens
+        along, and every layer is then called once.
         """
-        tokens = jax.lax.stop_gradient(self.decode(inputs))
+        tokens = self.complete(inputs).action_tokens
         embeddings, valid = self.embed(inputs)
         places = self._first_place(inputs)[:, None] + jnp.arange(self.config.action_dim)[None]
         rows = jnp.arange(len(places))[:, None]
@@ -155,6 +163,13 @@ class OpenVLA(Prismatic):
     def actions(self, inputs: ModelInputs) -> Float[Array, "b 1 a"]:
         """Normalized action of the greedily decoded tokens: what the robot executes."""
         return action_bins.decode(self.decode(inputs), self.config.action_vocab_size)[:, None]
+
+    def complete(self, inputs: ModelInputs) -> ModelInputs:
+        """The inputs with the greedily decoded tokens, unless they have them already."""
+        if inputs.action_tokens is not None:
+            return inputs
+        tokens = jax.lax.stop_gradient(self.decode(inputs))
+        return dataclasses.replace(inputs, action_tokens=tokens)
 
     def embed(self, inputs: ModelInputs) -> tuple[Float[Array, "b t c"], Bool[Array, "b t"]]:
         """The prompt with its patches, and which places are not padding."""

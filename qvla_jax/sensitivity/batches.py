@@ -43,6 +43,10 @@ class ModelPolicy(Protocol):
         """Model inputs; arrays share their first axis, the batch."""
         ...
 
+    def complete(self, inputs: Any) -> Any:
+        """The same inputs with what the model would have to decode first."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class FrameBatch:
@@ -80,7 +84,8 @@ def frame_batches(
         numbers = np.arange(start, start + count, dtype=np.int32)
         padded, _ = sharding.pad_batch((inputs, numbers), size)
         placed: Any = sharding.shard_batch(mesh, padded)
-        yield FrameBatch(inputs=placed[0], frames=placed[1], count=count)
+        inputs = policy.complete(placed[0])
+        yield FrameBatch(inputs=inputs, frames=placed[1], count=count)
         start += count
     if start == 0:
         raise InputError("the calibration set holds no frames")

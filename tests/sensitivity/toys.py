@@ -95,6 +95,7 @@ class Toy(nnx.Module):
 
 class Config:
     action_dim = ACTIONS
+    decoding = "l1"
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": "toy"}
