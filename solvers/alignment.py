@@ -15,39 +15,34 @@ from qvla_jax.solvers.registry import Proposal, register
 from qvla_jax.solvers.relaxation import relax
 
 
-@register("greedy:aligned")
-def greedy_aligned(
-    problem: AllocationProblem,
-    *,
-    multiple: int = 16,
-    exempt: tuple[int, ...] = (0, -1),
-    iterations: int = 40,
-) -> Proposal:
-    """Counts per group and option in multiples of a tile; the price is reported.
+@register("greedy:aligned", handles=("multiples",))
+def greedy_aligned(problem: AllocationProblem, *, iterations: int = 40) -> Proposal:
+    """Counts per group and option in the problem's multiples; the price is reported.
 
     At a multiplier every group takes its cheapest options and then rounds each count up or down,
     whichever costs less, by moving the channels that mind least. The multiplier is bisected until
     the bytes fit. The multiples hold exactly; the cost is not proven optimal under them.
 
+    Options whose multiple is 1 take the remainder: usually pruned rows, which are not stored, and
+    the widest option. Where there is none, every group must be whole tiles.
+
     Args:
         problem: The problem; without groups all channels form one.
-        multiple: Channels of a tile.
-        exempt: Options that may have any count, negative ones counted from the end. By default
-            pruned rows, which are not stored, and the widest option, which takes the remainder.
         iterations: Bisection steps.
 
     Raises:
-        InputError: A setting is wrong, or a group cannot be aligned (for its fixed channels).
+        InputError: A setting is wrong, or a group cannot be aligned (for its fixed channels, or
+            because its size is no whole number of tiles).
         BudgetError: No aligned allocation was found within the budget.
     """
-    if multiple < 1 or iterations < 1:
-        raise InputError(
-            f"multiple and iterations must be positive, got {multiple} and {iterations}."
-        )
-    tiled = _tiled(problem, exempt)
+    if iterations < 1:
+        raise InputError(f"iterations must be positive, got {iterations}.")
+    multiples = problem.multiples
+    if multiples is None:
+        multiples = np.ones(problem.options, dtype=np.int64)
     relaxation = relax(problem)
     unaligned = problem.cost_of(marginal_from(problem, relaxation).choice)
-    groups = _Groups(problem, tiled, multiple)
+    groups = _Groups(problem, multiples)
 
     best: tuple[float, IntArray] | None = None
     # Bracket the multiplier around the relaxation's, in growing strides, then bisect.
@@ -74,7 +69,7 @@ def greedy_aligned(
         if size > problem.budget:
             raise BudgetError(
                 f"The budget of {problem.budget:,} bytes is too small for counts in multiples of "
-                f"{multiple}: the smallest such allocation found takes {size} bytes."
+                f"{multiples.tolist()}: the smallest such allocation found takes {size} bytes."
             )
         best = problem.cost_of(choice), choice
     details = {"unaligned_cost": unaligned, "price": best[0] - unaligned}
@@ -90,7 +85,7 @@ def _gentlest(gains: FloatArray) -> float:
 class _Groups:
     """The problem's arrays with each group's channels side by side."""
 
-    def __init__(self, problem: AllocationProblem, tiled: IntArray, multiple: int):
+    def __init__(self, problem: AllocationProblem, multiples: IntArray):
         groups = problem.groups
         if groups is None:
             groups = np.zeros(problem.channels, dtype=np.int64)
@@ -101,8 +96,7 @@ class _Groups:
         self._sizes = problem.sizes[self._order]
         self._allowed = None if problem.allowed is None else problem.allowed[self._order]
         self._names = problem.group_names
-        self._tiled = tiled
-        self._multiple = multiple
+        self._multiples = multiples
 
     def aligned(self, multiplier: float) -> IntArray:
         """i64[C], the aligned choice at a multiplier."""
@@ -119,55 +113,48 @@ class _Groups:
             values = cost_weight * self._costs[rows] + size_weight * self._sizes[rows]
             if self._allowed is not None:
                 values = np.where(self._allowed[rows], values, np.inf)
-            aligned = _align(values, self._tiled, self._multiple)
+            aligned = _align(values, self._multiples)
             if aligned is None:
                 name = f" ({self._names[label]})" if self._names is not None else ""
                 raise InputError(
                     f"Group {int(label)}{name} of {rows.stop - rows.start} channels cannot have "
-                    f"counts in multiples of {self._multiple}: exempt another option, or free its "
-                    f"fixed channels."
+                    f"counts in multiples of {self._multiples.tolist()}: let another option have "
+                    f"any count (1), or free its fixed channels."
                 )
             choice[self._order[rows]] = aligned
         return choice
 
 
-def _tiled(problem: AllocationProblem, exempt: tuple[int, ...]) -> IntArray:
-    """The options whose counts must be multiples."""
-    options = problem.options
-    wrong = [j for j in exempt if not -options <= j < options]
-    if wrong or not exempt:
-        raise InputError(
-            f"exempt must name one of the options 0 .. {options - 1} at least, got {exempt}."
-        )
-    return np.setdiff1d(np.arange(options), [j % options for j in exempt])
-
-
-def _align(values: FloatArray, tiled: IntArray, multiple: int) -> IntArray | None:
+def _align(values: FloatArray, multiples: IntArray) -> IntArray | None:
     """Rounds the counts of one group's options, one option after the other.
 
-    Channels come from and go to options that are not rounded yet, or exempt; so a rounded count
-    stays.
+    Channels come from and go to options that are not rounded yet, or free; so a rounded count
+    stays. Where no option is free, the last one gets what is left and must come out whole.
 
     Args:
         values: f64[c, n], penalized costs; infinite for closed options.
-        tiled: Options to round, in this order.
-        multiple: Channels of a tile.
+        multiples: i64[n], the tile of each option.
 
     Returns:
-        i64[c], or None where the channels' closed options leave no way.
+        i64[c], or None where that leads nowhere.
     """
+    tiled = np.flatnonzero(multiples > 1)
+    if len(tiled) == len(multiples):
+        tiled = tiled[:-1]
     rows = np.arange(len(values))
     choice = values.argmin(axis=1)
     unrounded = np.ones(values.shape[1], dtype=np.int64)
     for option in tiled.tolist():
         unrounded[option] = 0
         members = choice == option
+        multiple = int(multiples[option])
         over = int(members.sum()) % multiple
         if over == 0:
             continue
         elsewhere = np.where(unrounded == 1, values, np.inf)
         target = elsewhere.argmin(axis=1)
-        leave = np.where(members, elsewhere[rows, target] - values[:, option], np.inf)
+        with np.errstate(invalid="ignore"):  # closed options of channels that are no members
+            leave = np.where(members, elsewhere[rows, target] - values[:, option], np.inf)
         enter = np.where(unrounded[choice] == 1, values[:, option] - values[rows, choice], np.inf)
         out, loss_out = _least(leave, over)
         into, loss_in = _least(enter, multiple - over)
@@ -177,7 +164,8 @@ def _align(values: FloatArray, tiled: IntArray, multiple: int) -> IntArray | Non
             choice[out] = target[out]
         else:
             choice[into] = option
-    return choice
+    counts = np.bincount(choice, minlength=len(multiples))
+    return None if bool((counts % multiples).any()) else choice
 
 
 def _least(losses: FloatArray, count: int) -> tuple[IntArray, float]:

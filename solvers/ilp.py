@@ -2,18 +2,22 @@
 
 import numpy as np
 
-from qvla_jax.errors import InputError
+from qvla_jax.errors import BudgetError, InputError
+from qvla_jax.solvers.alignment import greedy_aligned
+from qvla_jax.solvers.arrays import IntArray
+from qvla_jax.solvers.lagrangian import within_limits
 from qvla_jax.solvers.marginal import marginal_from
-from qvla_jax.solvers.mip import solve_mip
+from qvla_jax.solvers.mip import Tiles, solve_mip
+from qvla_jax.solvers.pricing import relax_all
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.registry import Proposal, register
-from qvla_jax.solvers.relaxation import relax
+from qvla_jax.solvers.relaxation import Relaxation
 from qvla_jax.solvers.tying import tie
 
 _LEVELS = ("channel", "group")
 
 
-@register("ilp", requires=("pulp",))
+@register("ilp", requires=("pulp",), handles=("multiples", "resources"))
 def ilp(
     problem: AllocationProblem,
     *,
@@ -48,8 +52,7 @@ def ilp(
             raise InputError('level="group" needs a problem with groups.')
         tied = tie(problem, problem.groups)
     reduced = problem if tied is None else tied.problem
-    relaxation = relax(reduced)
-    incumbent = marginal_from(reduced, relaxation).choice
+    relaxation, incumbent = _incumbent(reduced)
     result = solve_mip(
         reduced.costs,
         reduced.sizes,
@@ -58,20 +61,32 @@ def ilp(
         else reduced.allowed,
         reduced.budget,
         incumbent=incumbent,
+        resources=reduced.resources,
+        tiles=_tiles(reduced),
         backend=backend,
         time_limit=time_limit,
         gap=gap,
         threads=threads,
         warm_start=warm_start,
     )
-    choice = incumbent
-    if result.choice is not None:
-        choice = min(incumbent, result.choice, key=reduced.cost_of)
+    found = [choice for choice in (incumbent, result.choice) if choice is not None]
+    if not found:
+        reason = "exists" if result.status == "infeasible" else "was found within the time limit"
+        raise BudgetError(
+            f"No allocation within {reduced.budget:,} bytes that keeps "
+            f"{' and '.join(reduced.constraints)} {reason}."
+        )
+    choice = min(found, key=reduced.cost_of)
     details = {
         "variables": result.variables,
         "mip_status": result.status,
         "mip_lower_bound": result.lower_bound if np.isfinite(result.lower_bound) else None,
     }
+    if "multiples" in reduced.constraints and not reduced.resources:
+        # What the tiles cost beside the same solver's start without them.
+        details["price"] = reduced.cost_of(choice) - reduced.cost_of(
+            marginal_from(reduced, relaxation).choice
+        )
     status = "time_limit" if result.status == "time_limit" else None
     if tied is not None:
         # The certificate is that of the channel-wise problem, which may well do better.
@@ -79,3 +94,27 @@ def ilp(
     if result.status == "optimal" and gap == 0:
         status = "optimal"
     return Proposal(choice, result.lower_bound, status, relaxation, details)
+
+
+def _incumbent(problem: AllocationProblem) -> tuple[Relaxation, IntArray | None]:
+    """The relaxation, and a feasible choice where a heuristic finds one."""
+    priced = relax_all(problem)
+    try:
+        if "multiples" in problem.constraints:
+            choice = None if problem.resources else greedy_aligned(problem).choice
+        elif problem.resources:
+            choice = within_limits(problem, priced)
+        else:
+            choice = marginal_from(problem, priced.relaxation).choice
+    except InputError:  # BudgetError among them: the heuristic found none, there may be one
+        choice = None
+    return priced.relaxation, choice
+
+
+def _tiles(problem: AllocationProblem) -> Tiles | None:
+    if "multiples" not in problem.constraints or problem.multiples is None:
+        return None
+    groups = problem.groups
+    if groups is None:
+        groups = np.zeros(problem.channels, dtype=np.int64)
+    return Tiles(groups, problem.multiples)

@@ -5,10 +5,9 @@ import numpy as np
 from qvla_jax.errors import InputError
 from qvla_jax.solvers.arrays import IntArray, blocks
 from qvla_jax.solvers.filling import fill
-from qvla_jax.solvers.lagrangian import take_ties
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.registry import Proposal, register
-from qvla_jax.solvers.relaxation import Relaxation, option_major, relax
+from qvla_jax.solvers.relaxation import Relaxation, option_major, relax, take_ties
 
 _DIRECTIONS = ("promote", "demote", "both")
 

@@ -7,13 +7,14 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from qvla_jax.errors import InputError, QvlaError
 from qvla_jax.solvers.arrays import BoolArray, FloatArray, IntArray
+from qvla_jax.solvers.resource import Resource
 
 # Units in which the costs reach the solver: the largest cost that an optimal solution can contain
 # becomes this. HiGHS works with absolute tolerances of about 1e-7, so that costs are told apart to
@@ -29,16 +30,36 @@ class MipResult:
         choice: i64[C], or None where it found nothing that fits.
         lower_bound: Proven bound on the cost, within the solver's tolerances; -inf where it gives
             none.
-        status: "optimal", "time_limit", or "failed" (no usable answer).
+        status: "optimal", "time_limit", "infeasible" (no choice fits), or "failed" (no usable
+            answer).
         seconds: Time to build and to solve.
         variables: Binary variables.
     """
 
     choice: IntArray | None
     lower_bound: float
-    status: Literal["optimal", "time_limit", "failed"]
+    status: Literal["optimal", "time_limit", "infeasible", "failed"]
     seconds: float
     variables: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Counts per group and option in multiples.
+
+    Attributes:
+        groups: i64[C].
+        multiples: i64[n], of each option; 1 leaves it free.
+    """
+
+    groups: IntArray
+    multiples: IntArray
+
+    def hold(self, choice: IntArray) -> bool:
+        """True when every count of a choice i64[C] is a multiple."""
+        counts = np.zeros((int(self.groups.max()) + 1, len(self.multiples)), dtype=np.int64)
+        np.add.at(counts, (self.groups, choice), 1)
+        return not bool((counts % self.multiples).any())
 
 
 def solve_mip(
@@ -47,7 +68,9 @@ def solve_mip(
     opened: BoolArray,
     budget: int,
     *,
-    incumbent: IntArray,
+    incumbent: IntArray | None,
+    resources: Sequence[Resource] = (),
+    tiles: Tiles | None = None,
     slack_price: float = 0.0,
     backend: str = "highs",
     time_limit: float | None = None,
@@ -63,7 +86,9 @@ def solve_mip(
         opened: bool[C, n]; at least one option of every channel.
         budget: Bytes.
         incumbent: i64[C], a feasible choice; options that cannot be part of a better one are left
-            out.
+            out. None where none is known.
+        resources: Further budgets, their tables [C, n] like the sizes.
+        tiles: Counts in multiples.
         slack_price: Cost of every byte left unspent.
         backend: "highs" or "cbc".
         time_limit: Seconds.
@@ -80,13 +105,19 @@ def solve_mip(
     floor = open_costs.min(axis=1)
     least = np.where(opened, sizes, np.iinfo(np.int64).max).min(axis=1)
     spare = budget - int(least.sum())
-    used = int(sizes[rows, incumbent].sum())
-    ceiling = float((costs[rows, incumbent] - floor).sum()) + slack_price * (budget - used)
-    if ceiling <= 0:
-        return MipResult(incumbent, float(floor.sum()), "optimal", time.perf_counter() - start, 0)
+    if incumbent is None:
+        highest = np.where(opened, costs, -np.inf).max(axis=1)
+        ceiling = float((highest - floor).sum()) + slack_price * spare or 1.0
+    else:
+        used = int(sizes[rows, incumbent].sum())
+        ceiling = float((costs[rows, incumbent] - floor).sum()) + slack_price * (budget - used)
+        if ceiling <= 0:
+            seconds = time.perf_counter() - start
+            return MipResult(incumbent, float(floor.sum()), "optimal", seconds, 0)
     # An option that alone costs more than the whole incumbent is in no better solution.
     useful = opened & np.less_equal(costs - floor[:, None], ceiling)
-    useful[rows, incumbent] = True
+    if incumbent is not None:
+        useful[rows, incumbent] = True
     extra = np.where(useful, sizes - least[:, None], 0)
     unit = float(np.gcd.reduce(extra, axis=None)) or 1.0
     scaled = (costs - floor[:, None]) * (_COST_SCALE / ceiling)
@@ -108,13 +139,18 @@ def solve_mip(
     weights = [(x, float(extra[key]) / unit) for key, x in variables.items()]
     problem += pulp.LpAffineExpression([*weights, (slack, 1.0)]) == spare / unit
 
-    if warm_start:
+    for resource in resources:
+        problem += _within(pulp, variables, resource)
+    counters = {} if tiles is None else _add_tiles(pulp, problem, variables, tiles)
+
+    warm = warm_start and incumbent is not None
+    if incumbent is not None and warm:
         for (c, j), variable in variables.items():
             variable.setInitialValue(int(incumbent[c] == j))
-        slack.setInitialValue((budget - used) / unit)
-    solver = _backend(
-        pulp, backend, time_limit=time_limit, gap=gap, threads=threads, warm=warm_start
-    )
+        slack.setInitialValue((budget - int(sizes[rows, incumbent].sum())) / unit)
+        for counter, (members, option, multiple) in counters.items():
+            counter.setInitialValue(int((incumbent[members] == option).sum()) // multiple)
+    solver = _backend(pulp, backend, time_limit=time_limit, gap=gap, threads=threads, warm=warm)
     try:
         problem.solve(solver)
     except pulp.PulpSolverError as error:
@@ -122,9 +158,12 @@ def solve_mip(
 
     choice = _read_choice(variables, len(costs))
     if choice is not None and (
-        int(sizes[rows, choice].sum()) > budget or not bool(opened[rows, choice].all())
+        int(sizes[rows, choice].sum()) > budget
+        or not bool(opened[rows, choice].all())
+        or any(resource.used_by(choice) > resource.limit for resource in resources)
+        or not (tiles is None or tiles.hold(choice))
     ):
-        choice = None  # within the solver's tolerances, but not within the budget
+        choice = None  # within the solver's tolerances, but not within the budgets
     finished = problem.sol_status == pulp.LpSolutionOptimal
     if backend == "highs":
         bound = float(problem.solverModel.getInfo().mip_dual_bound)
@@ -135,16 +174,47 @@ def solve_mip(
         spent = int(sizes[rows, choice].sum())
         lower_bound = float(costs[rows, choice].sum()) + slack_price * (budget - spent)
     status = "optimal" if finished and choice is not None else "time_limit"
-    if problem.status not in (pulp.LpStatusOptimal, pulp.LpStatusNotSolved):
+    if problem.status == pulp.LpStatusInfeasible:
+        status = "infeasible"
+    elif problem.status not in (pulp.LpStatusOptimal, pulp.LpStatusNotSolved):
         status = "failed"
     return MipResult(choice, lower_bound, status, time.perf_counter() - start, len(variables))
 
 
-def _binary(pulp: Any, problem: Any, name: str) -> Any:
+def _within(pulp: Any, variables: Mapping[tuple[int, int], Any], resource: Resource) -> Any:
+    """The constraint of a resource, in units of the greatest common divisor."""
+    unit = int(np.gcd.reduce(resource.use, axis=None)) or 1
+    terms = [(x, float(resource.use[key] // unit)) for key, x in variables.items()]
+    return pulp.LpAffineExpression(terms) <= float(resource.limit // unit)
+
+
+def _add_tiles(
+    pulp: Any, problem: Any, variables: Mapping[tuple[int, int], Any], tiles: Tiles
+) -> dict[Any, tuple[IntArray, int, int]]:
+    """Whole-numbered counters: the channels of a group at an option are `multiple` times one."""
+    counters: dict[Any, tuple[IntArray, int, int]] = {}
+    for group in np.unique(tiles.groups).tolist():
+        members = np.flatnonzero(tiles.groups == group).astype(np.int64)
+        channels = members.tolist()
+        for option, multiple in enumerate(tiles.multiples.tolist()):
+            taken = [(variables[c, option], 1.0) for c in channels if (c, option) in variables]
+            if multiple == 1 or not taken:
+                continue
+            counter = _integer(pulp, problem, f"tiles_{group}_{option}", len(taken) // multiple)
+            problem += pulp.LpAffineExpression([*taken, (counter, -float(multiple))]) == 0
+            counters[counter] = members, option, multiple
+    return counters
+
+
+def _integer(pulp: Any, problem: Any, name: str, upper: int) -> Any:
     # PuLP 3.3 deprecates the constructor that older versions need.
     if hasattr(problem, "add_variable"):
-        return problem.add_variable(name, 0, 1, pulp.LpInteger)
-    return pulp.LpVariable(name, 0, 1, pulp.LpInteger)
+        return problem.add_variable(name, 0, upper, pulp.LpInteger)
+    return pulp.LpVariable(name, 0, upper, pulp.LpInteger)
+
+
+def _binary(pulp: Any, problem: Any, name: str) -> Any:
+    return _integer(pulp, problem, name, 1)
 
 
 def _bounded(pulp: Any, problem: Any, name: str, upper: float) -> Any:

@@ -12,9 +12,11 @@ from numpy.typing import ArrayLike
 
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers.arrays import BoolArray, FloatArray, IntArray, frozen, pick
+from qvla_jax.solvers.resource import Resource
 from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 _FORMAT = "qvla_jax.allocation_problem"
+_OPTIONAL = ("groups", "fixed", "minimums", "multiples")
 # Sums of sizes stay exact in int64, and exact in float64 where they meet a multiplier.
 _LARGEST_TOTAL = 2**53
 
@@ -35,12 +37,15 @@ class AllocationProblem:
         group_names: G names, used in messages and by reports.
         fixed: i64[C], the option that a channel must take, or -1 where it is free.
         minimums: i64[G], the smallest option *index* open to the channels of each group.
+        multiples: i64[n], the tile of each option: how many channels of a group take option j must
+            be a multiple of `multiples[j]`; 1 leaves an option free.
+        resources: Budgets beside the bytes.
 
     Raises:
         InputError: An array has the wrong shape or type, a value is not finite or negative (the
             message names the channel), or `fixed` contradicts `minimums`.
-        BudgetError: Even the smallest allowed options exceed the budget; the message states their
-            size.
+        BudgetError: Even the smallest allowed options exceed the budget, or the thriftiest ones a
+            resource's limit; the message states what they take.
     """
 
     costs: FloatArray
@@ -50,6 +55,8 @@ class AllocationProblem:
     group_names: tuple[str, ...] | None = None
     fixed: IntArray | None = None
     minimums: IntArray | None = None
+    multiples: IntArray | None = None
+    resources: tuple[Resource, ...] = ()
 
     def __post_init__(self) -> None:
         set_field = functools.partial(object.__setattr__, self)
@@ -67,6 +74,9 @@ class AllocationProblem:
             set_field("fixed", _as_integers(self.fixed, "fixed", (self.channels,)))
         if self.minimums is not None:
             set_field("minimums", _as_integers(self.minimums, "minimums", (self.group_count,)))
+        if self.multiples is not None:
+            set_field("multiples", _as_integers(self.multiples, "multiples", (self.options,)))
+        set_field("resources", tuple(self.resources))
         self._check_values()
         self._check_constraints()
         if self.minimum_size > self.budget:
@@ -77,6 +87,13 @@ class AllocationProblem:
                 + ("" if self.allowed is None else ", or relax `fixed` and `minimums`")
                 + "."
             )
+        for resource in self.resources:
+            least = int(self._masked(resource.use, np.iinfo(np.int64).max).min(axis=1).sum())
+            if least > resource.limit:
+                raise BudgetError(
+                    f"The limit of {resource.limit:,} on {resource.name} cannot be met: the "
+                    f"thriftiest allowed options use {least:,}. Raise it to at least {least}."
+                )
 
     @property
     def channels(self) -> int:
@@ -111,12 +128,12 @@ class AllocationProblem:
     @functools.cached_property
     def minimum_size(self) -> int:
         """The bytes of the smallest allowed option of every channel: the least feasible budget."""
-        return int(self._masked_sizes(np.iinfo(np.int64).max).min(axis=1).sum())
+        return int(self._masked(self.sizes, np.iinfo(np.int64).max).min(axis=1).sum())
 
     @functools.cached_property
     def maximum_size(self) -> int:
         """The bytes of every channel's largest allowed option: more budget changes nothing."""
-        return int(self._masked_sizes(-1).max(axis=1).sum())
+        return int(self._masked(self.sizes, -1).max(axis=1).sum())
 
     def channel_name(self, channel: int) -> str:
         """A channel's name in messages: its number, and module and row where groups are named."""
@@ -137,6 +154,37 @@ class AllocationProblem:
     def with_budget(self, budget: int) -> "AllocationProblem":
         """The same problem under another budget."""
         return dataclasses.replace(self, budget=budget)
+
+    @property
+    def constraints(self) -> tuple[str, ...]:
+        """Those beyond the budget and closed options that this problem has; few solvers take them.
+
+        "multiples", "resources".
+        """
+        tiled = self.multiples is not None and bool((self.multiples > 1).any())
+        return ("multiples",) * tiled + ("resources",) * bool(self.resources)
+
+    def counts_of(self, choice: IntArray) -> IntArray:
+        """i64[G, n], how many channels of each group take each option; one group without groups."""
+        groups = np.zeros(self.channels, dtype=np.int64) if self.groups is None else self.groups
+        counts = np.zeros((max(1, self.group_count), self.options), dtype=np.int64)
+        np.add.at(counts, (groups, choice), 1)
+        return counts
+
+    def violation(self, choice: IntArray) -> str | None:
+        """What a choice i64[C] breaks, as a clause; None where it is feasible."""
+        size = self.size_of(choice)
+        if size > self.budget:
+            return f"it takes {size:,} bytes of {self.budget:,}"
+        if self.allowed is not None and not bool(pick(self.allowed, choice).all()):
+            return "it takes an option that is closed"
+        for resource in self.resources:
+            used = resource.used_by(choice)
+            if used > resource.limit:
+                return f"it uses {used:,} of {resource.limit:,} {resource.name}"
+        if self.multiples is not None and bool((self.counts_of(choice) % self.multiples).any()):
+            return "its counts are not multiples of the tiles"
+        return None
 
     def summary(self) -> "ProblemSummary":
         """Counts what makes an instance unusual; nothing of it is an error."""
@@ -164,11 +212,13 @@ class AllocationProblem:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the problem to a `.safetensors` or `.npz` file, completely or not at all."""
         arrays = {"costs": self.costs, "sizes": self.sizes}
-        for name in ("groups", "fixed", "minimums"):
+        for name in _OPTIONAL:
             value = getattr(self, name)
             if value is not None:
                 arrays[name] = value
-        header: dict[str, object] = {"budget": self.budget}
+        arrays |= {f"resource.{i}": resource.use for i, resource in enumerate(self.resources)}
+        limits = [{"name": r.name, "limit": r.limit} for r in self.resources]
+        header: dict[str, object] = {"budget": self.budget, "resources": limits}
         if self.group_names is not None:
             header["group_names"] = list(self.group_names)
         write_arrays(path, arrays, header, kind=_FORMAT)
@@ -187,18 +237,22 @@ class AllocationProblem:
                 costs=arrays["costs"],
                 sizes=arrays["sizes"],
                 budget=header["budget"],
-                groups=arrays.get("groups"),
                 group_names=None if names is None else tuple(names),
-                fixed=arrays.get("fixed"),
-                minimums=arrays.get("minimums"),
+                resources=tuple(
+                    Resource(use=arrays[f"resource.{i}"], **described)
+                    for i, described in enumerate(header.get("resources", ()))
+                ),
+                **{name: arrays.get(name) for name in _OPTIONAL},
             )
         except KeyError as error:
-            raise InputError(f"{os.fspath(path)}: the header lacks {error}.") from error
+            raise InputError(f"{os.fspath(path)}: {error} is missing.") from error
+        except TypeError as error:
+            raise InputError(f"{os.fspath(path)}: damaged resources ({error}).") from error
         except InputError as error:
             raise type(error)(f"{os.fspath(path)}: {error}") from error
 
-    def _masked_sizes(self, filler: int) -> IntArray:
-        return self.sizes if self.allowed is None else np.where(self.allowed, self.sizes, filler)
+    def _masked(self, table: IntArray, filler: int) -> IntArray:
+        return table if self.allowed is None else np.where(self.allowed, table, filler)
 
     def _check_groups(self) -> None:
         if self.groups is None:
@@ -253,6 +307,14 @@ class AllocationProblem:
                 raise InputError(
                     f"minimums must be options 0 .. {self.options - 1}, got values from {low} to "
                     f"{high}."
+                )
+        if self.multiples is not None and int(self.multiples.min()) < 1:
+            raise InputError(f"multiples must be positive, got {self.multiples.tolist()}.")
+        for resource in self.resources:
+            if resource.use.shape != self.costs.shape:
+                raise InputError(
+                    f"resource {resource.name!r}: use must have shape {self.costs.shape}, got "
+                    f"{resource.use.shape}."
                 )
         if self.allowed is not None:
             closed = np.flatnonzero(~self.allowed.any(axis=1))

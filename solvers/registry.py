@@ -6,12 +6,13 @@ import importlib.util
 import inspect
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qvla_jax.errors import InputError, QvlaError
-from qvla_jax.solvers.arrays import IntArray, frozen, pick
+from qvla_jax.solvers.arrays import IntArray, frozen
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.relaxation import Relaxation, relax
 from qvla_jax.solvers.solution import OPTIMALITY_TOLERANCE, Solution, Status, relative_gap
@@ -44,12 +45,14 @@ class Solver:
         name: `family` or `family:variant`.
         function: Takes the problem and keyword settings, all with defaults.
         requires: Modules that must be installed.
+        handles: Constraints that it honours, as `AllocationProblem.constraints` names them.
         summary: First line of the function's docstring.
     """
 
     name: str
     function: Callable[..., Proposal]
     requires: tuple[str, ...]
+    handles: tuple[str, ...]
     summary: str
 
     @property
@@ -79,19 +82,23 @@ _SOLVERS: dict[str, Solver] = {}
 _Function = TypeVar("_Function", bound=Callable[..., Proposal])
 
 
-def register(name: str, *, requires: tuple[str, ...] = ()) -> Callable[[_Function], _Function]:
+def register(
+    name: str, *, requires: tuple[str, ...] = (), handles: tuple[str, ...] = ()
+) -> Callable[[_Function], _Function]:
     """Registers a solver function under a name.
 
     Args:
         name: `family` or `family:variant`; new.
         requires: Modules that the function imports when it runs.
+        handles: Constraints that it honours beyond the budget and closed options; a problem with
+            others is not handed to it.
     """
 
     def decorate(function: _Function) -> _Function:
         if name in _SOLVERS:
             raise ValueError(f"There already is a solver {name!r}.")
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
-        _SOLVERS[name] = Solver(name, function, requires, summary)
+        _SOLVERS[name] = Solver(name, function, requires, handles, summary)
         return function
 
     return decorate
@@ -157,10 +164,28 @@ def solve(
         )
     solver = get_solver(name)
     complete = solver.settings(settings)
+    check_constraints(problem, solver)
     start = time.perf_counter()
     proposal = solver.function(problem, **complete)
     seconds = time.perf_counter() - start
     return _certify(problem, solver, complete, proposal, relaxation, seconds)
+
+
+def check_constraints(problem: AllocationProblem, solver: Solver) -> None:
+    """Checks that a solver honours every constraint of a problem.
+
+    Raises:
+        InputError: It does not; the message names those that do.
+    """
+    missing = [name for name in problem.constraints if name not in solver.handles]
+    if missing:
+        able = [
+            name for name in available() if set(problem.constraints) <= set(_SOLVERS[name].handles)
+        ]
+        raise InputError(
+            f"Solver {solver.name!r} does not honour {' and '.join(missing)}; use "
+            f"{' or '.join(able)}."
+        )
 
 
 def _certify(
@@ -173,11 +198,11 @@ def _certify(
 ) -> Solution:
     choice = proposal.choice.astype(np.int64, copy=False)
     size = problem.size_of(choice)
-    closed = problem.allowed is not None and not bool(pick(problem.allowed, choice).all())
-    if size > problem.budget or closed:
+    violation = problem.violation(choice)
+    if violation is not None:
         raise QvlaError(
-            f"Solver {solver.name!r} returned an infeasible choice ({size} bytes for a budget of "
-            f"{problem.budget}, closed options: {closed}). This is a defect of the solver."
+            f"Solver {solver.name!r} returned an infeasible choice: {violation}. This is a defect "
+            "of the solver."
         )
     cost = problem.cost_of(choice)
     relaxation = proposal.relaxation or relaxation or relax(problem)
@@ -197,7 +222,17 @@ def _certify(
         seconds=seconds,
         status=status,
         solver=solver.name,
-        settings=dict(settings),
+        settings={key: _as_json(value) for key, value in settings.items()},
         multiplier=relaxation.multiplier,
+        prices=relaxation.prices,
         details=dict(proposal.details),
     )
+
+
+def _as_json(value: Any) -> Any:
+    """A setting as JSON can hold it: callables by name, arrays by shape."""
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    if isinstance(value, np.ndarray):
+        return f"array{list(cast('NDArray[Any]', value).shape)}"
+    return value

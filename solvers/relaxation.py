@@ -57,6 +57,8 @@ class Relaxation:
         lower_bound: The dual value there, reduced by the rounding errors of its own evaluation.
         levels: i64[C], the steps of each channel that are steeper than the multiplier; they fit the
             budget.
+        prices: Cost of a unit of each of the problem's resources, paid by every option before the
+            hulls were formed; without them the resources' limits play no part in the bound.
     """
 
     budget: int
@@ -64,6 +66,7 @@ class Relaxation:
     multiplier: float
     lower_bound: float
     levels: IntArray
+    prices: tuple[float, ...] = ()
 
 
 def relax(problem: AllocationProblem) -> Relaxation:
@@ -80,6 +83,26 @@ def relax(problem: AllocationProblem) -> Relaxation:
         lower_bound=dual_bound(problem, multiplier),
         levels=(hulls.gain > multiplier).sum(axis=0, dtype=np.int64),
     )
+
+
+def take_ties(problem: AllocationProblem, relaxation: Relaxation) -> tuple[IntArray, int | None]:
+    """Takes the steps exactly as steep as the multiplier, in order, until one does not fit.
+
+    Returns:
+        i64[C], the levels reached, and the channel whose step is the first that does not fit (None
+        where all fit).
+    """
+    hulls = relaxation.hulls
+    levels = relaxation.levels.copy()
+    if relaxation.multiplier == 0:
+        return levels, None
+    # Step-major order: no channel's second step comes before its first.
+    step, channel = np.nonzero(hulls.gain == relaxation.multiplier)
+    slack = problem.budget - problem.size_of(hulls.choice(levels))
+    total = np.cumsum(hulls.size[step, channel])
+    count = int(np.searchsorted(total, slack, side="right"))
+    np.add.at(levels, channel[:count], 1)
+    return levels, int(channel[count]) if count < len(channel) else None
 
 
 def convex_hulls(problem: AllocationProblem) -> Hulls:

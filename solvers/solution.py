@@ -39,6 +39,8 @@ class Solution:
         settings: The settings it ran with, defaults included.
         multiplier: A Lagrange multiplier in cost per byte; anybody can recompute a lower bound from
             it.
+        prices: The same for each of the problem's resources, in cost per unit; empty where the
+            bound disregards them.
         details: Further facts that the solver reports, by name.
     """
 
@@ -51,6 +53,7 @@ class Solution:
     solver: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     multiplier: float = 0.0
+    prices: tuple[float, ...] = ()
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     @property
@@ -86,6 +89,7 @@ class Solution:
         if missing:
             raise InputError(f"{os.fspath(path)}: the header lacks {missing}.")
         choice = frozen(arrays["choice"].astype(np.int64))
+        header["prices"] = tuple(header["prices"])
         return cls(choice=choice, **{name: header[name] for name in names})
 
 
@@ -158,12 +162,18 @@ def verify(problem: AllocationProblem, solution: Solution) -> Verification:
         if len(closed):
             failures.append(f"{problem.channel_name(int(closed[0]))} takes an option closed to it.")
 
-    dual_bound, terms = _dual_bound(problem, solution.multiplier)
+    for resource in problem.resources:
+        used = sum(pick(resource.use, choice).tolist())
+        if used > resource.limit:
+            failures.append(f"{used} exceed the limit of {resource.limit} on {resource.name}.")
+    if problem.multiples is not None:
+        failures += _broken_tiles(problem, choice)
+
+    dual_bound, terms = _dual_bound(problem, solution.multiplier, solution.prices)
     tolerance = 1e-12 * max(abs(dual_bound), scale, terms * 1e-3)
-    if solution.multiplier < 0 or not math.isfinite(solution.multiplier):
-        failures.append(
-            f"the multiplier must be finite and not negative, got {solution.multiplier}."
-        )
+    for price in (solution.multiplier, *solution.prices):
+        if price < 0 or not math.isfinite(price):
+            failures.append(f"the multiplier must be finite and not negative, got {price}.")
     if solution.lower_bound > cost + tolerance:
         failures.append(f"the lower bound {solution.lower_bound!r} exceeds the cost {cost!r}.")
     proven = solution.lower_bound <= dual_bound + tolerance
@@ -177,13 +187,36 @@ def verify(problem: AllocationProblem, solution: Solution) -> Verification:
     )
 
 
-def _dual_bound(problem: AllocationProblem, multiplier: float) -> tuple[float, float]:
-    """The dual value at a multiplier, and the summed magnitude of its terms."""
-    if not (0 <= multiplier < math.inf):
+def _broken_tiles(problem: AllocationProblem, choice: IntArray) -> list[str]:
+    """A sentence for each option whose count in some group is no multiple of its tile."""
+    assert problem.multiples is not None
+    groups = np.zeros(len(choice), dtype=np.int64) if problem.groups is None else problem.groups
+    found: list[str] = []
+    for option, multiple in enumerate(problem.multiples.tolist()):
+        labels, counts = np.unique(groups[choice == option], return_counts=True)
+        wrong = np.flatnonzero(counts % multiple)
+        if len(wrong):
+            label, count = int(labels[wrong[0]]), int(counts[wrong[0]])
+            found.append(
+                f"{count} channels of group {label} take option {option}: no multiple of "
+                f"{multiple}."
+            )
+    return found
+
+
+def _dual_bound(
+    problem: AllocationProblem, multiplier: float, prices: tuple[float, ...]
+) -> tuple[float, float]:
+    """The dual value at a multiplier and prices, and the summed magnitude of its terms."""
+    if not (0 <= multiplier < math.inf and all(0 <= price < math.inf for price in prices)):
         return -math.inf, 0.0
     penalized = problem.costs + multiplier * problem.sizes
+    limits = [multiplier * problem.budget]
+    for price, resource in zip(prices, problem.resources, strict=False):
+        penalized = penalized + price * resource.use
+        limits.append(price * resource.limit)
     if problem.allowed is not None:
         penalized = np.where(problem.allowed, penalized, np.inf)
     best = cast("list[float]", penalized.min(axis=1).tolist())
-    budget_term = multiplier * problem.budget
-    return math.fsum([*best, -budget_term]), math.fsum(map(abs, best)) + budget_term
+    paid = math.fsum(limits)
+    return math.fsum([*best, -paid]), math.fsum(map(abs, best)) + paid

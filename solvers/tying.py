@@ -1,12 +1,15 @@
 """Channels that must share an option: heads of q, k and v, gate and up rows, whole layers."""
 
 import dataclasses
+import difflib
+from collections.abc import Sequence
 
 import numpy as np
 
 from qvla_jax.errors import InputError
 from qvla_jax.solvers.arrays import IntArray
 from qvla_jax.solvers.problem import AllocationProblem
+from qvla_jax.solvers.resource import Resource
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,18 +42,28 @@ def tie(problem: AllocationProblem, labels: IntArray) -> Tied:
         labels: i64[C], equal for tied channels.
 
     Raises:
-        InputError: Members are fixed to different options, or below the minimum of another.
+        InputError: Members are fixed to different options, or below the minimum of another, or the
+            problem wants counts in multiples.
         BudgetError: The tied channels cannot meet the budget; the message states the least size.
     """
+    if "multiples" in problem.constraints:
+        raise InputError(
+            "Tied channels cannot have counts in multiples: a set of them counts as one. Leave "
+            "`multiples` out."
+        )
     given = np.asarray(labels)
     if given.shape != (problem.channels,):
         raise InputError(f"labels must have shape ({problem.channels},), got {given.shape}.")
     names, member = np.unique(given, return_inverse=True)
     member = member.astype(np.int64)
     shape = (len(names), problem.options)
-    costs, sizes = np.zeros(shape), np.zeros(shape, dtype=np.int64)
+    costs = np.zeros(shape)
     np.add.at(costs, member, problem.costs)
-    np.add.at(sizes, member, problem.sizes)
+    sizes = _summed(problem.sizes, member, shape)
+    resources = tuple(
+        Resource(resource.name, _summed(resource.use, member, shape), resource.limit)
+        for resource in problem.resources
+    )
 
     minimums = np.zeros(len(names), dtype=np.int64)
     if problem.minimums is not None and problem.groups is not None:
@@ -75,7 +88,74 @@ def tie(problem: AllocationProblem, labels: IntArray) -> Tied:
             group_names=tuple(f"label {name}" for name in names.tolist()),
             fixed=fixed,
             minimums=minimums,
+            resources=resources,
         )
     except InputError as error:
         raise type(error)(f"With tied channels: {error}") from error
     return Tied(reduced, member)
+
+
+def paired_rows(problem: AllocationProblem, pairs: Sequence[Sequence[str]]) -> IntArray:
+    """Labels that tie row i of one group to row i of others, such as gate and up projections.
+
+    Args:
+        problem: A problem with named groups.
+        pairs: Names of groups of equally many channels.
+
+    Returns:
+        i64[C], for `tie`; channels of other groups stay alone.
+
+    Raises:
+        InputError: A name is unknown, or the groups of a pair differ in size.
+    """
+    labels = np.arange(problem.channels, dtype=np.int64)
+    for names in pairs:
+        first, *others = (_rows(problem, name) for name in names)
+        for name, rows in zip(names[1:], others, strict=True):
+            if len(rows) != len(first):
+                raise InputError(
+                    f"Groups {names[0]} and {name} cannot be tied row by row: they have "
+                    f"{len(first)} and {len(rows)} channels."
+                )
+            labels[rows] = labels[first]
+    return labels
+
+
+def row_blocks(problem: AllocationProblem, names: Sequence[str], block: int) -> IntArray:
+    """Labels that tie each run of `block` channels of some groups, such as attention heads.
+
+    Args:
+        problem: A problem with named groups.
+        names: The groups.
+        block: Channels of a run: the width of a head.
+
+    Returns:
+        i64[C], for `tie`; channels of other groups stay alone.
+
+    Raises:
+        InputError: A name is unknown, or a group is not whole blocks.
+    """
+    labels = np.arange(problem.channels, dtype=np.int64)
+    for name in names:
+        rows = _rows(problem, name)
+        if block < 1 or len(rows) % block:
+            raise InputError(
+                f"Group {name} of {len(rows)} channels is not whole blocks of {block}."
+            )
+        labels[rows] = np.repeat(rows[::block], block)
+    return labels
+
+
+def _rows(problem: AllocationProblem, name: str) -> IntArray:
+    names = problem.group_names or ()
+    if name not in names or problem.groups is None:
+        close = difflib.get_close_matches(name, names, n=2)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise InputError(f"There is no group {name!r}.{hint}")
+    return np.flatnonzero(problem.groups == names.index(name))
+
+
+def _summed(table: IntArray, member: IntArray, shape: tuple[int, int]) -> IntArray:
+    total = np.zeros(shape, dtype=np.int64)
+    np.add.at(total, member, table)
+    return total

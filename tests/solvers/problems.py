@@ -45,13 +45,22 @@ def small_problems(
     return loose.with_budget(loose.minimum_size + int(tightness * span))
 
 
-def brute_force(problem: AllocationProblem) -> float:
-    """The least cost of all allocations."""
+def brute_force(problem: AllocationProblem) -> float | None:
+    """The least cost of all allocations, None where no allocation is feasible."""
     rows = np.arange(problem.channels)
     choices = np.array(list(itertools.product(range(problem.options), repeat=problem.channels)))
     fits = problem.sizes[rows, choices].sum(axis=1) <= problem.budget
     if problem.allowed is not None:
         fits &= problem.allowed[rows, choices].all(axis=1)
+    for resource in problem.resources:
+        fits &= resource.use[rows, choices].sum(axis=1) <= resource.limit
+    if problem.multiples is not None:
+        groups = np.zeros(problem.channels, int) if problem.groups is None else problem.groups
+        for group in np.unique(groups):
+            for option, multiple in enumerate(problem.multiples):
+                fits &= (choices[:, groups == group] == option).sum(axis=1) % multiple == 0
+    if not fits.any():
+        return None
     return float(problem.costs[rows, choices[fits]].sum(axis=1).min())
 
 

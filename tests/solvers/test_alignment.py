@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -6,7 +8,12 @@ from hypothesis import strategies as st
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers import AllocationProblem, instances, solve
 
-from .problems import check, small_problems  # noqa: TID251
+from .problems import brute_force, check, close, small_problems  # noqa: TID251
+
+
+def tiles(options: int, multiple: int) -> np.ndarray:
+    """The first and the last option are free."""
+    return np.array([1, *[multiple] * (options - 2), 1][:options])
 
 
 def counts_by_group(problem: AllocationProblem, choice: np.ndarray) -> np.ndarray:
@@ -19,7 +26,8 @@ def counts_by_group(problem: AllocationProblem, choice: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize(("multiple", "bits"), [(1, 3.0), (4, 6.0), (16, 3.0)])
 def test_counts_are_multiples_and_the_price_is_small(multiple: int, bits: float) -> None:
     problem = instances.openvla_like(scale=0.03, budget_bits=bits, seed=1)
-    solution = solve(problem, "greedy:aligned", multiple=multiple)
+    problem = dataclasses.replace(problem, multiples=tiles(problem.options, multiple))
+    solution = solve(problem, "greedy:aligned")
     check(problem, solution)
     counts = counts_by_group(problem, solution.choice)
     assert (counts[:, 1:-1] % multiple == 0).all()
@@ -33,8 +41,9 @@ def test_counts_are_multiples_and_the_price_is_small(multiple: int, bits: float)
 def test_counts_are_multiples_where_that_is_possible(
     problem: AllocationProblem, multiple: int
 ) -> None:
+    problem = dataclasses.replace(problem, multiples=tiles(problem.options, multiple))
     try:
-        solution = solve(problem, "greedy:aligned", multiple=multiple)
+        solution = solve(problem, "greedy:aligned")
     except (BudgetError, InputError):
         assume(multiple == 1)  # which every problem allows
         raise
@@ -45,9 +54,38 @@ def test_counts_are_multiples_where_that_is_possible(
 
 def test_every_count_can_be_tiled_where_the_group_is_whole_tiles() -> None:
     problem = instances.random_instance("monotone", channels=64, seed=3)
-    solution = solve(problem, "greedy:aligned", multiple=8, exempt=(-1,))
+    problem = dataclasses.replace(problem, multiples=np.array([8, 8, 8, 8, 8]))
+    solution = solve(problem, "greedy:aligned")
     assert (counts_by_group(problem, solution.choice) % 8 == 0).all()
-    with pytest.raises(InputError, match="exempt must name"):
-        solve(problem, "greedy:aligned", exempt=())
-    with pytest.raises(InputError, match="must be positive"):
-        solve(problem, "greedy:aligned", multiple=0)
+    problem = dataclasses.replace(problem, multiples=np.array([7, 7, 7, 7, 7]))
+    with pytest.raises(InputError, match="cannot have counts in multiples"):
+        solve(problem, "greedy:aligned")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(small_problems(max_channels=6), st.integers(2, 3))
+def test_integer_programming_finds_the_best_multiples(
+    problem: AllocationProblem, multiple: int
+) -> None:
+    problem = dataclasses.replace(problem, multiples=tiles(problem.options, multiple))
+    best = brute_force(problem)
+    if best is None:
+        with pytest.raises(BudgetError):
+            solve(problem, "ilp")
+        return
+    solution = solve(problem, "ilp")
+    check(problem, solution)
+    assert solution.cost == pytest.approx(best, abs=close(problem))
+    assert solution.status == "optimal"
+    try:
+        heuristic = solve(problem, "greedy:aligned")
+    except (BudgetError, InputError):
+        return
+    assert heuristic.cost >= best - close(problem)
+
+
+def test_solvers_that_know_no_multiples_refuse_them() -> None:
+    problem = instances.random_instance("monotone", channels=8, seed=3)
+    problem = dataclasses.replace(problem, multiples=tiles(5, 4))
+    with pytest.raises(InputError, match="does not honour multiples; use greedy:aligned or ilp"):
+        solve(problem, "core")
