@@ -4,8 +4,6 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qvla_jax.atomic import write_json
 from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.errors import BudgetError, InputError
@@ -16,7 +14,6 @@ from qvla_jax.pipeline.configs import SensitivityConfig
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import option_sizes, policy_index
 from qvla_jax.sensitivity import METHODS, SensitivityTable, sensitivities, validate
-from qvla_jax.sensitivity.validation import FirstFrames, rank_correlations
 
 BITS = (0, 2, 4, 8, 16)
 VALIDATION_KIND = "qvla_jax.validation"
@@ -63,7 +60,15 @@ def sensitivity(
     validation = None
     if config.validate and config.method != "exact":
         table = tables[config.method]
-        validation = _validate(config, policy, calibration, table, progress)
+        validation = validate(
+            policy,
+            calibration,
+            table,
+            channels=config.validate,
+            frames=config.validate_frames,
+            seed=config.seed,
+            progress=_named(progress, "validation"),
+        )
     _write(config, tables, validation)
     return validation
 
@@ -104,50 +109,6 @@ def load_validation(folder: Path) -> dict[str, Any] | None:
     """Reads validation.json; None if the validation was skipped."""
     path = folder / files.VALIDATION
     return files.read_json(path, kind=VALIDATION_KIND) if path.exists() else None
-
-
-def _validate(
-    config: SensitivityConfig,
-    policy: Policy,
-    calibration: CalibrationSet,
-    table: SensitivityTable,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Rank correlation with exact sensitivities of sampled channels.
-
-    `spearman` compares both on the same frames, the method getting as many reverse passes as the
-    table got in all (never more than there are action entries for each frame). `spearman_table`
-    compares the table itself, which averages over more frames than exact probing can afford.
-    """
-    content = validate(
-        policy,
-        calibration,
-        table,
-        channels=config.validate,
-        frames=config.validate_frames,
-        seed=config.seed,
-        progress=_named(progress, "validation"),
-    )
-    frames = content["frames"]
-    entries = policy.config.action_horizon * policy.config.action_dim
-    probes = -(-config.probes * calibration.frames // frames)
-    same = sensitivities(
-        policy,
-        FirstFrames(calibration, frames),
-        method=config.method,
-        bits=table.bits,
-        probes=probes if probes < entries else "full",
-        seed=config.seed,
-        means=table.means,
-        grid=table.grid,
-        joint=False,
-        progress=_named(progress, "validation"),
-    )
-    rows, bits = np.asarray(content["rows"]), tuple(b for b in table.bits if b != 16)
-    columns = [table.bits.index(b) for b in bits]
-    exact = np.asarray(content["exact"])
-    ranks = rank_correlations(table.index, rows, bits, same.costs[rows][:, columns], exact)
-    return {**content, "spearman": ranks, "spearman_table": content["spearman"]}
 
 
 def _write(

@@ -1,6 +1,7 @@
 """Calibration frames as equal batches on the device mesh."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -46,6 +47,28 @@ class ModelPolicy(Protocol):
     def complete(self, inputs: Any) -> Any:
         """The same inputs with what the model would have to decode first."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstFrames:
+    """The first frames of a calibration set, which come in random order."""
+
+    whole: Calibration
+    frames: int
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """That of the whole set, and how many frames of it."""
+        return {**self.whole.manifest, "first_frames": self.frames}
+
+    def batches(self, size: int) -> Iterator[dict[str, Any]]:
+        """Batches of `size` frames; the last one may be smaller."""
+        whole, part = divmod(self.frames, size)
+        for number, batch in enumerate(
+            itertools.islice(self.whole.batches(size), whole + (part > 0))
+        ):
+            keep = size if number < whole else part
+            yield {key: value[:keep] for key, value in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,8 @@ from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.apply import quantize
 from qvla_jax.quantization.grid import SOURCE
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules
-from qvla_jax.sensitivity.batches import Calibration
+from qvla_jax.sensitivity.batches import Calibration, FirstFrames
 from qvla_jax.sensitivity.table import SensitivityTable
-from qvla_jax.sensitivity.validation import FirstFrames
 from qvla_jax.solvers import AllocationProblem, solve
 
 # Budget of the reference allocation, between the smallest options and all channels at 4 bits (or

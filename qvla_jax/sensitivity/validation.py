@@ -1,9 +1,6 @@
 """Can a table be trusted? Rank correlation with exact probing, and additivity."""
 
-import dataclasses
-import itertools
 import re
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,32 +12,12 @@ from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.grid import SOURCE
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
-from qvla_jax.sensitivity.batches import Calibration
+from qvla_jax.sensitivity.batches import Calibration, FirstFrames
 from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.methods import sensitivities
+from qvla_jax.sensitivity.probes import Probes
 from qvla_jax.sensitivity.ranks import spearman
 from qvla_jax.sensitivity.table import SensitivityTable
-
-
-@dataclasses.dataclass(frozen=True)
-class FirstFrames:
-    """The first frames of a calibration set, which come in random order."""
-
-    whole: Calibration
-    frames: int
-
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        """That of the whole set, and how many frames of it."""
-        return {**self.whole.manifest, "first_frames": self.frames}
-
-    def batches(self, size: int) -> Iterator[dict[str, Any]]:
-        """Batches of `size` frames; the last one may be smaller."""
-        whole, part = divmod(self.frames, size)
-        for number, batch in enumerate(
-            itertools.islice(self.whole.batches(size), whole + (part > 0))
-        ):
-            keep = size if number < whole else part
-            yield {key: value[:keep] for key, value in batch.items()}
 
 
 def sample_channels(index: ChannelIndex, count: int, *, seed: int) -> Int[np.ndarray, " m"]:
@@ -71,7 +48,9 @@ def validate(
     """Compares a table with exact probing of sampled channels.
 
     The table's costs are means over its whole calibration set; exact probing is dear and sees the
-    first `frames` of it, so that the correlation found is a lower bound of the method's.
+    first `frames` of it, so that their correlation is a lower bound of the method's. The method is
+    therefore also run on those frames, with as many reverse passes as the table got in all (never
+    more than there are action entries for each frame).
 
     Args:
         policy: the full-precision policy.
@@ -84,8 +63,9 @@ def validate(
         progress: called as it goes on.
 
     Returns:
-        JSON object: `channels`, `frames`, `spearman` [{bits, spearman, by_module: {type: rho}}],
-        and the samples themselves (`rows`, `exact` [m][n]).
+        JSON object: `channels`, `frames`, `method`, `spearman` [{bits, spearman, by_module: {type:
+        rho}}] on the same frames, `spearman_table` of the table itself, and the samples (`rows`,
+        `exact` [m][n]).
 
     Raises:
         InputError: the table belongs to other layers, or nothing can be sampled.
@@ -107,15 +87,44 @@ def validate(
         grid=table.grid,
         progress=progress,
     )
-    estimate = table.costs[rows][:, [table.bits.index(b) for b in bits]]
+    same = sensitivities(
+        policy,
+        part,
+        method=table.method,
+        bits=table.bits,
+        probes=_probes(policy, table, part.frames),
+        seed=seed,
+        bias_correction=table.means is not None,
+        means=table.means,
+        grid=table.grid,
+        joint=False,
+        rules=rules,
+        progress=progress,
+    )
+    columns = [table.bits.index(b) for b in bits]
+
+    def ranks(costs: Float[np.ndarray, "C n"]) -> list[dict[str, Any]]:
+        return rank_correlations(table.index, rows, bits, costs[rows][:, columns], exact)
+
     return {
         "channels": len(rows),
         "frames": part.frames,
         "method": table.method,
-        "spearman": rank_correlations(table.index, rows, bits, estimate, exact),
+        "spearman": ranks(same.costs),
+        "spearman_table": ranks(table.costs),
         "rows": rows.tolist(),
         "exact": exact.tolist(),
     }
+
+
+def _probes(policy: Policy, table: SensitivityTable, frames: int) -> Probes:
+    """As many reverse passes on these frames as the table got on all of its own."""
+    settings = table.provenance["settings"]
+    if settings["probes"] is None or settings["probes"] == "full":
+        return "full"
+    probes = -(-settings["probes"] * settings["frames"] // frames)
+    entries = policy.config.action_horizon * policy.config.action_dim
+    return probes if probes < entries else "full"
 
 
 def rank_correlations(

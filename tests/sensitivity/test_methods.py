@@ -12,7 +12,8 @@ from qvla_jax.errors import InputError
 from qvla_jax.models import get_module
 from qvla_jax.quantization import quantize
 from qvla_jax.sensitivity import METHODS, joint_error, sensitivities, spearman, validate
-from qvla_jax.sensitivity.validation import FirstFrames, module_type, sample_channels
+from qvla_jax.sensitivity.batches import FirstFrames
+from qvla_jax.sensitivity.validation import module_type, sample_channels
 from qvla_jax.solvers import solve
 
 from .toys import LLM, ToyFrames, toy_policy
@@ -75,6 +76,8 @@ def test_validation_ranks_like_exact(policy, frames, table):
     assert result["channels"] == 30
     assert result["frames"] == 5
     assert [row["bits"] for row in result["spearman"]] == [0, 2, 4, 8]
+    # The table has these very frames and all probes, so both comparisons are the same.
+    assert result["spearman_table"] == result["spearman"]
     # A toy of width 12 is strongly curved: pruning a channel is far from first order.
     for row, least in zip(result["spearman"], (0.5, 0.8, 0.98, 0.99), strict=True):
         assert row["spearman"] > least

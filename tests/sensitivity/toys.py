@@ -95,6 +95,7 @@ class Toy(nnx.Module):
 
 class Config:
     action_dim = ACTIONS
+    action_horizon = HORIZON
     decoding = "l1"
 
     def to_dict(self) -> dict[str, Any]:
