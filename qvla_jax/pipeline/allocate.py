@@ -13,7 +13,7 @@ from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import AllocateConfig
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization import uniform_bytes
+from qvla_jax.quantization import InputStatistics, uniform_bytes
 from qvla_jax.sensitivity.table import SensitivityTable
 from qvla_jax.solvers import AllocationProblem, relax, solve
 from qvla_jax.solvers.storage import read_arrays, write_arrays
@@ -139,11 +139,17 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
 
 def load_tables(folder: Path) -> list[SensitivityTable]:
     """Loads the main sensitivity table and the baselines beside it, checked to belong together."""
-    tables = [SensitivityTable.load(files.needed(folder / files.SENSITIVITY))]
+    path = files.needed(folder / files.SENSITIVITY)
+    statistics = InputStatistics.load(files.needed(folder / files.STATISTICS))
+    tables = [SensitivityTable.load(path, statistics=statistics)]
+    found = {"calibration hash": statistics.made_from.get("calibration")}
+    expected = {"calibration hash": tables[0].provenance["calibration"]}
+    remedy = f"run `qvla sensitivity --out {folder}` again"
+    files.check_same(folder / files.STATISTICS, found, expected, remedy=remedy)
     for path in sorted(folder.glob("sensitivity_*.safetensors")):
         table = SensitivityTable.load(path)
-        remedy = f"run `qvla sensitivity --out {folder}` again, or delete it"
-        files.check_same(path, files.made_from(table), files.made_from(tables[0]), remedy=remedy)
+        made_from = files.made_from(tables[0])
+        files.check_same(path, files.made_from(table), made_from, remedy=f"{remedy}, or delete it")
         tables.append(table)
     return tables
 

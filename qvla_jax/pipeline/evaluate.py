@@ -22,11 +22,13 @@ from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import (
     ChannelIndex,
+    Quantizer,
     policy_index,
     quantize,
     quantize_uniform,
     uniform_bytes,
 )
+from qvla_jax.quantization.quantizer import UNIFORM_FEEDBACK
 
 EVALUATION_KIND = "qvla_jax.evaluation"
 SOURCE_BITS = 16
@@ -76,7 +78,8 @@ def evaluate(
     index = policy_index(policy)
     table = load_tables(config.out)[0]
 
-    total = 1 + len(config.uniform_bits) + len(allocations.items)
+    feedback = Quantizer(UNIFORM_FEEDBACK, table.statistics)
+    total = 1 + 2 * len(config.uniform_bits) + len(allocations.items)
     progress("evaluate", 0, total)
     reference = predict(policy, held, batch_size=config.eval_batch)
     entries = [_full_entry(index, reference)]
@@ -84,9 +87,12 @@ def evaluate(
         progress("evaluate", len(entries), total)
         uniform = quantize_uniform(policy, bits)
         entries.append(_uniform_entry(index, bits, predict(uniform, held), reference))
+        progress("evaluate", len(entries), total)
+        uniform = quantize_uniform(policy, bits, quantizer=feedback)
+        entries.append(_feedback_entry(index, bits, predict(uniform, held), reference))
     for allocation in allocations.items:
         progress("evaluate", len(entries), total)
-        quantized = quantize(policy, allocation.bits, means=table.means, grid=table.grid)
+        quantized = quantize(policy, allocation.bits, quantizer=table.quantizer)
         solver = allocations.chosen.solver
         entries.append(
             _entry(index, allocation, predict(quantized, held), reference, solver=solver)
@@ -189,6 +195,19 @@ def _uniform_entry(
         "requested_bits": float(bits),
         **_stored(index, uniform_bytes(index, bits), np.full(len(index), bits)),
         **_measured(candidate, reference),
+    }
+
+
+def _feedback_entry(
+    index: ChannelIndex, bits: int, candidate: Predictions, reference: Predictions
+) -> dict[str, Any]:
+    """The same bytes, rounded with error feedback: what better rounding alone brings."""
+    return {
+        **_uniform_entry(index, bits, candidate, reference),
+        "method": f"uniform_feedback@{bits}",
+        "label": f"uniform, error feedback (GPTQ), {bits} bits",
+        "series": "uniform, error feedback (GPTQ)",
+        "family": "baseline",
     }
 
 

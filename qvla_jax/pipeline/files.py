@@ -11,6 +11,7 @@ from qvla_jax.sensitivity import SensitivityTable
 
 CALIBRATION = "calibration.json"
 SENSITIVITY = "sensitivity.safetensors"
+STATISTICS = "statistics.safetensors"
 VALIDATION = "validation.json"
 ALLOCATION = "allocation.safetensors"
 EVALUATION = "evaluation.json"
@@ -21,6 +22,7 @@ REPORT_HTML = "report.html"
 _WRITERS = {
     CALIBRATION: "calibrate",
     SENSITIVITY: "sensitivity",
+    STATISTICS: "sensitivity",
     VALIDATION: "sensitivity",
     ALLOCATION: "allocate",
     EVALUATION: "evaluate",

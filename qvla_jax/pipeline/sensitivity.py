@@ -53,8 +53,8 @@ def sensitivity(
             bits=BITS,
             probes=config.probes,
             seed=config.seed,
-            # The mean inputs are the same for every method: measured once.
-            means=tables[config.method].means if tables else None,
+            # The inputs are the same for every method: measured once.
+            statistics=tables[config.method].statistics if tables else None,
             progress=_named(progress, method),
         )
     validation = None
@@ -119,6 +119,8 @@ def _write(
     """Replaces all files of this stage, so that none of an earlier run stays behind."""
     for old in (*config.out.glob("sensitivity*.safetensors"), config.out / files.VALIDATION):
         old.unlink(missing_ok=True)
+    if (statistics := tables[config.method].statistics) is not None:
+        statistics.save(config.out / files.STATISTICS)
     for method, table in tables.items():
         table.save(files.sensitivity_file(config.out, method, main=config.method))
     if validation is not None:

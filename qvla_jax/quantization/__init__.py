@@ -10,14 +10,19 @@ from qvla_jax.quantization.grid import BITS, dequantize_rows, quantize_rows
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
 from qvla_jax.quantization.layout import option_sizes, row_bytes, stored_bytes, uniform_bytes
+from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
+from qvla_jax.quantization.statistics import InputStatistics
 
 __all__ = [
     "BITS",
     "DEFAULT_RULES",
     "ChannelIndex",
+    "InputStatistics",
     "LayerInfo",
     "LayerRules",
     "QuantizedPolicy",
+    "Quantizer",
+    "QuantizerSettings",
     "dequantize_rows",
     "option_sizes",
     "policy_index",

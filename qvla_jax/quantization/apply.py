@@ -1,7 +1,6 @@
 """Quantizing a policy: module surgery that puts weights on their grids and corrects biases."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,17 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qvla_jax.array_typing import Float, Int
+from qvla_jax.array_typing import Int
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization.bias import corrected_bias
-from qvla_jax.quantization.grid import BITS, SOURCE, Grid, on_mixed_grid
+from qvla_jax.quantization.grid import BITS, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,
     LayerRules,
     channel_index,
     quantizable_layers,
+)
+from qvla_jax.quantization.quantizer import (
+    NEAREST_UNCORRECTED,
+    UNIFORM_BASELINE,
+    Quantizer,
 )
 
 
@@ -63,9 +67,7 @@ def quantize(
     policy: Policy,
     bits: Int[np.ndarray, " C"],
     *,
-    means: Mapping[str, Float[np.ndarray, " k"]] | None = None,
-    bias_correction: bool | None = None,
-    grid: Grid = "fitted",
+    quantizer: Quantizer | None = None,
     rules: LayerRules = DEFAULT_RULES,
 ) -> QuantizedPolicy:
     """A copy of the policy with every channel at its bit-width; the source is left as it is.
@@ -77,52 +79,65 @@ def quantize(
         policy: the full-precision policy.
         bits: 0, 2, 3, 4, 8 or 16 for each channel, in the order of `policy_index(policy)`, which is
             that of a sensitivity table.
-        means: E[x] of each layer's inputs over calibration data, for the bias correction. Bits that
-            come from `SensitivityTable.bits_of` bring them along.
-        bias_correction: whether to correct biases; None does so if the means are known.
-        grid: "fitted" (ours, that of a sensitivity table) or "rtn" (plain rounding to nearest).
+        quantizer: grid, rounding and bias correction, with the input statistics that they need.
+            Bits that come from `SensitivityTable.bits_of` bring it along; without either, rows are
+            rounded to the nearest point of the fitted grid and biases stay as they are.
         rules: which layers are quantized.
 
     Raises:
         InputError: a weight is NaN or infinite (named by layer and channel), `bits` has the wrong
-            length or holds a width that is no option, or means are needed and missing or do not
-            fit a layer.
+            length or holds a width that is no option, or the statistics do not fit a layer.
     """
     if isinstance(policy, QuantizedPolicy):
         raise InputError("the policy is quantized already; quantize the full-precision one")
     layers = quantizable_layers(policy.model, rules)
     index = channel_index(layers)
     chosen = index.check_bits(bits, BITS)
-    means = getattr(bits, "means", None) if means is None else means
-    correct = (means is not None) if bias_correction is None else bias_correction
-    if correct:
-        _check_means(index, means)
+    if quantizer is None:
+        settings = getattr(bits, "settings", None) or NEAREST_UNCORRECTED
+        quantizer = getattr(bits, "quantizer", None) or Quantizer(settings)
+    quantizer.check(index)
     # A copy with Variables of its own; arrays that do not change are shared.
     model = nnx.merge(*nnx.split(policy.model))
     copies = quantizable_layers(model, rules)
     for layer, rows in index.items():
         if np.any(chosen[rows] != SOURCE):
-            mean = means[layer.path] if correct and means is not None else None
-            _quantize_layer(copies[layer.path], layer, chosen[rows], mean, grid)
+            _quantize_layer(copies[layer.path], layer, chosen[rows], quantizer)
     fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(Policy)}
     return QuantizedPolicy(
-        **{**fields, "model": model}, index=index, bits=chosen, bias_corrected=correct
+        **{**fields, "model": model},
+        index=index,
+        bits=chosen,
+        bias_corrected=quantizer.settings.bias_correction,
     )
 
 
 def quantize_uniform(
-    policy: Policy, bits: int, *, rules: LayerRules = DEFAULT_RULES
+    policy: Policy,
+    bits: int,
+    *,
+    quantizer: Quantizer | None = None,
+    rules: LayerRules = DEFAULT_RULES,
 ) -> QuantizedPolicy:
-    """Round to nearest at one bit-width everywhere, without bias correction: the baseline."""
+    """One bit-width everywhere: a baseline.
+
+    Args:
+        policy: the full-precision policy.
+        bits: of every channel.
+        quantizer: None rounds to nearest on the "rtn" grid, without bias correction.
+        rules: which layers are quantized.
+    """
     count = len(policy_index(policy, rules))
-    return quantize(policy, np.full(count, bits), bias_correction=False, grid="rtn", rules=rules)
+    quantizer = Quantizer(UNIFORM_BASELINE) if quantizer is None else quantizer
+    return quantize(policy, np.full(count, bits), quantizer=quantizer, rules=rules)
 
 
 def _quantize_layer(
-    linear: nnx.Linear, info: LayerInfo, bits: np.ndarray, mean: np.ndarray | None, grid: Grid
+    linear: nnx.Linear, info: LayerInfo, bits: np.ndarray, quantizer: Quantizer
 ) -> None:
     weight = linear.kernel[...].T
-    quantized = on_mixed_grid(weight, jnp.asarray(bits, jnp.int32), grid=grid)
+    quantized = quantizer.rows(info.path, weight, bits)
+    mean = quantizer.mean(info.path)
     if mean is not None:
         old = None if linear.bias is None else linear.bias[...]
         bias = corrected_bias(weight, quantized, jnp.asarray(mean, jnp.float32), old)
@@ -131,18 +146,3 @@ def _quantize_layer(
         linear.bias = nnx.Param(bias)
         linear.use_bias = True
     linear.kernel = nnx.Param(quantized.T)
-
-
-def _check_means(index: ChannelIndex, means: Mapping[str, np.ndarray] | None) -> None:
-    if means is None:
-        raise InputError(
-            "bias correction needs the mean input of every layer: pass means=table.means, or "
-            "bias_correction=False"
-        )
-    for layer in index.layers:
-        mean = means.get(layer.path)
-        if mean is None or np.shape(mean) != (layer.fan_in,) or not np.isfinite(mean).all():
-            found = "none" if mean is None else f"{np.shape(mean)}, maybe not finite"
-            raise InputError(
-                f"means: {layer.path} needs {layer.fan_in} finite mean inputs, got {found}"
-            )

@@ -22,12 +22,12 @@ independent ones do. (Scales without bias for the same reason: EDEN, arXiv 2108.
 """
 
 import functools
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from qvla_jax.array_typing import Array, Float, Int, Int8
+from qvla_jax.array_typing import Array, Float, Int8
 from qvla_jax.errors import InputError
 
 Grid: TypeAlias = Literal["fitted", "rtn"]
@@ -63,15 +63,31 @@ def _scales(largest: Float[Array, "c 1"], clip: float | Array, top: int) -> Floa
     return jnp.clip(rounded, _SMALLEST_SCALE, _LARGEST_SCALE)
 
 
+def levels(bits: int, grid: Grid) -> tuple[int, int, int, int]:
+    """A grid's codes as (lowest, highest, step, offset): offset + step i, within the bounds.
+
+    Raises:
+        InputError: `bits` has no grid, or the grid is unknown.
+    """
+    _check(bits, grid)
+    if _is_offset(bits, grid):
+        return -3, 3, 2, 1
+    qmax = 2 ** (bits - 1) - 1
+    return -qmax - 1, qmax, 1, 0
+
+
+def nearest_code(
+    ratio: Float[Array, "..."], low: Any, high: Any, step: Any, offset: Any
+) -> Float[Array, "..."]:
+    """The code of `levels` that is nearest to w / s, as float32."""
+    return jnp.clip(step * jnp.round((ratio - offset) / step) + offset, low, high)
+
+
 def _codes(
     weight: Float[Array, "c k"], scale: Float[Array, "c 1"], bits: int, grid: Grid
 ) -> Float[Array, "c k"]:
     """Nearest code of every weight, as float32."""
-    ratio = weight / scale
-    if _is_offset(bits, grid):
-        return jnp.clip(2 * jnp.floor(ratio / 2) + 1, -3, 3)
-    qmax = 2 ** (bits - 1) - 1
-    return jnp.clip(jnp.round(ratio), -qmax - 1, qmax)
+    return nearest_code(weight / scale, *levels(bits, grid))
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "grid"))
@@ -142,14 +158,3 @@ def on_grid(weight: Float[Array, "c k"], bits: int, *, grid: Grid = "rtn") -> Fl
     if bits == PRUNED:
         return jnp.zeros_like(source)
     return dequantize_rows(*quantize_rows(weight, bits, grid=grid))
-
-
-@functools.partial(jax.jit, static_argnames="grid")
-def on_mixed_grid(
-    weight: Float[Array, "c k"], bits: Int[Array, " c"], *, grid: Grid = "rtn"
-) -> Float[Array, "c k"]:
-    """w_hat in float32 where row c has `bits[c]` bits; 16-bit rows keep their values exactly."""
-    result = weight.astype(jnp.float32)
-    for option in (PRUNED, *GRID_BITS):
-        result = jnp.where(bits[:, None] == option, on_grid(weight, option, grid=grid), result)
-    return result

@@ -1,9 +1,9 @@
 """How much the action changes when one output channel is quantized."""
 
 from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.sensitivity.means import input_means
 from qvla_jax.sensitivity.methods import METHODS, sensitivities
 from qvla_jax.sensitivity.ranks import spearman
+from qvla_jax.sensitivity.statistics import input_statistics
 from qvla_jax.sensitivity.table import SensitivityTable
 from qvla_jax.sensitivity.validation import joint_error, validate
 
@@ -11,7 +11,7 @@ __all__ = [
     "METHODS",
     "ChannelIndex",
     "SensitivityTable",
-    "input_means",
+    "input_statistics",
     "joint_error",
     "sensitivities",
     "spearman",

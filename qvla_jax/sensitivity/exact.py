@@ -18,9 +18,8 @@ from flax import nnx
 
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.deltas import row_changes
-from qvla_jax.quantization.grid import Grid
 from qvla_jax.quantization.index import ChannelIndex
+from qvla_jax.quantization.quantizer import Quantizer
 from qvla_jax.sensitivity.accumulate import FrameMean
 from qvla_jax.sensitivity.batches import (
     Calibration,
@@ -49,14 +48,13 @@ def exact_costs(
     calibration: Calibration,
     layers: Mapping[str, nnx.Linear],
     index: ChannelIndex,
-    means: Mapping[str, np.ndarray] | None,
+    quantizer: Quantizer,
     *,
     bits: tuple[int, ...],
     rows: Int[np.ndarray, " m"] | None = None,
     batch: int = 8,
     block: int = 16,
     weights: np.ndarray | None = None,
-    grid: Grid = "fitted",
     progress: Progress = no_progress,
 ) -> tuple[Float[np.ndarray, "m n"], Float[np.ndarray, "m n"]]:
     """Measured sensitivities of some channels, and their standard errors over frames.
@@ -66,13 +64,12 @@ def exact_costs(
         calibration: frames x.
         layers: path -> layer in the order of `index`.
         index: the channels.
-        means: E[x] of each layer for the bias-corrected quantizer; None for one without.
+        quantizer: the one whose changes are measured.
         bits: options, without 16.
         rows: rows of the table to measure; None measures all.
         batch: frames at a time.
         block: perturbations at a time, one of which is the zero perturbation.
         weights: weight of each action dimension.
-        grid: that of the quantizer.
         progress: called with the perturbations done.
 
     Raises:
@@ -84,7 +81,7 @@ def exact_costs(
     graphdef, state = nnx.split(policy.model)
     state = replicate(mesh, state)
     spec = ReplaySpec(graphdef, tuple(layers), stage_paths(policy.model), mesh)
-    prober = _Prober(spec, state, layers, index, means, bits, rows, block, grid)
+    prober = _Prober(spec, state, layers, index, quantizer, bits, rows, block)
     root = 1.0 if weights is None else np.sqrt(np.asarray(weights, np.float64))
     result, each = FrameMean(), len(rows) * len(bits)
     total = each * -(-calibration.frames // size)
@@ -112,15 +109,14 @@ class _Prober:
         state: nnx.State,
         layers: Mapping[str, nnx.Linear],
         index: ChannelIndex,
-        means: Mapping[str, np.ndarray] | None,
+        quantizer: Quantizer,
         bits: tuple[int, ...],
         rows: Int[np.ndarray, " m"],
         block: int,
-        grid: Grid,
     ):
         self.spec, self.state, self.block = spec, state, max(block, 2)
-        self.layers, self.index, self.means = layers, index, means
-        self.bits, self.rows, self.grid = bits, rows, grid
+        self.layers, self.index, self.quantizer = layers, index, quantizer
+        self.bits, self.rows = bits, rows
         self.trace: Trace | None = None
         self.changes: dict[str, np.ndarray] = {}
 
@@ -171,8 +167,8 @@ class _Prober:
             channels = self.index.channel[self.rows[samples]]
             changes = self._changes(path, channels)
             x = np.asarray(inputs[path], np.float32)
-            if self.means is not None:
-                x = x - self.means[path].astype(np.float32)
+            if (mean := self.quantizer.mean(path)) is not None:
+                x = x - mean.astype(np.float32)
             for sample, channel, change in zip(samples, channels, changes, strict=True):
                 for option, dy in enumerate(np.moveaxis(x @ change.T, -1, 0)):
                     yield int(sample) * len(self.bits) + option, layer, int(channel), dy
@@ -182,7 +178,7 @@ class _Prober:
         if path not in self.changes:
             # Of the whole layer: few shapes, so few compilations.
             weight = self.layers[path].kernel[...].T
-            whole = np.asarray(row_changes(weight, self.bits, grid=self.grid))
+            whole = np.asarray(self.quantizer.row_changes(path, weight, self.bits))
             self.changes[path] = np.swapaxes(whole[:, channels], 0, 1)
         return self.changes[path]
 

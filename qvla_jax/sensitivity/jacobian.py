@@ -24,9 +24,8 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.deltas import row_changes
-from qvla_jax.quantization.grid import Grid
 from qvla_jax.quantization.index import ChannelIndex
+from qvla_jax.quantization.quantizer import Quantizer
 from qvla_jax.sensitivity.accumulate import FrameMean
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
 from qvla_jax.sensitivity.probes import Probes, check_probes
@@ -75,7 +74,7 @@ def reverse_costs(
     calibration: Calibration,
     layers: Mapping[str, nnx.Linear],
     index: ChannelIndex,
-    means: Mapping[str, np.ndarray] | None,
+    quantizer: Quantizer,
     *,
     method: str,
     bits: tuple[int, ...],
@@ -83,7 +82,6 @@ def reverse_costs(
     seed: int = 0,
     batch: int = 8,
     weights: np.ndarray | None = None,
-    grid: Grid = "fitted",
     progress: Progress = no_progress,
 ) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
     """Sensitivities of every channel for every one of `bits`, and their standard errors.
@@ -93,14 +91,13 @@ def reverse_costs(
         calibration: frames x.
         layers: path -> layer in the order of `index`.
         index: the channels.
-        means: E[x] of each layer for the bias-corrected quantizer; None for one without.
+        quantizer: the one whose changes are costed.
         method: "jacobian" or "taylor".
         bits: options, without 16.
         probes: number of Rademacher vectors, or "full".
         seed: of the probes.
         batch: frames at a time; memory grows with it.
         weights: weight of each action dimension.
-        grid: that of the quantizer.
         progress: called with the frames done.
 
     Returns:
@@ -115,10 +112,8 @@ def reverse_costs(
     spec = ReverseSpec(graphdef, tuple(layers), CONTRACTIONS[method], probes, mesh)
     constants = {
         path: LayerConstants(
-            changes=row_changes(layer.kernel[...].T, bits, grid=grid),
-            mean=jnp.asarray(
-                np.zeros(layer.kernel.shape[0]) if means is None else means[path], jnp.float32
-            ),
+            changes=quantizer.row_changes(path, layer.kernel[...].T, bits),
+            mean=_shift(quantizer, path, layer.kernel.shape[0]),
         )
         for path, layer in layers.items()
     }
@@ -138,3 +133,9 @@ def reverse_costs(
         result.add(frames)
         progress("sensitivity", result.frames, calibration.frames)
     return result.mean, result.standard_error
+
+
+def _shift(quantizer: Quantizer, path: str, fan_in: int) -> Float[Array, " k"]:
+    """E[x] where biases are corrected, zeros where they are not."""
+    mean = quantizer.mean(path)
+    return jnp.zeros(fan_in, jnp.float32) if mean is None else jnp.asarray(mean, jnp.float32)

@@ -12,7 +12,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
-from qvla_jax.quantization.grid import BITS, SOURCE, Grid
+from qvla_jax.quantization.grid import BITS, SOURCE
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,
@@ -21,17 +21,20 @@ from qvla_jax.quantization.layers import (
     quantizable_layers,
 )
 from qvla_jax.quantization.layout import option_sizes
+from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
+from qvla_jax.quantization.statistics import InputStatistics
 from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.input_hessian import input_hessian_costs
 from qvla_jax.sensitivity.jacobian import reverse_costs
 from qvla_jax.sensitivity.joint import joint_factors
-from qvla_jax.sensitivity.means import input_means
 from qvla_jax.sensitivity.probes import Probes, check_probes
+from qvla_jax.sensitivity.statistics import input_statistics
 from qvla_jax.sensitivity.table import SensitivityTable
 
 METHODS: Final = ("jacobian", "exact", "taylor", "input_hessian")
 DEFAULT_BITS: Final = (0, 2, 4, 8, 16)
+DEFAULT_QUANTIZER: Final = QuantizerSettings()
 
 
 def sensitivities(
@@ -44,9 +47,8 @@ def sensitivities(
     seed: int = 0,
     batch: int | None = None,
     action_weights: np.ndarray | None = None,
-    bias_correction: bool = True,
-    grid: Grid = "fitted",
-    means: Mapping[str, np.ndarray] | None = None,
+    quantizer: QuantizerSettings = DEFAULT_QUANTIZER,
+    statistics: InputStatistics | None = None,
     joint: bool = True,
     rules: LayerRules = DEFAULT_RULES,
     progress: Progress = no_progress,
@@ -65,12 +67,10 @@ def sensitivities(
         seed: of the probes.
         batch: frames at a time; memory grows with it.
         action_weights: weight of each of the a action dimensions; None weighs all alike.
-        bias_correction: cost the quantizer that moves the mean error into the bias, which
-            `quantize` uses.
-        grid: the quantizer's grid, "fitted" or "rtn" (quantization.grid); `input_hessian` has its
-            own.
-        means: E[x] of each layer from `input_means` on the same set, if it is known already; None
-            finds it in a pass of its own.
+        quantizer: grid, rounding and bias correction of the quantizer that is costed, and that
+            `quantize` then uses; `input_hessian` costs that of the released code.
+        statistics: from `input_statistics` on the same set, if they are known already; None
+            measures them in a pass of their own.
         joint: also measure by how much joint errors exceed the sum of single ones
             (sensitivity.joint); not for input_hessian, whose costs have another unit.
         rules: which layers are quantized.
@@ -91,14 +91,14 @@ def sensitivities(
     weights = _check_weights(action_weights, policy.config.action_dim)
     layers = quantizable_layers(policy.model, rules)
     index = channel_index(layers)
-    if not bias_correction:
-        means = None
-    elif means is None:
-        means = input_means(policy, calibration, index, seed=seed, progress=progress)
+    if statistics is None and quantizer.needs_statistics:
+        statistics = input_statistics(policy, calibration, index, seed=seed, progress=progress)
+    bound = Quantizer(quantizer, statistics)
+    bound.check(index)
     options = tuple(b for b in bits if b != SOURCE)
     costs, error = _costs(
-        policy, calibration, layers, index, means, method, options, probes, seed, batch, weights,
-        grid, progress,
+        policy, calibration, layers, index, bound, method, options, probes, seed, batch, weights,
+        progress,
     )  # fmt: skip
     columns = [options.index(b) if b != SOURCE else len(options) for b in bits]
 
@@ -108,18 +108,17 @@ def sensitivities(
     settings: dict[str, Any] = {
         "probes": probes if method in ("jacobian", "taylor") else None,
         "frames": calibration.frames,
-        "bias_correction": bias_correction,
         "action_weights": None if weights is None else weights.tolist(),
     }
     table = SensitivityTable(
         costs=with_source(costs),
-        sizes=option_sizes(index, bits, bias_correction=bias_correction),
+        sizes=option_sizes(index, bits, bias_correction=quantizer.bias_correction),
         bits=bits,
         index=index,
         method=method,
-        grid=grid,
+        settings=quantizer,
         standard_error=None if error is None else with_source(error),
-        means=means,
+        statistics=statistics,
         provenance={
             **provenance(seed=seed),
             "policy": policy.fingerprint,
@@ -139,14 +138,13 @@ def _costs(
     calibration: Calibration,
     layers: Mapping[str, nnx.Linear],
     index: ChannelIndex,
-    means: Mapping[str, np.ndarray] | None,
+    quantizer: Quantizer,
     method: str,
     bits: tuple[int, ...],
     probes: Probes,
     seed: int,
     batch: int | None,
     weights: np.ndarray | None,
-    grid: Grid,
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     size = batch or 8
@@ -157,12 +155,12 @@ def _costs(
         return costs, None
     if method == "exact":
         return exact_costs(
-            policy, calibration, layers, index, means, bits=bits, batch=size, weights=weights,
-            grid=grid, progress=progress,
+            policy, calibration, layers, index, quantizer, bits=bits, batch=size, weights=weights,
+            progress=progress,
         )  # fmt: skip
     return reverse_costs(
-        policy, calibration, layers, index, means, method=method, bits=bits, probes=probes,
-        seed=seed, batch=size, weights=weights, grid=grid, progress=progress,
+        policy, calibration, layers, index, quantizer, method=method, bits=bits, probes=probes,
+        seed=seed, batch=size, weights=weights, progress=progress,
     )  # fmt: skip
 
 

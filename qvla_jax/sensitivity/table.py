@@ -1,6 +1,7 @@
 """`SensitivityTable`: what every channel costs under every option, in action error and in bytes."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -9,13 +10,14 @@ import numpy as np
 
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.errors import InputError
-from qvla_jax.quantization.grid import BITS, SOURCE, Grid
+from qvla_jax.quantization.grid import BITS, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
+from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
+from qvla_jax.quantization.statistics import InputStatistics
 from qvla_jax.solvers import AllocationProblem
 from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 _KIND = "qvla_jax.sensitivity_table"
-_MEAN = "mean."
 
 
 class Chosen(Protocol):
@@ -28,17 +30,19 @@ class Chosen(Protocol):
 
 
 class ChannelBits(np.ndarray):
-    """Bits [C] of every channel, with the mean inputs that a bias correction needs.
+    """Bits [C] of every channel, with the quantizer that they were chosen for.
 
     An ordinary integer array otherwise; arrays of the same shape that are made from it keep the
-    means.
+    quantizer.
     """
 
-    means: Mapping[str, Float[np.ndarray, " k"]] | None = None
+    settings: QuantizerSettings | None = None
+    # None where the table was loaded without the statistics that the quantizer needs.
+    quantizer: Quantizer | None = None
 
     def __array_finalize__(self, source: Any) -> None:
         if isinstance(source, ChannelBits) and source.shape == self.shape:
-            self.means = source.means
+            self.settings, self.quantizer = source.settings, source.quantizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,16 +63,16 @@ class SensitivityTable:
     method: str
     # JSON object: policy fingerprint, calibration hash and manifest, seed, versions, settings.
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # Grid of the quantizer that the costs belong to.
-    grid: Grid = "fitted"
+    # The quantizer that the costs belong to.
+    settings: QuantizerSettings = dataclasses.field(default_factory=QuantizerSettings)
     # For each option, by how much the joint error of many channels exceeds the sum of their costs
     # (sensitivity.joint); None where it was not measured.
     joint: tuple[float, ...] | None = None
     # Of the mean over frames; None where the method has none.
     standard_error: Float[np.ndarray, "C n"] | None = None
-    # E[x] of each layer, used by the bias-corrected quantizer; None where the costs are those of
-    # the quantizer without correction.
-    means: Mapping[str, Float[np.ndarray, " k"]] | None = None
+    # Of the layers' inputs, as that quantizer needs them. They are large and are no part of the
+    # table's file; None in a table that was loaded without them.
+    statistics: InputStatistics | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.index), len(self.bits))
@@ -87,8 +91,6 @@ class SensitivityTable:
                     f"{name}: {self.index.name(row)} holds {array[row].tolist()}; expected finite "
                     "numbers that are not negative"
                 )
-        if self.grid not in ("fitted", "rtn"):
-            raise InputError(f"grid: expected 'fitted' or 'rtn', got {self.grid!r}")
         if not np.issubdtype(self.sizes.dtype, np.integer):
             raise InputError(f"sizes: expected integers, got {self.sizes.dtype}")
         if SOURCE in self.bits and self.costs[:, self.bits.index(SOURCE)].any():
@@ -97,11 +99,17 @@ class SensitivityTable:
             len(self.joint) == len(self.bits) and all(1 <= f < np.inf for f in self.joint)
         ):
             raise InputError(f"joint: expected {len(self.bits)} factors from 1, got {self.joint}")
-        if self.means is not None:
-            for layer in self.index.layers:
-                mean = self.means.get(layer.path)
-                if mean is None or np.shape(mean) != (layer.fan_in,):
-                    raise InputError(f"means: {layer.path} needs {layer.fan_in} entries")
+        if self.statistics is not None:
+            self.statistics.check(self.index, covariances=self.settings.rounding == "feedback")
+
+    @functools.cached_property
+    def quantizer(self) -> Quantizer:
+        """The quantizer that the costs belong to.
+
+        Raises:
+            InputError: the table was loaded without the statistics that it needs.
+        """
+        return Quantizer(self.settings, self.statistics)
 
     @property
     def joint_costs(self) -> Float[np.ndarray, "C n"]:
@@ -146,7 +154,9 @@ class SensitivityTable:
                 f"{len(self.index)}; solve this table's own problem"
             )
         bits = np.asarray(self.bits, np.int64)[choice].view(ChannelBits)
-        bits.means = self.means
+        bits.settings = self.settings
+        if self.statistics is not None or not self.settings.needs_statistics:
+            bits.quantizer = self.quantizer
         return bits
 
     def predicted(self, bits: Int[np.ndarray, " C"]) -> float:
@@ -156,17 +166,17 @@ class SensitivityTable:
         return float(self.joint_costs[np.arange(len(column)), column].sum())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file with a JSON header, completely or not at all."""
+        """Writes one safetensors file with a JSON header, completely or not at all.
+
+        The input statistics have a file of their own: `table.statistics.save`.
+        """
         arrays = {"costs": self.costs.astype(np.float64), "sizes": self.sizes.astype(np.int64)}
         if self.standard_error is not None:
             arrays["standard_error"] = self.standard_error.astype(np.float64)
-        if self.means is not None:
-            for name, mean in self.means.items():
-                arrays[_MEAN + name] = np.asarray(mean, np.float64)
         header = {
             "method": self.method,
             "bits": list(self.bits),
-            "grid": self.grid,
+            "quantizer": dataclasses.asdict(self.settings),
             "joint": None if self.joint is None else list(self.joint),
             "layers": [dataclasses.asdict(layer) for layer in self.index.layers],
             "provenance": dict(self.provenance),
@@ -174,26 +184,32 @@ class SensitivityTable:
         write_arrays(path, arrays, header, kind=_KIND)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "SensitivityTable":
+    def load(
+        cls, path: str | os.PathLike[str], *, statistics: InputStatistics | None = None
+    ) -> "SensitivityTable":
         """Reads and validates a table.
+
+        Args:
+            path: the file.
+            statistics: those that the table was measured with; without them its bits cannot be
+                quantized.
 
         Raises:
             InputError: the file is missing, truncated, of another kind, or inconsistent.
         """
         arrays, header = read_arrays(path, kind=_KIND, required=("costs", "sizes"))
         try:
-            means = {k[len(_MEAN) :]: v for k, v in arrays.items() if k.startswith(_MEAN)}
             return cls(
                 costs=arrays["costs"],
                 sizes=arrays["sizes"],
                 bits=tuple(int(b) for b in header["bits"]),
                 index=ChannelIndex(tuple(LayerInfo(**layer) for layer in header["layers"])),
                 method=str(header["method"]),
-                grid=header["grid"],
+                settings=QuantizerSettings.from_dict(header["quantizer"]),
                 joint=None if header["joint"] is None else tuple(map(float, header["joint"])),
                 provenance=header["provenance"],
                 standard_error=arrays.get("standard_error"),
-                means=means or None,
+                statistics=statistics,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(

@@ -81,10 +81,9 @@ def validate(
         part,
         layers,
         table.index,
-        table.means,
+        table.quantizer,
         bits=bits,
         rows=rows,
-        grid=table.grid,
         progress=progress,
     )
     same = sensitivities(
@@ -94,9 +93,8 @@ def validate(
         bits=table.bits,
         probes=_probes(policy, table, part.frames),
         seed=seed,
-        bias_correction=table.means is not None,
-        means=table.means,
-        grid=table.grid,
+        quantizer=table.settings,
+        statistics=table.statistics,
         joint=False,
         rules=rules,
         progress=progress,

@@ -23,6 +23,7 @@ def test_every_file_is_there_and_nothing_half_written(content, config):
     assert names == {
         files.CALIBRATION,
         files.SENSITIVITY,
+        files.STATISTICS,
         "sensitivity_input_hessian.safetensors",
         files.VALIDATION,
         files.ALLOCATION,

@@ -9,7 +9,10 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference import random_policy
 from qvla_jax.models import get_module
 from qvla_jax.quantization import (
+    InputStatistics,
     LayerRules,
+    Quantizer,
+    QuantizerSettings,
     policy_index,
     quantizable_layers,
     quantize,
@@ -37,6 +40,11 @@ def means(index):
     return {layer.path: rng.normal(size=layer.fan_in) for layer in index.layers}
 
 
+@pytest.fixture(scope="module")
+def nearest(means):
+    return Quantizer(QuantizerSettings(rounding="nearest"), InputStatistics(means))
+
+
 def rows(policy, path):
     return np.asarray(get_module(policy.model, path).kernel[...]).T
 
@@ -47,9 +55,9 @@ def test_towers_and_language_model_are_quantized_and_nothing_else(index):
     assert LLAMA in index.paths
 
 
-def test_weights_lie_on_their_grids_and_16_bits_are_identical(policy, index, means):
+def test_weights_lie_on_their_grids_and_16_bits_are_identical(policy, index, nearest):
     bits = np.random.default_rng(1).choice([0, 2, 3, 4, 8, 16], size=len(index))
-    result = quantize(policy, bits, means=means)
+    result = quantize(policy, bits, quantizer=nearest)
     assert result.simulated
     assert result.bias_corrected
     for layer, where in index.items():
@@ -61,9 +69,9 @@ def test_weights_lie_on_their_grids_and_16_bits_are_identical(policy, index, mea
         assert found[bits[where] == 16].tobytes() == source[bits[where] == 16].tobytes()
 
 
-def test_the_source_policy_is_left_as_it_is(policy, index, means):
+def test_the_source_policy_is_left_as_it_is(policy, index, nearest):
     before = policy.fingerprint
-    quantize(policy, np.zeros(len(index), int), means=means)
+    quantize(policy, np.zeros(len(index), int), quantizer=nearest)
     assert type(policy)(**vars_of(policy)).fingerprint == before
     assert get_module(policy.model, LLAMA).bias is None
 
@@ -72,8 +80,8 @@ def vars_of(policy):
     return {name: getattr(policy, name) for name in ("config", "model", "processor", "statistics")}
 
 
-def test_pruned_channels_become_their_mean_output(policy, index, means):
-    result = quantize(policy, np.zeros(len(index), int), means=means)
+def test_pruned_channels_become_their_mean_output(policy, index, means, nearest):
+    result = quantize(policy, np.zeros(len(index), int), quantizer=nearest)
     for path in (LLAMA, VISION):
         source, pruned = get_module(policy.model, path), get_module(result.model, path)
         expected = rows(policy, path) @ means[path]
@@ -85,8 +93,8 @@ def test_pruned_channels_become_their_mean_output(policy, index, means):
         np.testing.assert_allclose(pruned(x)[1], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_all_16_bits_is_the_same_policy(policy, index, means):
-    result = quantize(policy, np.full(len(index), 16), means=means)
+def test_all_16_bits_is_the_same_policy(policy, index, nearest):
+    result = quantize(policy, np.full(len(index), 16), quantizer=nearest)
     assert result.fingerprint == policy.fingerprint
 
 
@@ -122,10 +130,15 @@ def test_bad_bits_and_means_are_refused(policy, index, means):
         quantize(policy, np.full(len(index) - 1, 4))
     with pytest.raises(InputError, match="have none of"):
         quantize(policy, np.full(len(index), 5))
-    with pytest.raises(InputError, match="pass means="):
-        quantize(policy, np.full(len(index), 4), bias_correction=True)
+    with pytest.raises(InputError, match="pass statistics"):
+        Quantizer(QuantizerSettings(rounding="nearest"))
+    wrong = InputStatistics({**means, LLAMA: np.zeros(3)})
+    quantizer = Quantizer(QuantizerSettings(rounding="nearest"), wrong)
     with pytest.raises(InputError, match=LLAMA):
-        quantize(policy, np.full(len(index), 4), means={**means, LLAMA: np.zeros(3)})
+        quantize(policy, np.full(len(index), 4), quantizer=quantizer)
+    quantizer = Quantizer(QuantizerSettings(), InputStatistics(means))
+    with pytest.raises(InputError, match=r"covariances: .* has none"):
+        quantize(policy, np.full(len(index), 4), quantizer=quantizer)
     with pytest.raises(InputError, match="quantized already"):
         quantize(quantize_uniform(policy, 8), np.full(len(index), 4))
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qvla_jax.errors import InputError
+from qvla_jax.quantization import Quantizer, QuantizerSettings
 from qvla_jax.quantization.bias import bias_shift, corrected_bias
 from qvla_jax.quantization.grid import (
     GRID_BITS,
     dequantize_rows,
     on_grid,
-    on_mixed_grid,
     quantize_rows,
 )
 
@@ -149,7 +149,8 @@ def test_jit_gives_the_same_scales_as_eager():
 def test_mixed_rows_each_have_their_own_grid_and_16_bits_are_untouched():
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(6, 10)), jnp.float32)
     bits = np.array([0, 2, 3, 4, 8, 16])
-    mixed = np.asarray(on_mixed_grid(weight, jnp.asarray(bits)))
+    rounding = QuantizerSettings(grid="rtn", rounding="nearest", bias_correction=False)
+    mixed = np.asarray(Quantizer(rounding).rows("any", weight, bits))
     for row, b in enumerate(bits):
         np.testing.assert_array_equal(mixed[row], on_grid(weight, int(b))[row])
     assert not mixed[0].any()
@@ -167,7 +168,9 @@ def test_bias_correction_makes_the_mean_output_exact():
     x = rng.normal(1.0, 2.0, size=(200, 12)).astype(np.float32)
     weight = rng.normal(size=(6, 12)).astype(np.float32)
     bias = rng.normal(size=6).astype(np.float32)
-    quantized = on_mixed_grid(jnp.asarray(weight), jnp.asarray([0, 2, 3, 4, 8, 16]))
+    rounding = QuantizerSettings(grid="rtn", rounding="nearest", bias_correction=False)
+    bits = np.array([0, 2, 3, 4, 8, 16])
+    quantized = Quantizer(rounding).rows("any", jnp.asarray(weight), bits)
     new = corrected_bias(jnp.asarray(weight), quantized, jnp.asarray(x.mean(axis=0)), bias)
     before = (x @ weight.T + bias).mean(axis=0)
     after = (x @ np.asarray(quantized).T + np.asarray(new)).mean(axis=0)

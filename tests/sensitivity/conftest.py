@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from qvla_jax.quantization import InputStatistics, Quantizer, QuantizerSettings
 from qvla_jax.quantization.layers import channel_index, quantizable_layers
 
 from .toys import ToyFrames, toy_policy
@@ -34,15 +35,16 @@ def index(layers):
 
 
 @pytest.fixture(scope="session")
-def means(index):
-    """Any numbers do: the methods take them as given."""
+def quantizer(index):
+    """Rounds to nearest with any mean inputs: the methods take them as given."""
     rng = np.random.default_rng(7)
-    return {layer.path: rng.normal(size=layer.fan_in) for layer in index.layers}
+    means = {layer.path: rng.normal(size=layer.fan_in) for layer in index.layers}
+    return Quantizer(QuantizerSettings(rounding="nearest"), InputStatistics(means))
 
 
 @pytest.fixture
 def one_device(monkeypatch):
     """Runs the methods on a mesh of one device instead of two."""
     mesh = Mesh(np.asarray(jax.local_devices()[:1]), ("data",))
-    for module in ("jacobian", "exact", "means", "input_hessian"):
+    for module in ("jacobian", "exact", "statistics", "input_hessian"):
         monkeypatch.setattr(f"qvla_jax.sensitivity.{module}.data_mesh", lambda: mesh)

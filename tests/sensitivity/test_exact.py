@@ -14,11 +14,11 @@ BITS = (0, 2, 4, 8)
 
 
 @pytest.fixture(scope="module")
-def exact(policy, frames, layers, index, means):
-    return exact_costs(policy, frames, layers, index, means, bits=BITS, batch=4, block=16)[0]
+def exact(policy, frames, layers, index, quantizer):
+    return exact_costs(policy, frames, layers, index, quantizer, bits=BITS, batch=4, block=16)[0]
 
 
-def looped_costs(policy, frames, index, means, rows):
+def looped_costs(policy, frames, index, quantizer, rows):
     """One quantized policy and one forward pass for each (channel, bits)."""
     batch = frames.whole()
     reference = policy.infer_normalized(batch).astype(np.float64)
@@ -27,30 +27,30 @@ def looped_costs(policy, frames, index, means, rows):
         for j, width in enumerate(BITS):
             bits = np.full(len(index), 16)
             bits[row] = width
-            changed = quantize(policy, bits, means=means).infer_normalized(batch)
+            changed = quantize(policy, bits, quantizer=quantizer).infer_normalized(batch)
             result[i, j] = np.mean(np.sum((changed - reference) ** 2, axis=(1, 2)))
     return result
 
 
-def test_vmapped_equals_looped_quantized_policies(policy, frames, index, means, exact):
+def test_vmapped_equals_looped_quantized_policies(policy, frames, index, quantizer, exact):
     # The first and the last channel of every other layer: every stage, both towers.
     ends = [r for _, s in list(index.items())[::2] for r in (s.start, s.stop - 1)]
-    looped = looped_costs(policy, frames, index, means, ends)
+    looped = looped_costs(policy, frames, index, quantizer, ends)
     np.testing.assert_allclose(exact[ends], looped, rtol=2e-3, atol=1e-9)
 
 
-def test_rows_block_and_batch_do_not_matter(policy, frames, layers, index, means, exact):
+def test_rows_block_and_batch_do_not_matter(policy, frames, layers, index, quantizer, exact):
     rows = np.arange(0, len(index), 7)
     some, _ = exact_costs(
-        policy, frames, layers, index, means, bits=BITS, rows=rows, batch=2, block=5
+        policy, frames, layers, index, quantizer, bits=BITS, rows=rows, batch=2, block=5
     )
     # Another batch shape rounds otherwise; at 8 bits a change is a few hundred ulps of the action.
     np.testing.assert_allclose(some, exact[rows], rtol=3e-3, atol=1e-10)
 
 
 @pytest.mark.usefixtures("one_device")
-def test_one_device_equals_two(policy, frames, layers, index, means, exact):
-    single, _ = exact_costs(policy, frames, layers, index, means, bits=BITS, batch=4, block=16)
+def test_one_device_equals_two(policy, frames, layers, index, quantizer, exact):
+    single, _ = exact_costs(policy, frames, layers, index, quantizer, bits=BITS, batch=4, block=16)
     np.testing.assert_allclose(single, exact, rtol=3e-3, atol=1e-10)
 
 

@@ -18,13 +18,13 @@ from .toys import LLM, UNREACHED, ToyFrames, take_inputs
 BITS = (0, 2, 4, 8)
 
 
-def costs_of(policy, frames, means, **kwargs):
+def costs_of(policy, frames, quantizer, **kwargs):
     layers = quantizable_layers(policy.model)
     settings = {"method": "jacobian", "bits": BITS, "probes": "full"} | kwargs
-    return reverse_costs(policy, frames, layers, channel_index(layers), means, **settings)
+    return reverse_costs(policy, frames, layers, channel_index(layers), quantizer, **settings)
 
 
-def directional_costs(policy, frames, means, path):
+def directional_costs(policy, frames, quantizer, path):
     """|| d/de A(W + e dW, b + e db) ||^2 by forward mode in the weights, channel after channel."""
     graphdef, state = nnx.split(policy.model)
     inputs = take_inputs(frames.whole())
@@ -43,7 +43,7 @@ def directional_costs(policy, frames, means, path):
     result = np.zeros((kernel.shape[1], len(BITS)))
     for option, bits in enumerate(BITS):
         change = on_grid(kernel.T, bits, grid="fitted").T - kernel
-        shift = -jnp.asarray(means[path], jnp.float32) @ change
+        shift = -jnp.asarray(quantizer.mean(path), jnp.float32) @ change
         for channel in range(kernel.shape[1]):
             only = jnp.arange(kernel.shape[1]) == channel
             d = derivative(jnp.where(only[None], change, 0), jnp.where(only, shift, 0))
@@ -59,57 +59,57 @@ def directional_costs(policy, frames, means, path):
         "vision_backbone.fused_featurizer.blocks.0.fc",
     ],
 )
-def test_full_probes_equal_directional_derivatives(policy, frames, index, means, path):
-    costs, _ = costs_of(policy, frames, means)
+def test_full_probes_equal_directional_derivatives(policy, frames, index, quantizer, path):
+    costs, _ = costs_of(policy, frames, quantizer)
     rows = dict((layer.path, where) for layer, where in index.items())[path]
     np.testing.assert_allclose(
-        costs[rows], directional_costs(policy, frames, means, path), rtol=2e-3, atol=1e-10
+        costs[rows], directional_costs(policy, frames, quantizer, path), rtol=2e-3, atol=1e-10
     )
 
 
-def test_a_linear_model_has_no_higher_order(linear_policy, frames, means):
+def test_a_linear_model_has_no_higher_order(linear_policy, frames, quantizer):
     layers = quantizable_layers(linear_policy.model)
-    first, _ = costs_of(linear_policy, frames, means)
+    first, _ = costs_of(linear_policy, frames, quantizer)
     exact, _ = exact_costs(
-        linear_policy, frames, layers, channel_index(layers), means, bits=BITS, block=32
+        linear_policy, frames, layers, channel_index(layers), quantizer, bits=BITS, block=32
     )
     np.testing.assert_allclose(first, exact, rtol=1e-3, atol=1e-9)
 
 
-def test_small_changes_agree_with_exact_on_a_curved_model(policy, frames, layers, index, means):
-    first, _ = costs_of(policy, frames, means, bits=(8,))
-    exact, _ = exact_costs(policy, frames, layers, index, means, bits=(8,), block=32)
+def test_small_changes_agree_with_exact_on_a_curved_model(policy, frames, layers, index, quantizer):
+    first, _ = costs_of(policy, frames, quantizer, bits=(8,))
+    exact, _ = exact_costs(policy, frames, layers, index, quantizer, bits=(8,), block=32)
     reached = first[:, 0] > 1e-8
     np.testing.assert_allclose(first[reached], exact[reached], rtol=0.05)
 
 
-def test_sketched_costs_are_unbiased(policy, frames, means):
-    full, _ = costs_of(policy, frames, means, bits=(2,))
-    sketched, _ = costs_of(policy, frames, means, bits=(2,), probes=2000)
+def test_sketched_costs_are_unbiased(policy, frames, quantizer):
+    full, _ = costs_of(policy, frames, quantizer, bits=(2,))
+    sketched, _ = costs_of(policy, frames, quantizer, bits=(2,), probes=2000)
     reached = full > 1e-9
     # The relative standard deviation of one probe is at most sqrt(2), so here sqrt(2 / 2000 / 5).
     np.testing.assert_allclose(sketched[reached], full[reached], rtol=6 * np.sqrt(2 / 2000))
 
 
-def test_probes_follow_the_seed_and_the_frame_alone(policy, frames, means):
+def test_probes_follow_the_seed_and_the_frame_alone(policy, frames, quantizer):
     kwargs = {"bits": (4,), "probes": 3}
-    first, _ = costs_of(policy, frames, means, batch=2, **kwargs)
-    again, _ = costs_of(policy, frames, means, batch=4, **kwargs)
-    other, _ = costs_of(policy, frames, means, seed=1, batch=4, **kwargs)
+    first, _ = costs_of(policy, frames, quantizer, batch=2, **kwargs)
+    again, _ = costs_of(policy, frames, quantizer, batch=4, **kwargs)
+    other, _ = costs_of(policy, frames, quantizer, seed=1, batch=4, **kwargs)
     np.testing.assert_allclose(first, again, rtol=1e-5)
     assert not np.allclose(first, other, rtol=1e-2)
 
 
 @pytest.mark.usefixtures("one_device")
-def test_one_device_equals_two(policy, frames, means, monkeypatch):
-    single, _ = costs_of(policy, frames, means)
+def test_one_device_equals_two(policy, frames, quantizer, monkeypatch):
+    single, _ = costs_of(policy, frames, quantizer)
     monkeypatch.undo()
-    double, _ = costs_of(policy, frames, means)
+    double, _ = costs_of(policy, frames, quantizer)
     np.testing.assert_allclose(single, double, rtol=1e-6, atol=1e-14)
 
 
-def test_layers_that_no_action_reads_cost_nothing(policy, frames, index, means):
-    costs, error = costs_of(policy, frames, means)
+def test_layers_that_no_action_reads_cost_nothing(policy, frames, index, quantizer):
+    costs, error = costs_of(policy, frames, quantizer)
     for layer, rows in index.items():
         if layer.path == UNREACHED:
             assert not costs[rows].any()
@@ -118,30 +118,31 @@ def test_layers_that_no_action_reads_cost_nothing(policy, frames, index, means):
             assert costs[rows].any()
 
 
-def test_standard_error_is_that_of_the_mean_over_frames(policy, means):
+def test_standard_error_is_that_of_the_mean_over_frames(policy, quantizer):
     singles = []
     for number in range(4):
         frame = ToyFrames(4)
         frame.frames = 1
         frame.arrays = {k: v[number : number + 1] for k, v in frame.arrays.items()}
-        singles.append(costs_of(policy, frame, means)[0])
-    mean, error = costs_of(policy, ToyFrames(4), means)
+        singles.append(costs_of(policy, frame, quantizer)[0])
+    mean, error = costs_of(policy, ToyFrames(4), quantizer)
     np.testing.assert_allclose(mean, np.mean(singles, axis=0), rtol=1e-5, atol=1e-14)
     np.testing.assert_allclose(error, np.std(singles, axis=0, ddof=1) / 2, rtol=1e-3, atol=1e-10)
 
 
-def test_weights_of_action_dimensions(policy, frames, means):
+def test_weights_of_action_dimensions(policy, frames, quantizer):
     parts = [
-        costs_of(policy, frames, means, weights=np.eye(3, dtype=np.float32)[i])[0] for i in range(3)
+        costs_of(policy, frames, quantizer, weights=np.eye(3, dtype=np.float32)[i])[0]
+        for i in range(3)
     ]
-    whole, _ = costs_of(policy, frames, means, weights=np.asarray([1.0, 2.0, 0.5], np.float32))
+    whole, _ = costs_of(policy, frames, quantizer, weights=np.asarray([1.0, 2.0, 0.5], np.float32))
     np.testing.assert_allclose(
         whole, parts[0] + 2 * parts[1] + 0.5 * parts[2], rtol=1e-4, atol=1e-12
     )
 
 
-def test_taylor_is_the_product_of_two_norms(policy, frames, index, layers, means):
-    costs, _ = costs_of(policy, frames, means, method="taylor")
+def test_taylor_is_the_product_of_two_norms(policy, frames, index, layers, quantizer):
+    costs, _ = costs_of(policy, frames, quantizer, method="taylor")
     for layer, rows in index.items():
         weight = layers[layer.path].kernel[...].T
         norms = [float(jnp.sum((on_grid(weight, b, grid="fitted") - weight)[0] ** 2)) for b in BITS]
@@ -152,13 +153,13 @@ def test_taylor_is_the_product_of_two_norms(policy, frames, index, layers, means
 
 
 @pytest.mark.parametrize("probes", [0, -1, "all", True])
-def test_unusable_probes_are_refused(policy, frames, means, probes):
+def test_unusable_probes_are_refused(policy, frames, quantizer, probes):
     with pytest.raises(InputError, match="probes"):
-        costs_of(policy, frames, means, probes=probes)
+        costs_of(policy, frames, quantizer, probes=probes)
 
 
-def test_an_activation_that_is_not_finite_names_the_frame(policy, means):
+def test_an_activation_that_is_not_finite_names_the_frame(policy, quantizer):
     frames = ToyFrames(4)
     frames.arrays["text"][2, 0, 0] = np.inf
     with pytest.raises(InputError, match="calibration frame 2"):
-        costs_of(policy, frames, means)
+        costs_of(policy, frames, quantizer)

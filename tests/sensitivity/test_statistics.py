@@ -1,11 +1,13 @@
-"""Mean inputs, and the released code's proxy against its recorded outputs."""
+"""Moments of the inputs, and the released code's proxy against its recorded outputs."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qvla_jax.sensitivity import input_means
+from qvla_jax.errors import InputError
+from qvla_jax.quantization import InputStatistics
+from qvla_jax.sensitivity import input_statistics
 from qvla_jax.sensitivity.input_hessian import (
     input_hessians,
     inverse_factor_diagonal,
@@ -23,27 +25,34 @@ FIRST_LLM = "language_model.model.layers.0.attn"
 
 def test_means_are_those_of_all_frames_cameras_and_tokens(policy, index):
     frames = ToyFrames(5, padding=False)
-    means = input_means(policy, frames, index, batch=2)
+    found = input_statistics(policy, frames, index, batch=2)
+    means = found.means
     images = frames.arrays["image"].astype(np.float64)
     np.testing.assert_allclose(means[FIRST_TOWER], images.mean(axis=(0, 1, 2)), rtol=1e-5)
+    flat = images.reshape(-1, images.shape[-1])
+    np.testing.assert_allclose(
+        found.covariances[FIRST_TOWER], np.cov(flat.T, bias=True), rtol=1e-4, atol=1e-6
+    )
     assert means[LLM].dtype == np.float64
+    # Both towers see the same pixels, but the llm's layers do not.
+    assert found.covariances[LLM].shape == (12, 12)
     assert not means[UNREACHED].any()
 
 
 def test_batch_size_and_devices_do_not_change_the_means(policy, index, frames):
-    first = input_means(policy, frames, index, batch=2)
-    second = input_means(policy, frames, index, batch=5)
+    first = input_statistics(policy, frames, index, batch=2).means
+    second = input_statistics(policy, frames, index, batch=5).means
     for path, mean in first.items():
         np.testing.assert_allclose(mean, second[path], rtol=1e-5, atol=1e-7)
 
 
 def test_padding_does_not_count(policy, index):
     frames = ToyFrames(4)
-    means = input_means(policy, frames, index)
+    means = input_statistics(policy, frames, index).means
     # Whatever stands in the padding.
     for frame, length in enumerate(frames.arrays["length"].astype(int)):
         frames.arrays["text"][frame, length - 6 :] = 50.0
-    padded = input_means(policy, frames, index)
+    padded = input_statistics(policy, frames, index).means
     for path, mean in means.items():
         np.testing.assert_allclose(mean, padded[path], rtol=1e-5, atol=1e-6)
 
@@ -87,3 +96,25 @@ def test_covariances_through_the_model(policy, layers, frames):
     np.testing.assert_allclose(found[FIRST_TOWER], expected, rtol=1e-5)
     assert found[FIRST_LLM].shape == (12, 12)
     assert not found[UNREACHED].any()
+
+
+def test_statistics_round_trip_and_are_read_layer_by_layer(policy, index, frames, tmp_path):
+    found = input_statistics(policy, frames, index)
+    found.save(tmp_path / "s.safetensors")
+    loaded = InputStatistics.load(tmp_path / "s.safetensors")
+    assert loaded.made_from == found.made_from
+    assert set(loaded.covariances) == set(found.covariances) == set(index.paths)
+    for path, mean in found.means.items():
+        np.testing.assert_array_equal(loaded.means[path], mean)
+        expected = found.covariance(path).astype(np.float32)
+        np.testing.assert_array_equal(loaded.covariance(path), expected)
+
+
+def test_damaged_statistics_are_refused(policy, index, frames, tmp_path):
+    path = tmp_path / "s.safetensors"
+    input_statistics(policy, frames, index).save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"s\.safetensors: not input statistics"):
+        InputStatistics.load(path)
+    with pytest.raises(InputError, match="no such file"):
+        InputStatistics.load(tmp_path / "other.safetensors")

@@ -8,11 +8,13 @@ import pytest
 import safetensors.numpy
 
 from qvla_jax.errors import BudgetError, InputError
+from qvla_jax.quantization import InputStatistics, QuantizerSettings
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layout import option_sizes
 from qvla_jax.sensitivity import SensitivityTable
 from qvla_jax.solvers import solve
 
+NEAREST = QuantizerSettings(rounding="nearest")
 BITS = (0, 2, 4, 8, 16)
 INDEX = ChannelIndex(
     (
@@ -35,7 +37,10 @@ def table():
         method="jacobian",
         provenance={"policy": "p", "calibration": "c", "seed": 3},
         standard_error=costs / 10,
-        means={layer.path: rng.normal(size=layer.fan_in) for layer in INDEX.layers},
+        settings=NEAREST,
+        statistics=InputStatistics(
+            {layer.path: rng.normal(size=layer.fan_in) for layer in INDEX.layers}
+        ),
     )
 
 
@@ -46,18 +51,16 @@ def test_round_trip(table, tmp_path):
     for name in ("costs", "sizes", "standard_error"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(table, name))
         assert getattr(loaded, name).dtype == getattr(table, name).dtype
-    for path_, mean in table.means.items():
-        np.testing.assert_array_equal(loaded.means[path_], mean)
-    for name in ("bits", "index", "method", "grid", "provenance"):
+    for name in ("bits", "index", "method", "settings", "provenance"):
         assert getattr(loaded, name) == getattr(table, name)
     assert [p.name for p in path.parent.iterdir()] == ["table.safetensors"]
 
 
 def test_a_table_without_extras_round_trips(table, tmp_path):
-    dataclasses.replace(table, standard_error=None, means=None).save(tmp_path / "t.safetensors")
+    dataclasses.replace(table, standard_error=None).save(tmp_path / "t.safetensors")
     loaded = SensitivityTable.load(tmp_path / "t.safetensors")
     assert loaded.standard_error is None
-    assert loaded.means is None
+    assert loaded.statistics is None
 
 
 def test_problem_and_bits(table):
@@ -68,10 +71,19 @@ def test_problem_and_bits(table):
     bits = table.bits_of(solution)
     np.testing.assert_array_equal(bits, np.asarray(BITS)[solution.choice])
     assert table.predicted(bits) == pytest.approx(solution.cost)
-    # The means travel with the bits, and with arrays of the same shape made from them.
-    assert bits.means is table.means
-    assert np.full_like(bits, 4).means is table.means
-    assert bits[:2].means is None
+    # The quantizer travels with the bits, and with arrays of the same shape made from them.
+    assert bits.quantizer is table.quantizer
+    assert np.full_like(bits, 4).quantizer is table.quantizer
+    assert bits[:2].quantizer is None
+
+
+def test_bits_of_a_table_without_its_statistics_name_what_is_missing(table):
+    bare = dataclasses.replace(table, statistics=None)
+    bits = bare.bits_of(solve(bare.problem(budget_bits=4.0), "greedy:marginal"))
+    assert bits.quantizer is None
+    assert bits.settings == NEAREST
+    with pytest.raises(InputError, match="pass statistics"):
+        bare.quantizer  # noqa: B018
 
 
 def test_joint_factors_weigh_the_problem_but_not_the_costs(table, tmp_path):
@@ -111,8 +123,7 @@ def test_inconsistent_tables_are_refused(table):
         (changed(table, bits=(0, 2, 4, 8, 8)), "distinct options"),
         (changed(table, joint=(1.0, 1.0)), "joint: expected 5 factors"),
         (changed(table, joint=(0.5, 1.0, 1.0, 1.0, 1.0)), "joint: expected 5 factors"),
-        (changed(table, grid="other"), "grid: expected"),
-        (changed(table, means={"a": np.zeros(64)}), r"means: b\.0"),
+        (changed(table, statistics=InputStatistics({"a": np.zeros(64)})), r"means: b\.0"),
     ]
     for make, message in cases:
         with pytest.raises(InputError, match=message):
@@ -148,7 +159,6 @@ def test_hostile_files_are_refused(table, tmp_path):
         ({**arrays, "costs": nan}, header),
         ({**arrays, "costs": arrays["costs"][:, :3].copy()}, header),
         ({k: v for k, v in arrays.items() if k != "sizes"}, header),
-        ({k: v for k, v in arrays.items() if k != "mean.a"}, header),
         (arrays, {**header, "kind": "other"}),
         (arrays, {**header, "version": 99}),
         (arrays, {**header, "layers": "none"}),
@@ -158,7 +168,9 @@ def test_hostile_files_are_refused(table, tmp_path):
         (arrays, {**header, "bits": [0, 2, 4]}),
         (arrays, {**header, "bits": None}),
         (arrays, {**header, "joint": [1, "x", 1, 1, 1]}),
-        (arrays, {k: v for k, v in header.items() if k != "grid"}),
+        (arrays, {k: v for k, v in header.items() if k != "quantizer"}),
+        (arrays, {**header, "quantizer": {"grid": "other"}}),
+        (arrays, {**header, "quantizer": {"unknown": 1}}),
         (arrays, {k: v for k, v in header.items() if k != "method"}),
     ]
     for bad_arrays, bad_header in cases:

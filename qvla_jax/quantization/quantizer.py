@@ -1,0 +1,170 @@
+"""The quantizer: grid, rounding and bias correction, with the input statistics that they need.
+
+One object is used wherever rows are quantized: its sensitivities are measured, its table records
+it, and `quantize` applies it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.errors import InputError
+from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
+from qvla_jax.quantization.grid import GRID_BITS, PRUNED, SOURCE, Grid, levels, quantize_rows
+from qvla_jax.quantization.grid import dequantize_rows as dequantize
+from qvla_jax.quantization.index import ChannelIndex
+from qvla_jax.quantization.statistics import InputStatistics
+
+Rounding: TypeAlias = Literal["nearest", "feedback"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizerSettings:
+    """How a row becomes a row of codes and a scale.
+
+    Raises:
+        InputError: a value is unknown or out of range.
+    """
+
+    # "fitted" (ours) or "rtn" (quantization.grid).
+    grid: Grid = "fitted"
+    # "nearest", or "feedback": rounding errors move into weights not rounded yet.
+    rounding: Rounding = "feedback"
+    # What a row loses on the mean input moves into its bias.
+    bias_correction: bool = True
+    # Of the error feedback: share of the mean input variance added to every variance.
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.grid not in ("fitted", "rtn"):
+            raise InputError(f"grid: expected 'fitted' or 'rtn', got {self.grid!r}")
+        if self.rounding not in ("nearest", "feedback"):
+            raise InputError(f"rounding: expected 'nearest' or 'feedback', got {self.rounding!r}")
+        if not isinstance(self.damping, float) or not 0 < self.damping < float("inf"):
+            raise InputError(f"damping: expected a positive number, got {self.damping!r}")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration data enter."""
+        return self.bias_correction or self.rounding == "feedback"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantizerSettings":
+        """From `dataclasses.asdict`; unknown keys raise a TypeError."""
+        return cls(**values)
+
+
+NEAREST_UNCORRECTED = QuantizerSettings(rounding="nearest", bias_correction=False)
+UNIFORM_BASELINE = QuantizerSettings(grid="rtn", rounding="nearest", bias_correction=False)
+# The same bytes with our grid and error feedback: GPTQ with a searched clip.
+UNIFORM_FEEDBACK = QuantizerSettings(bias_correction=False)
+
+
+class Quantizer:
+    """Settings bound to the statistics of a policy's layers."""
+
+    def __init__(self, settings: QuantizerSettings, statistics: InputStatistics | None = None):
+        """Binds them.
+
+        Args:
+            settings: grid, rounding, bias correction.
+            statistics: of the policy's layers; not needed for rounding to nearest without bias
+                correction.
+
+        Raises:
+            InputError: statistics are needed and not given.
+        """
+        if statistics is None and settings.needs_statistics:
+            raise InputError(
+                "bias correction and error feedback need the input statistics of every layer: "
+                "pass statistics from sensitivity.input_statistics, or settings that need none"
+            )
+        self.settings, self.statistics = settings, statistics
+        # A layer's factor takes longer than its rows, and one policy is quantized many times.
+        self._factor = functools.lru_cache(maxsize=None)(self._compute_factor)
+
+    def check(self, index: ChannelIndex) -> None:
+        """Raises an `InputError` unless the statistics fit these layers."""
+        if self.statistics is not None and self.settings.needs_statistics:
+            feedback = self.settings.rounding == "feedback"
+            self.statistics.check(index, covariances=feedback)
+
+    def mean(self, path: str) -> Float[np.ndarray, " k"] | None:
+        """E[x] for the bias correction of a layer; None without correction."""
+        if self.statistics is None or not self.settings.bias_correction:
+            return None
+        return self.statistics.means[path]
+
+    def rows(
+        self, path: str, weight: Float[Array, "c k"], bits: Int[np.ndarray, " c"]
+    ) -> Float[Array, "c k"]:
+        """w_hat in float32 where row c has `bits[c]` bits.
+
+        Pruned rows are 0 and 16-bit rows keep their values exactly.
+
+        Args:
+            path: the layer.
+            weight: its rows.
+            bits: 0, 2, 3, 4, 8 or 16 for each row.
+        """
+        bits = np.asarray(bits)
+        options = tuple(b for b in GRID_BITS if np.any(bits == b))
+        source = weight.astype(jnp.float32)
+        result = jnp.where(jnp.asarray(bits == PRUNED)[:, None], 0.0, source)
+        if not options:
+            return result
+        on_grid = self._on_grids(path, source, options, np.stack([bits == b for b in options]))
+        return jnp.where(jnp.asarray((bits != PRUNED) & (bits != SOURCE))[:, None], on_grid, result)
+
+    def row_changes(
+        self, path: str, weight: Float[Array, "c k"], options: tuple[int, ...]
+    ) -> Float[Array, "n c k"]:
+        """w_hat - w in float32 of every row under every option; exactly 0 for 16 bits."""
+        source = weight.astype(jnp.float32)
+        each = {PRUNED: -source, SOURCE: jnp.zeros_like(source)}
+        for bits in options:
+            if bits not in each:
+                whole = self.rows(path, source, np.full(len(source), bits))
+                each[bits] = whole - source
+        return jnp.stack([each[bits] for bits in options])
+
+    def _on_grids(
+        self,
+        path: str,
+        source: Float[Array, "c k"],
+        options: tuple[int, ...],
+        chosen: np.ndarray,
+    ) -> Float[Array, "c k"]:
+        """Rows on the grid of the option that is `chosen` [n, c] for them."""
+        grid = self.settings.grid
+        parts = [quantize_rows(source, b, grid=grid) for b in options]
+        mask = [jnp.asarray(row)[:, None] for row in chosen]
+        if self.settings.rounding == "nearest":
+            whole = [dequantize(codes, scale) for codes, scale in parts]
+            return functools.reduce(
+                lambda a, part: jnp.where(part[0], part[1], a), zip(mask, whole, strict=True),
+                jnp.zeros_like(source),
+            )  # fmt: skip
+        scale, code_levels = jnp.ones_like(source[:, :1]), jnp.ones((4, len(source)))
+        for which, bits, (_, own) in zip(mask, options, parts, strict=True):
+            scale = jnp.where(which, own, scale)
+            own_levels = jnp.asarray(levels(bits, grid), jnp.float32)[:, None]
+            code_levels = jnp.where(which.T, own_levels, code_levels)
+        order, factor = self._factor(path)
+        return feedback_rows(source, scale, code_levels, order, factor)
+
+    def _compute_factor(self, path: str) -> tuple[jax.Array, jax.Array]:
+        assert self.statistics is not None
+        second_moment = self.statistics.covariance(path)
+        if not self.settings.bias_correction:
+            # The error on the mean input stays in the output, so it counts.
+            mean = self.statistics.means[path]
+            second_moment = second_moment + np.outer(mean, mean)
+        order, factor = feedback_factor(second_moment, self.settings.damping)
+        return jnp.asarray(order), jnp.asarray(factor)

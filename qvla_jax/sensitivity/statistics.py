@@ -1,0 +1,91 @@
+"""Mean and covariance of every quantized layer's inputs over the calibration set, in one pass.
+
+Only tokens that can change the action count: padding never does, and after the last attention of
+the language model only the action placeholders do. A token counts if the cotangent of a random
+projection of the action is not zero there, which costs one reverse pass. For a layer all of whose
+tokens matter these are the plain moments over frames and tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qvla_jax.array_typing import Array, Float
+from qvla_jax.errors import InputError
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.quantization.index import ChannelIndex
+from qvla_jax.quantization.statistics import InputStatistics
+from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
+from qvla_jax.sensitivity.reverse import FromCotangent, ReverseSpec, reverse_sweep
+from qvla_jax.sharding import data_mesh
+
+
+def _moments_where_it_matters(x: Float[Array, "b T k"], constants: None) -> FromCotangent:
+    """Per frame: sums of x x^T, of x and of 1 over the tokens that matter, as one matrix."""
+    del constants
+    extended = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+
+    def of_cotangent(g: Float[Array, "b T c"]) -> Float[Array, "b k+1 k+1"]:
+        matters = jnp.any(g != 0, axis=-1, keepdims=True)
+        kept = jnp.where(matters, extended, 0)
+        return jnp.matmul(jnp.swapaxes(kept, 1, 2), kept, precision=jax.lax.Precision.HIGHEST)
+
+    return of_cotangent
+
+
+def input_statistics(
+    policy: ModelPolicy,
+    calibration: Calibration,
+    index: ChannelIndex,
+    *,
+    batch: int = 8,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> InputStatistics:
+    """Moments of each layer's inputs over the calibration set's frames and tokens.
+
+    Args:
+        policy: has `model` and `prepare`.
+        calibration: the frames.
+        index: the quantized layers.
+        batch: frames at a time; each holds a matrix [k + 1, k + 1] for every layer.
+        seed: of the projection that finds out which tokens matter.
+        progress: called with the frames done.
+
+    Returns:
+        Means and covariances in float64; zeros for a layer that no action depends on. Layers with
+        equal statistics share their arrays.
+
+    Raises:
+        InputError: the set is empty, or an input is NaN or infinite.
+    """
+    mesh = data_mesh()
+    graphdef, state = nnx.split(policy.model)
+    spec = ReverseSpec(graphdef, index.paths, _moments_where_it_matters, 1, mesh)
+    totals = {layer.path: np.zeros((layer.fan_in + 1,) * 2) for layer in index.layers}
+    size, done = batch_size(calibration.frames, batch, mesh), 0
+    progress("input statistics", 0, calibration.frames)
+    for item in frame_batches(policy, calibration, size, mesh):
+        sums = reverse_sweep(spec, state, {}, item.inputs, item.frames, jax.random.key(seed), None)
+        for path, values in sums.items():
+            # One after another, so that the batch size does not change the order of summation.
+            for frame in np.asarray(values)[: item.count]:
+                totals[path] += frame
+        done += item.count
+        progress("input statistics", done, calibration.frames)
+    means: dict[str, np.ndarray] = {}
+    covariances: dict[str, np.ndarray] = {}
+    last: str | None = None
+    for path, total in totals.items():
+        if not np.isfinite(total).all():
+            raise InputError(f"{path}: its inputs are NaN or infinite on the calibration set")
+        if last is not None and np.array_equal(total, totals[last]):
+            means[path], covariances[path] = means[last], covariances[last]
+            continue
+        count = max(total[-1, -1], 1.0)
+        mean = total[-1, :-1] / count
+        means[path], covariances[path] = mean, total[:-1, :-1] / count - np.outer(mean, mean)
+        last = path
+    made_from = {"calibration": calibration.manifest["sha256"], "seed": seed}
+    return InputStatistics(means, covariances, made_from)
