@@ -146,6 +146,7 @@ class OpenVLA(Prismatic):
         along, and every layer is then called once.
         """
         tokens = self.complete(inputs).action_tokens
+        assert tokens is not None  # what `complete` completes
         embeddings, valid = self.embed(inputs)
         places = self._first_place(inputs)[:, None] + jnp.arange(self.config.action_dim)[None]
         rows = jnp.arange(len(places))[:, None]

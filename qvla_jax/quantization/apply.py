@@ -93,23 +93,33 @@ def quantize(
     layers = quantizable_layers(policy.model, rules)
     index = channel_index(layers)
     chosen = index.check_bits(bits, BITS)
-    if quantizer is None:
-        settings = getattr(bits, "settings", None) or NEAREST_UNCORRECTED
-        quantizer = getattr(bits, "quantizer", None) or Quantizer(settings)
-    quantizer.check(index)
+    used = _quantizer_of(bits) if quantizer is None else quantizer
+    used.check(index)
     # A copy with Variables of its own; arrays that do not change are shared.
     model = nnx.merge(*nnx.split(policy.model))
     copies = quantizable_layers(model, rules)
     for layer, rows in index.items():
         if np.any(chosen[rows] != SOURCE):
-            _quantize_layer(copies[layer.path], layer, chosen[rows], quantizer)
+            _quantize_layer(copies[layer.path], layer, chosen[rows], used)
     fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(Policy)}
     return QuantizedPolicy(
         **{**fields, "model": model},
         index=index,
         bits=chosen,
-        bias_corrected=quantizer.settings.bias_correction,
+        bias_corrected=used.settings.bias_correction,
     )
+
+
+def _quantizer_of(bits: Any) -> Quantizer:
+    """The quantizer that a table's bits bring along.
+
+    Raises:
+        InputError: the table was loaded without the statistics that its quantizer needs.
+    """
+    brought = getattr(bits, "quantizer", None)
+    if brought is not None:
+        return brought
+    return Quantizer(getattr(bits, "settings", None) or NEAREST_UNCORRECTED)
 
 
 def quantize_uniform(
