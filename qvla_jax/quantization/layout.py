@@ -3,7 +3,7 @@
 A row of fan-in k at b bits is stored as
 
     4 ceil(k b / 32)   whole 32-bit words along k (16-bit rows: the source dtype, whole words),
-    2                  its bfloat16 scale, for 2 to 8 bits,
+    2 ceil(k / g)      its bfloat16 scales, for 2 to 8 bits (g = k unless scales are grouped),
     2 (4)              its bias, where the layer stores one, in the source dtype,
     2                  its 16-bit entry in the layer's output index (mixed layouts alone).
 
@@ -31,7 +31,13 @@ INDEX_BYTES: Final = 2
 
 
 def row_bytes(
-    fan_in: int, bits: int, *, bias: bool, permuted: bool = True, source_bytes: int = 2
+    fan_in: int,
+    bits: int,
+    *,
+    bias: bool,
+    permuted: bool = True,
+    source_bytes: int = 2,
+    group: int | None = None,
 ) -> int:
     """Bytes of one row.
 
@@ -41,6 +47,7 @@ def row_bytes(
         bias: the layer stores a bias.
         permuted: the layer stores an output index.
         source_bytes: bytes of one weight in the source dtype, which 16-bit rows and biases keep.
+        group: inputs that share a scale; None: all of the row.
 
     Raises:
         InputError: `bits` is no option.
@@ -49,7 +56,8 @@ def row_bytes(
         raise InputError(f"no row has {bits} bits; choose from {BITS}")
     weight_bits = 8 * source_bytes if bits == SOURCE else bits
     words = math.ceil(fan_in * weight_bits / (8 * WORD_BYTES))
-    scale = SCALE_BYTES if bits not in (PRUNED, SOURCE) else 0
+    scales = 1 if group is None else math.ceil(fan_in / group)
+    scale = SCALE_BYTES * scales if bits not in (PRUNED, SOURCE) else 0
     entry = INDEX_BYTES if permuted and bits != PRUNED else 0
     return WORD_BYTES * words + scale + source_bytes * bias + entry
 

@@ -1,0 +1,25 @@
+"""Multiplying by packed mixed-bit weights, without a dequantized copy of them.
+
+w = kernels.pack(weight, bits)            # PackedWeight: canonical, what files hold
+w = kernels.prepare(w)                    # rearranged once for this platform
+y = kernels.mixed_matmul(x, w)            # x w_hat^T + bias
+"""
+
+from qvla_jax.kernels.activations import quantize_activations
+from qvla_jax.kernels.codes import CodeMap
+from qvla_jax.kernels.dispatch import implementations, mixed_matmul, prepare
+from qvla_jax.kernels.packed import PackedWeight, Segment, dequantize, validate
+from qvla_jax.kernels.packing import pack
+
+__all__ = [
+    "CodeMap",
+    "PackedWeight",
+    "Segment",
+    "dequantize",
+    "implementations",
+    "mixed_matmul",
+    "pack",
+    "prepare",
+    "quantize_activations",
+    "validate",
+]

@@ -1,0 +1,43 @@
+"""Activation quantizer: dynamic, symmetric, one scale for each row of x (token)."""
+
+from typing import Final
+
+import jax.numpy as jnp
+
+from qvla_jax.array_typing import Array, Float, Int8
+from qvla_jax.errors import InputError
+
+# 16 leaves activations as they are.
+ACTIVATION_BITS: Final = (16, 8, 4)
+
+
+def check_activation_bits(bits: int) -> None:
+    """Raises an `InputError` if no kernel has these."""
+    if bits not in ACTIVATION_BITS:
+        raise InputError(f"activation_bits {bits}: choose from {ACTIVATION_BITS}")
+
+
+def quantize_activations(
+    x: Float[Array, "*m k"], bits: int
+) -> tuple[Int8[Array, "*m k"], Float[Array, "*m 1"]]:
+    """Codes q and float32 scales s with x close to s q.
+
+    s = max|x| / qmax and q = round(x qmax / max|x|), ties to even, qmax = 2^(bits-1) - 1. A row of
+    zeros gets codes 0 and scale 0. 4-bit codes are held in int8.
+    """
+    x = x.astype(jnp.float32)
+    qmax = jnp.float32(2 ** (bits - 1) - 1)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    # Below this the quotient overflows; such a row counts as zeros.
+    zero = largest < jnp.float32(2.0**-100)
+    inverse = jnp.where(zero, 0.0, qmax / jnp.where(zero, 1.0, largest))
+    codes = jnp.clip(jnp.round(x * inverse), -qmax, qmax)
+    return codes.astype(jnp.int8), jnp.where(zero, 0.0, largest / qmax)
+
+
+def round_activations(x: Float[Array, "*m k"], bits: int) -> Float[Array, "*m k"]:
+    """S q in float32; x itself at 16 bits."""
+    if bits == 16:
+        return x.astype(jnp.float32)
+    codes, scale = quantize_activations(x, bits)
+    return codes.astype(jnp.float32) * scale

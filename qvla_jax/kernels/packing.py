@@ -1,0 +1,177 @@
+"""`pack`: a weight matrix and the bit-width of each row -> `PackedWeight`."""
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from qvla_jax.array_typing import AnyArray, Float, Int
+from qvla_jax.errors import InputError
+from qvla_jax.kernels.codes import CodeMap, code_map, pack_words, to_unsigned
+from qvla_jax.kernels.packed import (
+    GROUP_MULTIPLE,
+    SOURCE_DTYPES,
+    WIDTHS,
+    PackedWeight,
+    Segment,
+    source_words,
+    validate,
+)
+from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE, Grid, quantize_rows
+from qvla_jax.quantization.index import MAX_CHANNELS
+from qvla_jax.quantization.layout import source_bytes
+
+
+def pack(
+    weight: Float[AnyArray, "c k"],
+    bits: Int[AnyArray, " c"],
+    group: int | None = None,
+    *,
+    grid: Grid = "fitted",
+    codes: Int[AnyArray, "c k"] | None = None,
+    scales: Float[AnyArray, "c g"] | None = None,
+    bias: Float[AnyArray, " c"] | None = None,
+    source_dtype: str | None = None,
+    index: bool = True,
+) -> PackedWeight:
+    """Quantizes and packs the rows of a weight matrix.
+
+    The stored bytes are those that `quantization.layout.row_bytes` counts for each row.
+
+    Args:
+        weight: source rows, float32 or narrower, finite.
+        bits: 0, 2, 3, 4, 8 or 16 for each row.
+        group: inputs that share a scale, a multiple of 16; None: one scale for each row.
+        grid: the quantizer's grid: "fitted" or "rtn". Codes that are handed in lie on it too.
+        codes: integer codes of every row, as `quantization.quantize_rows` returns them, made by
+            some other rounding than to nearest; rows of 0 and 16 bits are not read. None: rounds
+            here.
+        scales: with `codes`, the scales of every row, [c, ceil(k / group)], positive numbers that
+            bfloat16 holds exactly.
+        bias: the layer's bias, kept in its dtype; outputs of pruned rows are their bias.
+        source_dtype: of 16-bit rows; None: the narrowest that holds the whole weight exactly.
+        index: whether to store which channel a row is. False needs one width for all rows.
+
+    Raises:
+        InputError: shapes do not fit, a width is no option, a weight, code or scale cannot be
+            stored, or the layer has more than 65536 channels.
+    """
+    rows = np.asarray(weight)
+    widths = _check(rows, np.asarray(bits), group, index)
+    if (codes is None) != (scales is None):
+        raise InputError("codes and scales belong together: give both or neither")
+    if source_dtype is None:
+        source_dtype = _narrowest(rows)
+    segments, words, kept, order = [], [], [], []
+    for width in WIDTHS:
+        chosen = np.flatnonzero(widths == width)
+        if not chosen.size:
+            continue
+        order.append(chosen)
+        if width == SOURCE:
+            segments.append(Segment(width, chosen.size))
+            words.append(_exact_source(rows[chosen], source_dtype))
+            kept.append(np.zeros((chosen.size, 0), ml_dtypes.bfloat16))
+            continue
+        if codes is None or scales is None:
+            q, s = _round(rows, width, group, grid)
+        else:
+            q, s = np.asarray(codes), np.asarray(scales)
+            _check_given(q, s, rows.shape, group)
+        meaning = code_map(width, grid)
+        segments.append(Segment(width, chosen.size, CodeMap(*meaning)))
+        words.append(pack_words(to_unsigned(q[chosen], width, meaning), width))
+        kept.append(_exact_scales(s[chosen]))
+    packed = PackedWeight(
+        words=tuple(words),
+        scales=tuple(kept),
+        index=np.concatenate([np.zeros(0, np.int64), *order]).astype(np.uint16) if index else None,
+        bias=None if bias is None else np.asarray(bias),
+        segments=tuple(segments),
+        shape=(rows.shape[0], rows.shape[1]),
+        group=group,
+        source_dtype=source_dtype,
+    )
+    validate(packed)
+    return packed
+
+
+def _check(rows: np.ndarray, widths: np.ndarray, group: int | None, index: bool) -> np.ndarray:
+    if rows.ndim != 2 or not rows.size:
+        raise InputError(f"weight: expected rows [c, k], got shape {rows.shape}")
+    if widths.shape != rows.shape[:1] or not np.issubdtype(widths.dtype, np.integer):
+        raise InputError(
+            f"bits: expected {rows.shape[0]} integers, one for each row of the weight, got "
+            f"{widths.dtype}{list(widths.shape)}"
+        )
+    bad = np.flatnonzero(~np.isin(widths, BITS))
+    if bad.size:
+        raise InputError(f"bits: row {bad[0]} has {widths[bad[0]]}, which is none of {BITS}")
+    if rows.shape[0] > MAX_CHANNELS:
+        raise InputError(
+            f"weight: {rows.shape[0]} output channels; the 16-bit index serves {MAX_CHANNELS}"
+        )
+    if group is not None and (group < 1 or group % GROUP_MULTIPLE):
+        raise InputError(f"group: expected a multiple of {GROUP_MULTIPLE}, got {group}")
+    if not index and (len(np.unique(widths)) > 1 or (widths == PRUNED).any()):
+        raise InputError("index=False needs one bit-width for all rows, and none of them pruned")
+    finite = np.isfinite(rows.astype(np.float32)).all(axis=1)
+    if not finite.all():
+        raise InputError(f"weight: row {np.flatnonzero(~finite)[0]} holds NaN or inf")
+    return widths
+
+
+def _narrowest(rows: np.ndarray) -> str:
+    if rows.dtype.itemsize <= 2:
+        return rows.dtype.name
+    return "bfloat16" if source_bytes(rows) == 2 else "float32"
+
+
+def _exact_source(rows: np.ndarray, source_dtype: str) -> np.ndarray:
+    if source_dtype not in SOURCE_DTYPES:
+        raise InputError(f"source_dtype {source_dtype!r}: choose from {', '.join(SOURCE_DTYPES)}")
+    exact = rows.astype(SOURCE_DTYPES[source_dtype]).astype(np.float32)
+    if not np.array_equal(exact, rows.astype(np.float32)):
+        raise InputError(
+            f"weight: 16-bit rows keep the source's numbers, and {source_dtype} does not hold them"
+        )
+    return source_words(rows, source_dtype)
+
+
+def _round(
+    rows: np.ndarray, width: int, group: int | None, grid: Grid
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [c, k] and scales [c, g] of all rows at one width.
+
+    All rows, although some are not needed: the quantizer is compiled once for each shape.
+    """
+    c, k = rows.shape
+    if group is None or group >= k:
+        codes, scales = jax.device_get(quantize_rows(rows, width, grid=grid))
+        return codes, scales
+    whole = k // group * group
+    codes, scales = jax.device_get(
+        quantize_rows(rows[:, :whole].reshape(-1, group), width, grid=grid)
+    )
+    codes, scales = codes.reshape(c, whole), scales.reshape(c, -1)
+    if whole == k:
+        return codes, scales
+    # The last group is shorter. Zeros would not do: the odd grid has no code for them.
+    tail = jax.device_get(quantize_rows(rows[:, whole:], width, grid=grid))
+    return np.concatenate([codes, tail[0]], axis=1), np.concatenate([scales, tail[1]], axis=1)
+
+
+def _check_given(
+    codes: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], group: int | None
+) -> None:
+    groups = 1 if group is None else -(-shape[1] // group)
+    if codes.shape != shape or not np.issubdtype(codes.dtype, np.integer):
+        raise InputError(f"codes: expected integers {list(shape)}, got {codes.dtype}{codes.shape}")
+    if scales.shape != (shape[0], groups):
+        raise InputError(f"scales: expected [{shape[0]}, {groups}], got {list(scales.shape)}")
+
+
+def _exact_scales(scales: np.ndarray) -> np.ndarray:
+    rounded = scales.astype(ml_dtypes.bfloat16)
+    if not np.array_equal(rounded.astype(np.float32), scales.astype(np.float32)):
+        raise InputError("scales: bfloat16, in which they are stored, does not hold them exactly")
+    return rounded

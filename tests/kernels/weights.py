@@ -1,0 +1,58 @@
+"""Random weights, and what they should dequantize to, for the tests of all implementations."""
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+
+from qvla_jax import kernels
+from qvla_jax.quantization import quantize_rows
+from qvla_jax.quantization.grid import BITS
+
+# Lengths around words, vector blocks and groups.
+FAN_INS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 129, 200, 300]))
+CHANNELS = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 80]))
+
+
+def random_weight(c, k, seed, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_t(4, (c, k)) * rng.lognormal(0.0, 1.0, (c, 1)) * 0.05
+    return weight.astype(dtype).astype(np.float32)
+
+
+def random_bits(c, seed, options=BITS):
+    return np.random.default_rng(seed + 1).choice(options, c)
+
+
+def expected_rows(weight, bits, group, grid):
+    """w_hat in float64, group after group with the quantizer's own codes and scales."""
+    k = weight.shape[1]
+    result = np.zeros(weight.shape)
+    for row, width in enumerate(bits):
+        if width == 16:
+            result[row] = weight[row]
+        elif width:
+            for start in range(0, k, group or k):
+                part = slice(start, min(start + (group or k), k))
+                q, s = quantize_rows(weight[row : row + 1, part], int(width), grid=grid)
+                result[row, part] = np.asarray(q[0], np.float64) * float(s[0, 0])
+    return result
+
+
+@st.composite
+def packed_weights(draw, options=BITS, group=True):
+    """(PackedWeight, w_hat f64[c, k], bias f64[c])."""
+    c, k, seed = draw(CHANNELS), draw(FAN_INS), draw(st.integers(0, 2**16))
+    widths = draw(st.lists(st.sampled_from(options), min_size=1, max_size=4))
+    grid = draw(st.sampled_from(["fitted", "rtn"]))
+    size = draw(st.sampled_from([None, 16, 32, 128])) if group else None
+    source = draw(st.sampled_from([ml_dtypes.bfloat16, np.float16, np.float32]))
+    weight, bits = random_weight(c, k, seed, source), random_bits(c, seed, widths)
+    bias = np.random.default_rng(seed + 2).normal(size=c).astype(np.float32)
+    has_bias = draw(st.booleans())
+    w = kernels.pack(
+        weight, bits, size, grid=grid, bias=bias if has_bias else None,
+        source_dtype=np.dtype(source).name,
+    )  # fmt: skip
+    # The codes of a matrix and of its rows alone agree except where the compiler reorders sums.
+    w_hat = np.asarray(kernels.dequantize(w), np.float64)
+    return w, w_hat, bias.astype(np.float64) if has_bias else np.zeros(c)
