@@ -55,6 +55,18 @@ def _train() -> tuple[type[Any], Callable[[Any], None]]:
     return TrainConfig, commands.train
 
 
+def _reexport() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+
+    return commands.ReexportConfig, commands.reexport
+
+
+def _synthesize() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+
+    return commands.SynthesizeConfig, commands.synthesize
+
+
 def _inspect() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands
 
@@ -99,6 +111,14 @@ COMMANDS = {
     ),
     "inspect": Command(
         "say what a policy holds and what it weighs", "qvla inspect --model libero-mini", _inspect
+    ),
+    "reexport": Command(
+        "import a public directory tensor by tensor and write it again",
+        "qvla reexport --model DIR --out DIR", _reexport,
+    ),
+    "synthesize": Command(
+        "write a public directory with random weights",
+        "qvla synthesize --preset openvla-7b --out DIR", _synthesize,
     ),
     "doctor": Command("check this installation", "qvla doctor", _doctor),
 }  # fmt: skip

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import resource
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +29,49 @@ class InspectConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Checks this installation: versions, devices, extras, bundled files."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReexportConfig:
+    """Imports a public directory one tensor at a time and writes the public layout again."""
+
+    # A public OpenVLA or OpenVLA-OFT directory.
+    model: Path
+    # An empty or new folder.
+    out: Path
+    # Statistics entry, where the directory holds several.
+    unnorm_key: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SynthesizeConfig:
+    """Writes a public directory with random bfloat16 weights, for measurements at full size."""
+
+    # A preset that decodes tokens.
+    preset: str = "openvla-7b"
+    # An empty or new folder; openvla-7b takes 15 GB.
+    out: Path
+    seed: int = 0
+
+
+def reexport(config: ReexportConfig) -> None:
+    """Re-exports a public directory and prints the peak resident memory."""
+    from qvla_jax.checkpoints.export import reexport as export
+
+    export(config.model, config.out, unnorm_key=config.unnorm_key)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _say(f"{config.out}; peak resident memory {peak / 2**20:.2f} GiB")
+
+
+def synthesize(config: SynthesizeConfig) -> None:
+    """Writes a synthetic directory."""
+    from qvla_jax.checkpoints.export import synthesize as write
+    from qvla_jax.config import preset
+    from qvla_jax.inference.word_tokenizer import word_tokenizer
+
+    write(preset(config.preset), config.out, seed=config.seed)
+    word_tokenizer().save(str(config.out / "tokenizer.json"))
+    _say(f"{config.out}: {config.preset} with random weights")
 
 
 def run(config: pipeline.RunConfig) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import safetensors
 
 from qvla_jax.checkpoints.lora import merge_adapter, merge_inline
+from qvla_jax.checkpoints.tensor_files import ShardedTensors
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.config import PRESETS, LlamaConfig, OpenVLAConfig, VisionTowerConfig
 from qvla_jax.errors import CheckpointError
@@ -35,50 +35,6 @@ _KNOWN_TOWERS: Final = {t.timm_id: t for t in PRESETS["openvla-7b"].vision}
 _ACTION_HORIZON: Final = 8
 # Every prompt is padded to this, so that one compiled program serves all instructions.
 _MAX_PROMPT_TOKENS: Final = 96
-
-
-class ShardedTensors(Mapping[str, np.ndarray]):
-    """The tensors of all safetensors files of a directory, read one at a time."""
-
-    def __init__(self, folder: Path):
-        """Opens the files and reads their headers.
-
-        Raises:
-            CheckpointError: a file is missing or damaged, or a tensor stands in two files.
-        """
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(set(read_json(index)["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
-        self._files: dict[str, Path] = {}
-        self._handles: dict[Path, Any] = {}
-        for name in files:
-            path = folder / name
-            # A name with a folder in it would reach out of the directory.
-            if Path(name).name != name or not path.is_file():
-                raise CheckpointError(f"{path}: missing; the index names it")
-            try:
-                handle = safetensors.safe_open(path, framework="numpy")
-                keys = list(handle.keys())
-            except (safetensors.SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(
-                    f"{path}: not a readable safetensors file ({error}); fetch it again"
-                ) from error
-            self._handles[path] = handle
-            for key in keys:
-                if key in self._files:
-                    raise CheckpointError(f"{path}: {key!r} stands in {self._files[key].name} too")
-                self._files[key] = path
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._handles[self._files[name]].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
 
 
 def is_huggingface(folder: Path) -> bool:

@@ -12,9 +12,11 @@ Module paths are the public ones already; only the leaf differs:
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -58,10 +60,7 @@ def public_tensors(model: nnx.Module, *, dtype: jnp.dtype | None = None) -> dict
         value = np.asarray(variable[...])
         if dtype is not None:
             value = value.astype(dtype)
-        if leaf == "kernel":
-            value = value.T
-        shape = _public_shape(name, leaf, variable.shape)
-        tensors[name] = np.ascontiguousarray(value).reshape(shape)
+        tensors[name] = public_layout(name, leaf, value)
     return tensors
 
 
@@ -92,30 +91,83 @@ def load_weights(model: nnx.Module, path: Path) -> None:
     assign_tensors(model, tensors, source=str(path))
 
 
-def assign_tensors(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str) -> None:
-    """Fills the parameters of `model` from public tensors, read one at a time.
+def assign_tensors(
+    model: nnx.Module,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    source: str,
+    sharding: jax.sharding.Sharding | None = None,
+) -> None:
+    """Fills the parameters of `model` from public tensors, read and placed one at a time.
 
     A model that was refused a tensor is half-filled and of no use. See `load_weights` for errors.
+
+    Args:
+        model: arrays or, from `abstract_model`, shapes and dtypes.
+        tensors: public name -> tensor.
+        source: what errors name.
+        sharding: of every parameter; None puts it on the default device.
+    """
+    for variable, value in flax_tensors(model, tensors, source=source):
+        # Not an assignment into an array: an abstract model has none yet.
+        variable.set_value(jax.device_put(jnp.asarray(value), sharding))
+
+
+def flax_tensors(
+    model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str
+) -> Iterator[tuple[nnx.Variable, np.ndarray]]:
+    """Each parameter with its value in Flax's layout and the parameter's dtype, one at a time."""
+    convert = through_flax(model, tensors, source=source)
+    for name, _, variable in _parameters(model):
+        _, value = convert(name, variable.dtype)
+        yield variable, value
+
+
+def through_flax(
+    model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str
+) -> Callable[..., tuple[str, np.ndarray]]:
+    """Checks all names; returns (name, dtype or None) -> (leaf's name, value in Flax's layout).
+
+    Raises:
+        CheckpointError: a tensor is missing or unexpected; later, if one does not fit.
     """
     parameters = {name: (leaf, variable) for name, leaf, variable in _parameters(model)}
     if missing := sorted(parameters.keys() - tensors.keys()):
-        raise CheckpointError(f"{source}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+        leaf, variable = parameters[missing[0]]
+        expected = _public_shape(missing[0], leaf, variable.shape)
+        raise CheckpointError(
+            f"{source}: tensor {missing[0]!r} of shape {expected} is missing ({len(missing)} in "
+            "all)"
+        )
     if unexpected := sorted(tensors.keys() - parameters.keys()):
         raise CheckpointError(
-            f"{source}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): the "
-            "file belongs to another architecture"
+            f"{source}: tensor {unexpected[0]!r} of shape {tensors[unexpected[0]].shape} is "
+            f"unexpected ({len(unexpected)} in all): the file belongs to another architecture"
         )
-    for name, (leaf, variable) in parameters.items():
+
+    def convert(name: str, dtype: Any = None) -> tuple[str, np.ndarray]:
+        leaf, variable = parameters[name]
         value = tensors[name]
         expected = _public_shape(name, leaf, variable.shape)
         if value.shape != expected:
             raise CheckpointError(
                 f"{source}: tensor {name!r} has shape {value.shape}, expected {expected}"
             )
-        value = value.astype(variable.dtype)
-        if not np.isfinite(value.astype(np.float32)).all():
+        if dtype is not None:
+            value = value.astype(dtype)
+        if not np.isfinite(value.astype(np.float32, copy=False)).all():
             raise CheckpointError(f"{source}: tensor {name!r} holds NaN or inf")
-        if leaf == "kernel":
-            value = value.reshape(variable.shape[::-1]).T
-        # Not an assignment into an array: an abstract model has none yet.
-        variable.set_value(jnp.asarray(value))
+        return leaf, value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
+
+    return convert
+
+
+def public_layout(name: str, leaf: str, value: np.ndarray) -> np.ndarray:
+    """A parameter's value in its public layout."""
+    shape = _public_shape(name, leaf, value.shape)
+    return np.ascontiguousarray(value.T if leaf == "kernel" else value).reshape(shape)
+
+
+def public_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Public name -> shape; the model may be abstract."""
+    return {n: _public_shape(n, leaf, v.shape) for n, leaf, v in _parameters(model)}

@@ -56,8 +56,8 @@ NAME = "language_model.model.norm.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(NAME), f"{NAME}' is missing"),
-        (lambda t: t.update(extra=vector(1)), "'extra' is unexpected"),
+        (lambda t: t.pop(NAME), rf"{NAME}' of shape \(32,\) is missing"),
+        (lambda t: t.update(extra=vector(1)), r"'extra' of shape \(1,\) is unexpected"),
         (lambda t: t.update({NAME: vector(3)}), rf"{NAME}' has shape \(3,\), expected"),
         (lambda t: t.update({NAME: vector(32, nan)}), f"{NAME}' holds NaN or inf"),
         (lambda t: t.update({NAME: vector(32, inf)}), f"{NAME}' holds NaN or inf"),

@@ -1,0 +1,167 @@
+"""Sharded safetensors read and written one tensor at a time.
+
+A tensor is mapped into memory alone and unmapped with its array, so that resident memory is bounded
+by the tensors in use and not by the file.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from qvla_jax.atomic import atomic_path, write_json
+from qvla_jax.errors import CheckpointError
+
+INDEX_FILE: Final = "model.safetensors.index.json"
+_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TensorFile(Mapping[str, np.ndarray]):
+    """The tensors of one safetensors file; arrays are read-only views of the file."""
+
+    def __init__(self, path: Path):
+        """Reads the header.
+
+        Raises:
+            CheckpointError: the file is damaged, or a tensor has an unknown dtype.
+        """
+        try:
+            # The library checks header, offsets and length; tensors are mapped here.
+            with safetensors.safe_open(path, framework="numpy") as handle:
+                names = list(handle.keys())
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+        except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
+            raise CheckpointError(
+                f"{path}: not a readable safetensors file ({error}); it may be truncated: fetch it "
+                "again"
+            ) from error
+        self._path, self._begin = path, 8 + length
+        self._entries = {name: header[name] for name in names}
+        for name, entry in self._entries.items():
+            if entry["dtype"] not in _DTYPES:
+                raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        shape = tuple(entry["shape"])
+        dtype = _DTYPES[entry["dtype"]]
+        if not math.prod(shape):
+            return np.empty(shape, dtype)
+        offset = self._begin + entry["data_offsets"][0]
+        return np.memmap(self._path, dtype, mode="r", offset=offset, shape=shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class ShardedTensors(Mapping[str, np.ndarray]):
+    """The tensors of all safetensors files of a directory."""
+
+    def __init__(self, folder: Path):
+        """Reads the headers of all files.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, a tensor stands in two files, or in
+                another one than the index says.
+        """
+        index = folder / INDEX_FILE
+        weight_map: dict[str, str] | None = None
+        if index.is_file():
+            weight_map = _weight_map(index)
+            files = sorted(set(weight_map.values()))
+        else:
+            files = ["model.safetensors"]
+        self._files: dict[str, TensorFile] = {}
+        for name in files:
+            path = folder / name
+            # A name with a folder in it would reach out of the directory.
+            if Path(name).name != name or not path.is_file():
+                raise CheckpointError(f"{path}: missing; the index names it")
+            file = TensorFile(path)
+            for key in file:
+                if key in self._files:
+                    raise CheckpointError(f"{path}: {key!r} stands in another file too")
+                self._files[key] = file
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: not a readable index ({error!r})") from error
+
+
+def write_shards(
+    folder: Path, tensors: Mapping[str, np.ndarray], *, shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes shards and their index as public checkpoints have them.
+
+    Args:
+        folder: where to.
+        tensors: read twice, one at a time: for its shape, then for its values.
+        shard_bytes: a shard is closed before it grows larger, unless one tensor is.
+    """
+    specs = {}
+    for name in tensors:
+        tensor = tensors[name]
+        specs[name] = (_NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes)
+        del tensor
+    shards: list[list[str]] = [[]]
+    for name, (_, _, size) in specs.items():
+        if shards[-1] and sum(specs[n][2] for n in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with atomic_path(folder / file_name) as temporary, temporary.open("wb") as file:
+            _write_header(file, {name: specs[name] for name in names})
+            for name in names:
+                np.ascontiguousarray(tensors[name]).tofile(file)
+        weight_map |= dict.fromkeys(names, file_name)
+    total = sum(size for _, _, size in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX_FILE, index)
+
+
+def _write_header(file: BinaryIO, specs: Mapping[str, tuple[str, list[int], int]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape, size) in specs.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    file.write(struct.pack("<Q", len(content)) + content)

@@ -1,0 +1,92 @@
+"""PEFT adapter folders, merged as each weight is read."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from qvla_jax.checkpoints.lora import merge_adapter
+from qvla_jax.errors import CheckpointError
+
+RANK = 4
+PREFIX = "base_model.model."
+
+
+def weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "mlp.weight": rng.normal(size=(6, 5)).astype(np.float32),
+        "patch.weight": rng.normal(size=(6, 3, 2, 2)).astype(np.float32),
+        "norm.weight": rng.normal(size=6).astype(np.float32),
+    }
+
+
+def halves() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    shapes = {
+        "mlp.lora_A.weight": (RANK, 5),
+        "mlp.lora_B.weight": (6, RANK),
+        "patch.lora_A.weight": (RANK, 3, 2, 2),
+        "patch.lora_B.weight": (6, RANK, 1, 1),
+    }
+    return {f"{PREFIX}{n}": rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+
+
+def write(folder, tensors, **config):
+    folder.mkdir(exist_ok=True)
+    settings = {"r": RANK, "lora_alpha": 2, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 2 / RANK), (True, 2 / RANK**0.5)])
+def test_weights_gain_the_scaled_product(tmp_path, rslora, scale):
+    base, low = weights(), halves()
+    merged = merge_adapter(base, write(tmp_path / "a", low, use_rslora=rslora))
+    assert list(merged) == list(base)
+    assert len(merged) == 3
+    low = {name: tensor.astype(np.float64) for name, tensor in low.items()}
+    product = low[f"{PREFIX}mlp.lora_B.weight"] @ low[f"{PREFIX}mlp.lora_A.weight"]
+    np.testing.assert_allclose(
+        merged["mlp.weight"], base["mlp.weight"] + scale * product, rtol=1e-5, atol=1e-6
+    )
+    product = np.einsum(
+        "cr,rijk->cijk",
+        low[f"{PREFIX}patch.lora_B.weight"][..., 0, 0],
+        low[f"{PREFIX}patch.lora_A.weight"],
+    )
+    np.testing.assert_allclose(
+        merged["patch.weight"], base["patch.weight"] + scale * product, rtol=1e-5, atol=1e-6
+    )
+    assert merged["norm.weight"] is base["norm.weight"]
+
+
+def test_merged_weights_keep_their_dtype(tmp_path):
+    base = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in weights().items()}
+    merged = merge_adapter(base, write(tmp_path / "a", halves()))
+    assert {tensor.dtype for tensor in merged.values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+@pytest.mark.parametrize("lost", ["mlp.lora_A.weight", "mlp.lora_B.weight"])
+def test_half_an_adapter_is_named(tmp_path, lost):
+    low = halves()
+    del low[f"{PREFIX}{lost}"]
+    with pytest.raises(CheckpointError, match=r"the adapter of 'mlp\.weight' fits no weight"):
+        merge_adapter(weights(), write(tmp_path / "a", low))
+
+
+def test_an_adapter_of_another_model_is_named(tmp_path):
+    base = weights()
+    del base["patch.weight"]
+    with pytest.raises(CheckpointError, match=r"the adapter of 'patch\.weight' fits no weight"):
+        merge_adapter(base, write(tmp_path / "a", halves()))
+
+
+def test_a_damaged_folder_is_named(tmp_path):
+    folder = write(tmp_path / "a", halves())
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a: not a readable PEFT adapter"):
+        merge_adapter(weights(), folder)

@@ -1,0 +1,42 @@
+"""The full-size presets against the public checkpoints' sizes, without a byte of weights."""
+
+import math
+from collections import Counter
+
+import pytest
+from flax import nnx
+
+from qvla_jax.config import preset
+from qvla_jax.models import abstract_model
+
+# Sizes of the public parts: Llama-2-7B with 32,064 tokens, timm's DINOv2-L/14 with registers and
+# SigLIP-so400m/14 with pooling head at 224 pixels, and the fused projector 2176 -> 8704 -> 4096.
+_LLAMA = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
+_OPENVLA = {
+    "language_model.lm_head": 32064 * 4096,
+    "language_model.model": 32064 * 4096 + _LLAMA,
+    "projector": (2176 + 1) * 8704 + (8704 + 1) * 4096 + (4096 + 1) * 4096,
+    "vision_backbone.featurizer": 303_230_976,
+    "vision_backbone.fused_featurizer": 427_680_704,
+}
+_OFT = {
+    "proprio_projector": (8 + 1) * 4096 + (4096 + 1) * 4096,
+    "action_head": 2 * 28672 + 28673 * 4096 + 2 * (2 * 4096 + 4097 * 4096) + 2 * 4096 + 4097 * 7,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("openvla-7b", _OPENVLA), ("openvla-oft-7b", _OPENVLA | _OFT)]
+)
+def test_parameters_by_module(name, expected):
+    counts: Counter[str] = Counter()
+    model = abstract_model(preset(name))
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        depth = 2 if path[0] in ("language_model", "vision_backbone") else 1
+        counts[".".join(path[:depth])] += math.prod(parameter.shape)
+    assert counts == expected
+
+
+def test_openvla_7b_has_the_size_of_the_public_checkpoint():
+    # The public index gives 15,082,474,368 bytes of bfloat16.
+    assert 2 * sum(_OPENVLA.values()) == 15_082_474_368
