@@ -10,6 +10,7 @@ import dataclasses
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -170,6 +171,18 @@ class _Archive:
         return self._bytes[begin:end].view(dtype)
 
 
+def _operations(description: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
+    operations = pickletools.genops(description)
+    while True:
+        with warnings.catch_warnings():
+            # Python warns of a backslash in a name, which is refused anyway.
+            warnings.simplefilter("ignore")
+            operation = next(operations, None)
+        if operation is None:
+            return
+        yield operation
+
+
 class _Machine:
     """Interprets the description."""
 
@@ -182,7 +195,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        for opcode, argument, _ in pickletools.genops(self._description):
+        for opcode, argument, _ in _operations(self._description):
             if opcode.name == "STOP":
                 return self._pop()
             action = getattr(self, f"_op_{opcode.name.lower()}", None)

@@ -97,6 +97,7 @@ def test_no_code_runs_and_the_name_is_told(tmp_path, evil, protocol):
     ("description", "message"),
     [
         (b"\x80\x02ctorch.serialization\nload\n.", "refuses the name 'torch.serialization load'"),
+        (b"\x80\x02ctorch\n\\dumps\n.", "refuses the name"),
         (b"\x80\x02ctorch\nFloatStorage\n)R.", "refuses to call"),
         (b"\x80\x02}U\x01xN.", "opcode SHORT_BINSTRING"),
         (b"\x80\x02}(K\x01u.", "a key without a value"),
