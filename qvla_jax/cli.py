@@ -110,7 +110,8 @@ COMMANDS = {
         "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train
     ),
     "inspect": Command(
-        "say what a policy holds and what it weighs", "qvla inspect --model libero-mini", _inspect
+        "list a policy's modules: parameters, bytes, channels, quantized or kept",
+        "qvla inspect openvla-7b", _inspect
     ),
     "reexport": Command(
         "import a public directory tensor by tensor and write it again",

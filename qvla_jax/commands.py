@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Positional
 
 from qvla_jax import __version__, pipeline
 from qvla_jax.errors import QvlaError
@@ -20,10 +21,12 @@ from qvla_jax.report.svg import number
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Says what a policy holds and what it weighs at uniform bit-widths."""
+    """Says what a policy is made of: parameters, bytes and output channels of every module."""
 
-    # A policy that ships with the package, or a directory that holds one.
-    model: str = "libero-mini"
+    # A preset, or a directory that holds a policy: a saved one or a public one.
+    model: Positional[str]
+    # Load the weights and print the fingerprint that results name the policy by.
+    fingerprint: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,22 +148,30 @@ def train(config: Any) -> None:
 
 
 def inspect(config: InspectConfig) -> None:
-    """Prints what a policy holds."""
-    from qvla_jax.inference import load_policy
-    from qvla_jax.quantization import policy_index
+    """Prints what a policy is made of."""
     from qvla_jax.quantization.layout import uniform_bytes
+    from qvla_jax.report.modules import describe, modules_table
 
-    policy = load_policy(config.model)
-    index = policy_index(policy)
-    _say(f"{policy.config.name}  fingerprint {policy.fingerprint}")
+    described = describe(config.model)
+    index = described.index
+    _say(f"{described.config.name} ({described.source})")
     _say(
-        f"{pipeline.count_parameters(policy):,} parameters; {index.num_weights:,} of them in "
-        f"{len(index):,} quantizable output channels of {len(index.layers)} layers"
+        f"{described.parameters:,} parameters in {described.stored_bytes:,} bytes; "
+        f"{index.num_weights:,} of them are the weights of {len(index):,} quantizable output "
+        f"channels of {len(index.layers)} layers"
     )
+    if config.fingerprint:
+        from qvla_jax.inference import load_policy
+
+        _say(f"fingerprint {load_policy(config.model).fingerprint}")
+    _say("")
+    _print(modules_table(described.modules))
+    _say("")
     table = Table("uniform bits", box=None)
-    table.add_column("quantized layers", justify="right")
+    table.add_column("bytes of the quantized layers", justify="right")
     for bits in (16, 8, 4, 3, 2):
-        table.add_row("source" if bits == 16 else str(bits), size_text(uniform_bytes(index, bits)))
+        label = "source" if bits == 16 else str(bits)
+        table.add_row(label, f"{uniform_bytes(index, bits):,}")
     _print(table)
 
 

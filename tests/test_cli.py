@@ -181,7 +181,7 @@ def test_run_prints_the_methods_and_where_the_report_is(policy, tmp_path, capsys
 
 
 def test_inspect_and_doctor_describe_what_is_there(policy, capsys):
-    assert cli.main(["inspect", "--model", str(policy)]) == 0
+    assert cli.main(["inspect", str(policy)]) == 0
     assert "quantizable output channels" in capsys.readouterr().out
     assert cli.main(["doctor"]) == 0
     assert "greedy:marginal" in capsys.readouterr().out

@@ -41,8 +41,10 @@ class TensorFile(Mapping[str, np.ndarray]):
         """Reads the header.
 
         Raises:
-            CheckpointError: the file is damaged, or a tensor has an unknown dtype.
+            CheckpointError: the file is missing or damaged, or a tensor has an unknown dtype.
         """
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
         try:
             # The library checks header, offsets and length; tensors are mapped here.
             with safetensors.safe_open(path, framework="numpy") as handle:

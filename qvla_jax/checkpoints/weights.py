@@ -131,6 +131,36 @@ def through_flax(
     Raises:
         CheckpointError: a tensor is missing or unexpected; later, if one does not fit.
     """
+    parameters = _matched(model, tensors, source)
+
+    def convert(name: str, dtype: Any = None) -> tuple[str, np.ndarray]:
+        leaf, variable = parameters[name]
+        value = tensors[name]
+        _check_shape(name, value, _public_shape(name, leaf, variable.shape), source)
+        if dtype is not None:
+            value = value.astype(dtype)
+        if not np.isfinite(value.astype(np.float32, copy=False)).all():
+            raise CheckpointError(f"{source}: tensor {name!r} holds NaN or inf")
+        return leaf, value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
+
+    return convert
+
+
+def check_shapes(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str) -> None:
+    """Checks that there is a tensor of the right shape for every parameter, and no other.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of the wrong shape.
+    """
+    for name, (leaf, variable) in _matched(model, tensors, source).items():
+        expected = _public_shape(name, leaf, variable.shape)
+        _check_shape(name, tensors[name], expected, source)
+
+
+def _matched(
+    model: nnx.Module, tensors: Mapping[str, np.ndarray], source: str
+) -> dict[str, tuple[str, nnx.Variable]]:
+    """Public name -> (leaf's name, variable); raises if the names differ from the tensors'."""
     parameters = {name: (leaf, variable) for name, leaf, variable in _parameters(model)}
     if missing := sorted(parameters.keys() - tensors.keys()):
         leaf, variable = parameters[missing[0]]
@@ -144,22 +174,14 @@ def through_flax(
             f"{source}: tensor {unexpected[0]!r} of shape {tensors[unexpected[0]].shape} is "
             f"unexpected ({len(unexpected)} in all): the file belongs to another architecture"
         )
+    return parameters
 
-    def convert(name: str, dtype: Any = None) -> tuple[str, np.ndarray]:
-        leaf, variable = parameters[name]
-        value = tensors[name]
-        expected = _public_shape(name, leaf, variable.shape)
-        if value.shape != expected:
-            raise CheckpointError(
-                f"{source}: tensor {name!r} has shape {value.shape}, expected {expected}"
-            )
-        if dtype is not None:
-            value = value.astype(dtype)
-        if not np.isfinite(value.astype(np.float32, copy=False)).all():
-            raise CheckpointError(f"{source}: tensor {name!r} holds NaN or inf")
-        return leaf, value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
 
-    return convert
+def _check_shape(name: str, value: np.ndarray, expected: tuple[int, ...], source: str) -> None:
+    if value.shape != expected:
+        raise CheckpointError(
+            f"{source}: tensor {name!r} has shape {value.shape}, expected {expected}"
+        )
 
 
 def public_layout(name: str, leaf: str, value: np.ndarray) -> np.ndarray:

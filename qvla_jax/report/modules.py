@@ -1,0 +1,206 @@
+"""What a policy is made of: parameters, bytes and output channels, module by module.
+
+Nothing but shapes and dtypes is read, so that a 7B policy is described in seconds. A module that
+every block repeats stands in one row, its number written `*`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from rich.table import Table
+
+from qvla_jax.checkpoints.huggingface import (
+    CONFIG_FILE,
+    is_huggingface,
+    read_config,
+    read_json,
+    read_tensors,
+)
+from qvla_jax.checkpoints.tensor_files import TensorFile
+from qvla_jax.checkpoints.weights import check_shapes, public_shapes
+from qvla_jax.config import OpenVLAConfig, preset
+from qvla_jax.data.samples import bundled_policy_path
+from qvla_jax.inference.policy import WEIGHTS_FILE
+from qvla_jax.models import abstract_model
+from qvla_jax.models.surgery import named_modules
+from qvla_jax.quantization.index import ChannelIndex, LayerInfo
+from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+
+# What the public checkpoints are published in, and so what presets without weights are counted in.
+_PUBLISHED = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Module:
+    """Parameters that one module owns itself, or the like modules of all blocks together."""
+
+    # Dotted path; numbers of blocks are `*`.
+    path: str
+    # Modules in this row.
+    count: int
+    parameters: int
+    # As stored.
+    stored_bytes: int
+    # Output channels of linear layers; 0 for all else.
+    channels: int
+    # The weights are quantized by the rules; biases always keep the source's bits.
+    quantized: bool
+
+    @property
+    def part(self) -> str:
+        """The part of the policy that it belongs to: `vision_backbone.featurizer`, `projector`."""
+        names = self.path.split(".")
+        return ".".join(names[: 2 if names[0] in ("vision_backbone", "language_model") else 1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """A policy's modules, and its quantizable channels."""
+
+    config: OpenVLAConfig
+    # Where shapes and dtypes come from, for people.
+    source: str
+    modules: tuple[Module, ...]
+    index: ChannelIndex
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all modules."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all parameters as stored."""
+        return sum(module.stored_bytes for module in self.modules)
+
+
+def describe(source: str, *, rules: LayerRules = DEFAULT_RULES) -> Description:
+    """Describes a policy without loading it.
+
+    Args:
+        source: a preset (with weights or without), a directory written by `Policy.save`, or a
+            public OpenVLA or OpenVLA-OFT directory.
+        rules: which layers are quantized.
+
+    Raises:
+        InputError: neither a preset nor a directory, or a rule that matches nothing.
+        CheckpointError: a file is missing or broken, or its tensors do not fit the architecture.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        config = preset(source)
+        folder = bundled_policy_path(config.name)
+        if not folder.is_dir():
+            return _described(config, "a preset without weights, in bfloat16", None, rules)
+    if is_huggingface(folder):
+        # The statistics are not needed: any entry will do where there are several.
+        config, _ = read_config(folder, unnorm_key="")
+        return _described(config, f"{folder}, public layout", read_tensors(folder), rules)
+    config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
+    return _described(config, str(folder), TensorFile(folder / WEIGHTS_FILE), rules)
+
+
+def _described(
+    config: OpenVLAConfig,
+    source: str,
+    tensors: Mapping[str, np.ndarray] | None,
+    rules: LayerRules,
+) -> Description:
+    """Describes an architecture with the dtypes of its tensors, which must fit it."""
+    model = abstract_model(config)
+    shapes = public_shapes(model)
+    dtypes = dict.fromkeys(shapes, _PUBLISHED)
+    if tensors is not None:
+        check_shapes(model, tensors, source=source)
+        dtypes = {name: tensors[name].dtype for name in shapes}
+    return Description(
+        config=config,
+        source=source,
+        modules=_modules(model, shapes, dtypes, rules),
+        index=_index(quantizable_layers(model, rules), dtypes),
+    )
+
+
+def _modules(
+    model: nnx.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype[Any]],
+    rules: LayerRules,
+) -> tuple[Module, ...]:
+    linears = named_modules(model, nnx.Linear)
+    quantized = quantizable_layers(model, rules)
+    # Row -> module -> its parameters.
+    rows: dict[tuple[str, bool], dict[str, list[str]]] = {}
+    for name in shapes:
+        owner = name.rpartition(".")[0]
+        row = re.sub(r"\.\d+(?=\.|$)", ".*", owner), owner in quantized
+        rows.setdefault(row, {}).setdefault(owner, []).append(name)
+    modules = []
+    for (path, is_quantized), owners in rows.items():
+        counts = {n: math.prod(shapes[n]) for names in owners.values() for n in names}
+        modules.append(
+            Module(
+                path=path,
+                count=len(owners),
+                parameters=sum(counts.values()),
+                stored_bytes=sum(c * dtypes[n].itemsize for n, c in counts.items()),
+                channels=sum(linears[o].out_features for o in owners if o in linears),
+                quantized=is_quantized,
+            )
+        )
+    return tuple(modules)
+
+
+def _index(layers: Mapping[str, nnx.Linear], dtypes: Mapping[str, np.dtype[Any]]) -> ChannelIndex:
+    infos = []
+    for path, layer in layers.items():
+        names = [n for n in (f"{path}.weight", f"{path}.bias") if n in dtypes]
+        infos.append(
+            LayerInfo(
+                path=path,
+                out_features=layer.out_features,
+                fan_in=layer.in_features,
+                has_bias=layer.bias is not None,
+                source_bytes=max(dtypes[name].itemsize for name in names),
+            )
+        )
+    return ChannelIndex(tuple(infos))
+
+
+def modules_table(modules: Iterable[Module]) -> Table:
+    """The table for people: each part of the policy with its modules, and the sum."""
+    modules = list(modules)
+    table = Table("module", box=None, padding=(0, 1))
+    for heading in ("modules", "parameters", "bytes", "output channels"):
+        table.add_column(heading, justify="right")
+    table.add_column("weights")
+    for part in dict.fromkeys(module.part for module in modules):
+        members = [module for module in modules if module.part == part]
+        _add(table, part, members, style="bold")
+        if len(members) > 1 or members[0].path != part:
+            for member in members:
+                inner = member.path.removeprefix(part).removeprefix(".")
+                _add(table, f"  {inner or '(its own)'}", [member])
+    _add(table, "all", modules, style="bold")
+    return table
+
+
+def _add(table: Table, label: str, modules: list[Module], *, style: str | None = None) -> None:
+    kinds = {module.quantized for module in modules}
+    channels = sum(module.channels for module in modules)
+    table.add_row(
+        label,
+        f"{sum(m.count for m in modules):,}",
+        f"{sum(m.parameters for m in modules):,}",
+        f"{sum(m.stored_bytes for m in modules):,}",
+        f"{channels:,}" if channels else "-",
+        "in part quantized" if len(kinds) > 1 else "quantized" if True in kinds else "kept",
+        style=style,
+    )
