@@ -42,8 +42,11 @@ class SensitivityConfig(StageConfig):
 
     # A policy that ships with the package, or a directory that holds one.
     model: str = "libero-mini"
-    # jacobian (first order, all channels at once) or exact (a forward pass each).
+    # jacobian (first order, all channels at once), exact (a forward pass each) or refined (first
+    # order, corrected by exact probing where it is least certain).
     method: str = "jacobian"
+    # Forward passes that refined may take, as a share of those of exact.
+    exact_share: float = 0.01
     # Random probe vectors for each frame (jacobian).
     probes: int = 8
     # Other methods to compare with, each in a file of its own.

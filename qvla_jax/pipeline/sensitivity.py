@@ -52,6 +52,7 @@ def sensitivity(
             method=method,
             bits=BITS,
             probes=config.probes,
+            exact_share=config.exact_share,
             seed=config.seed,
             # The inputs are the same for every method: measured once.
             statistics=tables[config.method].statistics if tables else None,

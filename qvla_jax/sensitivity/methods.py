@@ -29,11 +29,13 @@ from qvla_jax.sensitivity.input_hessian import input_hessian_costs
 from qvla_jax.sensitivity.jacobian import reverse_costs
 from qvla_jax.sensitivity.joint import joint_factors
 from qvla_jax.sensitivity.probes import Probes, check_probes
+from qvla_jax.sensitivity.refined import refined_costs
 from qvla_jax.sensitivity.statistics import input_statistics
 from qvla_jax.sensitivity.table import SensitivityTable
 
-METHODS: Final = ("jacobian", "exact", "taylor", "input_hessian")
+METHODS: Final = ("jacobian", "refined", "exact", "taylor", "input_hessian")
 DEFAULT_BITS: Final = (0, 2, 4, 8, 16)
+DEFAULT_SHARE: Final = 0.01
 DEFAULT_QUANTIZER: Final = QuantizerSettings()
 
 
@@ -44,6 +46,7 @@ def sensitivities(
     method: str = "jacobian",
     bits: tuple[int, ...] = DEFAULT_BITS,
     probes: Probes = 8,
+    exact_share: float = DEFAULT_SHARE,
     seed: int = 0,
     batch: int | None = None,
     action_weights: np.ndarray | None = None,
@@ -59,11 +62,13 @@ def sensitivities(
         policy: the full-precision policy.
         calibration: frames to average over.
         method: "jacobian" (first order, all channels at once), "exact" (one forward pass for each
-            channel and option), "taylor" and "input_hessian" (proxies to compare with). Equations
-            stand in the modules of these names.
+            channel and option), "refined" (first order, corrected by exact probing where it is
+            least certain), "taylor" and "input_hessian" (proxies to compare with). Equations stand
+            in the modules of these names.
         bits: options, out of 0, 2, 3, 4, 8, 16.
-        probes: Rademacher vectors for each frame, or "full" for all h a basis vectors (jacobian
-            and taylor).
+        probes: Rademacher vectors for each frame, or "full" for all h a basis vectors (jacobian,
+            refined and taylor).
+        exact_share: forward passes that `refined` may take, as a share of those of `exact`.
         seed: of the probes.
         batch: frames at a time; memory grows with it.
         action_weights: weight of each of the a action dimensions; None weighs all alike.
@@ -97,8 +102,8 @@ def sensitivities(
     bound.check(index)
     options = tuple(b for b in bits if b != SOURCE)
     costs, error = _costs(
-        policy, calibration, layers, index, bound, method, options, probes, seed, batch, weights,
-        progress,
+        policy, calibration, layers, index, bound, method, options, probes, exact_share, seed,
+        batch, weights, progress,
     )  # fmt: skip
     columns = [options.index(b) if b != SOURCE else len(options) for b in bits]
 
@@ -106,7 +111,8 @@ def sensitivities(
         return np.pad(values, ((0, 0), (0, 1)))[:, columns]
 
     settings: dict[str, Any] = {
-        "probes": probes if method in ("jacobian", "taylor") else None,
+        "probes": probes if method in ("jacobian", "refined", "taylor") else None,
+        "exact_share": exact_share if method == "refined" else None,
         "frames": calibration.frames,
         "action_weights": None if weights is None else weights.tolist(),
     }
@@ -142,6 +148,7 @@ def _costs(
     method: str,
     bits: tuple[int, ...],
     probes: Probes,
+    exact_share: float,
     seed: int,
     batch: int | None,
     weights: np.ndarray | None,
@@ -157,6 +164,11 @@ def _costs(
         return exact_costs(
             policy, calibration, layers, index, quantizer, bits=bits, batch=size, weights=weights,
             progress=progress,
+        )  # fmt: skip
+    if method == "refined":
+        return refined_costs(
+            policy, calibration, layers, index, quantizer, bits=bits, probes=probes,
+            share=exact_share, seed=seed, batch=size, weights=weights, progress=progress,
         )  # fmt: skip
     return reverse_costs(
         policy, calibration, layers, index, quantizer, method=method, bits=bits, probes=probes,

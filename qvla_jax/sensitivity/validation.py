@@ -1,6 +1,5 @@
 """Can a table be trusted? Rank correlation with exact probing, and additivity."""
 
-import re
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
 from qvla_jax.sensitivity.batches import Calibration, FirstFrames
 from qvla_jax.sensitivity.exact import exact_costs
-from qvla_jax.sensitivity.methods import sensitivities
+from qvla_jax.sensitivity.methods import DEFAULT_SHARE, sensitivities
 from qvla_jax.sensitivity.probes import Probes
 from qvla_jax.sensitivity.ranks import spearman
+from qvla_jax.sensitivity.strata import module_types
 from qvla_jax.sensitivity.table import SensitivityTable
 
 
@@ -26,12 +26,6 @@ def sample_channels(index: ChannelIndex, count: int, *, seed: int) -> Int[np.nda
         raise InputError(f"channels to sample: expected at least 1, got {count}")
     count = min(count, len(index))
     return np.sort(np.random.default_rng(seed).choice(len(index), count, replace=False))
-
-
-def module_type(path: str) -> str:
-    """`language_model.model.layers.3.mlp.up_proj` -> `language_model.mlp.up_proj`."""
-    path = re.sub(r"\.(model\.layers|blocks)\.\d+", "", path)
-    return path.removeprefix("vision_backbone.")
 
 
 def validate(
@@ -92,6 +86,7 @@ def validate(
         method=table.method,
         bits=table.bits,
         probes=_probes(policy, table, part.frames),
+        exact_share=table.provenance["settings"].get("exact_share") or DEFAULT_SHARE,
         seed=seed,
         quantizer=table.settings,
         statistics=table.statistics,
@@ -136,7 +131,8 @@ def rank_correlations(
 
     A module type with fewer than three samples, or without variation, is left out.
     """
-    types = np.asarray([module_type(index.paths[i]) for i in index.layer_of[rows]])
+    names, numbers = module_types(index)
+    types = np.asarray(names)[numbers[rows]]
     result = []
     for column, b in enumerate(bits):
         by_module = {}

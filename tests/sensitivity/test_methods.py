@@ -13,7 +13,8 @@ from qvla_jax.models import get_module
 from qvla_jax.quantization import quantize
 from qvla_jax.sensitivity import METHODS, joint_error, sensitivities, spearman, validate
 from qvla_jax.sensitivity.batches import FirstFrames
-from qvla_jax.sensitivity.validation import module_type, sample_channels
+from qvla_jax.sensitivity.strata import module_type
+from qvla_jax.sensitivity.validation import sample_channels
 from qvla_jax.solvers import solve
 
 from .toys import LLM, ToyFrames, toy_policy
