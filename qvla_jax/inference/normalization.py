@@ -47,6 +47,11 @@ class Normalizer:
             raise CheckpointError(f"{where}: q01 or q99 holds NaN or inf")
         return cls(q01=q01, q99=q99, mask=mask)
 
+    @property
+    def units(self) -> Float[np.ndarray, " a"]:
+        """Metric units in one unit of the normalized space."""
+        return np.where(self.mask, 0.5 * (self.q99 - self.q01 + _EPSILON), 1.0)
+
     def normalize(self, values: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
         """Metric units -> [-1, 1], float32."""
         scaled = 2.0 * (values - self.q01) / (self.q99 - self.q01 + _EPSILON) - 1.0
@@ -54,5 +59,5 @@ class Normalizer:
 
     def unnormalize(self, values: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
         """[-1, 1] -> metric units, float32."""
-        scaled = 0.5 * (values + 1.0) * (self.q99 - self.q01 + _EPSILON) + self.q01
+        scaled = (values + 1.0) * self.units + self.q01
         return np.where(self.mask, scaled, values).astype(np.float32)

@@ -177,6 +177,7 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     trained.save(folder, dtype=jnp.bfloat16)
     # Validated as shipped: after rounding to bfloat16 and reading back.
     shipped = heldout_l1(load_policy(folder), heldout)
+    units = policy.processor.actions.units
     write_json(
         folder / "training.json",
         {
@@ -185,6 +186,9 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
             "train_frames": len(frames),
             "heldout_episodes": len(heldout_set),
             "heldout_frames": len(heldout),
+            # In the data set's units, the controller's commands: what the normalization undoes.
+            "heldout_l1": float((shipped * units).mean()),
+            "heldout_l1_by_dimension": (shipped * units).mean(axis=0).tolist(),
             "heldout_l1_normalized": float(shipped.mean()),
             "heldout_l1_normalized_by_dimension": shipped.mean(axis=0).tolist(),
             "provenance": provenance(seed=config.seed),
@@ -240,7 +244,7 @@ def _run(
                 log.add(
                     step=done,
                     train_l1=float(np.mean(losses)),
-                    heldout_l1=float(heldout_l1(current, heldout).mean()),
+                    heldout_l1_normalized=float(heldout_l1(current, heldout).mean()),
                 )
                 losses.clear()
             if done % config.checkpoint_every == 0 or done == config.steps:

@@ -65,8 +65,8 @@ def test_a_cut_run_resumes_to_the_same_weights(config, tmp_path):
     logs = [(out / "log.jsonl").read_text().splitlines() for out in (whole.out, config.out)]
     assert [json.loads(line)["step"] for line in logs[1]] == [3, 6]
     # The mean training loss of a window that was cut covers only what was run after the cut.
-    assert [json.loads(line)["heldout_l1"] for line in logs[0]] == pytest.approx(
-        [json.loads(line)["heldout_l1"] for line in logs[1]], rel=1e-6
+    assert [json.loads(line)["heldout_l1_normalized"] for line in logs[0]] == pytest.approx(
+        [json.loads(line)["heldout_l1_normalized"] for line in logs[1]], rel=1e-6
     )
 
 
@@ -76,7 +76,14 @@ def test_training_fits_and_says_what_it_reached(config):
     log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["train_l1"] < 0.7 * log[0]["train_l1"]
     record = json.loads((folder / "training.json").read_text())
-    assert record["heldout_l1_normalized"] == pytest.approx(log[-1]["heldout_l1"], rel=0.05)
+    reached = record["heldout_l1_normalized"]
+    assert reached == pytest.approx(log[-1]["heldout_l1_normalized"], rel=0.05)
+    (statistics,) = json.loads((folder / "dataset_statistics.json").read_text()).values()
+    half = np.subtract(statistics["action"]["q99"], statistics["action"]["q01"]) / 2
+    half[6] = 1.0  # the gripper is not normalized
+    by_dimension = np.multiply(record["heldout_l1_normalized_by_dimension"], half)
+    np.testing.assert_allclose(record["heldout_l1_by_dimension"], by_dimension, rtol=1e-5)
+    assert record["heldout_l1"] == pytest.approx(by_dimension.mean())
     assert record["train_episodes"] == 20
     assert "data" not in record["config"]
 
