@@ -55,10 +55,10 @@ def _train() -> tuple[type[Any], Callable[[Any], None]]:
     return TrainConfig, commands.train
 
 
-def _reexport() -> tuple[type[Any], Callable[[Any], None]]:
+def _export() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands
 
-    return commands.ReexportConfig, commands.reexport
+    return commands.ExportConfig, commands.export
 
 
 def _synthesize() -> tuple[type[Any], Callable[[Any], None]]:
@@ -113,9 +113,9 @@ COMMANDS = {
         "list a policy's modules: parameters, bytes, channels, quantized or kept",
         "qvla inspect openvla-7b", _inspect
     ),
-    "reexport": Command(
-        "import a public directory tensor by tensor and write it again",
-        "qvla reexport --model DIR --out DIR", _reexport,
+    "export": Command(
+        "write a policy in the public (Hugging Face) layout",
+        "qvla export --model libero-mini --out DIR", _export,
     ),
     "synthesize": Command(
         "write a public directory with random weights",

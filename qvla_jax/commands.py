@@ -5,7 +5,7 @@ import importlib.util
 import resource
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -35,14 +35,20 @@ class DoctorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReexportConfig:
-    """Imports a public directory one tensor at a time and writes the public layout again."""
+class ExportConfig:
+    """Writes a policy in the public (Hugging Face) layout.
 
-    # A public OpenVLA or OpenVLA-OFT directory.
-    model: Path
+    A public directory passes through the import one tensor at a time and comes back bit for bit;
+    any other policy, and one whose dtype shall change, is loaded whole.
+    """
+
+    # A preset with weights, or a directory that holds a policy: a saved one or a public one.
+    model: str
     # An empty or new folder.
     out: Path
-    # Statistics entry, where the directory holds several.
+    # Of all tensors; left out: as they are.
+    dtype: Literal["float32", "bfloat16"] | None = None
+    # Statistics entry, where a public directory holds several.
     unnorm_key: str | None = None
 
 
@@ -57,13 +63,25 @@ class SynthesizeConfig:
     seed: int = 0
 
 
-def reexport(config: ReexportConfig) -> None:
-    """Re-exports a public directory and prints the peak resident memory."""
-    from qvla_jax.checkpoints.export import reexport as export
+def export(config: ExportConfig) -> None:
+    """Exports a policy and prints the peak resident memory."""
+    from qvla_jax.checkpoints.export import reexport
+    from qvla_jax.checkpoints.huggingface import is_huggingface
+    from qvla_jax.inference import load_policy
 
-    export(config.model, config.out, unnorm_key=config.unnorm_key)
+    if config.dtype is None and is_huggingface(Path(config.model)):
+        reexport(Path(config.model), config.out)
+    else:
+        import jax.numpy as jnp
+
+        policy = load_policy(config.model, unnorm_key=config.unnorm_key)
+        policy.export(config.out, dtype=config.dtype and jnp.dtype(config.dtype))
+    _say(f"{config.out}; {_peak()}")
+
+
+def _peak() -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _say(f"{config.out}; peak resident memory {peak / 2**20:.2f} GiB")
+    return f"peak resident memory {peak / 2**20:.2f} GiB"
 
 
 def synthesize(config: SynthesizeConfig) -> None:

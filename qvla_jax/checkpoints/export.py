@@ -1,10 +1,9 @@
-"""Writing the public Hugging Face layout: re-export of a directory, and synthetic directories.
+"""Writing the public Hugging Face layout: of a model, of an imported directory, synthetic ones.
 
-Tensors pass one at a time through the same path as in `load_policy`: mapped, checked, brought into
-Flax's layout and placed on the device; then back.
+Tensors of a directory pass one at a time through the same path as in `load_policy`: mapped,
+checked, brought into Flax's layout and placed on the device; then back.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,10 +15,25 @@ import numpy as np
 from flax import nnx
 
 from qvla_jax.atomic import write_json
-from qvla_jax.checkpoints.huggingface import CONFIG_FILE, STATISTICS_FILE, read_config, read_tensors
+from qvla_jax.checkpoints.huggingface import (
+    CONFIG_FILE,
+    OWN_KEY,
+    STATISTICS_FILE,
+    read_config,
+    read_json,
+    read_tensors,
+)
+from qvla_jax.checkpoints.settings import public_settings
 from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors, write_shards
-from qvla_jax.checkpoints.weights import public_layout, public_shapes, through_flax
-from qvla_jax.config import OpenVLAConfig, VisionTowerConfig
+from qvla_jax.checkpoints.torch_writer import write_torch_zip
+from qvla_jax.checkpoints.weights import (
+    check_shapes,
+    public_layout,
+    public_shapes,
+    public_tensors,
+    through_flax,
+)
+from qvla_jax.config import OpenVLAConfig
 from qvla_jax.errors import InputError
 from qvla_jax.models.openvla import abstract_model
 
@@ -27,23 +41,103 @@ from qvla_jax.models.openvla import abstract_model
 _BLOCK: Final = 1 << 22
 
 
-def reexport(source: Path, out: Path, *, unnorm_key: str | None = None) -> None:
+# Linear maps of FiLM itself, which the public code adds after the adapters.
+_FILM: Final = (".scale.weight", ".scale.bias", ".shift.weight", ".shift.bias")
+# Rank of the empty adapters in a vision backbone with FiLM: what the public evaluation expects.
+_RANK: Final = 32
+
+
+def export_model(
+    config: OpenVLAConfig,
+    model: nnx.Module,
+    statistics: Mapping[str, Any],
+    out: Path,
+    *,
+    dtype: Any = None,
+) -> None:
+    """Writes a model as a public directory, but for the tokenizer.
+
+    Action head, proprio projector and a vision backbone with FiLM become component files. The
+    public code wraps the latter in adapters before it loads it, so it is written with adapters that
+    add nothing; the towers without FiLM stand among the weights as well, as they do there.
+
+    Args:
+        config: the model's configuration. What the layout does not tell is kept in config.json
+            under the key `qvla_jax`, which the public code does not read.
+        model: with arrays.
+        statistics: data set name -> public statistics.
+        out: an empty or new folder.
+        dtype: of all tensors; None keeps the parameters' own.
+
+    Raises:
+        InputError: `out` holds files already.
+        CheckpointError: the model's parameters are not those of the configuration; a quantized
+            model has biases that the layout has no place for.
+    """
+    tensors = public_tensors(model, dtype=dtype)
+    check_shapes(abstract_model(config), tensors, source=config.name)
+    _check_empty(out)
+    out.mkdir(parents=True, exist_ok=True)
+    weights: dict[str, np.ndarray] = {}
+    components: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part in ("action_head", "proprio_projector"):
+            components.setdefault(part, {})[rest] = tensor
+        elif part == "vision_backbone" and config.use_film:
+            components.setdefault(part, {}).update(_adapted(name, tensor, tensors))
+            if not name.endswith(_FILM):
+                weights[name.replace(".block.", ".")] = tensor
+        else:
+            weights[name] = tensor
+    write_shards(out, weights)
+    for part, members in components.items():
+        write_torch_zip(out / f"{part}--0_checkpoint.pt", members)
+    for name, content in public_settings(config).items():
+        write_json(out / name, content)
+    write_json(out / STATISTICS_FILE, statistics)
+    settings = read_json(out / CONFIG_FILE)
+    read, _ = read_config(out, unnorm_key="")
+    told = read.to_dict() | {"name": None, "unnorm_key": None}  # folder and statistics may change
+    own = {key: value for key, value in config.to_dict().items() if value != told[key]}
+    write_json(out / CONFIG_FILE, {**settings, "norm_stats": statistics, OWN_KEY: own})
+
+
+def _adapted(
+    name: str, tensor: np.ndarray, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A tensor of the towers under the name of an adapted layer, with an adapter of zeros."""
+    layer, _, leaf = name.rpartition(".")
+    weight = tensors.get(f"{layer}.weight")
+    if weight is None or weight.ndim < 2 or name.endswith(_FILM):
+        return {name: tensor}
+    adapted = {f"{layer}.base_layer.{leaf}": tensor}
+    if leaf == "weight":
+        channels, *inputs = weight.shape
+        ones = [1] * (len(inputs) - 1)
+        adapted[f"{layer}.lora_A.default.weight"] = np.zeros((_RANK, *inputs), weight.dtype)
+        adapted[f"{layer}.lora_B.default.weight"] = np.zeros((channels, _RANK, *ones), weight.dtype)
+    return adapted
+
+
+def reexport(source: Path, out: Path) -> None:
     """Imports a public directory tensor by tensor and writes it again, bit for bit.
 
-    Component files (`.pt`), adapters, tokenizer and settings are copied as they are; tensors that a
-    component file overrides are left out. A `lora_adapter` folder is refused: its weights would be
-    merged and then merged again.
+    Component files (`.pt`), tokenizer and settings are copied as they are, and so are weights that
+    a component file replaces. A `lora_adapter` folder is refused: what is imported is the merged
+    weight, and the layout would no longer be the same.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor does not fit its model.
-        InputError: `out` holds files already.
+        InputError: `out` holds files already, or there is an unmerged adapter.
     """
     if (source / "lora_adapter").is_dir():
-        raise InputError(f"{source}: holds an unmerged adapter, which would be merged twice")
+        raise InputError(f"{source}: holds an unmerged adapter; name a dtype to export it merged")
     _check_empty(out)
-    config, _ = read_config(source, unnorm_key=unnorm_key)
-    stored = ShardedTensors(source)
-    imported = _Imported(abstract_model(config), read_tensors(source), stored, str(source))
+    config, _ = read_config(source, unnorm_key="")
+    imported = _Imported(
+        abstract_model(config), read_tensors(source), ShardedTensors(source), str(source)
+    )
     out.mkdir(parents=True, exist_ok=True)
     write_shards(out, imported)
     for path in sorted(source.iterdir()):
@@ -52,7 +146,7 @@ def reexport(source: Path, out: Path, *, unnorm_key: str | None = None) -> None:
 
 
 class _Imported(Mapping[str, np.ndarray]):
-    """Public tensors that were imported, each when it is asked for."""
+    """The stored tensors, each imported when it is asked for."""
 
     def __init__(
         self,
@@ -61,22 +155,21 @@ class _Imported(Mapping[str, np.ndarray]):
         stored: Mapping[str, np.ndarray],
         source: str,
     ):
-        components = {name for name in tensors if name not in stored}
-        film = any(".block." in name for name in components)
-        self._names = [
-            n for n in stored if not (film and n.startswith("vision_backbone.")) and n in tensors
-        ]
+        self._stored = stored
+        self._names = set(tensors)
         self._convert = through_flax(model, tensors, source=source)
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            return self._stored[name]
         leaf, value = self._convert(name)
         return public_layout(name, leaf, np.asarray(jax.device_put(value)))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._stored)
 
 
 def synthesize(config: OpenVLAConfig, out: Path, *, seed: int = 0) -> None:
@@ -117,43 +210,6 @@ class _Random(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._shapes)
-
-
-def public_settings(config: OpenVLAConfig) -> dict[str, Any]:
-    """config.json, preprocessor_config.json and the tower sizes that are not built in."""
-    text = dataclasses.asdict(config.text)
-    return {
-        CONFIG_FILE: {
-            "model_type": "openvla",
-            "arch_specifier": "no-align+fused-gelu-mlp",
-            "timm_model_ids": [tower.timm_id for tower in config.vision],
-            "image_sizes": [tower.image_size for tower in config.vision],
-            "pad_token_id": config.pad_token_id,
-            "pad_to_multiple_of": config.text.vocab_size - config.action_vocab_size,
-            "text_config": text,
-        },
-        "preprocessor_config.json": {
-            "tvf_normalize_params": [
-                {"mean": list(tower.mean), "std": list(tower.std)} for tower in config.vision
-            ]
-        },
-        "tiny_vision_archs.json": {tower.timm_id: _sizes(tower) for tower in config.vision},
-    }
-
-
-def _sizes(tower: VisionTowerConfig) -> dict[str, Any]:
-    return {
-        "patch_size": tower.patch_size,
-        "embed_dim": tower.embed_dim,
-        "depth": tower.depth,
-        "num_heads": tower.num_heads,
-        # The width is the integer part of the product: half a unit above never falls below it.
-        "mlp_ratio": (tower.mlp_dim + 0.5) / tower.embed_dim,
-        "class_token": tower.class_token,
-        "reg_tokens": tower.num_registers,
-        "init_values": 1e-5 if tower.layer_scale else None,
-        "global_pool": "map" if tower.attention_pool else "",
-    }
 
 
 def _check_empty(out: Path) -> None:

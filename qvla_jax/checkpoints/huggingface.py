@@ -25,12 +25,14 @@ from qvla_jax.checkpoints.lora import merge_adapter, merge_inline
 from qvla_jax.checkpoints.tensor_files import ShardedTensors
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.config import PRESETS, LlamaConfig, OpenVLAConfig, VisionTowerConfig
-from qvla_jax.errors import CheckpointError
+from qvla_jax.errors import CheckpointError, InputError
 
 CONFIG_FILE: Final = "config.json"
 STATISTICS_FILE: Final = "dataset_statistics.json"
+# Of config.json: what our own export keeps and the public layout has no word for.
+OWN_KEY: Final = "qvla_jax"
 _COMPONENTS: Final = ("action_head", "proprio_projector", "vision_backbone")
-_KNOWN_TOWERS: Final = {t.timm_id: t for t in PRESETS["openvla-7b"].vision}
+KNOWN_TOWERS: Final = {t.timm_id: t for t in PRESETS["openvla-7b"].vision}
 # OpenVLA-OFT's constant for LIBERO; the head's weights do not tell it.
 _ACTION_HORIZON: Final = 8
 # Every prompt is padded to this, so that one compiled program serves all instructions.
@@ -101,6 +103,8 @@ def read_config(
 ) -> tuple[OpenVLAConfig, dict[str, Any]]:
     """The architecture of a directory and its statistics.
 
+    Settings that our own export kept (under `qvla_jax` in config.json) replace what is inferred.
+
     Args:
         folder: the directory.
         unnorm_key: statistics entry to use; may be left out where there is one, or one of LIBERO.
@@ -118,6 +122,10 @@ def read_config(
         statistics = read_json(folder / STATISTICS_FILE)
     head, proprio, film = (_component(folder, name) for name in _COMPONENTS)
     oft = head is not None
+    asked = {"unnorm_key": unnorm_key, "num_images": num_images, "center_crop": center_crop}
+    own = dict(raw.get(OWN_KEY, {})) | {
+        key: value for key, value in asked.items() if value is not None
+    }
     try:
         if raw["arch_specifier"] != "no-align+fused-gelu-mlp":
             raise CheckpointError(f"{path}: arch_specifier {raw['arch_specifier']!r} unsupported")
@@ -126,23 +134,26 @@ def read_config(
             name=folder.resolve().name,
             vision=_towers(folder, raw),
             text=text,
-            num_images=num_images or (2 if oft else 1),
+            num_images=2 if oft else 1,
             decoding="l1" if oft else "tokens",
             action_dim=7 if head is None else _rows(head, "model.fc2.bias"),
             action_horizon=_ACTION_HORIZON if oft else 1,
             proprio_dim=0 if proprio is None else _columns(proprio, "fc1.weight"),
             use_film=film is not None,
             image_chain="openvla",
-            center_crop=oft if center_crop is None else center_crop,
+            center_crop=oft,
             max_prompt_tokens=_MAX_PROMPT_TOKENS,
             pad_token_id=raw["pad_token_id"],
             empty_token_id=29871 if empty_token_id is None else empty_token_id,
             action_vocab_size=text.vocab_size - raw["pad_to_multiple_of"],
-            unnorm_key=_unnorm_key(statistics, unnorm_key, folder),
+            unnorm_key=_unnorm_key(statistics, own.get("unnorm_key"), folder),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: missing or unusable key ({error!r})") from error
-    return config, statistics
+    try:
+        return OpenVLAConfig.from_dict(config.to_dict() | own), statistics
+    except InputError as error:
+        raise CheckpointError(f"{path}: {OWN_KEY}: {error}") from error
 
 
 def _text_config(raw: Mapping[str, Any]) -> LlamaConfig:
@@ -170,8 +181,8 @@ def _towers(folder: Path, raw: Mapping[str, Any]) -> tuple[VisionTowerConfig, Vi
         colours = {"mean": tuple(normalize["mean"]), "std": tuple(normalize["std"])}
         if timm_id in extra:
             tower = _described_tower(timm_id, extra[timm_id], size, colours)
-        elif timm_id in _KNOWN_TOWERS:
-            tower = _KNOWN_TOWERS[timm_id]
+        elif timm_id in KNOWN_TOWERS:
+            tower = KNOWN_TOWERS[timm_id]
             if size != tower.image_size or any(colours[k] != getattr(tower, k) for k in colours):
                 raise CheckpointError(f"{folder}: {timm_id} with size {size} and {colours}")
         else:

@@ -25,7 +25,8 @@ def low_rank(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
 def merge_inline(tensors: Mapping[str, np.ndarray], *, source: str) -> dict[str, np.ndarray]:
     """Merges `X.base_layer.weight`, `X.lora_A.default.weight`, `X.lora_B.default.weight` into X.
 
-    Other tensors pass through. The result is float32 where something was merged.
+    Other tensors, and weights whose adapter is zero, pass through. The result is float32 where
+    something was merged.
 
     Raises:
         CheckpointError: an adapter has no base, or only one of its halves.
@@ -44,6 +45,9 @@ def merge_inline(tensors: Mapping[str, np.ndarray], *, source: str) -> dict[str,
             if a is None or b is None:
                 raise CheckpointError(f"{source}: {layer!r} lacks a half of its adapter")
             scale = min(len(a), _MAX_ALPHA) / len(a)
+            if not b.any():  # adds nothing: the weight passes bit for bit, zeros' signs included
+                merged[f"{layer}.{leaf}"] = tensor
+                continue
             tensor = tensor.astype(np.float32) + scale * low_rank(a, b, tensor.shape)
         merged[f"{layer}.{leaf}" if is_base else name] = tensor
     return merged

@@ -21,7 +21,7 @@ import numpy as np
 
 from qvla_jax.errors import CheckpointError
 
-_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+STORAGE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "FloatStorage": np.dtype(np.float32),
     "DoubleStorage": np.dtype(np.float64),
     "HalfStorage": np.dtype(np.float16),
@@ -48,7 +48,7 @@ class _Global:
 _ORDERED_DICT = _Global("collections OrderedDict")
 _REBUILD_TENSOR = _Global("torch._utils _rebuild_tensor_v2")
 _REBUILD_PARAMETER = _Global("torch._utils _rebuild_parameter")
-_STORAGES = {_Global(f"torch {name}"): dtype for name, dtype in _DTYPES.items()}
+_STORAGES = {_Global(f"torch {name}"): dtype for name, dtype in STORAGE_DTYPES.items()}
 _KNOWN = {_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES}
 _MARK = _Global("mark")
 

@@ -18,6 +18,7 @@ from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import atomic_path, write_json
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
+from qvla_jax.checkpoints.export import export_model
 from qvla_jax.checkpoints.huggingface import (
     CONFIG_FILE,
     STATISTICS_FILE,
@@ -155,6 +156,21 @@ class Policy:
             self.processor.tokenizer.save(str(temporary))
         write_json(folder / STATISTICS_FILE, self.statistics)
         write_json(folder / CONFIG_FILE, self.config.to_dict())
+
+    def export(self, path: str | Path, *, dtype: Any = None) -> None:
+        """Writes the policy as a public directory, for PyTorch and for `load_policy`.
+
+        Loading it again gives the same weights bit for bit and the same fingerprint, unless `dtype`
+        rounds. See `qvla_jax.checkpoints.export.export_model`, also for what it raises.
+
+        Args:
+            path: an empty or new folder.
+            dtype: of all tensors, such as bfloat16; None keeps the parameters' own.
+        """
+        folder = Path(path)
+        export_model(self.config, self.model, self.statistics, folder, dtype=dtype)
+        with atomic_path(folder / TOKENIZER_FILE) as temporary:
+            self.processor.tokenizer.save(str(temporary))
 
 
 def make_policy(
