@@ -7,7 +7,7 @@ stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input
 import dataclasses
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qvla_jax import __version__
@@ -25,11 +25,13 @@ class Command:
         example: A call that works.
         load: Imports and returns the settings' class and the function that takes them. Only the
             command that runs is imported.
+        variants: Option -> what to load instead where that option is given.
     """
 
     summary: str
     example: str
     load: Callable[[], tuple[type[Any], Callable[[Any], None]]]
+    variants: Mapping[str, "Command"] = dataclasses.field(default_factory=dict)
 
 
 def _run() -> tuple[type[Any], Callable[[Any], None]]:
@@ -46,6 +48,13 @@ def _stage(name: str) -> Callable[[], tuple[type[Any], Callable[[Any], None]]]:
         return getattr(pipeline, f"{name.capitalize()}Config"), getattr(commands, name)
 
     return load
+
+
+def _closed_loop() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+    from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
+
+    return ClosedLoopConfig, commands.closed_loop
 
 
 def _train() -> tuple[type[Any], Callable[[Any], None]]:
@@ -99,9 +108,17 @@ COMMANDS = {
         _stage("allocate"),
     ),
     "evaluate": Command(
-        "measure the action error on held-out frames",
+        "measure the action error on held-out frames, or with --sim the success in LIBERO",
         "qvla evaluate --model libero-mini --out runs/mini",
         _stage("evaluate"),
+        {
+            "--sim": Command(
+                "measure the success in LIBERO",
+                "qvla evaluate --sim libero_spatial --episodes-per-task 10 --policy libero-mini "
+                "--policy libero-mini@3 --out runs/sim",
+                _closed_loop,
+            )
+        },
     ),
     "report": Command(
         "write report.json and report.html", "qvla report --out runs/mini", _stage("report")
@@ -151,6 +168,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise InputError(f"there is no command {name!r}{hint} `qvla --help` lists them")
     command = COMMANDS[name]
+    for option, variant in command.variants.items():
+        if any(argument.split("=")[0] == option for argument in rest):
+            command = variant
     # Before anything touches a device: one XLA CPU device uses about one core.
     from qvla_jax.sharding import use_all_cpu_cores
 
@@ -158,11 +178,15 @@ def _dispatch(arguments: Sequence[str]) -> int:
     kind, function = command.load()
     import tyro
 
+    others = [
+        f"\n\nWith {option}: {v.summary}; {v.example}" for option, v in command.variants.items()
+    ]
     config = tyro.cli(
         kind,
         args=rest,
         prog=f"qvla {name}",
-        description=f"{(kind.__doc__ or command.summary).strip()}\n\nExample: {command.example}",
+        description=f"{(kind.__doc__ or command.summary).strip()}\n\nExample: {command.example}"
+        + "".join(others),
     )
     function(config)
     return DONE

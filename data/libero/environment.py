@@ -1,0 +1,240 @@
+"""A LIBERO task that a policy can act in, by the protocol of OpenVLA-OFT.
+
+    with LiberoEnvironment("libero_spatial", 3) as environment:
+        environment.reset(0, seed=0)
+        chunk = policy.infer(environment.observe())
+        success = any(environment.step(action) for action in chunk)
+
+An episode starts from one of the benchmark's official initial states; ten steps of doing nothing
+let the objects settle; pictures are turned by 180 degrees; actions carry the gripper as OpenVLA has
+it (1 open, 0 closed), which becomes LIBERO's -1 and +1.
+
+Two things differ from the reference, neither in what the policy sees. A picture is rendered when
+`observe` asks for it, not at each step. And cabinets and stoves, whose poses LIBERO draws when it
+resets and which the initial states do not hold, are drawn from a seed of each episode, not from one
+seed for a whole run: an episode is the same whichever ran before it.
+"""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+
+from qvla_jax.data.libero import suites
+from qvla_jax.data.libero.simulator import (
+    Cameras,
+    Rendering,
+    check_state,
+    load_suite,
+    make_control_env,
+    place_fixtures,
+)
+from qvla_jax.errors import InputError
+
+if TYPE_CHECKING:  # Simulator processes need no JAX, which these annotations import.
+    from qvla_jax.array_typing import Float, Float64, NpArray
+
+WAIT_STEPS: Final = 10
+# Stands still with an open gripper.
+NO_OPERATION: Final = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+
+
+class LiberoEnvironment:
+    """One task of a suite.
+
+    Attributes:
+      suite: The suite's description.
+      task: Number of the task in the benchmark's order.
+      name: LIBERO's name of the task.
+      instruction: The task in words, in the benchmark's wording.
+      state: What the simulator observes, by robosuite's names; `reset` and `step` renew it.
+    """
+
+    def __init__(
+        self, suite: str, task: int, *, size: int = 128, rendering: Rendering = "fast"
+    ) -> None:
+        """Compiles the task's model (a few seconds).
+
+        Args:
+          suite: Name of the suite, such as "libero_spatial".
+          task: Number of the task, from 0 on.
+          size: Height and width of the pictures in pixels.
+          rendering: "fast" or "libero", see `qvla_jax.data.libero.simulator`.
+
+        Raises:
+          InputError: LIBERO is missing, or has no such suite or task.
+        """
+        self.suite = suites.get(suite)
+        benchmark = load_suite(suite)
+        if not 0 <= task < benchmark.get_num_tasks():
+            raise InputError(
+                f"{suite}: tasks run from 0 to {benchmark.get_num_tasks() - 1}, got {task}"
+            )
+        described = benchmark.get_task(task)
+        self.task, self.name = task, str(described.name)
+        self.instruction = str(described.language)
+        self._initial_states = np.asarray(benchmark.get_task_init_states(task), np.float64)
+        self._env = make_control_env(described.problem_folder, described.bddl_file)
+        self._default_fixtures = default_fixtures(self._env)
+        self._size = size
+        self._rendering: Rendering = rendering
+        self._cameras: Cameras | None = None
+        self.state: Mapping[str, Any] = {}
+
+    @property
+    def initial_states(self) -> int:
+        """Number of official initial states."""
+        return len(self._initial_states)
+
+    def reset(self, initial_state: int | None, *, seed: int, wait: int = WAIT_STEPS) -> None:
+        """Starts an episode.
+
+        Args:
+          initial_state: Number of an official initial state; None draws one from the seed.
+          seed: Draws what no initial state holds (poses of fixtures).
+          wait: Steps of doing nothing.
+
+        Raises:
+          InputError: There is no such initial state.
+        """
+        if initial_state is None:
+            self._draw(seed)
+        elif 0 <= initial_state < self.initial_states:
+            self._draw(seed)
+            self.restore(self._initial_states[initial_state])
+        else:
+            raise InputError(
+                f"{self.name}: initial states run from 0 to {self.initial_states - 1}, "
+                f"got {initial_state}"
+            )
+        for _ in range(wait):
+            self.state = self._env.step(list(NO_OPERATION))[0]
+
+    def restore(self, state: "Float64[NpArray, ' s']") -> None:
+        """Puts the simulator into a flattened state; fixtures stay where they are.
+
+        Raises:
+          InputError: The state is of another task.
+        """
+        check_state(self._model, state)
+        self.state = self._env.set_init_state(state)
+
+    def observe(self) -> dict[str, Any]:
+        """What `Policy.infer` takes: image and wrist_image u8[size, size, 3], state f32[8]."""
+        return {
+            "image": self.render("image"),
+            "wrist_image": self.render("wrist_image"),
+            "state": proprio(self.state),
+            "instruction": self.instruction,
+        }
+
+    def render(self, camera: str) -> np.ndarray:
+        """Renders "image" or "wrist_image"."""
+        if self._cameras is None:
+            self._cameras = Cameras(self._env.sim, size=self._size, rendering=self._rendering)
+        return self._cameras.render(camera)
+
+    def step(self, action: "Float[NpArray, ' a']") -> bool:
+        """Executes one metric action of a policy (gripper: 1 open, 0 closed).
+
+        Returns:
+          Whether the task is done.
+        """
+        return self.step_raw(libero_action(action))
+
+    def step_raw(self, action: "Float[NpArray, ' a']") -> bool:
+        """Executes one action in LIBERO's own convention (gripper: -1 open, +1 close)."""
+        self.state, _, done, _ = self._env.step(np.asarray(action, np.float64).tolist())
+        return bool(done)
+
+    def flattened(self) -> "Float64[NpArray, ' s']":
+        """The simulator's state (time, positions, velocities), which `restore` takes."""
+        return np.asarray(self._env.get_sim_state(), np.float64)
+
+    def fixtures(self) -> dict[str, "Float64[NpArray, ' 7']"]:
+        """Poses (position, quaternion w first) of cabinets, stoves and the like, by body."""
+        poses = {}
+        for name in self._default_fixtures:
+            body = self._model.body(name).id
+            poses[name] = np.concatenate([self._model.body_pos[body], self._model.body_quat[body]])
+        return poses
+
+    @property
+    def simulator(self) -> Any:
+        """The environment of robosuite for this task, for privileged information."""
+        return self._env.env
+
+    @property
+    def _model(self) -> Any:
+        return self._env.sim.model._model
+
+    def _draw(self, seed: int) -> None:
+        # LIBERO draws some poses relative to fixtures where the model has them at first ("in the
+        # top drawer"). Its own resets compile the model anew for that, which takes seconds, and
+        # make a new gripper with it, whose last command would otherwise leak into this episode.
+        place_fixtures(self._model, self._default_fixtures)
+        for robot in self._env.robots:
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        self._env.seed(seed)
+        self.state = self._env.reset()
+
+    def close(self) -> None:
+        """Frees the OpenGL context and the simulation."""
+        if self._cameras is not None:
+            self._cameras.close()
+        self._env.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def libero_action(action: "Float[NpArray, ' a']") -> "Float[NpArray, ' a']":
+    """A policy's metric action in LIBERO's convention, as OpenVLA-OFT converts it.
+
+    The gripper entry in [0, 1] (1 open) becomes -1 (open) or +1 (close).
+    """
+    converted = np.array(action, np.float64)
+    converted[-1] = -np.sign(2.0 * converted[-1] - 1.0)
+    return converted
+
+
+def proprio(state: Mapping[str, Any]) -> "Float[NpArray, ' 8']":
+    """Gripper position (m), its axis-angle (rad) and both finger positions (m), float32."""
+    parts = (
+        state["robot0_eef_pos"],
+        axis_angle(state["robot0_eef_quat"]),
+        state["robot0_gripper_qpos"],
+    )
+    return np.concatenate(parts).astype(np.float32)
+
+
+def axis_angle(quaternion: "Float[NpArray, ' 4']") -> "Float64[NpArray, ' 3']":
+    """Axis times angle of a quaternion with w last, as robosuite defines it."""
+    w = float(np.clip(quaternion[3], -1.0, 1.0))
+    sine = np.sqrt(1.0 - w * w)
+    if np.isclose(sine, 0.0):
+        return np.zeros(3)
+    return np.asarray(quaternion[:3], np.float64) * 2.0 * np.arccos(w) / sine
+
+
+def default_fixtures(env: Any) -> dict[str, "Float64[NpArray, ' 7']"]:
+    """Poses of the fixtures as the task's model file has them, before any reset moved them."""
+    bodies = {body.get("name"): body for body in env.env.model.worldbody.iter("body")}
+    poses = {}
+    for fixture in env.env.fixtures_dict.values():
+        body = bodies.get(getattr(fixture, "root_body", None))
+        if body is None:
+            continue
+        position = np.fromstring(body.get("pos", "0 0 0"), sep=" ")
+        quaternion = np.fromstring(body.get("quat", "1 0 0 0"), sep=" ")
+        poses[str(body.get("name"))] = np.concatenate([position, quaternion])
+    return poses

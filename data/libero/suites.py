@@ -1,0 +1,51 @@
+"""The LIBERO suites, and how long OpenVLA-OFT lets an episode of each last."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from qvla_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One suite of LIBERO.
+
+    Attributes:
+      name: LIBERO's name of it.
+      tasks: Number of tasks.
+      max_steps: Steps after which an episode counts as failed, not counting the first ones, in
+        which the objects settle. OpenVLA-OFT's limits: the longest demonstration and some slack.
+      initial_states: Number of official initial states of each task.
+    """
+
+    name: str
+    tasks: int
+    max_steps: int
+    initial_states: int = 50
+
+
+SUITES: Final[Mapping[str, Suite]] = {
+    suite.name: suite
+    for suite in (
+        Suite("libero_spatial", 10, 220),
+        Suite("libero_object", 10, 280),
+        Suite("libero_goal", 10, 300),
+        Suite("libero_10", 10, 520),
+        Suite("libero_90", 90, 400),
+    )
+}
+
+
+def get(name: str) -> Suite:
+    """The suite of a name.
+
+    Raises:
+      InputError: There is none; the message lists close matches.
+    """
+    if name in SUITES:
+        return SUITES[name]
+    close = difflib.get_close_matches(name, SUITES, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise InputError(f"no LIBERO suite {name!r}{hint} There are: {', '.join(SUITES)}")

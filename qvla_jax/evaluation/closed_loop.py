@@ -1,0 +1,186 @@
+"""Runs episodes in parallel processes, and the policy on batches of what they see.
+
+Every call of a policy has as many rows as there are workers, the last one repeated where fewer
+wait: one shape is compiled, and the numbers of a row do not hang on how many others happened to be
+ready.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from qvla_jax.array_typing import Float, NpArray
+from qvla_jax.errors import InputError, QvlaError
+from qvla_jax.evaluation.episodes import Episode, Result
+from qvla_jax.evaluation.workers import (
+    Failure,
+    Finished,
+    MakeEnvironment,
+    Observation,
+    Replay,
+    Replayed,
+    Worker,
+    start_worker,
+)
+
+# How long the policy waits for more observations once one is there: about the time that a worker
+# needs for a chunk. Workers then fall into step, and calls are full.
+_PATIENCE_S = 0.25
+
+
+class _Policy(Protocol):
+    """The part of `inference.Policy` that is used here."""
+
+    def infer_normalized(self, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]: ...
+
+    def unnormalize_actions(self, actions: Float[NpArray, "b h a"]) -> Float[NpArray, "b h a"]: ...
+
+
+# Where to keep a video of an episode that ended, if anywhere.
+ChooseVideo: TypeAlias = Callable[[Result], Path | None]
+
+
+def run_episodes(
+    episodes: Sequence[Episode],
+    policies: Mapping[str, _Policy],
+    make: MakeEnvironment,
+    *,
+    workers: int,
+    on_result: Callable[[Result], None],
+    choose_video: ChooseVideo = lambda result: None,
+    start: Callable[[MakeEnvironment], Worker] = start_worker,
+) -> None:
+    """Runs episodes and hands over each result as it comes.
+
+    Args:
+        episodes: What to run; roughly in this order.
+        policies: Policies by their fingerprint.
+        make: Makes the environment of an episode, in the worker.
+        workers: Simulator processes.
+        on_result: Called with each finished episode.
+        choose_video: Called after it: where a video of this episode shall lie, or None.
+        start: Starts a worker.
+
+    Raises:
+        InputError: A worker cannot use what it was given, such as an unknown initial state.
+        QvlaError: A worker failed or died, or a policy gave actions that are not finite.
+    """
+    todo = list(episodes)
+    crew = [start(make) for _ in range(min(workers, len(todo)))]
+    try:
+        for worker in crew:
+            _assign(worker, todo, crew)
+        while any(worker.episode is not None for worker in crew):
+            waiting: list[tuple[Worker, Mapping[str, Any]]] = []
+            for worker in _ready(crew):
+                message = _receive(worker)
+                if isinstance(message, Observation):
+                    waiting.append((worker, message.content))
+                elif isinstance(message, Finished):
+                    on_result(message.result)
+                    path = choose_video(message.result)
+                    if path is None:
+                        _assign(worker, todo, crew)
+                    else:
+                        worker.connection.send(Replay(path))
+                elif isinstance(message, Replayed):
+                    _assign(worker, todo, crew)
+            _act(waiting, policies, rows=len(crew))
+    finally:
+        for worker in crew:
+            worker.stop()
+
+
+def _assign(worker: Worker, todo: list[Episode], crew: Sequence[Worker]) -> None:
+    """Gives a worker its next episode: of its own task if there is one, to compile seldom."""
+    if not todo:
+        worker.episode = None
+        return
+    others = {other.task for other in crew if other is not worker}
+    choice = min(
+        range(len(todo)),
+        key=lambda i: (todo[i].task != worker.task, todo[i].task in others, i),
+    )
+    worker.episode = todo.pop(choice)
+    worker.task = worker.episode.task
+    worker.connection.send(worker.episode)
+
+
+def _ready(crew: Sequence[Worker]) -> list[Worker]:
+    """Waits for a worker to say something, and for the others until patience ends."""
+    busy = {worker.connection: worker for worker in crew if worker.episode is not None}
+    ready: list[Worker] = []
+    deadline: float | None = None
+    while busy:
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        found = connection.wait(list(busy), timeout)
+        if not found:
+            break
+        ready += [busy.pop(item) for item in found]  # pyright: ignore[reportArgumentType]
+        deadline = deadline or time.monotonic() + _PATIENCE_S
+    return sorted(ready, key=crew.index)
+
+
+def _receive(worker: Worker) -> Observation | Finished | Replayed:
+    try:
+        message = worker.connection.recv()
+    except (EOFError, ConnectionResetError) as error:
+        worker.process.join(5)
+        raise QvlaError(
+            f"a simulator process died (exit code {worker.process.exitcode}) in {_where(worker)}; "
+            "finished episodes are kept, the same command goes on from there"
+        ) from error
+    if isinstance(message, Failure):
+        if message.user:
+            raise InputError(message.message)
+        raise QvlaError(f"the simulator failed in {_where(worker)}:\n{message.message}")
+    return message
+
+
+def _where(worker: Worker) -> str:
+    episode = worker.episode
+    if episode is None:
+        return "no episode"
+    return f"{episode.suite} task {episode.task}, initial state {episode.initial_state}"
+
+
+def _act(
+    waiting: Sequence[tuple[Worker, Mapping[str, Any]]],
+    policies: Mapping[str, _Policy],
+    *,
+    rows: int,
+) -> None:
+    """Sends a chunk to each waiting worker."""
+    groups: dict[str, list[tuple[Worker, Mapping[str, Any]]]] = {}
+    for worker, observation in waiting:
+        assert worker.episode is not None
+        groups.setdefault(worker.episode.policy_hash, []).append((worker, observation))
+    for name, members in groups.items():
+        chunks = decide(policies[name], [observation for _, observation in members], rows=rows)
+        for (worker, _), chunk in zip(members, chunks, strict=True):
+            worker.connection.send(chunk)
+
+
+def decide(
+    policy: _Policy, observations: Sequence[Mapping[str, Any]], *, rows: int
+) -> Float[NpArray, "b h a"]:
+    """Un-normalized chunks for observations, from one call with `rows` rows.
+
+    Raises:
+        QvlaError: An action is not finite.
+    """
+    padded = [*observations, *[observations[-1]] * (rows - len(observations))]
+    batch: dict[str, Any] = {
+        key: [o[key] for o in padded]
+        if key == "instruction"
+        else np.stack([np.asarray(o[key]) for o in padded])
+        for key in observations[0]
+    }
+    chunks = policy.unnormalize_actions(np.asarray(policy.infer_normalized(batch)))
+    if not np.isfinite(chunks).all():
+        raise QvlaError("the policy gave actions that are not finite: check its weights")
+    return chunks[: len(observations)]

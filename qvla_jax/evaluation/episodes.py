@@ -1,0 +1,145 @@
+"""Closed-loop episodes: what is to be run, what came out, and the file of finished ones.
+
+The file has one JSON line for each finished episode, appended as it ends. An episode counts as
+finished if a line has all that decides its outcome: a run that was interrupted goes on where it
+stopped, and one whose settings changed starts anew beside the old lines.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from qvla_jax import atomic
+from qvla_jax.data.libero.simulator import Rendering
+from qvla_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Episode:
+    """All that decides the outcome of an episode.
+
+    Attributes:
+        policy_hash: Fingerprint of the policy.
+        suite: LIBERO's name of the suite.
+        task: Number of the task in the suite.
+        initial_state: Number of the official initial state.
+        seed: Draws what the initial state does not hold.
+        max_steps: Steps after which the episode has failed.
+        open_loop_steps: Actions of each chunk that are executed before the next is asked for.
+        size: Height and width of the pictures.
+        rendering: How they are rendered.
+        simulator: Packages that simulate, with their versions.
+    """
+
+    policy_hash: str
+    suite: str
+    task: int
+    initial_state: int
+    seed: int
+    max_steps: int
+    open_loop_steps: int
+    size: int
+    rendering: Rendering
+    simulator: str
+
+    @property
+    def pair(self) -> tuple[str, int, int, int]:
+        """What two policies share when they run the same episode."""
+        return self.suite, self.task, self.initial_state, self.seed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished episode.
+
+    Attributes:
+        episode: What was run.
+        task_name: LIBERO's name of the task.
+        success: Whether the task was done.
+        steps: Actions executed, not counting the steps in which the objects settle.
+        seconds: Wall time, waiting for the policy included.
+    """
+
+    episode: Episode
+    task_name: str
+    success: bool
+    steps: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON types."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del own["episode"]
+        return {**dataclasses.asdict(self.episode), **own}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` gave; further keys are ignored.
+
+        Raises:
+            KeyError: A key is missing.
+        """
+        names = [field.name for field in dataclasses.fields(Episode)]
+        own = [field.name for field in dataclasses.fields(cls) if field.name != "episode"]
+        return cls(
+            episode=Episode(**{name: content[name] for name in names}),
+            **{name: content[name] for name in own},
+        )
+
+
+class EpisodeLog:
+    """The file of finished episodes."""
+
+    def __init__(self, path: Path):
+        """Reads what is there; a last line that a killed process left unfinished is removed.
+
+        Raises:
+            InputError: Another line is not one of ours.
+        """
+        self.path = path
+        self.results: dict[Episode, Result] = {}
+        if path.exists():
+            self._read()
+
+    def append(self, result: Result, *, policy: str) -> None:
+        """Adds a finished episode, on disk before this returns.
+
+        Args:
+            result: What came out.
+            policy: The policy as the user named it, for readers of the file.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"policy": policy, **result.to_dict()}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.results[result.episode] = result
+
+    def outcomes(self, episodes: Iterable[Episode]) -> list[Result]:
+        """Those of `episodes` that are finished, in order."""
+        return [self.results[episode] for episode in episodes if episode in self.results]
+
+    def _read(self) -> None:
+        text = self.path.read_text("utf-8")
+        whole, _, rest = text.rpartition("\n")
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                result = Result.from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{self.path}:{number}: not a line of closed-loop results ({error!r}); move "
+                    "the file away or choose another --out"
+                ) from error
+            self.results[result.episode] = result
+        if rest:
+            atomic.write_text(self.path, whole + "\n" if whole else "")
+
+
+def episode_seed(seed: int, task: int, initial_state: int) -> int:
+    """Seed of one episode, the same whatever else is run."""
+    return int(np.random.SeedSequence([seed, task, initial_state]).generate_state(1)[0] >> 1)

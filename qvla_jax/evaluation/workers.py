@@ -1,0 +1,212 @@
+"""A process that runs episodes of a simulator and asks its parent for actions.
+
+The parent sends an `Episode` to run, a chunk of actions, or a `Replay` of the episode that just
+ended; the worker answers with an `Observation`, a `Finished`, a `Replayed`, or a `Failure`.
+"""
+
+import dataclasses
+import multiprocessing
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from qvla_jax.errors import InputError
+from qvla_jax.evaluation.episodes import Episode, Result
+from qvla_jax.evaluation.video import write_video
+
+
+class Environment(Protocol):
+    """The part of `data.libero.environment.LiberoEnvironment` that is used here."""
+
+    name: str
+
+    def reset(self, initial_state: int, *, seed: int) -> None:
+        """Starts an episode."""
+        ...
+
+    def observe(self) -> Mapping[str, Any]:
+        """What the policy sees."""
+        ...
+
+    def render(self, camera: str) -> np.ndarray:
+        """A picture for the video, u8[height, width, 3]."""
+        ...
+
+    def step(self, action: np.ndarray) -> bool:
+        """Executes a metric action of the policy; tells whether the task is done."""
+        ...
+
+    def close(self) -> None:
+        """Frees the simulator."""
+        ...
+
+
+# Called in the worker, so it has to be importable there: a function of a module.
+MakeEnvironment: TypeAlias = Callable[[Episode], Environment]
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What the policy sees."""
+
+    content: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """The end of an episode."""
+
+    result: Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Asks for a video of the episode that ended last."""
+
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """A video is written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """The worker gave up; `user` tells whether its input was to blame."""
+
+    message: str
+    user: bool
+
+
+@dataclasses.dataclass
+class Worker:
+    """The parent's side of one process."""
+
+    process: Any
+    connection: Any
+    # What it runs, until its `Finished` comes.
+    episode: Episode | None = None
+    # Number of the task whose model it has compiled.
+    task: int | None = None
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self.connection.close()
+        self.process.terminate()
+        self.process.join(5)
+
+
+def start_worker(make: MakeEnvironment) -> Worker:
+    """Starts a process of its own interpreter: OpenGL contexts do not survive a fork."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_process, args=(theirs, make), daemon=True)
+    process.start()
+    theirs.close()
+    return Worker(process, ours)
+
+
+def _process(connection: Connection, make: MakeEnvironment) -> None:
+    # Ctrl-C reaches the whole process group; the parent decides what becomes of its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve(connection, make)
+
+
+def serve(connection: Connection, make: MakeEnvironment) -> None:
+    """Answers the parent until it closes the connection."""
+    runner = Runner(connection, make)
+    try:
+        while True:
+            message = connection.recv()
+            if isinstance(message, Episode):
+                connection.send(Finished(runner.run(message)))
+            else:
+                runner.replay(message.path)
+                connection.send(Replayed())
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # The parent is gone or done.
+    except InputError as error:
+        connection.send(Failure(str(error), user=True))
+    except Exception:
+        connection.send(Failure(traceback.format_exc(), user=False))
+    finally:
+        runner.close()
+
+
+class Runner:
+    """Runs episodes, keeping the compiled model while the task stays the same."""
+
+    def __init__(self, connection: Connection, make: MakeEnvironment):
+        """Compiles nothing yet."""
+        self._connection, self._make = connection, make
+        self._environment: Environment | None = None
+        self._episode: Episode | None = None
+        self._actions: list[np.ndarray] = []
+
+    def run(self, episode: Episode) -> Result:
+        """Runs an episode to its end; the parent supplies the actions."""
+        environment = self._environment_of(episode)
+        started = time.monotonic()
+        environment.reset(episode.initial_state, seed=episode.seed)
+        self._episode, self._actions = episode, []
+        success = False
+        while not success and len(self._actions) < episode.max_steps:
+            self._connection.send(Observation(environment.observe()))
+            chunk = self._connection.recv()
+            left = episode.max_steps - len(self._actions)
+            for action in chunk[: min(episode.open_loop_steps, left)]:
+                self._actions.append(action)
+                success = environment.step(action)
+                if success:
+                    break
+        return Result(
+            episode=episode,
+            task_name=environment.name,
+            success=success,
+            steps=len(self._actions),
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    def replay(self, path: Path, *, stride: int = 2, control_rate: int = 20) -> None:
+        """Runs the last episode's actions again and renders every `stride`-th step.
+
+        The simulator is deterministic, so that only episodes whose video is wanted pay for it.
+        """
+        environment, episode = self._environment, self._episode
+        assert environment is not None
+        assert episode is not None
+        environment.reset(episode.initial_state, seed=episode.seed)
+        frames = [_picture(environment)]
+        for step, action in enumerate(self._actions, start=1):
+            environment.step(action)
+            if step % stride == 0 or step == len(self._actions):
+                frames.append(_picture(environment))
+        write_video(path, frames, rate=control_rate // stride)
+
+    def close(self) -> None:
+        """Frees the simulator."""
+        if self._environment is not None:
+            self._environment.close()
+
+    def _environment_of(self, episode: Episode) -> Environment:
+        built_for = ("suite", "task", "size", "rendering")
+        same = self._episode is not None and all(
+            getattr(self._episode, name) == getattr(episode, name) for name in built_for
+        )
+        if self._environment is None or not same:
+            self.close()
+            self._environment = None
+            self._environment = self._make(episode)
+        return self._environment
+
+
+def _picture(environment: Environment) -> np.ndarray:
+    """Both cameras side by side."""
+    return np.concatenate([environment.render(name) for name in ("image", "wrist_image")], axis=1)

