@@ -1,7 +1,7 @@
 """What the subcommands do: run a stage with progress bars, then say what came out."""
 
 import dataclasses
-import importlib.util
+import platform
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ class InspectConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Checks this installation: versions, devices, extras, bundled files."""
+    """Checks this installation, and says of what is missing how to get it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,29 +207,24 @@ def inspect(config: InspectConfig) -> None:
 
 
 def doctor(config: DoctorConfig) -> None:
-    """Prints what works here.
+    """Prints what works here, what is missing and how to get it.
 
     Raises:
         QvlaError: Something that the core needs is missing.
     """
     del config
-    import jax
+    from qvla_jax.doctor import checks
 
-    from qvla_jax import data, provenance, solvers
-
-    made = provenance.provenance()
-    _say(f"qvla_jax {__version__}, Python {made['python']}, {made['system']} {made['machine']}")
-    device = made["device"]
-    _say(f"JAX {jax.__version__}: {device['count']} × {device['kind']} ({device['platform']})")
-    _say(f"solvers: {', '.join(solvers.available())}")
-    for extra, module in (("rlds", "tensorflow"), ("libero", "libero"), ("serve", "websockets")):
-        found = importlib.util.find_spec(module) is not None
-        hint = "installed" if found else f"not installed (pip install 'qvla-jax[{extra}]')"
-        _say(f"extra {extra}: {hint}")
-    bundled = data.bundled_path()
-    if not bundled.is_dir():
-        raise QvlaError("the bundled episodes are missing; install the package again")
-    _say("bundled episodes: present")
+    _say(f"qvla_jax {__version__}, {platform.system()} {platform.machine()}")
+    lacking = []
+    for check in checks():
+        _say(f"{check.status:<8} {check.name}: {check.found}")
+        if check.remedy:
+            _say(f"{'':<8}   {check.remedy}")
+        if check.needed and check.status != "ok":
+            lacking.append(check.name)
+    if lacking:
+        raise QvlaError(f"the core does not work without: {', '.join(lacking)}")
 
 
 def show_report(content: Mapping[str, Any]) -> None:
