@@ -76,6 +76,12 @@ def _synthesize() -> tuple[type[Any], Callable[[Any], None]]:
     return commands.SynthesizeConfig, commands.synthesize
 
 
+def _compare_solvers() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands, pipeline
+
+    return pipeline.CompareSolversConfig, commands.compare_solvers
+
+
 def _inspect() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands
 
@@ -122,6 +128,11 @@ COMMANDS = {
     ),
     "report": Command(
         "write report.json and report.html", "qvla report --out runs/mini", _stage("report")
+    ),
+    "compare-solvers": Command(
+        "run all solvers on one allocation problem",
+        "qvla compare-solvers runs/mini --budget-bits 3 --figure pareto.png",
+        _compare_solvers,
     ),
     "train": Command(
         "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train

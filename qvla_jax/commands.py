@@ -145,6 +145,15 @@ def allocate(config: pipeline.AllocateConfig) -> None:
     _say(f"Allocation: {config.out / files.ALLOCATION}")
 
 
+def compare_solvers(config: pipeline.CompareSolversConfig) -> None:
+    """Prints the table of solvers, and says where the figure lies."""
+    with ProgressBars() as progress:
+        comparison = pipeline.compare_solvers(config, progress=progress)
+    _say(str(comparison))
+    if config.figure is not None:
+        _say(f"Pareto figure: {config.figure}")
+
+
 def evaluate(config: pipeline.EvaluateConfig) -> None:
     """Evaluates and prints the table of methods."""
     with ProgressBars() as progress:

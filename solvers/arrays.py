@@ -3,8 +3,8 @@
 Shapes are written `[C, n]` in docstrings: C channels, n options for each.
 """
 
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,19 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
+# Called as `progress(stage, done, total)` by what may take long.
+Progress: TypeAlias = Callable[[str, int, int], None]
+
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 # Channels worked on at once: small enough that the temporaries of n options stay in the processor's
 # cache (three times faster than whole-array passes at 1.85 million channels), large enough to hide
 # numpy's overhead.
 _BLOCK = 16384
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Shows nothing."""
 
 
 def blocks(count: int) -> Iterator[slice]:

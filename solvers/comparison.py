@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qvla_jax.errors import QvlaError
+from qvla_jax.solvers.arrays import Progress, no_progress
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.registry import available, get_solver, solve
 from qvla_jax.solvers.relaxation import relax
@@ -75,6 +76,7 @@ def compare(
     names: Iterable[str] | None = None,
     *,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Progress = no_progress,
 ) -> Comparison:
     """Runs several solvers on one problem.
 
@@ -86,6 +88,7 @@ def compare(
         problem: The problem.
         names: Names from `available()`; None for all of them.
         settings: Settings for solvers, by name.
+        progress: Called with the solvers done.
 
     Raises:
         InputError: A name or a setting is unknown.
@@ -96,11 +99,13 @@ def compare(
         get_solver(name).settings(given.get(name, {}))
     relaxation = relax(problem)
     rows: list[Row] = []
-    for name in chosen:
+    for done, name in enumerate(chosen):
+        progress("solvers", done, len(chosen))
         try:
             rows.append(
                 Row(name, solve(problem, name, relaxation=relaxation, **given.get(name, {})))
             )
         except QvlaError as error:
             rows.append(Row(name, None, str(error)))
+    progress("solvers", len(chosen), len(chosen))
     return Comparison(problem, tuple(rows))

@@ -27,6 +27,7 @@ def ilp(
     gap: float = 0.0,
     threads: int = 1,
     warm_start: bool = True,
+    max_channels: int = 100_000,
 ) -> Proposal:
     """Integer programming through PuLP: exact, for up to some ten thousand channels.
 
@@ -38,10 +39,12 @@ def ilp(
         gap: Relative gap at which the search may stop.
         threads: Threads of the solver.
         warm_start: Starts from the solution of `greedy:marginal`.
+        max_channels: Channels (or groups) beyond which it refuses: building the model alone would
+            take minutes, and memory by the gigabyte.
 
     Raises:
-        InputError: A setting is wrong, or `level="group"` without groups, or a group without a
-            common option.
+        InputError: A setting is wrong, the problem is too large, `level="group"` without groups, or
+            a group without a common option.
         BudgetError: No allocation by groups fits; the message states the least.
     """
     if level not in _LEVELS:
@@ -52,6 +55,11 @@ def ilp(
             raise InputError('level="group" needs a problem with groups.')
         tied = tie(problem, problem.groups)
     reduced = problem if tied is None else tied.problem
+    if reduced.channels > max_channels:
+        raise InputError(
+            f"ilp takes up to max_channels = {max_channels:,} channels, the problem has "
+            f"{reduced.channels:,}; use ilp:core or core, which leave most of them out."
+        )
     relaxation, incumbent = _incumbent(reduced)
     result = solve_mip(
         reduced.costs,

@@ -91,7 +91,7 @@ def solve_mip(
         tiles: Counts in multiples.
         slack_price: Cost of every byte left unspent.
         backend: "highs" or "cbc".
-        time_limit: Seconds.
+        time_limit: Seconds to build and to solve.
         gap: Relative gap at which the search may stop.
         threads: Threads of the solver.
         warm_start: Hands the incumbent to the solver.
@@ -150,7 +150,9 @@ def solve_mip(
         slack.setInitialValue((budget - int(sizes[rows, incumbent].sum())) / unit)
         for counter, (members, option, multiple) in counters.items():
             counter.setInitialValue(int((incumbent[members] == option).sum()) // multiple)
-    solver = _backend(pulp, backend, time_limit=time_limit, gap=gap, threads=threads, warm=warm)
+    # Building took its share of the time.
+    left = None if time_limit is None else max(0.1, time_limit - (time.perf_counter() - start))
+    solver = _backend(pulp, backend, time_limit=left, gap=gap, threads=threads, warm=warm)
     try:
         problem.solve(solver)
     except pulp.PulpSolverError as error:
@@ -243,7 +245,7 @@ def _backend(
     }
     return type("QuietHiGHS", (base,), methods)(
         msg=False,
-        timeLimit=None if time_limit is None else max(0.1, time_limit),
+        timeLimit=time_limit,
         gapRel=gap,
         gapAbs=0.0,
         threads=threads,

@@ -114,6 +114,15 @@ def describe() -> dict[str, str]:
     return {name: _SOLVERS[name].summary for name in available()}
 
 
+def settings_of(name: str) -> dict[str, Any]:
+    """A solver's settings and their defaults.
+
+    Raises:
+        InputError: There is no such solver, or what it requires is not installed.
+    """
+    return get_solver(name).settings({})
+
+
 def get_solver(name: str) -> Solver:
     """Looks a solver up.
 

@@ -6,6 +6,7 @@ it; each checks that what it finds belongs together.
 
 from qvla_jax.pipeline.allocate import Allocation, Allocations, allocate
 from qvla_jax.pipeline.calibrate import calibrate, load_calibration
+from qvla_jax.pipeline.compare_solvers import CompareSolversConfig, compare_solvers
 from qvla_jax.pipeline.configs import (
     AllocateConfig,
     CalibrateConfig,
@@ -24,12 +25,14 @@ __all__ = [
     "Allocation",
     "Allocations",
     "CalibrateConfig",
+    "CompareSolversConfig",
     "EvaluateConfig",
     "ReportConfig",
     "RunConfig",
     "SensitivityConfig",
     "allocate",
     "calibrate",
+    "compare_solvers",
     "count_parameters",
     "evaluate",
     "load_calibration",

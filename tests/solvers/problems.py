@@ -9,6 +9,7 @@ from qvla_jax.solvers import AllocationProblem, Solution, verify
 
 HEURISTICS = ("uniform", "greedy:qvla", "greedy:released", "greedy:marginal", "lagrangian")
 ALIGNED = ("greedy:aligned",)
+SEARCHES = ("evolutionary",)
 EXACT = ("dynamic_programming", "core", "ilp", "ilp:core")
 
 

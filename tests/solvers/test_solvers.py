@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers import AllocationProblem, available, fill, instances, relax, solve, tie
 
-from .problems import ALIGNED, EXACT, HEURISTICS, brute_force, check, close, small_problems  # noqa: TID251
+from .problems import (  # noqa: TID251
+    ALIGNED,
+    EXACT,
+    HEURISTICS,
+    SEARCHES,
+    brute_force,
+    check,
+    close,
+    small_problems,
+)
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 # Every example starts HiGHS.
@@ -19,7 +28,7 @@ slow_solver = settings(max_examples=25, deadline=None, suppress_health_check=lis
 
 
 def test_every_documented_solver_is_available() -> None:
-    assert set(HEURISTICS + EXACT + ALIGNED) == set(available())
+    assert set(HEURISTICS + EXACT + ALIGNED + SEARCHES) == set(available())
 
 
 @quick

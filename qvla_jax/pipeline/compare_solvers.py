@@ -1,0 +1,126 @@
+"""All solvers on one allocation problem: of a run, of a file, or a synthetic one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from qvla_jax.atomic import write_json
+from qvla_jax.errors import InputError
+from qvla_jax.pipeline import files
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.provenance import provenance
+from qvla_jax.report.pareto import save_pareto
+from qvla_jax.sensitivity.table import SensitivityTable
+from qvla_jax.solvers import (
+    AllocationProblem,
+    Comparison,
+    available,
+    compare,
+    instances,
+    pareto,
+    settings_of,
+)
+
+_OPENVLA = "openvla"
+_DEFAULT_BITS = 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareSolversConfig:
+    """Runs the solvers on one problem and prints cost, bound, gap, bytes, seconds and status."""
+
+    # A folder with sensitivity.safetensors, a problem file, "openvla" (synthetic, 1.85 million
+    # channels), or a family of random instances such as strongly_correlated.
+    problem: Annotated[str, tyro.conf.Positional]
+    # Budget for a folder or "openvla" (4 by default); a problem file brings its own.
+    budget_bits: float | None = None
+    # Solvers to run; all that are installed by default.
+    solvers: tuple[str, ...] = ()
+    # Seconds that each solver with a time limit may take.
+    time_limit: float = 50.0
+    # PNG file for cost against bytes over many budgets.
+    figure: Path | None = None
+    # Budgets of the figure.
+    budgets: int = 16
+    # JSON file for the figures of the table and of the Pareto figure.
+    json: Path | None = None
+    # Channels of a random instance.
+    channels: int = 10_000
+    # Seed of a synthetic problem.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.budget_bits is not None and not 0 < self.budget_bits <= 16:
+            raise InputError(f"budget_bits must lie above 0 and at most 16, got {self.budget_bits}")
+        for name in ("budgets", "channels"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for path, suffix in ((self.figure, ".png"), (self.json, ".json")):
+            if path is not None and path.suffix != suffix:
+                raise InputError(f"{path}: the name must end in {suffix}")
+
+
+def compare_solvers(
+    config: CompareSolversConfig, *, progress: Progress = no_progress
+) -> Comparison:
+    """Compares solvers, and writes the figure and the JSON file where they are wanted.
+
+    Raises:
+        InputError: There is no such problem or solver, or a file is damaged.
+        BudgetError: The budget is below the least size.
+    """
+    problem, weights = problem_of(config)
+    names = config.solvers or available()
+    limits = {
+        name: {"time_limit": config.time_limit}
+        for name in names
+        if "time_limit" in settings_of(name)
+    }
+    comparison = compare(problem, names, settings=limits, progress=progress)
+    points = None
+    if config.figure is not None:
+        points = pareto(problem, budgets=config.budgets, progress=progress)
+        save_pareto(points, config.figure, weights=weights)
+    if config.json is not None:
+        content = {
+            "problem": config.problem,
+            "summary": dataclasses.asdict(problem.summary()),
+            "solvers": comparison.to_json(),
+            "pareto": None if points is None else points.to_json(),
+            "provenance": provenance(seed=config.seed),
+        }
+        write_json(config.json, content)
+    return comparison
+
+
+def problem_of(config: CompareSolversConfig) -> tuple[AllocationProblem, int | None]:
+    """The problem that is meant, and its quantized weights where they are known.
+
+    Raises:
+        InputError: There is no such problem, or a budget was given beside a file's own.
+    """
+    name, bits = config.problem, config.budget_bits
+    if name == _OPENVLA:
+        synthetic = instances.openvla_like(budget_bits=bits or _DEFAULT_BITS, seed=config.seed)
+        return synthetic, None
+    path = Path(name)
+    if path.is_dir():
+        table = SensitivityTable.load(files.needed(path / files.SENSITIVITY))
+        problem = table.problem(budget_bits=bits or _DEFAULT_BITS)
+        return problem, table.index.num_weights
+    if bits is not None:
+        raise InputError(
+            f"{name}: budget_bits goes with a run's folder or {_OPENVLA!r}; problem files and "
+            "random instances have budgets of their own"
+        )
+    if path.suffix in (".safetensors", ".npz"):
+        return AllocationProblem.load(path), None
+    if name in instances.families():
+        drawn = instances.random_instance(name, channels=config.channels, seed=config.seed)
+        return drawn, None
+    raise InputError(
+        f"{name}: neither a folder, nor a problem file (.safetensors, .npz), nor one of "
+        f"{', '.join((_OPENVLA, *instances.families()))}"
+    )
