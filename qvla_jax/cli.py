@@ -64,6 +64,12 @@ def _train() -> tuple[type[Any], Callable[[Any], None]]:
     return TrainConfig, commands.train
 
 
+def _import() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+
+    return commands.ImportConfig, commands.import_
+
+
 def _export() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands
 
@@ -140,6 +146,10 @@ COMMANDS = {
     "inspect": Command(
         "list a policy's modules: parameters, bytes, channels, quantized or kept",
         "qvla inspect openvla-7b", _inspect
+    ),
+    "import": Command(
+        "import a public directory, one tensor at a time",
+        "qvla import --model DIR --out DIR", _import,
     ),
     "export": Command(
         "write a policy in the public (Hugging Face) layout",

@@ -55,6 +55,24 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Imports a public directory into one of ours, one tensor at a time, weights in orbax."""
+
+    # A public OpenVLA or OpenVLA-OFT directory.
+    model: Path
+    # An empty or new folder.
+    out: Path
+    # Of the weights; public checkpoints are published in bfloat16.
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # Statistics entry, where the directory holds several.
+    unnorm_key: str | None = None
+    # Cameras, which the files do not tell; left out: 2 for OpenVLA-OFT, else 1.
+    num_images: int | None = None
+    # Crop raw images to the central 90 % of their area; left out: for OpenVLA-OFT.
+    center_crop: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SynthesizeConfig:
     """Writes a public directory with random bfloat16 weights, for measurements at full size."""
 
@@ -78,6 +96,23 @@ def export(config: ExportConfig) -> None:
 
         policy = load_policy(config.model, unnorm_key=config.unnorm_key)
         policy.export(config.out, dtype=config.dtype and jnp.dtype(config.dtype))
+    _say(f"{config.out}; {_peak()}")
+
+
+def import_(config: ImportConfig) -> None:
+    """Imports a public directory and prints the peak resident memory."""
+    import jax.numpy as jnp
+
+    from qvla_jax.inference import import_policy
+
+    import_policy(
+        config.model,
+        config.out,
+        unnorm_key=config.unnorm_key,
+        num_images=config.num_images,
+        center_crop=config.center_crop,
+        dtype=jnp.dtype(config.dtype),
+    )
     _say(f"{config.out}; {_peak()}")
 
 

@@ -76,7 +76,7 @@ def export_model(
     """
     tensors = public_tensors(model, dtype=dtype)
     check_shapes(abstract_model(config), tensors, source=config.name)
-    _check_empty(out)
+    check_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     weights: dict[str, np.ndarray] = {}
     components: dict[str, dict[str, np.ndarray]] = {}
@@ -133,7 +133,7 @@ def reexport(source: Path, out: Path) -> None:
     """
     if (source / "lora_adapter").is_dir():
         raise InputError(f"{source}: holds an unmerged adapter; name a dtype to export it merged")
-    _check_empty(out)
+    check_empty(out)
     config, _ = read_config(source, unnorm_key="")
     imported = _Imported(
         abstract_model(config), read_tensors(source), ShardedTensors(source), str(source)
@@ -183,7 +183,7 @@ def synthesize(config: OpenVLAConfig, out: Path, *, seed: int = 0) -> None:
     """
     if config.decoding != "tokens":
         raise InputError(f"{config.name}: only token policies are synthesized, such as openvla-7b")
-    _check_empty(out)
+    check_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     write_shards(out, _Random(public_shapes(abstract_model(config)), seed))
     unit = {"q01": [-1.0] * config.action_dim, "q99": [1.0] * config.action_dim}
@@ -212,6 +212,7 @@ class _Random(Mapping[str, np.ndarray]):
         return len(self._shapes)
 
 
-def _check_empty(out: Path) -> None:
+def check_empty(out: Path) -> None:
+    """Raises an `InputError` if a folder holds files already."""
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: holds files already; name an empty or a new folder")

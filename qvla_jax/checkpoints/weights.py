@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import nnx
 
 from qvla_jax.atomic import atomic_path
+from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.errors import CheckpointError
 from qvla_jax.models.surgery import path_string
 
@@ -36,6 +36,14 @@ def _parameters(model: nnx.Module) -> Iterator[tuple[str, str, nnx.Variable]]:
         *parent, leaf = path
         name = path_string((*parent, _LEAF_NAMES.get(str(leaf), leaf)))
         yield name, str(leaf), variable
+
+
+def flax_leaves(model: nnx.Module) -> dict[str, tuple[str, nnx.Variable]]:
+    """Dotted Flax path -> (public name, variable) of every parameter."""
+    return {
+        f"{name.rpartition('.')[0]}.{leaf}": (name, variable)
+        for name, leaf, variable in _parameters(model)
+    }
 
 
 def _public_shape(name: str, leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -70,8 +78,10 @@ def save_weights(model: nnx.Module, path: Path, *, dtype: jnp.dtype | None = Non
         safetensors.numpy.save_file(public_tensors(model, dtype=dtype), temporary)
 
 
-def load_weights(model: nnx.Module, path: Path) -> None:
-    """Fills the parameters of `model` from a safetensors file, in place.
+def load_weights(
+    model: nnx.Module, path: Path, *, sharding: jax.sharding.Sharding | None = None
+) -> None:
+    """Fills the parameters of `model` from a safetensors file, in place, one tensor at a time.
 
     Values are cast to the parameters' dtype, which must be able to hold them.
 
@@ -81,14 +91,7 @@ def load_weights(model: nnx.Module, path: Path) -> None:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file")
-    try:
-        tensors = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error}); it may be truncated: fetch it "
-            "again"
-        ) from error
-    assign_tensors(model, tensors, source=str(path))
+    assign_tensors(model, TensorFile(path), source=str(path), sharding=sharding)
 
 
 def assign_tensors(

@@ -18,7 +18,7 @@ from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import atomic_path, write_json
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
-from qvla_jax.checkpoints.export import export_model
+from qvla_jax.checkpoints.export import check_empty, export_model
 from qvla_jax.checkpoints.huggingface import (
     CONFIG_FILE,
     STATISTICS_FILE,
@@ -27,6 +27,7 @@ from qvla_jax.checkpoints.huggingface import (
     read_json,
     read_tensors,
 )
+from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
 from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
@@ -37,6 +38,7 @@ from qvla_jax.inference.word_tokenizer import word_tokenizer
 from qvla_jax.models import ModelInputs, Prismatic, abstract_model, make_model
 
 WEIGHTS_FILE = "model.safetensors"
+ORBAX_FOLDER = "weights"
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -152,6 +154,10 @@ class Policy:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.model, folder / WEIGHTS_FILE, dtype=dtype)
+        self.save_settings(folder)
+
+    def save_settings(self, folder: Path) -> None:
+        """Writes all but the weights; the configuration, without which nothing loads, last."""
         with atomic_path(folder / TOKENIZER_FILE) as temporary:
             self.processor.tokenizer.save(str(temporary))
         write_json(folder / STATISTICS_FILE, self.statistics)
@@ -229,18 +235,23 @@ def load_policy(
     unnorm_key: str | None = None,
     num_images: int | None = None,
     center_crop: bool | None = None,
+    dtype: Any = None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Policy:
-    """Loads a policy.
+    """Loads a policy; weights are read, cast and placed one at a time.
 
     Args:
         source: the name of a preset that ships with weights ("libero-mini"), a directory written
-            by `Policy.save`, or a public OpenVLA or OpenVLA-OFT directory.
+            by `Policy.save` or `import_policy`, or a public OpenVLA or OpenVLA-OFT directory.
         unnorm_key: for public directories, which data set's statistics un-normalize the actions;
             may be left out where there is one, or one of LIBERO.
         num_images: for public directories, the number of cameras, which the files do not tell: 2
             for OpenVLA-OFT and 1 for OpenVLA if left out.
         center_crop: for public directories, whether raw images are cropped to the central 90 % of
             their area: for OpenVLA-OFT and not for OpenVLA if left out.
+        dtype: of the weights in memory, float32 if left out. bfloat16 halves them; arithmetic stays
+            in float32.
+        sharding: of every weight; None puts it on the default device.
 
     Raises:
         InputError: neither a preset nor a directory; the message lists close matches.
@@ -255,10 +266,16 @@ def load_policy(
                 f"{config.name!r} ships without weights; give a directory that holds them"
             )
     if is_huggingface(folder):
-        return _load_huggingface(folder, unnorm_key, num_images, center_crop)
+        public = _read_public(folder, unnorm_key, num_images, center_crop)
+        model = abstract_model(public.config, dtype=dtype)
+        assign_tensors(model, read_tensors(folder), source=str(folder), sharding=sharding)
+        return public.replace(model=model)
     config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
-    model = abstract_model(config)
-    load_weights(model, folder / WEIGHTS_FILE)
+    model = abstract_model(config, dtype=dtype)
+    if (folder / ORBAX_FOLDER).is_dir():
+        load_orbax(model, folder / ORBAX_FOLDER, sharding=sharding)
+    else:
+        load_weights(model, folder / WEIGHTS_FILE, sharding=sharding)
     return make_policy(
         config,
         model,
@@ -268,9 +285,45 @@ def load_policy(
     )
 
 
-def _load_huggingface(
+def import_policy(
+    source: str | Path,
+    out: str | Path,
+    *,
+    unnorm_key: str | None = None,
+    num_images: int | None = None,
+    center_crop: bool | None = None,
+    dtype: Any = None,
+) -> None:
+    """Imports a public directory into one of ours, with its weights as an orbax checkpoint.
+
+    No more than one tensor is in memory at a time. `load_policy` reads the result.
+
+    Args:
+        source: a public OpenVLA or OpenVLA-OFT directory.
+        out: an empty or new folder.
+        unnorm_key: see `load_policy`, as for `num_images` and `center_crop`.
+        num_images: see there.
+        center_crop: see there.
+        dtype: of all weights; bfloat16, as published, if left out.
+
+    Raises:
+        InputError: `source` is no public directory, or `out` holds files already.
+        CheckpointError: a file is missing or damaged, or a tensor does not fit its model.
+    """
+    folder, out = Path(source), Path(out)
+    if not is_huggingface(folder):
+        raise InputError(f"{folder}: not a public directory: there is no config.json of one")
+    check_empty(out)
+    public = _read_public(folder, unnorm_key, num_images, center_crop)
+    model = abstract_model(public.config, dtype=dtype or jnp.bfloat16)
+    save_orbax(out / ORBAX_FOLDER, model, read_tensors(folder), source=str(folder))
+    public.save_settings(out)
+
+
+def _read_public(
     folder: Path, unnorm_key: str | None, num_images: int | None, center_crop: bool | None
 ) -> Policy:
+    """A public directory without its weights: the model is abstract."""
     tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
     config, statistics = read_config(
         folder,
@@ -279,9 +332,7 @@ def _load_huggingface(
         center_crop=center_crop,
         empty_token_id=tokenizer.token_to_id("\u2581"),
     )
-    model = abstract_model(config)
-    assign_tensors(model, read_tensors(folder), source=str(folder))
-    return make_policy(config, model, tokenizer, statistics, source=str(folder))
+    return make_policy(config, abstract_model(config), tokenizer, statistics, source=str(folder))
 
 
 def random_policy(name: str, *, seed: int = 0) -> Policy:

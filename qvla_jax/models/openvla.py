@@ -10,6 +10,7 @@ prediction, a state stands one place before the entry that it predicts.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -214,9 +215,20 @@ def make_model(config: OpenVLAConfig, *, rngs: nnx.Rngs) -> Prismatic:
     return (OpenVLAOFT if config.decoding == "l1" else OpenVLA)(config, rngs=rngs)
 
 
-def abstract_model(config: OpenVLAConfig) -> Prismatic:
-    """The architecture with shapes and dtypes in place of arrays: costs no memory, cannot run."""
-    return nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
+def abstract_model(config: OpenVLAConfig, *, dtype: Any = None) -> Prismatic:
+    """The architecture with shapes and dtypes in place of arrays: costs no memory, cannot run.
+
+    Args:
+        config: the architecture.
+        dtype: of all parameters; float32 if left out. Arithmetic stays in float32.
+    """
+    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
+    if dtype is not None:
+        cast = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.state(model, nnx.Param)
+        )
+        nnx.update(model, cast)
+    return model
 
 
 def _behind_bos(

@@ -23,11 +23,12 @@ from qvla_jax.checkpoints.huggingface import (
     read_json,
     read_tensors,
 )
+from qvla_jax.checkpoints.orbax_weights import orbax_dtypes
 from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.checkpoints.weights import check_shapes, public_shapes
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
-from qvla_jax.inference.policy import WEIGHTS_FILE
+from qvla_jax.inference.policy import ORBAX_FOLDER, WEIGHTS_FILE
 from qvla_jax.models import abstract_model
 from qvla_jax.models.surgery import named_modules
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
@@ -85,8 +86,8 @@ def describe(source: str, *, rules: LayerRules = DEFAULT_RULES) -> Description:
     """Describes a policy without loading it.
 
     Args:
-        source: a preset (with weights or without), a directory written by `Policy.save`, or a
-            public OpenVLA or OpenVLA-OFT directory.
+        source: a preset (with weights or without), a directory written by `Policy.save` or
+            `import_policy`, or a public OpenVLA or OpenVLA-OFT directory.
         rules: which layers are quantized.
 
     Raises:
@@ -98,42 +99,51 @@ def describe(source: str, *, rules: LayerRules = DEFAULT_RULES) -> Description:
         config = preset(source)
         folder = bundled_policy_path(config.name)
         if not folder.is_dir():
-            return _described(config, "a preset without weights, in bfloat16", None, rules)
+            model = abstract_model(config)
+            dtypes = dict.fromkeys(public_shapes(model), _PUBLISHED)
+            return _described(config, model, dtypes, "a preset without weights, in bfloat16", rules)
     if is_huggingface(folder):
         # The statistics are not needed: any entry will do where there are several.
         config, _ = read_config(folder, unnorm_key="")
-        return _described(config, f"{folder}, public layout", read_tensors(folder), rules)
+        model = abstract_model(config)
+        dtypes = _dtypes(model, read_tensors(folder), str(folder))
+        return _described(config, model, dtypes, f"{folder}, public layout", rules)
     config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
-    return _described(config, str(folder), TensorFile(folder / WEIGHTS_FILE), rules)
+    model = abstract_model(config)
+    if (folder / ORBAX_FOLDER).is_dir():
+        dtypes = orbax_dtypes(model, folder / ORBAX_FOLDER)
+    else:
+        dtypes = _dtypes(model, TensorFile(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+    return _described(config, model, dtypes, str(folder), rules)
+
+
+def _dtypes(
+    model: nnx.Module, tensors: Mapping[str, np.ndarray], source: str
+) -> dict[str, np.dtype[Any]]:
+    """Public name -> stored dtype; raises if the tensors are not those of the model."""
+    check_shapes(model, tensors, source=source)
+    return {name: tensors[name].dtype for name in tensors}
 
 
 def _described(
     config: OpenVLAConfig,
+    model: nnx.Module,
+    dtypes: Mapping[str, np.dtype[Any]],
     source: str,
-    tensors: Mapping[str, np.ndarray] | None,
     rules: LayerRules,
 ) -> Description:
-    """Describes an architecture with the dtypes of its tensors, which must fit it."""
-    model = abstract_model(config)
-    shapes = public_shapes(model)
-    dtypes = dict.fromkeys(shapes, _PUBLISHED)
-    if tensors is not None:
-        check_shapes(model, tensors, source=source)
-        dtypes = {name: tensors[name].dtype for name in shapes}
     return Description(
         config=config,
         source=source,
-        modules=_modules(model, shapes, dtypes, rules),
+        modules=_modules(model, dtypes, rules),
         index=_index(quantizable_layers(model, rules), dtypes),
     )
 
 
 def _modules(
-    model: nnx.Module,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, np.dtype[Any]],
-    rules: LayerRules,
+    model: nnx.Module, dtypes: Mapping[str, np.dtype[Any]], rules: LayerRules
 ) -> tuple[Module, ...]:
+    shapes = public_shapes(model)
     linears = named_modules(model, nnx.Linear)
     quantized = quantizable_layers(model, rules)
     # Row -> module -> its parameters.

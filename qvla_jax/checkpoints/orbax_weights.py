@@ -1,0 +1,156 @@
+"""Weights as an orbax checkpoint: written one tensor at a time, restored onto any sharding.
+
+The tree is flat: dotted Flax path (`language_model.model.norm.scale`) -> array in Flax's layout.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from qvla_jax.checkpoints.weights import flax_leaves, through_flax
+from qvla_jax.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """An array that is made when its turn to be written has come."""
+
+    make: Callable[[], np.ndarray]
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Writes leaves one after the other, so that only one is in memory."""
+
+    async def serialize(
+        self,
+        values: Sequence[Any],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[Any]:
+        args = args or [ocp.SaveArgs()] * len(values)
+        for leaf, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([leaf.make()], [info], [arg]):
+                written.result()
+        return []
+
+
+def save_orbax(
+    path: Path, model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str
+) -> None:
+    """Imports public tensors into an orbax checkpoint, one at a time.
+
+    Args:
+        path: a folder that does not exist yet; it appears when it is complete.
+        model: abstract or not; its parameters' dtypes are those written.
+        tensors: public name -> tensor.
+        source: what errors name.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of the wrong shape, NaN or infinite.
+    """
+    convert = through_flax(model, tensors, source=source)
+
+    def leaf(name: str, dtype: Any) -> _Leaf:
+        return _Leaf(lambda: np.ascontiguousarray(convert(name, dtype)[1]))
+
+    tree = {path: leaf(name, v.dtype) for path, (name, v) in flax_leaves(model).items()}
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    # One file for each parameter: gathered into large ones, all would be held until the end.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer, _quiet():
+        checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(tree))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax from warning that there are no large files to merge."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def load_orbax(
+    model: nnx.Module, path: Path, *, sharding: jax.sharding.Sharding | None = None
+) -> None:
+    """Fills the parameters of `model`, in place, in their dtypes.
+
+    Args:
+        model: arrays, or shapes and dtypes.
+        path: what `save_orbax` wrote.
+        sharding: of every parameter; None puts it on the default device.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or a parameter is missing, unexpected or of the
+            wrong shape. The message names it.
+    """
+    variables = {name: variable for name, (_, variable) in flax_leaves(model).items()}
+    with _reading(path) as checkpointer:
+        _check(variables, _metadata(checkpointer, path), path)
+        # Orbax ties an array to its devices; without a sharding it shall follow the inputs.
+        arguments = {
+            name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=v.dtype)
+            if sharding is None
+            else ocp.ArrayRestoreArgs(sharding=sharding, dtype=v.dtype)
+            for name, v in variables.items()
+        }
+        restored = checkpointer.restore(
+            path.resolve(), args=ocp.args.PyTreeRestore(restore_args=arguments)
+        )
+    for name, variable in variables.items():
+        variable.set_value(jax.device_put(restored.pop(name), sharding))
+
+
+def orbax_dtypes(model: nnx.Module, path: Path) -> dict[str, np.dtype[Any]]:
+    """Public name -> stored dtype, checked as `load_orbax` does, without reading a weight.
+
+    Raises:
+        CheckpointError: see `load_orbax`.
+    """
+    leaves = flax_leaves(model)
+    with _reading(path) as checkpointer:
+        stored = _metadata(checkpointer, path)
+        _check({leaf: variable for leaf, (_, variable) in leaves.items()}, stored, path)
+    return {name: np.dtype(stored[leaf].dtype) for leaf, (name, _) in leaves.items()}
+
+
+def _metadata(checkpointer: ocp.Checkpointer, path: Path) -> Mapping[str, Any]:
+    item: Any = checkpointer.metadata(path.resolve()).item_metadata
+    return item.tree
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        try:
+            yield checkpointer
+        except (ValueError, OSError, KeyError, AttributeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{path}: not a readable orbax checkpoint ({reason})") from error
+
+
+def _check(variables: Mapping[str, nnx.Variable], stored: Mapping[str, Any], path: Path) -> None:
+    if missing := sorted(variables.keys() - stored.keys()):
+        shape = variables[missing[0]].shape
+        raise CheckpointError(f"{path}: parameter {missing[0]!r} of shape {shape} is missing")
+    if unexpected := sorted(stored.keys() - variables.keys()):
+        raise CheckpointError(f"{path}: parameter {unexpected[0]!r} is unexpected")
+    for name, variable in variables.items():
+        if tuple(stored[name].shape) != variable.shape:
+            raise CheckpointError(
+                f"{path}: parameter {name!r} has shape {tuple(stored[name].shape)}, expected "
+                f"{variable.shape}"
+            )
