@@ -115,6 +115,10 @@ COMMANDS = {
         "qvla sensitivity --model libero-mini --out runs/mini",
         _stage("sensitivity"),
     ),
+    "validate": Command(
+        "study whether the sensitivities can be trusted",
+        "qvla validate --model libero-mini --out runs/mini", _stage("validate"),
+    ),
     "allocate": Command(
         "choose a bit-width for every channel", "qvla allocate --budget-bits 3 --out runs/mini",
         _stage("allocate"),

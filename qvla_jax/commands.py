@@ -18,6 +18,7 @@ from qvla_jax.pipeline.closed_loop import EPISODES_FILE, SUMMARY_FILE, ClosedLoo
 from qvla_jax.pipeline.closed_loop import closed_loop as run_closed_loop
 from qvla_jax.progress import ProgressBars
 from qvla_jax.report.page import size_text
+from qvla_jax.report.study import study_tables
 from qvla_jax.report.svg import number
 
 
@@ -158,6 +159,16 @@ def sensitivity(config: pipeline.SensitivityConfig) -> None:
     if validation is not None:
         _say(spearman_line(validation, config.method))
     _say(f"Sensitivities: {config.out / files.SENSITIVITY}")
+
+
+def validate(config: pipeline.ValidateConfig) -> None:
+    """Studies the sensitivities and prints what was found."""
+    with ProgressBars() as progress:
+        study = pipeline.validate(config, progress=progress)
+    for table in study_tables(study):
+        _print(table)
+        _say("")
+    _say(f"Study: {config.out / files.STUDY}, {config.out / files.STUDY_FIGURE}")
 
 
 def allocate(config: pipeline.AllocateConfig) -> None:

@@ -46,6 +46,15 @@ def track(items: Iterable[Item], total: int, stage: str, progress: Progress) -> 
         progress(stage, done, total)
 
 
+def prefixed(progress: Progress, name: str) -> Progress:
+    """Puts a name in front of the stages that are reported."""
+
+    def call(stage: str, done: int, total: int) -> None:
+        progress(stage if stage == name else f"{name}: {stage}", done, total)
+
+    return call
+
+
 class _RateColumn(TextColumn):
     def __init__(self) -> None:
         super().__init__("")

@@ -14,11 +14,13 @@ from qvla_jax.pipeline.configs import (
     ReportConfig,
     RunConfig,
     SensitivityConfig,
+    ValidateConfig,
 )
 from qvla_jax.pipeline.evaluate import count_parameters, evaluate
 from qvla_jax.pipeline.report import report
 from qvla_jax.pipeline.run import run
 from qvla_jax.pipeline.sensitivity import sensitivity
+from qvla_jax.pipeline.validate import validate
 
 __all__ = [
     "AllocateConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "ReportConfig",
     "RunConfig",
     "SensitivityConfig",
+    "ValidateConfig",
     "allocate",
     "calibrate",
     "compare_solvers",
@@ -39,4 +42,5 @@ __all__ = [
     "report",
     "run",
     "sensitivity",
+    "validate",
 ]

@@ -82,8 +82,8 @@ class AllocateConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(StageConfig):
-    """Measures the action error of every allocation on held-out frames; writes evaluation.json."""
+class HeldoutConfig(StageConfig):
+    """The frames that results are measured on."""
 
     # A policy that ships with the package, or a directory that holds one.
     model: str = "libero-mini"
@@ -93,6 +93,12 @@ class EvaluateConfig(StageConfig):
     eval_split: str = "heldout"
     # Frames to draw from it; 0 takes all of them.
     eval_frames: int = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(HeldoutConfig):
+    """Measures the action error of every allocation on held-out frames; writes evaluation.json."""
+
     # Uniform round-to-nearest baselines.
     uniform_bits: tuple[int, ...] = (2, 3, 4, 8)
     # Frames for each forward pass.
@@ -105,6 +111,25 @@ class EvaluateConfig(StageConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig(StageConfig):
     """Writes report.json and report.html from the files of the other stages."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidateConfig(HeldoutConfig):
+    """Studies whether the sensitivities in a folder can be trusted; writes study.json and .png."""
+
+    # Sampled channels that are also probed exactly, and on how many frames.
+    channels: int = 256
+    frames: int = 8
+    # Methods that are compared with exact probing, beside the table's own.
+    methods: tuple[str, ...] = ("jacobian", "refined", "taylor", "input_hessian")
+    # Budgets in bits for each weight, at which predicted and measured joint error are compared.
+    budgets: tuple[float, ...] = (2.5, 3.0, 4.0, 6.0)
+    # Frames and seeds of other calibration sets, for the stability.
+    sizes: tuple[int, ...] = (8, 32, 128)
+    seeds: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self) -> None:
+        _positive(self, "channels", "frames")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from qvla_jax.inference import Policy, load_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
-from qvla_jax.pipeline.configs import EvaluateConfig
+from qvla_jax.pipeline.configs import EvaluateConfig, HeldoutConfig
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import (
@@ -125,7 +125,7 @@ def evaluate(
     return evaluation
 
 
-def heldout_set(config: EvaluateConfig, *, horizon: int) -> CalibrationSet:
+def heldout_set(config: HeldoutConfig, *, horizon: int) -> CalibrationSet:
     """Draws the evaluation frames, or takes all of the split."""
     trajectories = None
     if config.eval_frames < 1:

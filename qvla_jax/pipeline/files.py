@@ -17,6 +17,8 @@ ALLOCATION = "allocation.safetensors"
 EVALUATION = "evaluation.json"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
+STUDY = "study.json"
+STUDY_FIGURE = "study.png"
 
 # Which command writes which file, for messages.
 _WRITERS = {

@@ -11,7 +11,7 @@ from qvla_jax.inference import Policy, load_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
-from qvla_jax.progress import Progress, no_progress
+from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.quantization import option_sizes, policy_index
 from qvla_jax.sensitivity import METHODS, SensitivityTable, sensitivities, validate
 
@@ -56,7 +56,7 @@ def sensitivity(
             seed=config.seed,
             # The inputs are the same for every method: measured once.
             statistics=tables[config.method].statistics if tables else None,
-            progress=_named(progress, method),
+            progress=prefixed(progress, method),
         )
     validation = None
     if config.validate and config.method != "exact":
@@ -68,7 +68,7 @@ def sensitivity(
             channels=config.validate,
             frames=config.validate_frames,
             seed=config.seed,
-            progress=_named(progress, "validation"),
+            progress=prefixed(progress, "validation"),
         )
     _write(config, tables, validation)
     return validation
@@ -128,12 +128,3 @@ def _write(
         header = {"format": VALIDATION_KIND, "version": 1}
         made_from = files.made_from(tables[config.method])
         write_json(config.out / files.VALIDATION, {**header, "made_from": made_from, **validation})
-
-
-def _named(progress: Progress, name: str) -> Progress:
-    """Puts the method's name in front of the stages that it reports."""
-
-    def call(stage: str, done: int, total: int) -> None:
-        progress(stage if stage == name else f"{name}: {stage}", done, total)
-
-    return call

@@ -1,4 +1,4 @@
-"""Spearman's rank correlation, ties sharing their mean rank."""
+"""How well one ordering agrees with another: rank correlation, and overlap of the largest."""
 
 import numpy as np
 
@@ -18,3 +18,17 @@ def spearman(a: Float[np.ndarray, " m"], b: Float[np.ndarray, " m"]) -> float:
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
     return float(np.sum(x * y) / norm) if norm > 0 else float("nan")
+
+
+def top_overlap(
+    estimate: Float[np.ndarray, " m"], truth: Float[np.ndarray, " m"], *, share: float = 0.1
+) -> float:
+    """Share of the largest of `truth` (a tenth, at least one) that are the largest of `estimate`.
+
+    Ties are broken by position, alike on both sides.
+    """
+    count = max(round(share * len(truth)), 1)
+    found, wanted = (
+        set(np.argsort(-np.asarray(v), kind="stable")[:count]) for v in (estimate, truth)
+    )
+    return len(found & wanted) / count

@@ -1,5 +1,6 @@
 """Can a table be trusted? Rank correlation with exact probing, and additivity."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from qvla_jax.sensitivity.batches import Calibration, FirstFrames
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.methods import DEFAULT_SHARE, sensitivities
 from qvla_jax.sensitivity.probes import Probes
-from qvla_jax.sensitivity.ranks import spearman
+from qvla_jax.sensitivity.ranks import spearman, top_overlap
 from qvla_jax.sensitivity.strata import module_types
 from qvla_jax.sensitivity.table import SensitivityTable
 
@@ -26,6 +27,102 @@ def sample_channels(index: ChannelIndex, count: int, *, seed: int) -> Int[np.nda
         raise InputError(f"channels to sample: expected at least 1, got {count}")
     count = min(count, len(index))
     return np.sort(np.random.default_rng(seed).choice(len(index), count, replace=False))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExactSample:
+    """Exactly probed costs of some channels, to compare estimates with."""
+
+    # The frames that were probed.
+    part: FirstFrames
+    rows: Int[np.ndarray, " m"]
+    # Options, without 16.
+    bits: tuple[int, ...]
+    costs: Float[np.ndarray, "m n"]
+
+    def ranks(self, table: SensitivityTable) -> list[dict[str, Any]]:
+        """How a table orders the sampled channels: `rank_correlations` with exact probing."""
+        columns = [table.bits.index(b) for b in self.bits]
+        estimate = table.costs[self.rows][:, columns]
+        return rank_correlations(table.index, self.rows, self.bits, estimate, self.costs)
+
+
+def probe_sample(
+    policy: Policy,
+    calibration: Calibration,
+    table: SensitivityTable,
+    *,
+    channels: int = 256,
+    frames: int = 8,
+    seed: int = 0,
+    rules: LayerRules = DEFAULT_RULES,
+    progress: Progress = no_progress,
+) -> ExactSample:
+    """Probes sampled channels exactly, on the first frames of a calibration set.
+
+    Args:
+        policy: the full-precision policy.
+        calibration: the table's calibration set.
+        table: whose channels, options and quantizer are probed.
+        channels: channels drawn over all layers.
+        frames: frames that they are measured on.
+        seed: of the draw.
+        rules: those of the table.
+        progress: called as it goes on.
+
+    Raises:
+        InputError: the table belongs to other layers, or nothing can be sampled.
+    """
+    layers = quantizable_layers(policy.model, rules)
+    if tuple(layers) != table.index.paths:
+        raise InputError("the table was made for other layers than this policy's")
+    part = FirstFrames(calibration, min(frames, calibration.frames))
+    rows = sample_channels(table.index, channels, seed=seed)
+    bits = tuple(b for b in table.bits if b != SOURCE)
+    costs, _ = exact_costs(
+        policy, part, layers, table.index, table.quantizer, bits=bits, rows=rows, progress=progress
+    )
+    return ExactSample(part, rows, bits, costs)
+
+
+def same_frames(
+    policy: Policy,
+    sample: ExactSample,
+    table: SensitivityTable,
+    *,
+    method: str | None = None,
+    seed: int = 0,
+    rules: LayerRules = DEFAULT_RULES,
+    progress: Progress = no_progress,
+) -> SensitivityTable:
+    """A method's table on the very frames of a sample, for the table's quantizer.
+
+    With as many reverse passes as the table got in all (never more than there are action entries
+    for each frame).
+
+    Args:
+        policy: the full-precision policy.
+        sample: the frames.
+        table: where settings and input statistics come from.
+        method: None takes the table's own.
+        seed: of the probes.
+        rules: those of the table.
+        progress: called as it goes on.
+    """
+    return sensitivities(
+        policy,
+        sample.part,
+        method=method or table.method,
+        bits=table.bits,
+        probes=_probes(policy, table, sample.part.frames),
+        exact_share=table.provenance["settings"].get("exact_share") or DEFAULT_SHARE,
+        seed=seed,
+        quantizer=table.settings,
+        statistics=table.statistics,
+        joint=False,
+        rules=rules,
+        progress=progress,
+    )
 
 
 def validate(
@@ -43,8 +140,7 @@ def validate(
 
     The table's costs are means over its whole calibration set; exact probing is dear and sees the
     first `frames` of it, so that their correlation is a lower bound of the method's. The method is
-    therefore also run on those frames, with as many reverse passes as the table got in all (never
-    more than there are action entries for each frame).
+    therefore also run on those frames.
 
     Args:
         policy: the full-precision policy.
@@ -57,56 +153,25 @@ def validate(
         progress: called as it goes on.
 
     Returns:
-        JSON object: `channels`, `frames`, `method`, `spearman` [{bits, spearman, by_module: {type:
-        rho}}] on the same frames, `spearman_table` of the table itself, and the samples (`rows`,
-        `exact` [m][n]).
+        JSON object: `channels`, `frames`, `method`, `spearman` (see `rank_correlations`) on the
+        same frames, `spearman_table` of the table itself, and the samples (`rows`, `exact` [m][n]).
 
     Raises:
         InputError: the table belongs to other layers, or nothing can be sampled.
     """
-    layers = quantizable_layers(policy.model, rules)
-    if tuple(layers) != table.index.paths:
-        raise InputError("the table was made for other layers than this policy's")
-    part = FirstFrames(calibration, min(frames, calibration.frames))
-    rows = sample_channels(table.index, channels, seed=seed)
-    bits = tuple(b for b in table.bits if b != SOURCE)
-    exact, _ = exact_costs(
-        policy,
-        part,
-        layers,
-        table.index,
-        table.quantizer,
-        bits=bits,
-        rows=rows,
+    sample = probe_sample(
+        policy, calibration, table, channels=channels, frames=frames, seed=seed, rules=rules,
         progress=progress,
-    )
-    same = sensitivities(
-        policy,
-        part,
-        method=table.method,
-        bits=table.bits,
-        probes=_probes(policy, table, part.frames),
-        exact_share=table.provenance["settings"].get("exact_share") or DEFAULT_SHARE,
-        seed=seed,
-        quantizer=table.settings,
-        statistics=table.statistics,
-        joint=False,
-        rules=rules,
-        progress=progress,
-    )
-    columns = [table.bits.index(b) for b in bits]
-
-    def ranks(costs: Float[np.ndarray, "C n"]) -> list[dict[str, Any]]:
-        return rank_correlations(table.index, rows, bits, costs[rows][:, columns], exact)
-
+    )  # fmt: skip
+    same = same_frames(policy, sample, table, seed=seed, rules=rules, progress=progress)
     return {
-        "channels": len(rows),
-        "frames": part.frames,
+        "channels": len(sample.rows),
+        "frames": sample.part.frames,
         "method": table.method,
-        "spearman": ranks(same.costs),
-        "spearman_table": ranks(table.costs),
-        "rows": rows.tolist(),
-        "exact": exact.tolist(),
+        "spearman": sample.ranks(same),
+        "spearman_table": sample.ranks(table),
+        "rows": sample.rows.tolist(),
+        "exact": sample.costs.tolist(),
     }
 
 
@@ -129,7 +194,10 @@ def rank_correlations(
 ) -> list[dict[str, Any]]:
     """Spearman correlation for each bit-width, over all samples and within each module type.
 
-    A module type with fewer than three samples, or without variation, is left out.
+    Returns:
+        [{bits, spearman, top, by_module: {type: rho}}]; `top` is the share of the tenth of the
+        samples that cost most which the estimate finds too. A module type with fewer than three
+        samples, or without variation, is left out.
     """
     names, numbers = module_types(index)
     types = np.asarray(names)[numbers[rows]]
@@ -145,7 +213,8 @@ def rank_correlations(
         rho = spearman(estimate[:, column], exact[:, column])
         # Without variation there is no correlation, and JSON knows no NaN.
         overall = rho if np.isfinite(rho) else 0.0
-        result.append({"bits": b, "spearman": overall, "by_module": by_module})
+        top = top_overlap(estimate[:, column], exact[:, column])
+        result.append({"bits": b, "spearman": overall, "top": top, "by_module": by_module})
     return result
 
 

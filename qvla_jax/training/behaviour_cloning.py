@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -65,7 +64,7 @@ class TrainConfig:
     # Random crops: shifts of up to this many pixels.
     shift_pixels: int = 4
     # Standard deviation of the noise on normalized proprio.
-    proprio_noise: float = 0.004
+    proprio_noise: float = 0.02
     checkpoint_every: int = 100
     evaluate_every: int = 100
 
@@ -84,18 +83,13 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Muon for matrices and AdamW for everything else, with clipped gradients.
-
-    Muon's updates are scaled to AdamW's root mean square, so that one learning rate serves both.
-    Vectors (norms, biases) are not decayed.
-    """
+    """AdamW with clipped gradients; vectors (norms, biases) are not decayed."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.contrib.muon(
+        optax.adamw(
             learning_rate(config),
             weight_decay=config.weight_decay,
-            adam_weight_decay=0.0,
-            consistent_rms=0.2,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
         ),
     )
 

@@ -1,0 +1,223 @@
+"""Can the sensitivities of a run be trusted? Ranks, additivity, stability, and who is sensitive.
+
+A study beside the walk: it reads what `calibrate` and `sensitivity` left, and nothing reads it.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.atomic import write_json
+from qvla_jax.data.calibration import CalibrationSet, calibration_set
+from qvla_jax.inference import Policy, load_policy
+from qvla_jax.pipeline import files
+from qvla_jax.pipeline.allocate import load_tables
+from qvla_jax.pipeline.calibrate import load_calibration
+from qvla_jax.pipeline.configs import ValidateConfig
+from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
+from qvla_jax.progress import Progress, no_progress, prefixed
+from qvla_jax.provenance import provenance
+from qvla_jax.quantization import quantize
+from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.layers import LayerRules
+from qvla_jax.report.study import draw
+from qvla_jax.sensitivity import SensitivityTable, joint_error, sensitivities, spearman
+from qvla_jax.sensitivity.strata import module_types
+from qvla_jax.sensitivity.validation import probe_sample, same_frames
+from qvla_jax.solvers import solve
+
+STUDY_KIND = "qvla_jax.study"
+# Every linear layer, those that stay in 16 bits by default included.
+_ALL_LAYERS = LayerRules(include=(r".",))
+
+
+def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
+    """Studies the sensitivity table in `config.out`, and writes study.json.
+
+    Returns:
+        JSON object: `ranks` (each method against exact probing on the same frames), `additivity`
+        (predicted against measured joint error), `stability` (tables of other calibration sets
+        against this one) and `modules` (mean cost of a channel by module type).
+
+    Raises:
+        InputError: the calibration set or the table is missing, or belongs to another policy.
+    """
+    policy = load_policy(config.model)
+    calibration = load_calibration(config.out)
+    table = load_tables(config.out)[0]
+    files.check_same(
+        config.out / files.SENSITIVITY,
+        files.made_from(table),
+        {"policy fingerprint": policy.fingerprint, "calibration hash": calibration.hash},
+        remedy=f"run `qvla sensitivity --out {config.out}` again",
+    )
+    heldout = heldout_set(config, horizon=policy.config.action_horizon)
+    check_disjoint(calibration, heldout)
+    content = {
+        "format": STUDY_KIND,
+        "version": 1,
+        "made_from": files.made_from(table),
+        "method": table.method,
+        "bits": list(table.bits),
+        "ranks": _ranks(config, policy, calibration, table, progress),
+        "additivity": _additivity(config, policy, calibration, heldout, table, progress),
+        "stability": _stability(config, policy, calibration, table, progress),
+        "modules": _modules(config, policy, calibration, table, progress),
+        "provenance": provenance(seed=config.seed),
+    }
+    write_json(config.out / files.STUDY, content)
+    draw(content, config.out / files.STUDY_FIGURE)
+    return content
+
+
+def _ranks(
+    config: ValidateConfig,
+    policy: Policy,
+    calibration: CalibrationSet,
+    table: SensitivityTable,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Each method against exact probing of the same channels on the same frames."""
+    sample = probe_sample(
+        policy, calibration, table, channels=config.channels, frames=config.frames,
+        seed=config.seed, progress=progress,
+    )  # fmt: skip
+    by_method = {}
+    for method in dict.fromkeys((table.method, *config.methods)):
+        same = same_frames(
+            policy, sample, table, method=method, seed=config.seed,
+            progress=prefixed(progress, method),
+        )  # fmt: skip
+        by_method[method] = sample.ranks(same)
+    return {
+        "channels": len(sample.rows),
+        "frames": sample.part.frames,
+        "methods": by_method,
+    }
+
+
+def _additivity(
+    config: ValidateConfig,
+    policy: Policy,
+    calibration: CalibrationSet,
+    heldout: CalibrationSet,
+    table: SensitivityTable,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The sum of the chosen costs, with and without joint factors, and what is really measured."""
+    single = dataclasses.replace(table, joint=None)
+    rows = []
+    for done, budget in enumerate(config.budgets):
+        progress("additivity", done, len(config.budgets))
+        bits = table.bits_of(solve(table.problem(budget_bits=budget), "greedy:marginal"))
+        quantized = quantize(policy, bits)
+        rows.append(
+            {
+                "budget_bits": budget,
+                "pruned": float(np.mean(np.asarray(bits) == 0)),
+                "summed": single.predicted(bits),
+                "predicted": table.predicted(bits),
+                "measured_calibration": joint_error(policy, quantized, calibration),
+                "measured_heldout": joint_error(policy, quantized, heldout),
+            }
+        )
+    progress("additivity", len(config.budgets), len(config.budgets))
+    return rows
+
+
+def _stability(
+    config: ValidateConfig,
+    policy: Policy,
+    calibration: CalibrationSet,
+    table: SensitivityTable,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Tables of other calibration sets: their ranks in this one, and what their choice costs here.
+
+    `regret` is the cost, in this table, of the allocation that the other table chooses, over the
+    cost of this table's own choice, minus 1.
+    """
+    problems = {b: table.problem(budget_bits=b) for b in config.budgets}
+    best = {b: solve(problem, "greedy:marginal").cost for b, problem in problems.items()}
+    rows = []
+    for frames in config.sizes:
+        for seed in config.seeds:
+            drawn = calibration_set(
+                calibration.manifest["source"],
+                frames=frames,
+                seed=seed,
+                split=calibration.manifest["split"],
+                horizon=policy.config.action_horizon,
+            )
+            other = sensitivities(
+                policy, drawn, method=table.method, bits=table.bits,
+                probes=table.provenance["settings"]["probes"], seed=seed,
+                quantizer=table.settings, statistics=table.statistics, joint=False,
+                progress=prefixed(progress, f"{frames} frames, seed {seed}"),
+            )  # fmt: skip
+            other = dataclasses.replace(other, joint=table.joint)
+            reached = table.costs.any(axis=1)
+            regret = {}
+            for budget, problem in problems.items():
+                choice = solve(other.problem(budget_bits=budget), "greedy:marginal").choice
+                cost = float(problem.costs[np.arange(len(choice)), choice].sum())
+                regret[f"{budget:g}"] = cost / best[budget] - 1
+            rows.append(
+                {
+                    "frames": frames,
+                    "seed": seed,
+                    "spearman": {
+                        str(b): spearman(table.costs[reached, i], other.costs[reached, i])
+                        for i, b in enumerate(table.bits)
+                        if b != SOURCE
+                    },
+                    "regret": regret,
+                }
+            )
+    return rows
+
+
+def _modules(
+    config: ValidateConfig,
+    policy: Policy,
+    calibration: CalibrationSet,
+    table: SensitivityTable,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Mean cost of a channel and of a weight for each module type, kept layers included."""
+    whole = sensitivities(
+        policy, calibration, method="jacobian", bits=table.bits, seed=config.seed,
+        quantizer=table.settings, joint=False, rules=_ALL_LAYERS,
+        progress=prefixed(progress, "all layers"),
+    )  # fmt: skip
+    kept = set(whole.index.paths) - set(table.index.paths)
+    names, numbers = module_types(whole.index)
+    fan_in = np.asarray([layer.fan_in for layer in whole.index.layers])[whole.index.layer_of]
+    is_kept = np.asarray([path in kept for path in whole.index.paths])[whole.index.layer_of]
+    rows = []
+    for number, name in enumerate(names):
+        of_type = numbers == number
+        costs = whole.costs[of_type]
+        if not costs.any():
+            # No action reads these layers.
+            continue
+        rows.append(
+            {
+                "module": name,
+                "kept": bool(is_kept[of_type].all()),
+                "channels": int(of_type.sum()),
+                "weights": int(fan_in[of_type].sum()),
+                "cost_of_channel": dict(
+                    zip(map(str, whole.bits), costs.mean(axis=0).tolist(), strict=True)
+                ),
+                "cost_of_thousand_weights": dict(
+                    zip(
+                        map(str, whole.bits),
+                        (1000 * costs.sum(axis=0) / fan_in[of_type].sum()).tolist(),
+                        strict=True,
+                    )
+                ),
+            }
+        )
+    return rows
