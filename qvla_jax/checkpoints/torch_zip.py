@@ -33,9 +33,9 @@ STORAGE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-# A description larger than this is not one of a state dict: 50 million parameters in 1,000 tensors
-# take 150 kB.
-_MAX_DESCRIPTION: Final = 64 << 20
+# A description larger than this is not one of a state dict: 1,000 tensors take 150 kB. Each byte
+# may become an empty list of 60.
+_MAX_DESCRIPTION: Final = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,8 @@ _REBUILD_PARAMETER = _Global("torch._utils _rebuild_parameter")
 _STORAGES = {_Global(f"torch {name}"): dtype for name, dtype in STORAGE_DTYPES.items()}
 _KNOWN = {_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES}
 _MARK = _Global("mark")
+# Folders and files below the archive's one folder.
+_NAME: Final = re.compile(r"[\w.+=@, -]+(/[\w.+=@, -]+)+", re.ASCII)
 
 
 def read_torch_zip(path: str | Path) -> dict[str, np.ndarray]:
@@ -64,8 +66,9 @@ def read_torch_zip(path: str | Path) -> dict[str, np.ndarray]:
         views of the memory-mapped file.
 
     Raises:
-        CheckpointError: the file is missing, truncated, compressed, mentions a name that tensors do
-            not need, or describes a tensor outside its storage.
+        CheckpointError: the file is missing, truncated or compressed, has members that overlap or
+            whose names lead elsewhere, mentions a name that tensors do not need, or describes a
+            tensor outside its storage or more tensors than the storage holds.
     """
     path = Path(path)
     try:
@@ -123,14 +126,18 @@ class _Archive:
         self._spans: dict[str, tuple[int, int]] = {}
         end_of_last = 0
         for member in sorted(members, key=lambda m: m.header_offset):
+            if not self._spans and member.header_offset:
+                raise CheckpointError(f"{member.header_offset} bytes stand before the archive")
+            if not _NAME.fullmatch(member.filename) or ".." in member.filename.split("/"):
+                raise CheckpointError(f"member {member.filename!r} has a name that leads elsewhere")
+            if member.header_offset < end_of_last:
+                raise CheckpointError(f"member {member.filename!r} overlaps another one")
             begin = self._data_offset(member)
             end = begin + member.file_size
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
                 raise CheckpointError(f"member {member.filename!r} is compressed or encrypted")
             if member.compress_size != member.file_size or end > size:
                 raise CheckpointError(f"member {member.filename!r} reaches past the file's end")
-            if member.header_offset < end_of_last:
-                raise CheckpointError(f"member {member.filename!r} overlaps another one")
             if member.filename in self._spans:
                 raise CheckpointError(f"member {member.filename!r} stands there twice")
             end_of_last = end
@@ -146,10 +153,14 @@ class _Archive:
     def _data_offset(self, member: zipfile.ZipInfo) -> int:
         # The local header repeats the name and has its own extra field (torch pads with it).
         header = bytes(self._bytes[member.header_offset : member.header_offset + 30])
-        signature, name, extra = struct.unpack("<4s22xHH", header)
+        signature, length, extra = struct.unpack("<4s22xHH", header)
         if signature != b"PK\x03\x04":
             raise CheckpointError(f"member {member.filename!r} has no local header")
-        return member.header_offset + 30 + name + extra
+        begin = member.header_offset + 30
+        name = bytes(self._bytes[begin : begin + length])
+        if name != member.filename.encode():
+            raise CheckpointError(f"member {member.filename!r} is called {name!r} where it lies")
+        return begin + length + extra
 
     def description(self) -> bytes:
         begin, end = self._spans[f"{self._root}/data.pkl"]
@@ -191,6 +202,8 @@ class _Machine:
     ):
         self._description = description
         self._storage = storage
+        # Storage -> the different views of it.
+        self._views: dict[int, dict[tuple[Any, ...], int]] = {}
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
@@ -340,7 +353,16 @@ class _Machine:
             case _Global(_ORDERED_DICT.name), ():
                 self._push({})
             case _Global(_REBUILD_TENSOR.name), (np.ndarray() as storage, offset, size, stride, *_):
-                self._push(_tensor(storage, offset, size, stride))
+                tensor = _tensor(storage, offset, size, stride)
+                # A storage is a view of the file: its address tells it from others.
+                views = self._views.setdefault(storage.__array_interface__["data"][0], {})
+                views[storage.dtype, offset, size, stride] = tensor.nbytes
+                if sum(views.values()) > storage.nbytes:
+                    raise CheckpointError(
+                        f"tensors that overlap in their storage of {storage.size}, such as one of "
+                        f"size {size} at {offset}"
+                    )
+                self._push(tensor)
             case _Global(_REBUILD_PARAMETER.name), (np.ndarray() as tensor, *_):
                 self._push(tensor)
             case _:
@@ -372,6 +394,11 @@ def _tensor(storage: np.ndarray, offset: Any, size: Any, stride: Any) -> np.ndar
             f"a tensor of size {tuple(size)}, stride {tuple(stride)} at {offset} reaches outside "
             f"its storage of {storage.size}"
         )
+    reach = 1
+    for n, step in sorted(zip(size, stride, strict=True), key=lambda axis: axis[1]):
+        if n > 1 and step < reach and count:
+            raise CheckpointError(f"a tensor of size {size}, stride {stride} overlaps itself")
+        reach += (n - 1) * step
     return np.lib.stride_tricks.as_strided(
         storage[offset:], size, [s * storage.itemsize for s in stride], writeable=False
     )

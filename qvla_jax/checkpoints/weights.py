@@ -165,14 +165,17 @@ def _matched(
 ) -> dict[str, tuple[str, nnx.Variable]]:
     """Public name -> (leaf's name, variable); raises if the names differ from the tensors'."""
     parameters = {name: (leaf, variable) for name, leaf, variable in _parameters(model)}
-    if missing := sorted(parameters.keys() - tensors.keys()):
+    missing = sorted(parameters.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - parameters.keys())
+    if missing:
         leaf, variable = parameters[missing[0]]
         expected = _public_shape(missing[0], leaf, variable.shape)
+        found = f"; there is {unexpected[0]!r}, which is unexpected" if unexpected else ""
         raise CheckpointError(
             f"{source}: tensor {missing[0]!r} of shape {expected} is missing ({len(missing)} in "
-            "all)"
+            f"all){found}"
         )
-    if unexpected := sorted(tensors.keys() - parameters.keys()):
+    if unexpected:
         raise CheckpointError(
             f"{source}: tensor {unexpected[0]!r} of shape {tensors[unexpected[0]].shape} is "
             f"unexpected ({len(unexpected)} in all): the file belongs to another architecture"

@@ -51,10 +51,10 @@ def test_tensors_come_back_bit_for_bit(tmp_path, parts):
 
 
 def test_transposed_and_offset_views_and_nested_dicts(tmp_path, storage):
-    tree = {"model": {"t": Tensor(storage, 0, (2, 3), (1, 2)), "o": Tensor(storage, 4, (2,), (1,))}}
+    tree = {"model": {"t": Tensor(storage, 0, (2, 2), (1, 2)), "o": Tensor(storage, 4, (2,), (1,))}}
     path = write(tmp_path / "m.pt", dumps(tree), {"0": storage.array.tobytes()})
     read = read_torch_zip(path)
-    np.testing.assert_array_equal(read["model.t"], storage.array.reshape(3, 2).T)
+    np.testing.assert_array_equal(read["model.t"], storage.array[:4].reshape(2, 2).T)
     np.testing.assert_array_equal(read["model.o"], [4.0, 5.0])
     with pytest.raises(ValueError, match="read-only"):
         read["model.o"][0] = 1
@@ -155,6 +155,93 @@ def test_storages_must_exist_and_have_the_announced_size(tmp_path, storage):
         read_torch_zip(write(tmp_path / "m.pt", description, {}))
     with pytest.raises(CheckpointError, match="storage 0 holds 20 bytes, 6 x float32"):
         read_torch_zip(write(tmp_path / "m.pt", description, {"0": bytes(20)}))
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((2, 2), (1, 1)), ((3, 2), (0, 1)), ((2, 3), (2, 1)), ((4,), (0,))]
+)
+def test_tensors_that_overlap_themselves_are_refused(tmp_path, storage, size, stride):
+    description = tree_with(Tensor(storage, 0, size, stride))
+    path = write(tmp_path / "m.pt", description, {"0": storage.array.tobytes()})
+    with pytest.raises(CheckpointError, match="overlaps itself"):
+        read_torch_zip(path)
+
+
+def test_tensors_share_a_storage_only_side_by_side_or_whole(tmp_path, storage):
+    def read(*views):
+        tree = {f"t{i}": Tensor(storage, *view) for i, view in enumerate(views)}
+        path = write(tmp_path / "m.pt", dumps(tree), {"0": storage.array.tobytes()})
+        return read_torch_zip(path)
+
+    columns = read((0, (3, 1), (2, 1)), (1, (3, 1), (2, 1)))
+    np.testing.assert_array_equal(np.hstack(list(columns.values())), [[0, 1], [2, 3], [4, 5]])
+    tied = read((0, (6,), (1,)), (0, (6,), (1,)))
+    np.testing.assert_array_equal(tied["t0"], tied["t1"])
+    with pytest.raises(CheckpointError, match="tensors that overlap in their storage of 6"):
+        read((0, (4,), (1,)), (2, (4,), (1,)))
+    with pytest.raises(CheckpointError, match="tensors that overlap in their storage of 6"):
+        read((0, (6,), (1,)), *((i, (1,), (1,)) for i in range(3)))
+
+
+def rename(path, old: bytes, new: bytes, *, local: bool = True, central: bool = True) -> None:
+    """Gives a member another name of the same length, in either of the two places."""
+    assert len(old) == len(new)
+    data = path.read_bytes()
+    places = [data.index(old), data.rindex(old)]
+    for place, wanted in zip(places, (local, central), strict=True):
+        if wanted:
+            data = data[:place] + new + data[place + len(old) :]
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", [b"../../../data/0", b"/rchive/data/0/", b"archive//data/0", b"archive\\data\\0",
+             b"archive/../da/0", b"C:/hive/data/00"],
+)  # fmt: skip
+def test_member_names_that_lead_elsewhere_are_refused(tmp_path, name):
+    path = save(tmp_path / "m.pt", {"w": np.zeros(3, np.float32)})
+    old = b"archive/data/0".ljust(len(name), b"\0")
+    if len(name) != len(b"archive/data/0"):
+        name = name[: len(b"archive/data/0")]
+        old = b"archive/data/0"
+    rename(path, old, name)
+    with pytest.raises(CheckpointError, match=r"a name that leads elsewhere|not a readable"):
+        read_torch_zip(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_member_has_one_name(tmp_path):
+    path = save(tmp_path / "m.pt", {"a": np.zeros(3, np.float32), "b": np.ones(3, np.float32)})
+    rename(path, b"archive/data/1", b"archive/data/9", local=False)
+    with pytest.raises(CheckpointError, match="'archive/data/9' is called b'archive/data/1'"):
+        read_torch_zip(path)
+    path = save(tmp_path / "n.pt", {"a": np.zeros(3, np.float32), "b": np.ones(3, np.float32)})
+    rename(path, b"archive/data/1", b"archive/data/0")
+    with pytest.raises(CheckpointError, match="stands there twice"):
+        read_torch_zip(path)
+
+
+def test_nothing_stands_before_the_archive(tmp_path):
+    path = save(tmp_path / "m.pt", {"a": np.zeros(3, np.float32)})
+    path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())
+    with pytest.raises(CheckpointError, match="10 bytes stand before the archive"):
+        read_torch_zip(path)
+
+
+def test_huge_descriptions_are_refused(tmp_path):
+    description = b"\x80\x02" + b"]" * (4 << 20) + b"."
+    with pytest.raises(CheckpointError, match="a description of 4194307 bytes"):
+        read_torch_zip(write(tmp_path / "m.pt", description, {}))
+
+
+def test_values_that_double_at_every_step_are_refused(tmp_path):
+    # Each dict holds the one before it twice: 2^64 leaves in a few hundred bytes.
+    steps = b"".join(
+        b"}q" + bytes([i]) + b"(K\x00h" + bytes([i - 1]) + b"K\x01h" + bytes([i - 1]) + b"u"
+        for i in range(1, 65)
+    )
+    with pytest.raises(CheckpointError, match="stands in several places"):
+        read_torch_zip(write(tmp_path / "m.pt", b"\x80\x02}q\x00" + steps + b".", {}))
 
 
 def test_compressed_members_are_refused(tmp_path):
