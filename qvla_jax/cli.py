@@ -57,6 +57,13 @@ def _closed_loop() -> tuple[type[Any], Callable[[Any], None]]:
     return ClosedLoopConfig, commands.closed_loop
 
 
+def _collect() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+    from qvla_jax.pipeline.collect import CollectConfig
+
+    return CollectConfig, commands.collect
+
+
 def _train() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands
     from qvla_jax.training import TrainConfig
@@ -143,6 +150,11 @@ COMMANDS = {
         "run all solvers on one allocation problem",
         "qvla compare-solvers runs/mini --budget-bits 3 --figure pareto.png",
         _compare_solvers,
+    ),
+    "collect": Command(
+        "collect episodes in LIBERO, by the scripted expert or a policy, as RLDS",
+        "qvla collect --sim libero_spatial --episodes-per-task 20 --out rlds",
+        _collect,
     ),
     "train": Command(
         "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train

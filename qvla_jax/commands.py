@@ -16,6 +16,8 @@ from qvla_jax.errors import QvlaError
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.closed_loop import EPISODES_FILE, SUMMARY_FILE, ClosedLoopConfig
 from qvla_jax.pipeline.closed_loop import closed_loop as run_closed_loop
+from qvla_jax.pipeline.collect import CollectConfig
+from qvla_jax.pipeline.collect import collect as run_collect
 from qvla_jax.progress import ProgressBars
 from qvla_jax.report.page import size_text
 from qvla_jax.report.study import study_tables
@@ -217,6 +219,23 @@ def closed_loop(config: ClosedLoopConfig) -> None:
         _say("")
         _print(comparison_table(comparison))
     _say(f"Episodes: {config.out / EPISODES_FILE}; summary: {config.out / SUMMARY_FILE}")
+
+
+def collect(config: CollectConfig) -> None:
+    """Collects episodes and prints how many of each task there were."""
+    with ProgressBars() as progress:
+        collected = run_collect(config, progress=progress)
+    table = Table("task", box=None, padding=(0, 1))
+    for heading in ("run", "solved", "kept", "steps kept"):
+        table.add_column(heading, justify="right")
+    for task in sorted({r.episode.task for r in collected.results}):
+        found = [r for r in collected.results if r.episode.task == task]
+        kept = [r for r in collected.kept if r.episode.task == task]
+        counts = (len(found), sum(r.success for r in found), len(kept), sum(r.steps for r in kept))
+        name = found[0].task_name.replace("_", " ")
+        table.add_row(f"{task} {name}", *(f"{count:,}" for count in counts))
+    _print(table)
+    _say(f"Data set: {collected.folder}")
 
 
 def report(config: pipeline.ReportConfig) -> None:

@@ -2,30 +2,26 @@
 
     python -m qvla_jax.data.libero.builder --demos demos/*.hdf5 --frames frames/ --out rlds/
 
-Features carry the names and types of the public modified_libero_rlds sets, so that whatever reads
-those reads these. The action is the demonstrator's clean label in LIBERO's raw convention (gripper
--1 open, +1 close). ``episode_metadata`` says more than the public sets do: where an episode comes
-from, and whether what was executed differed from the label.
+The action is the demonstrator's clean label in LIBERO's raw convention (gripper -1 open, +1 close).
 
 Which episodes are held out depends on the seed and the task alone: a sample and a full set built
 with one seed hold out the same episodes.
 """
 
-import hashlib
-import io
+import functools
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from qvla_jax.data.libero.frames import frames_path, load_rendered
 from qvla_jax.data.libero.hdf5 import Demonstration, has_frames, read_demonstrations, read_frames
+from qvla_jax.data.libero.recorded import Recording, encode_jpeg
+from qvla_jax.data.libero.rlds_writer import episode_example, split_by_task, write_rlds
 from qvla_jax.errors import DatasetError, QvlaError
 
 Splits = Mapping[str, Sequence[Demonstration]]
@@ -66,29 +62,16 @@ def choose_splits(demos: Iterable[Demonstration], args: BuildArgs) -> Splits:
     Raises:
       DatasetError: A task has too few demonstrations.
     """
-    tasks: dict[str, list[Demonstration]] = {}
-    for demo in sorted(demos, key=lambda demo: (demo.task, demo.seed or 0, demo.key)):
-        tasks.setdefault(demo.task, []).append(demo)
-    needed = args.heldout + (args.calibration if args.splits == "sample" else 1)
-    chosen: dict[str, list[Demonstration]] = {
-        ("calibration" if args.splits == "sample" else "train"): [],
-        "heldout": [],
-    }
-    for task, members in tasks.items():
-        if len(members) < needed:
-            raise DatasetError(
-                f"task {task}: {len(members)} demonstrations, at least {needed} needed"
-            )
-        # Seeded by the task's name: a task's draw does not depend on which other tasks there are.
-        words = np.frombuffer(hashlib.sha256(task.encode()).digest(), np.uint32)
-        order = np.random.default_rng([args.seed, *words.tolist()]).permutation(len(members))
-        held, rest = order[: args.heldout], order[args.heldout :]
-        if args.splits == "sample":
-            rest = rest[: args.calibration]
-            chosen["calibration"] += [members[i] for i in sorted(rest)]
-        else:
-            chosen["train"] += [members[i] for i in sorted(rest)]
-        chosen["heldout"] += [members[i] for i in sorted(held)]
+    sample = args.splits == "sample"
+    first = "calibration" if sample else "train"
+    chosen: dict[str, list[Demonstration]] = {first: [], "heldout": []}
+    needed = args.heldout + (args.calibration if sample else 1)
+    for rest, held in split_by_task(
+        list(demos), seed=args.seed, heldout=args.heldout, needed=needed
+    ):
+        kept = rest[: args.calibration] if sample else rest
+        chosen[first] += sorted(kept, key=lambda demo: (demo.seed or 0, demo.key))
+        chosen["heldout"] += held
     return chosen
 
 
@@ -99,148 +82,42 @@ def build(args: BuildArgs) -> Path:
       DatasetError: Demonstrations or frames are missing, or the directory exists already.
     """
     demos = _collect(args)
-    builder = LiberoRlds(
+    return write_rlds(
+        choose_splits(demos, args),
+        functools.partial(_example, args=args),
+        out=args.out,
         name=args.name,
-        splits=choose_splits(demos, args),
-        frames=args.frames,
-        quality=args.quality,
-        full_chroma=args.full_chroma,
         size=_frames_of(demos[0], args.frames)[0].shape[1],
-        data_dir=args.out,
+        description="LIBERO demonstrations with the features of modified_libero_rlds. "
+        f"Images are JPEG, quality {args.quality}.",
         file_format=args.file_format,
     )
-    folder = Path(builder.data_dir)
-    if folder.exists():
-        raise DatasetError(f"{folder}: exists already; remove it or choose another --out or --name")
-    # TFDS writes to an incomplete directory beside it and renames that at the end. It also makes a
-    # folder for downloads, though there are none.
-    with tempfile.TemporaryDirectory() as downloads:
-        builder.download_and_prepare(download_dir=downloads)
-    return folder
 
 
-class LiberoRlds(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """TFDS builder over chosen demonstrations."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
-    # Nothing is downloaded, so there are no checksums for TFDS to look for beside this module.
-    url_infos = {}  # noqa: RUF012  # pyright: ignore
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        splits: Splits,
-        frames: Sequence[Path],
-        quality: int,
-        full_chroma: bool,
-        size: int,
-        **kwargs: Any,
-    ):
-        """See `BuildArgs` for the arguments; ``size`` is the frames' height and width."""
-        self.name = name  # pyright: ignore[reportAttributeAccessIssue]
-        self._splits, self._frames, self._size = splits, tuple(frames), size
-        self._quality, self._subsampling = quality, 0 if full_chroma else 2
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features
-        image = features.Image(
-            shape=(self._size, self._size, 3), dtype=np.uint8, encoding_format="jpeg"
-        )
-        step = {
-            "observation": {
-                "image": image,
-                "wrist_image": image,
-                "state": features.Tensor(
-                    shape=(8,),
-                    dtype=np.float32,
-                    doc="Gripper position (m), axis-angle (rad), finger positions (m).",
-                ),
-                "joint_state": features.Tensor(shape=(7,), dtype=np.float32, doc="rad"),
-            },
-            "action": features.Tensor(
-                shape=(7,),
-                dtype=np.float32,
-                doc="Change of position, of rotation, and gripper (-1 open, +1 close).",
-            ),
-            "discount": features.Scalar(np.float32),
-            "reward": features.Scalar(np.float32),
-            "is_first": features.Scalar(np.bool_),
-            "is_last": features.Scalar(np.bool_),
-            "is_terminal": features.Scalar(np.bool_),
-            "language_instruction": features.Text(),
-        }
-        metadata = {
-            "file_path": features.Text(doc="HDF5 file and group of the demonstration."),
-            "task": features.Text(),
-            "seed": features.Scalar(np.int64, doc="Seed of the start state; -1 if unknown."),
-            "noise_sigma": features.Scalar(
-                np.float32, doc="Noise on what was executed; NaN: unknown."
-            ),
-            "label_differs": features.Scalar(
-                np.bool_, doc="Whether the executed actions differ from the labels in action."
-            ),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="LIBERO demonstrations with the features of modified_libero_rlds. "
-            f"Images are JPEG, quality {self._quality}.",
-            features=features.FeaturesDict(
-                {"steps": features.Dataset(step), "episode_metadata": metadata}
-            ),
-            # Written in the order given: tasks by name, episodes by seed.
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-        del dl_manager
-        return {name: self._generate_examples(demos) for name, demos in self._splits.items()}
-
-    def _generate_examples(self, demos: Sequence[Demonstration]) -> Iterator[tuple[int, Any]]:
-        for index, demo in enumerate(demos):
-            yield index, self._episode(demo)
-
-    def _episode(self, demo: Demonstration) -> dict[str, Any]:
-        image, wrist = _frames_of(demo, self._frames)
-        last = len(demo) - 1
-        steps = [
-            {
-                "observation": {
-                    "image": self._encode(image[t]),
-                    "wrist_image": self._encode(wrist[t]),
-                    "state": demo.proprio[t],
-                    "joint_state": demo.joint_state[t],
-                },
-                "action": demo.actions[t].astype(np.float32),
-                "discount": 1.0,
-                "reward": demo.rewards[t],
-                "is_first": t == 0,
-                "is_last": t == last,
-                "is_terminal": t == last,
-                "language_instruction": demo.instruction,
-            }
-            for t in range(len(demo))
-        ]
-        metadata = {
-            "file_path": f"{demo.file.name}:{demo.group}",
-            "task": demo.task,
-            "seed": -1 if demo.seed is None else demo.seed,
-            "noise_sigma": np.nan if demo.noise_sigma is None else demo.noise_sigma,
-            "label_differs": not np.array_equal(demo.actions, demo.actions_executed),
-        }
-        return {"steps": steps, "episode_metadata": metadata}
-
-    def _encode(self, image: np.ndarray) -> bytes:
-        # Encoded here rather than by TFDS, which does not let the quality be chosen.
-        from PIL import Image
-
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(
-            buffer, "JPEG", quality=self._quality, subsampling=self._subsampling, optimize=True
-        )
-        return buffer.getvalue()
+def _example(demo: Demonstration, args: BuildArgs) -> dict[str, Any]:
+    image, wrist = (
+        [encode_jpeg(frame, quality=args.quality, full_chroma=args.full_chroma) for frame in view]
+        for view in _frames_of(demo, args.frames)
+    )
+    recording = Recording(
+        task=demo.task,
+        instruction=demo.instruction,
+        seed=-1 if demo.seed is None else demo.seed,
+        success=bool(demo.rewards[-1] > 0),
+        image=image,
+        wrist_image=wrist,
+        state=list(demo.proprio),
+        joint_state=list(demo.joint_state),
+        label=list(demo.actions.astype(np.float32)),
+        executed=list(demo.actions_executed.astype(np.float32)),
+    )
+    return episode_example(
+        recording,
+        rewards=demo.rewards,
+        source=f"{demo.file.name}:{demo.group}",
+        policy="demonstrator",
+        noise_sigma=np.nan if demo.noise_sigma is None else demo.noise_sigma,
+    )
 
 
 def _collect(args: BuildArgs) -> list[Demonstration]:
@@ -293,7 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # TFDS writes the class's module into the data set, and "__main__" would say nothing.
-    from qvla_jax.data.libero import builder
-
-    builder.main()
+    main()

@@ -16,6 +16,7 @@ seed for a whole run: an episode is the same whichever ran before it.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -30,7 +31,7 @@ from qvla_jax.data.libero.simulator import (
     make_control_env,
     place_fixtures,
 )
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, QvlaError
 
 if TYPE_CHECKING:  # Simulator processes need no JAX, which these annotations import.
     from qvla_jax.array_typing import Float, Float64, NpArray
@@ -38,6 +39,18 @@ if TYPE_CHECKING:  # Simulator processes need no JAX, which these annotations im
 WAIT_STEPS: Final = 10
 # Stands still with an open gripper.
 NO_OPERATION: Final = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+# How far (m) a drawn start may leave the region of the official ones, and how often to draw.
+_MARGIN: Final = 0.015
+_MAX_DRAWS: Final = 100
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Where official initial states have the objects: x and y, entries of the flattened state."""
+
+    entries: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 class LiberoEnvironment:
@@ -49,6 +62,7 @@ class LiberoEnvironment:
       name: LIBERO's name of the task.
       instruction: The task in words, in the benchmark's wording.
       state: What the simulator observes, by robosuite's names; `reset` and `step` renew it.
+      executed: The last action that was executed, in LIBERO's convention.
     """
 
     def __init__(
@@ -80,7 +94,9 @@ class LiberoEnvironment:
         self._size = size
         self._rendering: Rendering = rendering
         self._cameras: Cameras | None = None
+        self._box: _Box | None = None
         self.state: Mapping[str, Any] = {}
+        self.executed = np.zeros(7)
 
     @property
     def initial_states(self) -> int:
@@ -91,7 +107,8 @@ class LiberoEnvironment:
         """Starts an episode.
 
         Args:
-          initial_state: Number of an official initial state; None draws one from the seed.
+          initial_state: Number of an official initial state; None draws a start from the seed, such
+            as the official ones are, but none of them.
           seed: Draws what no initial state holds (poses of fixtures).
           wait: Steps of doing nothing.
 
@@ -99,8 +116,9 @@ class LiberoEnvironment:
           InputError: There is no such initial state.
         """
         if initial_state is None:
-            self._draw(seed)
-        elif 0 <= initial_state < self.initial_states:
+            self._draw_start(seed, wait)
+            return
+        if 0 <= initial_state < self.initial_states:
             self._draw(seed)
             self.restore(self._initial_states[initial_state])
         else:
@@ -108,8 +126,7 @@ class LiberoEnvironment:
                 f"{self.name}: initial states run from 0 to {self.initial_states - 1}, "
                 f"got {initial_state}"
             )
-        for _ in range(wait):
-            self.state = self._env.step(list(NO_OPERATION))[0]
+        self._settle(wait)
 
     def restore(self, state: "Float64[NpArray, ' s']") -> None:
         """Puts the simulator into a flattened state; fixtures stay where they are.
@@ -145,8 +162,13 @@ class LiberoEnvironment:
 
     def step_raw(self, action: "Float[NpArray, ' a']") -> bool:
         """Executes one action in LIBERO's own convention (gripper: -1 open, +1 close)."""
-        self.state, _, done, _ = self._env.step(np.asarray(action, np.float64).tolist())
+        self.executed = np.asarray(action, np.float64)
+        self.state, _, done, _ = self._env.step(self.executed.tolist())
         return bool(done)
+
+    def joints(self) -> "Float[NpArray, ' 7']":
+        """Angles of the arm's joints in rad, float32."""
+        return np.asarray(self.state["robot0_joint_pos"], np.float32)
 
     def flattened(self) -> "Float64[NpArray, ' s']":
         """The simulator's state (time, positions, velocities), which `restore` takes."""
@@ -179,6 +201,41 @@ class LiberoEnvironment:
         self._env.seed(seed)
         self.state = self._env.reset()
 
+    def _settle(self, wait: int) -> None:
+        for _ in range(wait):
+            self.state = self._env.step(list(NO_OPERATION))[0]
+
+    def _draw_start(self, seed: int, wait: int) -> None:
+        """Draws objects and fixtures, each from a draw of its own, as official episodes have them.
+
+        Some draws interpenetrate and fling objects away; whatever leaves the region of the official
+        initial states is drawn again.
+        """
+        box = self._official_box()
+        for draw in range(_MAX_DRAWS):
+            first, second = np.random.SeedSequence([seed, draw]).generate_state(2) >> 1
+            self._draw(int(first))
+            objects = self.flattened()
+            self._draw(int(second))
+            self.restore(objects)
+            self._settle(wait)
+            state = self.flattened()[box.entries]
+            if (state >= box.low).all() and (state <= box.high).all():
+                return
+        raise QvlaError(f"{self.name}: seed {seed} gives no start within {_MAX_DRAWS} draws")
+
+    def _official_box(self) -> "_Box":
+        if self._box is None:
+            objects = self.simulator.objects_dict.values()
+            joints = [self._model.joint(item.joints[-1]).id for item in objects]
+            first = 1 + self._model.jnt_qposadr[joints]  # The state starts with the time.
+            entries = np.concatenate([first, first + 1])
+            official = self._initial_states[:, entries]
+            self._box = _Box(
+                entries, official.min(axis=0) - _MARGIN, official.max(axis=0) + _MARGIN
+            )
+        return self._box
+
     def close(self) -> None:
         """Frees the OpenGL context and the simulation."""
         if self._cameras is not None:
@@ -204,6 +261,13 @@ def libero_action(action: "Float[NpArray, ' a']") -> "Float[NpArray, ' a']":
     """
     converted = np.array(action, np.float64)
     converted[-1] = -np.sign(2.0 * converted[-1] - 1.0)
+    return converted
+
+
+def policy_action(action: "Float[NpArray, ' a']") -> "Float[NpArray, ' a']":
+    """The inverse of `libero_action`, for a gripper that is -1, 0 or +1."""
+    converted = np.array(action, np.float64)
+    converted[-1] = (1.0 - converted[-1]) / 2.0
     return converted
 
 

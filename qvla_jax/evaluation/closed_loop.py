@@ -8,7 +8,6 @@ ready.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -27,9 +26,9 @@ from qvla_jax.evaluation.workers import (
     start_worker,
 )
 
-# How long the policy waits for more observations once one is there: about the time that a worker
-# needs for a chunk. Workers then fall into step, and calls are full.
-_PATIENCE_S = 0.25
+# How long (s) the policy waits for more observations once one is there: about the time that a
+# worker needs for a chunk. Workers then fall into step, and calls are full.
+PATIENCE = 0.25
 
 
 class _Policy(Protocol):
@@ -40,8 +39,8 @@ class _Policy(Protocol):
     def unnormalize_actions(self, actions: Float[NpArray, "b h a"]) -> Float[NpArray, "b h a"]: ...
 
 
-# Where to keep a video of an episode that ended, if anywhere.
-ChooseVideo: TypeAlias = Callable[[Result], Path | None]
+# What to keep of an episode that ended, if anything.
+ChooseReplay: TypeAlias = Callable[[Result], Replay | None]
 
 
 def run_episodes(
@@ -51,7 +50,8 @@ def run_episodes(
     *,
     workers: int,
     on_result: Callable[[Result], None],
-    choose_video: ChooseVideo = lambda result: None,
+    choose_replay: ChooseReplay = lambda result: None,
+    patience: float = PATIENCE,
     start: Callable[[MakeEnvironment], Worker] = start_worker,
 ) -> None:
     """Runs episodes and hands over each result as it comes.
@@ -62,7 +62,8 @@ def run_episodes(
         make: Makes the environment of an episode, in the worker.
         workers: Simulator processes.
         on_result: Called with each finished episode.
-        choose_video: Called after it: where a video of this episode shall lie, or None.
+        choose_replay: Called after it: what to keep of this episode, or None.
+        patience: How long (s) a policy waits for more observations once one is there.
         start: Starts a worker.
 
     Raises:
@@ -76,17 +77,17 @@ def run_episodes(
             _assign(worker, todo, crew)
         while any(worker.episode is not None for worker in crew):
             waiting: list[tuple[Worker, Mapping[str, Any]]] = []
-            for worker in _ready(crew):
+            for worker in _ready(crew, patience):
                 message = _receive(worker)
                 if isinstance(message, Observation):
                     waiting.append((worker, message.content))
                 elif isinstance(message, Finished):
                     on_result(message.result)
-                    path = choose_video(message.result)
-                    if path is None:
+                    replay = choose_replay(message.result)
+                    if replay is None:
                         _assign(worker, todo, crew)
                     else:
-                        worker.connection.send(Replay(path))
+                        worker.connection.send(replay)
                 elif isinstance(message, Replayed):
                     _assign(worker, todo, crew)
             _act(waiting, policies, rows=len(crew))
@@ -110,7 +111,7 @@ def _assign(worker: Worker, todo: list[Episode], crew: Sequence[Worker]) -> None
     worker.connection.send(worker.episode)
 
 
-def _ready(crew: Sequence[Worker]) -> list[Worker]:
+def _ready(crew: Sequence[Worker], patience: float) -> list[Worker]:
     """Waits for a worker to say something, and for the others until patience ends."""
     busy = {worker.connection: worker for worker in crew if worker.episode is not None}
     ready: list[Worker] = []
@@ -121,7 +122,7 @@ def _ready(crew: Sequence[Worker]) -> list[Worker]:
         if not found:
             break
         ready += [busy.pop(item) for item in found]  # pyright: ignore[reportArgumentType]
-        deadline = deadline or time.monotonic() + _PATIENCE_S
+        deadline = deadline or time.monotonic() + patience
     return sorted(ready, key=crew.index)
 
 

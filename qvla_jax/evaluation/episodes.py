@@ -27,7 +27,7 @@ class Episode:
         policy_hash: Fingerprint of the policy.
         suite: LIBERO's name of the suite.
         task: Number of the task in the suite.
-        initial_state: Number of the official initial state.
+        initial_state: Number of the official initial state; None draws one from the seed.
         seed: Draws what the initial state does not hold.
         max_steps: Steps after which the episode has failed.
         open_loop_steps: Actions of each chunk that are executed before the next is asked for.
@@ -39,7 +39,7 @@ class Episode:
     policy_hash: str
     suite: str
     task: int
-    initial_state: int
+    initial_state: int | None
     seed: int
     max_steps: int
     open_loop_steps: int
@@ -48,7 +48,7 @@ class Episode:
     simulator: str
 
     @property
-    def pair(self) -> tuple[str, int, int, int]:
+    def pair(self) -> tuple[str, int, int | None, int]:
         """What two policies share when they run the same episode."""
         return self.suite, self.task, self.initial_state, self.seed
 

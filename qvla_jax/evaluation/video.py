@@ -9,12 +9,34 @@ import numpy as np
 
 from qvla_jax.atomic import atomic_path
 from qvla_jax.errors import InputError
+from qvla_jax.evaluation.episodes import Episode
+from qvla_jax.evaluation.workers import Environment
 
 if TYPE_CHECKING:  # Simulator processes need no JAX, which these annotations import.
     from qvla_jax.array_typing import NpArray, UInt8
 
+# Every other step of a control loop of 20 Hz is shown.
+_STRIDE, _CONTROL_RATE = 2, 20
 # Small pictures are enlarged to about this height, or players blur them.
 _HEIGHT = 256
+
+
+def film(
+    environment: Environment, episode: Episode, actions: Sequence[np.ndarray], path: Path
+) -> None:
+    """Runs an episode again and writes a video of both cameras; see `workers.Keep`."""
+    environment.reset(episode.initial_state, seed=episode.seed)
+    frames = [_picture(environment)]
+    for step, action in enumerate(actions, start=1):
+        environment.step(action)
+        if step % _STRIDE == 0 or step == len(actions):
+            frames.append(_picture(environment))
+    write_video(path, frames, rate=_CONTROL_RATE // _STRIDE)
+
+
+def _picture(environment: Environment) -> np.ndarray:
+    """Both cameras side by side."""
+    return np.concatenate([environment.render(name) for name in ("image", "wrist_image")], axis=1)
 
 
 def write_video(

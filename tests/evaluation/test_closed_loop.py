@@ -16,7 +16,8 @@ from qvla_jax.config import preset
 from qvla_jax.errors import InputError, QvlaError
 from qvla_jax.evaluation.closed_loop import decide, run_episodes
 from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
-from qvla_jax.evaluation.workers import Worker, serve
+from qvla_jax.evaluation.video import film
+from qvla_jax.evaluation.workers import Replay, Worker, serve
 from qvla_jax.pipeline import closed_loop as stage
 from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
 
@@ -180,7 +181,7 @@ def test_a_failing_worker_says_where_and_what():
 def test_videos_replay_what_was_executed(tmp_path):
     av = pytest.importorskip("av", reason="videos need PyAV (extra `libero`)")
     path = tmp_path / "videos" / "one.mp4"
-    run([episode()], [Constant(1.0, "p")], choose_video=lambda result: path)
+    run([episode()], [Constant(1.0, "p")], choose_replay=lambda result: Replay(film, path))
     with av.open(str(path)) as container:
         frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     assert len(frames) == 6  # The start, and every second of 10 steps.

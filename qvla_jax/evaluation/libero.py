@@ -1,0 +1,119 @@
+"""Environments of episodes in LIBERO, and what is recorded from them.
+
+These functions run in simulator processes, so this module imports no JAX.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.data.libero import expert
+from qvla_jax.data.libero.environment import LiberoEnvironment, policy_action
+from qvla_jax.data.libero.recorded import Recording, save_recording
+from qvla_jax.evaluation.episodes import Episode
+from qvla_jax.evaluation.workers import Environment
+
+# What a policy hash starts with where the scripted expert acts.
+EXPERT = "expert"
+
+
+def expert_hash(sigmas: Sequence[float] = (0.0,)) -> str:
+    """Names the expert in results: a digest of its source and its noise."""
+    digest = hashlib.sha256(Path(expert.__file__).read_bytes())
+    digest.update(repr(tuple(map(float, sigmas))).encode())
+    return f"{EXPERT}:{digest.hexdigest()}"
+
+
+def make_libero(episode: Episode, *, sigmas: Sequence[float] = (0.0,)) -> LiberoEnvironment:
+    """The environment of an episode.
+
+    Args:
+        episode: What is to be run.
+        sigmas: Noise that is executed on top of the expert's actions; an episode's seed chooses
+            one of them. Policies act without noise.
+    """
+    options: dict[str, Any] = {"size": episode.size, "rendering": episode.rendering}
+    if episode.policy_hash.startswith(EXPERT):
+        return ExpertEnvironment(episode.suite, episode.task, sigmas=sigmas, **options)
+    return LiberoEnvironment(episode.suite, episode.task, **options)
+
+
+class ExpertEnvironment(LiberoEnvironment):
+    """A task in which the expert acts: it sees the simulator's state, and no pictures."""
+
+    def __init__(self, *arguments: Any, sigmas: Sequence[float] = (0.0,), **options: Any) -> None:
+        """As `LiberoEnvironment`; `sigmas` as in `make_libero`."""
+        super().__init__(*arguments, **options)
+        self._sigmas = tuple(sigmas)
+        self._expert: expert.Expert | None = None
+        self._noise: expert.SmoothNoise | None = None
+
+    def reset(self, initial_state: int | None, *, seed: int, **options: Any) -> None:
+        """Starts an episode, and its noise."""
+        super().reset(initial_state, seed=seed, **options)
+        self._expert = expert.make_expert(self)
+        self._noise = expert.SmoothNoise(np.random.default_rng(seed), noise_of(seed, self._sigmas))
+
+    def observe(self) -> dict[str, Any]:
+        """The expert's action, for `ExpertPolicy` to hand back."""
+        assert self._expert is not None
+        return {"action": policy_action(self._expert(self.state)), "instruction": self.instruction}
+
+    def step_raw(self, action: np.ndarray) -> bool:
+        """Executes an action with noise on it."""
+        assert self._expert is not None
+        assert self._noise is not None
+        self._expert(self.state)  # For its phase, on which the noise hangs.
+        return super().step_raw(self._noise(action, self._expert.phase))
+
+
+class ExpertPolicy:
+    """The expert where a policy is asked for: it acts in the simulator's process."""
+
+    def __init__(self, sigmas: Sequence[float] = (0.0,)):
+        """`sigmas` as in `make_libero`, which has to be given the same."""
+        self.fingerprint = expert_hash(sigmas)
+
+    def infer_normalized(self, batch: Mapping[str, Any]) -> np.ndarray:
+        """Hands back what `ExpertEnvironment` observed, as chunks of one action."""
+        return np.asarray(batch["action"])[:, None]
+
+    def unnormalize_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Nothing: the actions are metric."""
+        return actions
+
+
+def noise_of(seed: int, sigmas: Sequence[float]) -> float:
+    """Which noise an episode of a seed has."""
+    return float(sigmas[seed % len(sigmas)])
+
+
+def record(
+    environment: Environment, episode: Episode, actions: Sequence[np.ndarray], path: Path
+) -> None:
+    """Runs an episode again and writes all that was seen, with the expert's label of each state.
+
+    Args:
+        environment: Of the episode.
+        episode: What was run.
+        actions: Those that the policy gave, in its convention.
+        path: Where to.
+    """
+    assert isinstance(environment, LiberoEnvironment)
+    environment.reset(episode.initial_state, seed=episode.seed)
+    labeller = expert.make_expert(environment)
+    recording = Recording.empty(
+        task=environment.name, instruction=environment.instruction, seed=episode.seed
+    )
+    done = False
+    for action in actions:
+        # Observed by the class itself, as an `ExpertEnvironment` would leave the pictures out.
+        seen = LiberoEnvironment.observe(environment)
+        recording.add(seen, joints=environment.joints(), label=labeller(environment.state))
+        done = environment.step(action)
+        recording.executed.append(np.asarray(environment.executed, np.float32))
+    recording.success = done
+    save_recording(path, recording)
