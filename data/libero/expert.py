@@ -13,7 +13,7 @@ Actions are LIBERO's: changes of position and rotation of the operational-space 
     action = expert(environment.state)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -33,6 +33,8 @@ _GAIN, _ROTATION_GAIN = 14.0, 2.0
 _REACH_CAP, _CARRY_CAP, _ROTATION_CAP = 0.9, 0.8, 0.5
 # Pose of the gripper with its fingers down, its finger axis along y.
 _DOWN = np.diag([1.0, -1.0, -1.0])
+# Widest object (m) that open fingers take, their distance from its centre, and the room they need.
+_FITS, _FINGER, _FREE = 0.072, 0.048, 0.018
 # Fingers count as turned the right way below this error (rad).
 _TURNED = 0.25
 
@@ -151,8 +153,8 @@ class ObjectExpert:
     phase: Phase = "reach"
 
     _hover = 0.10
-    # Height of the carried object's bottom over the basket's origin.
-    _clear = 0.14
+    # Height of the carried object's bottom over the basket's origin, to pass over the rim.
+    _clear = 0.18
     _open = 0.077
 
     def __call__(self, state: Mapping[str, Any]) -> "Float64[NpArray, ' 7']":
@@ -293,23 +295,58 @@ def _object_expert(environment: "LiberoEnvironment") -> ObjectExpert:
     origin = data.xpos[simulator.obj_body_id[item]]
     low, high = corners.min(axis=0) - origin, corners.max(axis=0) - origin
     centre = (low + high) / 2.0
+    others = [
+        _corners(simulator.sim.model._model, data, other.contact_geoms)[:, :2]
+        for name, other in simulator.objects_dict.items()
+        if name != item
+    ]
     return ObjectExpert(
         item=item,
         basket=basket,
-        side=_narrow_side(corners[:, :2]),
+        side=_free_side(corners[:, :2], others),
         offset=np.array([centre[0], centre[1], max(high[2] - 0.035, low[2] + 0.010)]),
         bottom=float(low[2]),
         is_held=lambda: simulator._check_grasp(simulator.robots[0].gripper, geoms),
     )
 
 
-def _narrow_side(points: "Float64[NpArray, 'n 2']") -> float:
-    """Direction across which the fingers close: y if it fits between them, else the narrowest."""
-    if np.ptp(points[:, 1]) < 0.072:
-        return float(np.pi / 2)
+def _free_side(
+    points: "Float64[NpArray, 'n 2']", others: Sequence["Float64[NpArray, 'm 2']"]
+) -> float:
+    """Direction across which the fingers close on an object.
+
+    Along y where it fits between the fingers and these come down beside nothing else; else across
+    the narrowest side on which they do.
+
+    Args:
+      points: Corners of the object in the world's xy.
+      others: Corners of each other object.
+    """
     angles = np.deg2rad(np.arange(0, 180, 5))
-    widths = [np.ptp(points @ np.array([np.cos(a), np.sin(a)])) for a in angles]
-    return float(angles[int(np.argmin(widths))])
+    axes = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    widths = np.ptp(points @ axes.T, axis=0)
+    fits = np.flatnonzero(widths < _FITS)
+    if not len(fits):
+        return float(angles[int(np.argmin(widths))])
+    centre = (points.min(axis=0) + points.max(axis=0)) / 2.0
+    room = np.array([_room(centre, axes[i], others) for i in fits])
+    default = np.flatnonzero(fits == len(angles) // 2)
+    if len(default) and room[default[0]] >= _FREE:
+        return float(np.pi / 2)
+    # The roomiest, and among those with enough room the narrowest.
+    return float(angles[max(zip(np.minimum(room, _FREE), -widths[fits], fits, strict=True))[2]])
+
+
+def _room(
+    centre: np.ndarray, axis: np.ndarray, others: Sequence["Float64[NpArray, 'm 2']"]
+) -> float:
+    """Distance (m) from where the fingers come down to the nearest box around another object."""
+    nearest = np.inf
+    for finger in (centre + _FINGER * axis, centre - _FINGER * axis):
+        for points in others:
+            outside = np.maximum(points.min(axis=0) - finger, finger - points.max(axis=0))
+            nearest = min(nearest, float(np.linalg.norm(np.maximum(outside, 0.0))))
+    return nearest
 
 
 def _corners(model: Any, data: Any, geoms: list[str]) -> "Float64[NpArray, 'n 3']":

@@ -148,8 +148,19 @@ def test_noise_has_its_strength_and_correlation():
     assert np.abs(SmoothNoise(np.random.default_rng(0), 5.0)(clean, "reach")).max() <= 1
 
 
-def test_narrow_side_of_a_turned_box():
+def test_objects_are_grasped_across_a_side_that_fits_and_is_free():
+    def side(points, *others):
+        return round(np.rad2deg(expert._free_side(points, others)))
+
     corners = np.array([[x, y] for x in (-0.02, 0.02) for y in (-0.06, 0.06)])
     turned = corners @ Rotation.from_euler("z", 30, degrees=True).as_matrix()[:2, :2].T
-    assert expert._narrow_side(turned) == pytest.approx(np.deg2rad(30))
-    assert expert._narrow_side(corners[:, ::-1]) == pytest.approx(np.pi / 2)
+    assert side(corners[:, ::-1]) == 90  # Along y, the default, where it fits.
+    assert side(turned) == 30
+    assert side(np.array([[x, y] for x in (-0.04, 0.04) for y in (-0.06, 0.06)])) == 0
+    # A neighbour where a finger would come down: across another side that fits.
+    box = np.array([[x, y] for x in (-0.02, 0.02) for y in (-0.02, 0.02)])
+    assert side(box, box + np.array([0.2, 0])) == 90
+    blocked = side(box, box + np.array([0, 0.08]))
+    assert blocked != 90
+    finger = expert._FINGER * np.array([np.cos(np.deg2rad(blocked)), np.sin(np.deg2rad(blocked))])
+    assert abs(finger[1]) < 0.06 - expert._FREE + 1e-9
