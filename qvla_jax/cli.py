@@ -95,6 +95,12 @@ def _compare_solvers() -> tuple[type[Any], Callable[[Any], None]]:
     return pipeline.CompareSolversConfig, commands.compare_solvers
 
 
+def _measure_solvers() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands, pipeline
+
+    return pipeline.MeasureSolversConfig, commands.measure_solvers
+
+
 def _inspect() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands
 
@@ -155,6 +161,11 @@ COMMANDS = {
         "collect episodes in LIBERO, by the scripted expert or a policy, as RLDS",
         "qvla collect --sim libero_spatial --episodes-per-task 20 --out rlds",
         _collect,
+    ),
+    "measure-solvers": Command(
+        "measure the joint action error of each solver's allocation",
+        "qvla measure-solvers --out runs/mini --budgets 3 4 6",
+        _measure_solvers,
     ),
     "train": Command(
         "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train

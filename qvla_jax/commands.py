@@ -202,6 +202,36 @@ def compare_solvers(config: pipeline.CompareSolversConfig) -> None:
         _say(f"Pareto figure: {config.figure}")
 
 
+def measure_solvers(config: pipeline.MeasureSolversConfig) -> None:
+    """Measures the solvers' allocations and prints the table."""
+    with ProgressBars() as progress:
+        records = pipeline.measure_solvers(config, progress=progress)
+    table = Table("joint action error, SSE", box=None, padding=(0, 1))
+    for heading in ("budget", "stored", "predicted", "calibration", "held-out", "paired change"):
+        table.add_column(heading, justify="right")
+    for heading in ("changed", "measured", "seconds"):
+        table.add_column(heading, justify="right")
+    for r in records:
+        budget = f"{r['budget_bits']:g} bits"
+        if "error" in r:
+            table.add_row(r["solver"], budget, r["error"])
+            continue
+        table.add_row(
+            r["solver"],
+            budget,
+            size_text(r["stored_bytes"]),
+            number(r["predicted_sse_normalized"]),
+            number(r["calibration_sse_normalized"]),
+            number(r["heldout_sse_normalized"]),
+            f"{r['heldout_change']:+.1e} ± {r['heldout_change_error']:.0e}",
+            f"{r['channels_changed']:,}",
+            str(r.get("evaluations", 1)),
+            f"{r['seconds']:.1f}",
+        )
+    _print(table)
+    _say("The paired change is that of the held-out error against the first solver's allocation.")
+
+
 def evaluate(config: pipeline.EvaluateConfig) -> None:
     """Evaluates and prints the table of methods."""
     with ProgressBars() as progress:

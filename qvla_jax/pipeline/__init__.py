@@ -17,6 +17,7 @@ from qvla_jax.pipeline.configs import (
     ValidateConfig,
 )
 from qvla_jax.pipeline.evaluate import count_parameters, evaluate
+from qvla_jax.pipeline.measure_solvers import MeasureSolversConfig, measure_solvers
 from qvla_jax.pipeline.report import report
 from qvla_jax.pipeline.run import run
 from qvla_jax.pipeline.sensitivity import sensitivity
@@ -29,6 +30,7 @@ __all__ = [
     "CalibrateConfig",
     "CompareSolversConfig",
     "EvaluateConfig",
+    "MeasureSolversConfig",
     "ReportConfig",
     "RunConfig",
     "SensitivityConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "count_parameters",
     "evaluate",
     "load_calibration",
+    "measure_solvers",
     "report",
     "run",
     "sensitivity",

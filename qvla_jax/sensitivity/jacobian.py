@@ -106,10 +106,6 @@ def reverse_costs(
     Raises:
         InputError: `probes` is unusable, the set is empty, or a cost is not finite.
     """
-    check_probes(probes)
-    mesh = data_mesh()
-    graphdef, state = nnx.split(policy.model)
-    spec = ReverseSpec(graphdef, tuple(layers), CONTRACTIONS[method], probes, mesh)
     constants = {
         path: LayerConstants(
             changes=quantizer.row_changes(path, layer.kernel[...].T, bits),
@@ -117,7 +113,59 @@ def reverse_costs(
         )
         for path, layer in layers.items()
     }
-    state, constants = replicate(mesh, (state, constants))
+    return change_costs(
+        policy,
+        calibration,
+        index,
+        constants,
+        method=method,
+        probes=probes,
+        seed=seed,
+        batch=batch,
+        weights=weights,
+        progress=progress,
+    )
+
+
+def change_costs(
+    policy: ModelPolicy,
+    calibration: Calibration,
+    index: ChannelIndex,
+    constants: Mapping[str, LayerConstants],
+    *,
+    method: str = "jacobian",
+    probes: Probes = 8,
+    seed: int = 0,
+    batch: int = 8,
+    weights: np.ndarray | None = None,
+    progress: Progress = no_progress,
+) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
+    """What given changes of every row cost at a policy, which may be quantized already.
+
+    Args:
+        policy: where the derivatives are taken.
+        calibration: frames x.
+        index: the channels.
+        constants: path -> changes of the rows and mean input, in the order of `index`.
+        method: "jacobian" or "taylor".
+        probes: number of Rademacher vectors, or "full".
+        seed: of the probes.
+        batch: frames at a time; memory grows with it.
+        weights: weight of each action dimension.
+        progress: called with the frames done.
+
+    Returns:
+        Mean over frames and its standard error, float64. Zero for layers that no action reads.
+
+    Raises:
+        InputError: `probes` is unusable, the set is empty, or a cost is not finite.
+    """
+    check_probes(probes)
+    mesh = data_mesh()
+    graphdef, state = nnx.split(policy.model)
+    spec = ReverseSpec(graphdef, tuple(constants), CONTRACTIONS[method], probes, mesh)
+    options = len(next(iter(constants.values()))["changes"])
+    state, constants = replicate(mesh, (state, dict(constants)))
     action_weights = None if weights is None else jnp.asarray(weights, jnp.float32)
     result = FrameMean()
     size = batch_size(calibration.frames, batch, mesh)
@@ -126,7 +174,7 @@ def reverse_costs(
         costs = reverse_sweep(
             spec, state, constants, item.inputs, item.frames, jax.random.key(seed), action_weights
         )
-        frames = np.zeros((item.count, len(index), len(bits)), np.float32)
+        frames = np.zeros((item.count, len(index), options), np.float32)
         for layer, rows in index.items():
             if layer.path in costs:
                 frames[:, rows] = np.swapaxes(np.asarray(costs[layer.path])[: item.count], 1, 2)
