@@ -101,6 +101,12 @@ def _measure_solvers() -> tuple[type[Any], Callable[[Any], None]]:
     return pipeline.MeasureSolversConfig, commands.measure_solvers
 
 
+def _pack() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+
+    return commands.PackConfig, commands.pack
+
+
 def _inspect() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands
 
@@ -136,6 +142,11 @@ COMMANDS = {
         "choose a bit-width for every channel", "qvla allocate --budget-bits 3 --out runs/mini",
         _stage("allocate"),
     ),
+    "quantize": Command(
+        "pack the weights at the chosen bits into one file",
+        "qvla quantize --model libero-mini --out runs/mini",
+        _stage("quantize"),
+    ),
     "evaluate": Command(
         "measure the action error on held-out frames, or with --sim the success in LIBERO",
         "qvla evaluate --model libero-mini --out runs/mini",
@@ -167,11 +178,15 @@ COMMANDS = {
         "qvla measure-solvers --out runs/mini --budgets 3 4 6",
         _measure_solvers,
     ),
+    "pack": Command(
+        "pack a policy at one bit-width, without calibration",
+        "qvla pack --model libero-mini --bits 4 --file four.qvla", _pack,
+    ),
     "train": Command(
         "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train
     ),
     "inspect": Command(
-        "list a policy's modules: parameters, bytes, channels, quantized or kept",
+        "list what a policy or a .qvla file holds: parameters, bytes, channels, bits",
         "qvla inspect openvla-7b", _inspect
     ),
     "import": Command(

@@ -1,5 +1,6 @@
 """What the subcommands do: run a stage with progress bars, then say what came out."""
 
+import collections
 import dataclasses
 import platform
 import resource
@@ -28,10 +29,22 @@ from qvla_jax.report.svg import number
 class InspectConfig:
     """Says what a policy is made of: parameters, bytes and output channels of every module."""
 
-    # A preset, or a directory that holds a policy: a saved one or a public one.
+    # A preset, a directory that holds a policy (a saved one or a public one), or a .qvla file.
     model: Positional[str]
     # Load the weights and print the fingerprint that results name the policy by.
     fingerprint: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Packs a policy at one bit-width, rounded to nearest: no calibration, no allocation."""
+
+    # A policy that ships with the package, or a directory that holds one.
+    model: str = "libero-mini"
+    # The file to write; its name ends in .qvla.
+    file: Path
+    # Of every channel: 2, 3, 4, 8 or 16.
+    bits: int = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +245,22 @@ def measure_solvers(config: pipeline.MeasureSolversConfig) -> None:
     _say("The paired change is that of the held-out error against the first solver's allocation.")
 
 
+def quantize(config: pipeline.QuantizeConfig) -> None:
+    """Packs the chosen allocation."""
+    with ProgressBars() as progress:
+        pipeline.quantize(config, progress=progress)
+    show_packed(config.out / files.POLICY)
+
+
+def pack(config: PackConfig) -> None:
+    """Packs a policy at one bit-width."""
+    from qvla_jax.inference import load_policy
+    from qvla_jax.quantization import quantize_uniform
+
+    quantize_uniform(load_policy(config.model), config.bits).save(config.file)
+    show_packed(config.file)
+
+
 def evaluate(config: pipeline.EvaluateConfig) -> None:
     """Evaluates and prints the table of methods."""
     with ProgressBars() as progress:
@@ -283,7 +312,10 @@ def train(config: Any) -> None:
 
 
 def inspect(config: InspectConfig) -> None:
-    """Prints what a policy is made of."""
+    """Prints what a policy or a file holds."""
+    if config.model.endswith(".qvla"):
+        show_packed(Path(config.model), layers=True)
+        return
     from qvla_jax.quantization.layout import uniform_bytes
     from qvla_jax.report.modules import describe, modules_table
 
@@ -331,6 +363,36 @@ def doctor(config: DoctorConfig) -> None:
         raise QvlaError(f"the core does not work without: {', '.join(lacking)}")
 
 
+def show_packed(path: Path, *, layers: bool = False) -> None:
+    """Prints what a .qvla file holds, from its header."""
+    from qvla_jax.checkpoints.packed_file import PackedFile
+
+    file = PackedFile(path)
+    entries = file.layers.values()
+    weights = sum(entry.shape[0] * entry.shape[1] for entry in entries)
+    channels: collections.Counter[int] = collections.Counter()
+    table = Table("layer", "shape", "channels by bits", box=None)
+    table.add_column("stored", justify="right")
+    for entry in entries:
+        own = {s.bits: s.rows for s in entry.segments}
+        if pruned := entry.shape[0] - sum(own.values()):
+            own[0] = pruned
+        channels.update(own)
+        counts = ", ".join(f"{bits}: {own[bits]}" for bits in sorted(own, reverse=True))
+        shape = f"{entry.shape[0]} × {entry.shape[1]}"
+        table.add_row(entry.path, shape, counts, size_text(entry.nbytes))
+    if layers:
+        _print(table)
+    by_bits = ", ".join(f"{channels[b]:,} at {b}" for b in sorted(channels, reverse=True))
+    _say(
+        f"{path}: {size_text(path.stat().st_size)}; {len(file.layers)} packed layers of "
+        f"{weights:,} weights store {file.packed_bytes:,} bytes, "
+        f"{8 * file.packed_bytes / weights:.3f} bits per weight; all else {file.other_bytes:,} "
+        "bytes"
+    )
+    _say(f"channels by bits: {by_bits}")
+
+
 def show_report(content: Mapping[str, Any]) -> None:
     """Prints a report's validation and its table of methods."""
     if content["validation"] is not None:
@@ -338,7 +400,7 @@ def show_report(content: Mapping[str, Any]) -> None:
     _print(methods_table(content["methods"]))
     _say("")
     _print(sweep_table([*content["methods"], *content["sweep"]]))
-    _say(content["simulated"]["note"])
+    _say(content["packed"]["note"])
 
 
 def spearman_line(validation: Mapping[str, Any], method: str) -> str:
@@ -349,7 +411,7 @@ def spearman_line(validation: Mapping[str, Any], method: str) -> str:
 
 def methods_table(entries: list[Mapping[str, Any]]) -> Table:
     """Returns the table of methods: bytes, bits and errors."""
-    table = Table("method (execution simulated)", box=None, padding=(0, 1))
+    table = Table("method", box=None, padding=(0, 1))
     for heading in ("stored", "bits/weight", "MSE", "L1", "worst", "grip flips", "L1 expert"):
         table.add_column(heading, justify="right")
     for e in entries:

@@ -28,6 +28,8 @@ _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -59,6 +61,7 @@ class TensorFile(Mapping[str, np.ndarray]):
             ) from error
         self._path, self._begin = path, 8 + length
         self._entries = {name: header[name] for name in names}
+        self.metadata: dict[str, str] = header.get("__metadata__", {})
         for name, entry in self._entries.items():
             if entry["dtype"] not in _DTYPES:
                 raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}")
@@ -71,6 +74,11 @@ class TensorFile(Mapping[str, np.ndarray]):
             return np.empty(shape, dtype)
         offset = self._begin + entry["data_offsets"][0]
         return np.memmap(self._path, dtype, mode="r", offset=offset, shape=shape)
+
+    def spec(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """Dtype and shape of a tensor, which is not read."""
+        entry = self._entries[name]
+        return _DTYPES[entry["dtype"]], tuple(entry["shape"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -135,11 +143,7 @@ def write_shards(
         tensors: read twice, one at a time: for its shape, then for its values.
         shard_bytes: a shard is closed before it grows larger, unless one tensor is.
     """
-    specs = {}
-    for name in tensors:
-        tensor = tensors[name]
-        specs[name] = (_NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes)
-        del tensor
+    specs = _specs(tensors)
     shards: list[list[str]] = [[]]
     for name, (_, _, size) in specs.items():
         if shards[-1] and sum(specs[n][2] for n in shards[-1]) + size > shard_bytes:
@@ -149,7 +153,7 @@ def write_shards(
     for number, names in enumerate(shards, start=1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         with atomic_path(folder / file_name) as temporary, temporary.open("wb") as file:
-            _write_header(file, {name: specs[name] for name in names})
+            _write_header(file, {name: specs[name] for name in names}, {"format": "pt"})
             for name in names:
                 np.ascontiguousarray(tensors[name]).tofile(file)
         weight_map |= dict.fromkeys(names, file_name)
@@ -158,8 +162,27 @@ def write_shards(
     write_json(folder / INDEX_FILE, index)
 
 
-def _write_header(file: BinaryIO, specs: Mapping[str, tuple[str, list[int], int]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes one safetensors file, completely or not at all; `tensors` as in `write_shards`."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        _write_header(file, _specs(tensors), metadata)
+        for name in tensors:
+            np.ascontiguousarray(tensors[name]).tofile(file)
+
+
+def _specs(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[str, list[int], int]]:
+    specs = {}
+    for name in tensors:
+        tensor = tensors[name]
+        specs[name] = (_NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes)
+        del tensor
+    return specs
+
+
+def _write_header(
+    file: BinaryIO, specs: Mapping[str, tuple[str, list[int], int]], metadata: Mapping[str, str]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, (dtype, shape, size) in specs.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}

@@ -28,14 +28,24 @@ from qvla_jax.checkpoints.huggingface import (
     read_tensors,
 )
 from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
+from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile, write_packed
 from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference.normalization import Normalizer
+from qvla_jax.inference.packed_linear import PackedLinear, packed_layers
 from qvla_jax.inference.processor import Processor
 from qvla_jax.inference.word_tokenizer import word_tokenizer
-from qvla_jax.models import ModelInputs, Prismatic, abstract_model, make_model
+from qvla_jax.models import (
+    ModelInputs,
+    Prismatic,
+    abstract_model,
+    make_model,
+    named_modules,
+    replace_modules,
+)
+from qvla_jax.provenance import package_versions
 
 WEIGHTS_FILE = "model.safetensors"
 ORBAX_FOLDER = "weights"
@@ -65,6 +75,9 @@ class Policy:
     processor: Processor
     # The public dataset_statistics.json, kept as it is for `save`.
     statistics: Mapping[str, Any]
+    # How the weights were quantized: quantizer, fingerprint of the source policy, calibration
+    # hash. None in full precision.
+    quantization: Mapping[str, Any] | None = None
 
     def prepare(self, batch: Mapping[str, Any], *, preprocessed: bool = False) -> ModelInputs:
         """A batch of observations -> model inputs; see `Processor.__call__`."""
@@ -147,10 +160,26 @@ class Policy:
         for name, tensor in sorted(public_tensors(self.model).items()):
             digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
             digest.update(tensor.tobytes())
+        for name, layer in packed_layers(self.model).items():
+            digest.update(name.encode())
+            for array in jax.tree.leaves(layer.weight):
+                digest.update(f"{array.dtype}{array.shape}".encode())
+                digest.update(array.tobytes())
         return digest.hexdigest()
 
     def save(self, path: str | Path, *, dtype: jnp.dtype | None = None) -> None:
-        """Writes the policy as a directory that `load_policy` reads."""
+        """Writes what `load_policy` reads: a directory, or one `.qvla` file if packed.
+
+        Args:
+            path: a quantized policy needs a name that ends in `.qvla`, others a folder.
+            dtype: cast full-precision weights to this; None keeps their own.
+
+        Raises:
+            InputError: the name does not fit the policy, or the quantized weights are not packed.
+        """
+        if Path(path).suffix == SUFFIX or self.quantization is not None:
+            self._save_packed(Path(path))
+            return
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.model, folder / WEIGHTS_FILE, dtype=dtype)
@@ -174,9 +203,32 @@ class Policy:
             dtype: of all tensors, such as bfloat16; None keeps the parameters' own.
         """
         folder = Path(path)
+        if self.quantization is not None:
+            raise InputError(f"{folder}: a quantized policy has no public layout; save it instead")
         export_model(self.config, self.model, self.statistics, folder, dtype=dtype)
         with atomic_path(folder / TOKENIZER_FILE) as temporary:
             self.processor.tokenizer.save(str(temporary))
+
+    def _save_packed(self, path: Path) -> None:
+        layers = packed_layers(self.model)
+        if not layers:
+            raise InputError(
+                f"{path}: no layer of the policy is packed; quantize it with packed=True first"
+            )
+        if path.suffix != SUFFIX:
+            raise InputError(f"{path}: a packed policy is one file; give a name ending in {SUFFIX}")
+        write_packed(
+            path,
+            layers={name: layer.weight for name, layer in layers.items()},
+            tensors=public_tensors(self.model),
+            tokenizer=self.processor.tokenizer.to_str(),
+            header={
+                "config": self.config.to_dict(),
+                "statistics": self.statistics,
+                "quantization": self.quantization,
+                "packages": package_versions(),
+            },
+        )
 
 
 def make_policy(
@@ -241,8 +293,9 @@ def load_policy(
     """Loads a policy; weights are read, cast and placed one at a time.
 
     Args:
-        source: the name of a preset that ships with weights ("libero-mini"), a directory written
-            by `Policy.save` or `import_policy`, or a public OpenVLA or OpenVLA-OFT directory.
+        source: the name of a preset that ships with weights ("libero-mini"), a directory or `.qvla`
+            file written by `Policy.save`, one written by `import_policy`, or a public OpenVLA or
+            OpenVLA-OFT directory.
         unnorm_key: for public directories, which data set's statistics un-normalize the actions;
             may be left out where there is one, or one of LIBERO.
         num_images: for public directories, the number of cameras, which the files do not tell: 2
@@ -258,6 +311,8 @@ def load_policy(
         CheckpointError: a file of the directory is missing or broken.
     """
     folder = Path(source)
+    if folder.suffix == SUFFIX and not folder.is_dir():
+        return _load_packed(folder)
     if not folder.is_dir():
         config = preset(str(source))
         folder = bundled_policy_path(config.name)
@@ -283,6 +338,37 @@ def load_policy(
         read_json(folder / STATISTICS_FILE),
         source=str(folder / STATISTICS_FILE),
     )
+
+
+def _load_packed(path: Path) -> Policy:
+    """Reads a `.qvla` file, layer by layer."""
+    file = PackedFile(path)
+    try:
+        config = OpenVLAConfig.from_dict(file.header["config"])
+        statistics, quantization = file.header["statistics"], file.header["quantization"]
+    except (InputError, KeyError) as error:
+        raise CheckpointError(f"{path}: unusable header ({error})") from error
+    model = abstract_model(config)
+    linears = named_modules(model, nnx.Linear)
+    for name, entry in file.layers.items():
+        expected = linears[name].kernel.shape[::-1] if name in linears else None
+        if entry.shape != expected:
+            raise CheckpointError(
+                f"{path}: layer {name} of shape {list(entry.shape)}: {config.name} has "
+                f"{'no such layer' if expected is None else list(expected)}"
+            )
+    file.check_others()
+    for name in file.layers:
+        replace_modules(model, {name: PackedLinear(file.weight(name))})
+    assign_tensors(model, file.tensors, source=str(path))
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(file.tokenizer)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path}: unusable tokenizer ({error})") from error
+    policy = make_policy(config, model, tokenizer, statistics, source=str(path))
+    return dataclasses.replace(policy, quantization=quantization)
 
 
 def import_policy(

@@ -7,14 +7,22 @@ y = kernels.mixed_matmul(x, w)            # x w_hat^T + bias
 
 from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.codes import CodeMap
-from qvla_jax.kernels.dispatch import implementations, mixed_matmul, prepare
-from qvla_jax.kernels.packed import PackedWeight, Segment, dequantize, validate
+from qvla_jax.kernels.dispatch import canonical, implementations, mixed_matmul, prepare
+from qvla_jax.kernels.packed import (
+    SOURCE_DTYPES,
+    PackedWeight,
+    Segment,
+    dequantize,
+    validate,
+)
 from qvla_jax.kernels.packing import pack
 
 __all__ = [
+    "SOURCE_DTYPES",
     "CodeMap",
     "PackedWeight",
     "Segment",
+    "canonical",
     "dequantize",
     "implementations",
     "mixed_matmul",

@@ -96,8 +96,13 @@ def unpack_words(words: AnyArray, bits: int, k: int) -> AnyArray:
     """Inverse of `pack_words`: uint8 [c, k], or uint16 for 16 bits."""
     xp = array_module(words)
     c = words.shape[0]
-    per_period = WORD_BITS // bits if WORD_BITS % bits == 0 else WORD_BITS
-    size = per_period * bits // WORD_BITS
+    kind = xp.uint16 if bits > 8 else xp.uint8
+    if WORD_BITS % bits == 0:
+        # Few operations, because every layer of a traced model holds them.
+        shifts = xp.arange(0, WORD_BITS, bits, dtype=xp.uint32)
+        codes = (words[:, :, None] >> shifts[None, None]) & xp.uint32(2**bits - 1)
+        return codes.astype(kind).reshape(c, -1)[:, :k]
+    per_period, size = WORD_BITS, bits
     periods = -(-k // per_period)
     columns = xp.pad(words, ((0, 0), (0, periods * size - words.shape[1])))
     columns = columns.reshape(c, periods, size)
@@ -107,5 +112,5 @@ def unpack_words(words: AnyArray, bits: int, k: int) -> AnyArray:
         code = columns[:, :, word] >> xp.uint32(shift)
         if shift + bits > WORD_BITS:
             code = code | (columns[:, :, word + 1] << xp.uint32(WORD_BITS - shift))
-        codes.append((code & xp.uint32(2**bits - 1)).astype(xp.uint16 if bits > 8 else xp.uint8))
+        codes.append((code & xp.uint32(2**bits - 1)).astype(kind))
     return xp.stack(codes, axis=2).reshape(c, periods * per_period)[:, :k]

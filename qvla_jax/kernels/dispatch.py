@@ -33,6 +33,8 @@ class Backend(Protocol):
 
     # The weight in the backend's own arrangement.
     prepare: Callable[[PackedWeight], Any]
+    # The inverse of `prepare`.
+    canonical: Callable[[Any], PackedWeight]
     # Why it cannot run a weight here, or None.
     supports: Callable[[PackedWeight], str | None]
     # x [..., k], the arrangement, activation bits -> y [..., c] in the dtype of x.
@@ -67,6 +69,11 @@ def prepare(w: PackedWeight, implementation: str | None = None) -> Any:
     """
     name = _choose(w, implementation)
     return _backend(name).prepare(w)
+
+
+def canonical(w: Any) -> PackedWeight:
+    """The canonical weight that `prepare` made `w` of."""
+    return w if isinstance(w, PackedWeight) else _backend(w.implementation).canonical(w)
 
 
 def mixed_matmul(

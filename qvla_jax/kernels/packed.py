@@ -136,13 +136,65 @@ def source_words(rows: np.ndarray, source_dtype: str) -> np.ndarray:
     return np.ascontiguousarray(padded).view(np.uint32)
 
 
+def stored_rows(w: PackedWeight) -> Float[Array, "r k"]:
+    """w_hat of the rows of all segments in float32, in the order of the index.
+
+    One elementwise expression for all widths, because every layer of a traced model holds it and
+    compile time counts: bit i b of a row's stream lies in word i b // 32.
+    """
+    k = w.shape[1]
+    source = 8 * np.dtype(SOURCE_DTYPES[w.source_dtype]).itemsize
+    bits = [source if segment.bits == SOURCE else segment.bits for segment in w.segments]
+    sizes = [num_words(k, b) for b in bits]
+    rows = [segment.rows for segment in w.segments]
+
+    def column(values: Any, dtype: Any = np.uint32) -> np.ndarray:
+        return np.repeat(np.asarray(values, dtype), rows)[:, None]
+
+    words = jnp.concatenate([jnp.asarray(part).reshape(-1) for part in w.words])
+    width, size = column(bits), column(sizes)
+    start = np.cumsum(size, axis=0, dtype=np.uint32) - size
+    bit = np.arange(k, dtype=np.uint32)[None] * width
+    at, shift = jnp.asarray(start) + (bit >> 5), bit & 31
+    code = words[at] >> shift
+    if 3 in bits:  # the only width whose codes straddle words
+        rest = words[jnp.minimum(at + 1, len(words) - 1)]
+        code = code | jnp.where(shift + width > 32, rest << ((32 - shift) & 31), 0)
+    code = code & column([2**b - 1 for b in bits])
+    multiplier, offset = (
+        column([segment.code_map[i] for segment in w.segments], np.float32) for i in (0, 1)
+    )
+    value = (code.astype(jnp.float32) * multiplier + offset) * _row_scales(w)
+    if w.segments[0].bits != SOURCE:
+        return value
+    kept = code if source == 32 else code.astype(jnp.uint16)
+    exact = jax.lax.bitcast_convert_type(kept, SOURCE_DTYPES[w.source_dtype])
+    return jnp.where(column([s.bits == SOURCE for s in w.segments], bool), exact, value)
+
+
+def _row_scales(w: PackedWeight) -> Float[Array, "r g"]:
+    """Scales of all rows in float32, of every input if grouped; 1 for 16-bit rows."""
+    scales = [
+        jnp.ones((segment.rows, w.num_groups)) if segment.bits == SOURCE
+        else jnp.asarray(own).astype(jnp.float32)
+        for segment, own in zip(w.segments, w.scales, strict=True)
+    ]  # fmt: skip
+    whole = jnp.concatenate(scales)
+    return whole if w.group is None else jnp.repeat(whole, w.group, axis=1)[:, : w.shape[1]]
+
+
 def dequantize(w: PackedWeight) -> Float[Array, "c k"]:
     """w_hat in float32, exactly what `mixed_matmul` multiplies by; zeros for pruned channels."""
-    result = jnp.zeros(w.shape, jnp.float32)
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(w)):
+        result = jnp.zeros(w.shape, jnp.float32)
+        for number in range(len(w.segments)):
+            rows = segment_rows(w, number)
+            result = result.at[rows].set(jnp.asarray(segment_values(w, number)))
+        return result
+    host = np.zeros(w.shape, np.float32)
     for number in range(len(w.segments)):
-        rows = segment_rows(w, number)
-        result = result.at[rows].set(jnp.asarray(segment_values(w, number)))
-    return result
+        host[segment_rows(w, number)] = segment_values(w, number)
+    return jnp.asarray(host)
 
 
 def validate(w: PackedWeight, *, where: str = "packed weight") -> None:

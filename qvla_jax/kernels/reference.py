@@ -11,12 +11,17 @@ import jax.numpy as jnp
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.kernels.activations import round_activations
-from qvla_jax.kernels.packed import PackedWeight, segment_rows, segment_values
+from qvla_jax.kernels.packed import PackedWeight, stored_rows
 from qvla_jax.quantization.grid import SOURCE
 
 
 def prepare(w: PackedWeight) -> PackedWeight:
     """The canonical order is the one that the reference computes from."""
+    return w
+
+
+def canonical(w: PackedWeight) -> PackedWeight:
+    """The weight itself."""
     return w
 
 
@@ -28,26 +33,34 @@ def supports(w: PackedWeight) -> str | None:
 
 def matmul(x: Float[Array, "*m k"], w: PackedWeight, activation_bits: int) -> Float[Array, "*m c"]:
     """See the module."""
-    exact = x.astype(jnp.float32)
-    rounded = round_activations(x, activation_bits)
-    y = jnp.zeros((*x.shape[:-1], w.shape[0]), jnp.float32)
-    for number, segment in enumerate(w.segments):
-        left = exact if segment.bits == SOURCE else rounded
-        part = _dot(left, jnp.asarray(segment_values(w, number)).T)
-        y = y.at[..., segment_rows(w, number)].set(part)
+    parts = [jnp.zeros((*x.shape[:-1], 1), jnp.float32)]  # of pruned channels
+    if w.segments:
+        rows = stored_rows(w)
+        exact = w.segments[0].rows if w.segments[0].bits == SOURCE else 0
+        if activation_bits == 16:
+            exact = len(rows)
+        if exact:
+            parts.append(_dot(x.astype(jnp.float32), rows[:exact].T))
+        if exact < len(rows):
+            parts.append(_dot(round_activations(x, activation_bits), rows[exact:].T))
+    y = jnp.concatenate(parts, axis=-1)
+    if w.index is None:
+        y = y[..., 1:]
+    else:
+        index = jnp.asarray(w.index)
+        place = jnp.arange(1, len(index) + 1)
+        y = y[..., jnp.zeros(w.shape[0], place.dtype).at[index].set(place)]
     if w.bias is not None:
         y = y + jnp.asarray(w.bias).astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
     return y.astype(x.dtype)
 
 
 def transposed(dy: Float[Array, "*m c"], w: PackedWeight) -> Float[Array, "*m k"]:
-    """Dy w_hat, segment by segment: the gradient with respect to the activations."""
-    dy32 = dy.astype(jnp.float32)
-    dx = jnp.zeros((*dy.shape[:-1], w.shape[1]), jnp.float32)
-    for number in range(len(w.segments)):
-        rows = segment_rows(w, number)
-        dx = dx + _dot(dy32[..., rows], jnp.asarray(segment_values(w, number)))
-    return dx.astype(dy.dtype)
+    """Dy w_hat: the gradient with respect to the activations."""
+    if not w.segments:
+        return jnp.zeros((*dy.shape[:-1], w.shape[1]), dy.dtype)
+    kept = dy if w.index is None else dy[..., jnp.asarray(w.index)]
+    return _dot(kept.astype(jnp.float32), stored_rows(w)).astype(dy.dtype)
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The stages of the walk: calibrate, sensitivity, allocate, evaluate, report, and `run` for all.
+"""The stages: calibrate, sensitivity, allocate, quantize, evaluate, report; `run` for all.
 
 Each takes a frozen settings dataclass and leaves its result in one folder, where the next one finds
 it; each checks that what it finds belongs together.
@@ -11,6 +11,7 @@ from qvla_jax.pipeline.configs import (
     AllocateConfig,
     CalibrateConfig,
     EvaluateConfig,
+    QuantizeConfig,
     ReportConfig,
     RunConfig,
     SensitivityConfig,
@@ -18,6 +19,7 @@ from qvla_jax.pipeline.configs import (
 )
 from qvla_jax.pipeline.evaluate import count_parameters, evaluate
 from qvla_jax.pipeline.measure_solvers import MeasureSolversConfig, measure_solvers
+from qvla_jax.pipeline.quantize import quantize
 from qvla_jax.pipeline.report import report
 from qvla_jax.pipeline.run import run
 from qvla_jax.pipeline.sensitivity import sensitivity
@@ -31,6 +33,7 @@ __all__ = [
     "CompareSolversConfig",
     "EvaluateConfig",
     "MeasureSolversConfig",
+    "QuantizeConfig",
     "ReportConfig",
     "RunConfig",
     "SensitivityConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "evaluate",
     "load_calibration",
     "measure_solvers",
+    "quantize",
     "report",
     "run",
     "sensitivity",

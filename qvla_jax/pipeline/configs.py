@@ -82,6 +82,14 @@ class AllocateConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(StageConfig):
+    """Packs the weights at the chosen bits; writes policy.qvla, which `load_policy` runs."""
+
+    # The policy that the bits were chosen for.
+    model: str = "libero-mini"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldoutConfig(StageConfig):
     """The frames that results are measured on."""
 
@@ -133,8 +141,10 @@ class ValidateConfig(HeldoutConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(CalibrateConfig, SensitivityConfig, AllocateConfig, EvaluateConfig, ReportConfig):
-    """Runs the whole walk: calibrate, sensitivity, allocate, evaluate, report."""
+class RunConfig(
+    CalibrateConfig, SensitivityConfig, AllocateConfig, QuantizeConfig, EvaluateConfig, ReportConfig
+):
+    """Runs the whole walk: calibrate, sensitivity, allocate, quantize, evaluate, report."""
 
     def __post_init__(self) -> None:
         for base in (CalibrateConfig, SensitivityConfig, AllocateConfig, EvaluateConfig):

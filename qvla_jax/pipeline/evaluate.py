@@ -1,13 +1,15 @@
-"""Stage 4: the action error of every allocation on frames that calibration never saw."""
+"""Stage 5: the action error of every allocation on frames that calibration never saw."""
 
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qvla_jax.atomic import write_json
+from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.samples import bundled_path
@@ -18,6 +20,7 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import EvaluateConfig, HeldoutConfig
+from qvla_jax.pipeline.quantize import load_packed
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import (
@@ -52,6 +55,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures full precision, uniform rounding and every allocation; writes evaluation.json.
 
+    The chosen allocation runs from the packed weights of policy.qvla. All others hold the same
+    grids' values in float32, for which one compiled program serves; the chosen one runs both ways,
+    and the largest difference of an action is reported.
+
     Args:
         config: Settings.
         policy: The policy, if it is loaded already.
@@ -78,24 +85,31 @@ def evaluate(
     index = policy_index(policy)
     table = load_tables(config.out)[0]
 
+    difference = 0.0
     feedback = Quantizer(UNIFORM_FEEDBACK, table.statistics)
+    packed = load_packed(config.out / files.POLICY, allocations)
     total = 1 + 2 * len(config.uniform_bits) + len(allocations.items)
     progress("evaluate", 0, total)
     reference = predict(policy, held, batch_size=config.eval_batch)
     entries = [_full_entry(index, reference)]
     for bits in config.uniform_bits:
         progress("evaluate", len(entries), total)
-        uniform = quantize_uniform(policy, bits)
+        uniform = quantize_uniform(policy, bits, packed=False)
         entries.append(_uniform_entry(index, bits, predict(uniform, held), reference))
         progress("evaluate", len(entries), total)
-        uniform = quantize_uniform(policy, bits, quantizer=feedback)
+        uniform = quantize_uniform(policy, bits, quantizer=feedback, packed=False)
         entries.append(_feedback_entry(index, bits, predict(uniform, held), reference))
     for allocation in allocations.items:
         progress("evaluate", len(entries), total)
-        quantized = quantize(policy, allocation.bits, quantizer=table.quantizer)
+        floats = quantize(policy, allocation.bits, quantizer=table.quantizer, packed=False)
+        predictions, execution = predict(floats, held), "float32"
+        if allocation is allocations.chosen:
+            in_float, execution = predictions, "packed"
+            predictions = predict(packed, held)
+            difference = float(np.abs(predictions.chunks - in_float.chunks).max())
         solver = allocations.chosen.solver
         entries.append(
-            _entry(index, allocation, predict(quantized, held), reference, solver=solver)
+            _entry(index, allocation, predictions, reference, solver=solver, execution=execution)
         )
     progress("evaluate", total, total)
     evaluation = {
@@ -110,11 +124,7 @@ def evaluate(
             "channels": len(index),
             "quantized_weights": index.num_weights,
         },
-        "simulated": {
-            "execution": True,
-            "note": "Quantized weights run in floating point here, on exactly the values of their "
-            "grids; stored bytes are computed from the packed layout.",
-        },
+        "packed": describe_packed(config.out / files.POLICY, allocations.chosen, difference),
         "heldout": describe_frames(heldout),
         "chosen": allocations.chosen.name,
         "methods": entries,
@@ -123,6 +133,31 @@ def evaluate(
     }
     write_json(config.out / files.EVALUATION, evaluation)
     return evaluation
+
+
+def describe_packed(path: Path, chosen: Allocation, difference: float) -> dict[str, Any]:
+    """What the packed policy's file holds, and how far its actions are from those in float32.
+
+    Raises:
+        InputError: The file does not store the bytes that the allocator counted.
+    """
+    file = PackedFile(path)
+    if file.packed_bytes != chosen.stored_bytes:
+        raise InputError(
+            f"{path}: stores {file.packed_bytes:,} bytes in packed layers, the allocation counted "
+            f"{chosen.stored_bytes:,}"
+        )
+    return {
+        "file": path.name,
+        "file_bytes": path.stat().st_size,
+        "packed_bytes": file.packed_bytes,
+        "other_bytes": file.other_bytes,
+        "largest_action_difference_normalized": difference,
+        "note": "The chosen policy ran from its packed weights; its actions differ from those of "
+        f"the same values in float32 by at most {difference:.1e} (normalized). The other quantized "
+        "policies ran in float32 on exactly the values of their grids; their bytes are counted by "
+        "the same rules.",
+    }
 
 
 def heldout_set(config: HeldoutConfig, *, horizon: int) -> CalibrationSet:
@@ -180,7 +215,7 @@ def _full_entry(index: ChannelIndex, reference: Predictions) -> dict[str, Any]:
         "series": "full precision",
         "family": "full",
         **_stored(index, uniform_bytes(index, SOURCE_BITS), np.full(len(index), SOURCE_BITS)),
-        **_measured(reference, reference, simulated=False),
+        **_measured(reference, reference),
     }
 
 
@@ -218,6 +253,7 @@ def _entry(
     reference: Predictions,
     *,
     solver: str,
+    execution: str,
 ) -> dict[str, Any]:
     ours = not allocation.baseline
     family = ("ours" if allocation.solver == solver else "other_solver") if ours else "baseline"
@@ -240,7 +276,7 @@ def _entry(
         **_stored(index, allocation.stored_bytes, allocation.bits),
         # The unit of a baseline's costs is not that of the action error.
         "predicted_sse_normalized": allocation.predicted_sse_normalized if ours else None,
-        **_measured(candidate, reference),
+        **_measured(candidate, reference, execution=execution),
     }
 
 
@@ -255,10 +291,10 @@ def _stored(index: ChannelIndex, size: int, bits: np.ndarray) -> dict[str, Any]:
 
 
 def _measured(
-    candidate: Predictions, reference: Predictions, *, simulated: bool = True
+    candidate: Predictions, reference: Predictions, *, execution: str = "float32"
 ) -> dict[str, Any]:
     return {
-        "simulated": simulated,
+        "execution": execution,
         "versus_full_precision": action_errors(candidate.chunks, reference.chunks).to_dict(),
         "versus_expert": action_errors(candidate.chunks, reference.expert).to_dict(),
     }

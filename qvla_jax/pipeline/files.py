@@ -14,6 +14,7 @@ SENSITIVITY = "sensitivity.safetensors"
 STATISTICS = "statistics.safetensors"
 VALIDATION = "validation.json"
 ALLOCATION = "allocation.safetensors"
+POLICY = "policy.qvla"
 EVALUATION = "evaluation.json"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
@@ -27,6 +28,7 @@ _WRITERS = {
     STATISTICS: "sensitivity",
     VALIDATION: "sensitivity",
     ALLOCATION: "allocate",
+    POLICY: "quantize",
     EVALUATION: "evaluate",
 }
 

@@ -1,7 +1,8 @@
 """Policies by name, quantized ones included: `libero-mini`, `libero-mini@4`, `libero-mini@runs/x`.
 
 After the `@` comes a bit-width (uniform round-to-nearest) or the folder of a run, whose chosen
-allocation is applied with the quantizer that it was made for.
+allocation is applied with the quantizer that it was made for, in float32 on exactly the values of
+the grids. A `.qvla` file, such as the run's own policy.qvla, runs from its packed weights.
 """
 
 import re
@@ -25,7 +26,7 @@ def load_named_policy(name: str) -> Policy:
         return load_policy(name)
     policy = load_policy(model)
     if re.fullmatch(r"\d+", quantized):
-        return quantize_uniform(policy, int(quantized))
+        return quantize_uniform(policy, int(quantized), packed=False)
     folder = Path(quantized)
     if not folder.is_dir():
         raise InputError(f"{name}: {quantized!r} is neither a bit-width nor the folder of a run")
@@ -38,4 +39,4 @@ def load_named_policy(name: str) -> Policy:
         remedy="name the policy that the run was made with",
     )
     table = load_tables(folder)[0]
-    return quantize(policy, allocations.chosen.bits, quantizer=table.quantizer)
+    return quantize(policy, allocations.chosen.bits, quantizer=table.quantizer, packed=False)

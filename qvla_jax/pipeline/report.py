@@ -1,4 +1,4 @@
-"""Stage 5: join what the other stages wrote into report.json and report.html."""
+"""Stage 6: join what the other stages wrote into report.json and report.html."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         "version": 1,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": evaluation["model"],
-        "simulated": evaluation["simulated"],
+        "packed": evaluation["packed"],
         "budget": {"bits_per_weight": chosen.budget_bits, "bytes": chosen.budget_bytes},
         "calibration": describe_frames(calibration),
         "heldout": evaluation["heldout"],

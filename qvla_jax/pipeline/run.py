@@ -9,6 +9,7 @@ from qvla_jax.pipeline.allocate import allocate
 from qvla_jax.pipeline.calibrate import calibrate
 from qvla_jax.pipeline.configs import RunConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, evaluate, heldout_set
+from qvla_jax.pipeline.quantize import quantize
 from qvla_jax.pipeline.report import report
 from qvla_jax.pipeline.sensitivity import check_budget, check_methods, sensitivity
 from qvla_jax.progress import Progress, no_progress
@@ -16,7 +17,7 @@ from qvla_jax.solvers.registry import get_solver
 
 
 def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
-    """Calibrates, measures, allocates, evaluates and reports.
+    """Calibrates, measures, allocates, packs, evaluates and reports.
 
     Everything that can be wrong with the input is checked before the first long stage, and before
     the first file.
@@ -39,5 +40,6 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
     check_disjoint(calibration, heldout)
     sensitivity(config, policy=policy, calibration=calibration, progress=progress)
     allocate(config, progress=progress)
+    quantize(config, policy=policy, progress=progress)
     evaluate(config, policy=policy, progress=progress)
     return report(config, progress=progress)

@@ -1,7 +1,6 @@
 """Quantizer grids, the bytes they store, and quantizing a policy channel by channel."""
 
 from qvla_jax.quantization.apply import (
-    QuantizedPolicy,
     policy_index,
     quantize,
     quantize_uniform,
@@ -20,7 +19,6 @@ __all__ = [
     "InputStatistics",
     "LayerInfo",
     "LayerRules",
-    "QuantizedPolicy",
     "Quantizer",
     "QuantizerSettings",
     "dequantize_rows",

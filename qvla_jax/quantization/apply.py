@@ -1,24 +1,24 @@
-"""Quantizing a policy: module surgery that puts weights on their grids and corrects biases."""
+"""Quantizing a policy: module surgery that packs weights and corrects biases."""
 
 import dataclasses
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qvla_jax.array_typing import Int
+from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
-from qvla_jax.inference.policy import Policy
+from qvla_jax.models.surgery import replace_modules
 from qvla_jax.quantization.bias import corrected_bias
-from qvla_jax.quantization.grid import BITS, SOURCE
+from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,
     LayerRules,
     channel_index,
     quantizable_layers,
+    weight_rows,
 )
 from qvla_jax.quantization.quantizer import (
     NEAREST_UNCORRECTED,
@@ -26,35 +26,11 @@ from qvla_jax.quantization.quantizer import (
     Quantizer,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class QuantizedPolicy(Policy):
-    """A policy whose quantized layers hold weights on their grids.
-
-    Invariants: `bits` has one entry for each channel of `index`; a layer all of whose channels
-    have 16 bits is the source layer, untouched.
-    """
-
-    index: ChannelIndex
-    bits: Int[np.ndarray, " C"]
-    bias_corrected: bool
-    # The weights have the values of their grids but are held, and multiplied, in float32.
-    simulated: bool = True
-
-    def save(self, path: str | Path, *, dtype: Any = None) -> NoReturn:
-        """Refuses: a simulated policy holds unpacked weights.
-
-        Raises:
-            InputError: always; save the bits and quantize the source policy again.
-        """
-        del dtype
-        raise InputError(
-            f"{path}: a simulated quantized policy is not saved, its weights are not packed; save "
-            "the bits and apply them to the source policy again"
-        )
+if TYPE_CHECKING:
+    from qvla_jax.inference.policy import Policy
 
 
-def policy_index(policy: Policy, rules: LayerRules = DEFAULT_RULES) -> ChannelIndex:
+def policy_index(policy: "Policy", rules: LayerRules = DEFAULT_RULES) -> ChannelIndex:
     """The policy's quantized layers and the order of their channels.
 
     Raises:
@@ -64,16 +40,18 @@ def policy_index(policy: Policy, rules: LayerRules = DEFAULT_RULES) -> ChannelIn
 
 
 def quantize(
-    policy: Policy,
+    policy: "Policy",
     bits: Int[np.ndarray, " C"],
     *,
     quantizer: Quantizer | None = None,
     rules: LayerRules = DEFAULT_RULES,
-) -> QuantizedPolicy:
+    packed: bool = True,
+) -> "Policy":
     """A copy of the policy with every channel at its bit-width; the source is left as it is.
 
-    16-bit channels keep their weights bit for bit. Execution is simulated for now: the values are
-    those of the grids, in float32.
+    Its quantized layers are `PackedLinear`s: they hold packed words and no matrix of floats. What
+    they store is what `quantization.layout` counts, to the byte, and 16-bit channels keep their
+    weights bit for bit.
 
     Args:
         policy: the full-precision policy.
@@ -83,30 +61,57 @@ def quantize(
             Bits that come from `SensitivityTable.bits_of` bring it along; without either, rows are
             rounded to the nearest point of the fitted grid and biases stay as they are.
         rules: which layers are quantized.
+        packed: False keeps ordinary layers with the same values in float32, which need the memory
+            of full precision. One compiled program then serves all allocations, where packed
+            layers of other shapes are compiled anew: for searching and sweeping. A layer all of
+            whose channels have 16 bits is then the source layer, untouched.
 
     Raises:
         InputError: a weight is NaN or infinite (named by layer and channel), `bits` has the wrong
             length or holds a width that is no option, or the statistics do not fit a layer.
     """
-    if isinstance(policy, QuantizedPolicy):
+    return _quantize(policy, bits, quantizer, rules, packed=packed, index=True)
+
+
+def _quantize(
+    policy: "Policy",
+    bits: Int[np.ndarray, " C"],
+    quantizer: Quantizer | None,
+    rules: LayerRules,
+    *,
+    packed: bool,
+    index: bool,
+) -> "Policy":
+    if policy.quantization is not None:
         raise InputError("the policy is quantized already; quantize the full-precision one")
-    layers = quantizable_layers(policy.model, rules)
-    index = channel_index(layers)
-    chosen = index.check_bits(bits, BITS)
+    channels = channel_index(quantizable_layers(policy.model, rules))
+    chosen = channels.check_bits(bits, BITS)
     used = _quantizer_of(bits) if quantizer is None else quantizer
-    used.check(index)
+    used.check(channels)
     # A copy with Variables of its own; arrays that do not change are shared.
     model = nnx.merge(*nnx.split(policy.model))
     copies = quantizable_layers(model, rules)
-    for layer, rows in index.items():
-        if np.any(chosen[rows] != SOURCE):
-            _quantize_layer(copies[layer.path], layer, chosen[rows], used)
-    fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(Policy)}
-    return QuantizedPolicy(
-        **{**fields, "model": model},
-        index=index,
-        bits=chosen,
-        bias_corrected=used.settings.bias_correction,
+    for layer, rows in channels.items():
+        linear, widths = copies[layer.path], chosen[rows]
+        if packed:
+            packed_linear = _pack_layer(linear, layer, widths, used, index=index)
+            replace_modules(model, {layer.path: packed_linear})
+        elif np.any(widths != SOURCE):
+            values, _, bias = _quantize_layer(linear, layer, widths, used)
+            linear.kernel = nnx.Param(values.T)
+            if bias is not None:
+                linear.bias, linear.use_bias = nnx.Param(bias), True
+    statistics = used.statistics if used.settings.needs_statistics else None
+    return dataclasses.replace(
+        policy,
+        model=model,
+        quantization={
+            "quantizer": dataclasses.asdict(used.settings),
+            "policy fingerprint": policy.fingerprint,
+            "calibration hash": None
+            if statistics is None
+            else statistics.made_from.get("calibration"),
+        },
     )
 
 
@@ -123,36 +128,58 @@ def _quantizer_of(bits: Any) -> Quantizer:
 
 
 def quantize_uniform(
-    policy: Policy,
+    policy: "Policy",
     bits: int,
     *,
     quantizer: Quantizer | None = None,
     rules: LayerRules = DEFAULT_RULES,
-) -> QuantizedPolicy:
-    """One bit-width everywhere: a baseline.
+    packed: bool = True,
+) -> "Policy":
+    """One bit-width everywhere: a baseline, which stores no output index.
 
     Args:
         policy: the full-precision policy.
         bits: of every channel.
         quantizer: None rounds to nearest on the "rtn" grid, without bias correction.
         rules: which layers are quantized.
+        packed: as in `quantize`.
     """
-    count = len(policy_index(policy, rules))
+    widths = np.full(len(policy_index(policy, rules)), bits)
     quantizer = Quantizer(UNIFORM_BASELINE) if quantizer is None else quantizer
-    return quantize(policy, np.full(count, bits), quantizer=quantizer, rules=rules)
+    return _quantize(policy, widths, quantizer, rules, packed=packed, index=bits == PRUNED)
+
+
+def _pack_layer(
+    linear: nnx.Linear, info: LayerInfo, bits: np.ndarray, quantizer: Quantizer, *, index: bool
+) -> Any:
+    # Behind quantization: kernels take grids and layouts from here.
+    from qvla_jax import kernels
+    from qvla_jax.inference.packed_linear import PackedLinear
+
+    values, scales, bias = _quantize_layer(linear, info, bits, quantizer)
+    # Exact: a code has 8 significant bits and a scale as many.
+    codes = np.asarray(jnp.round(values / scales)).astype(np.int8)
+    source = "bfloat16" if info.source_bytes == 2 else "float32"
+    dtype = kernels.SOURCE_DTYPES[source]
+    return PackedLinear(
+        kernels.pack(
+            weight_rows(linear), bits, grid=quantizer.settings.grid, codes=codes, scales=scales,
+            bias=None if bias is None else np.asarray(bias).astype(dtype), source_dtype=source,
+            index=index,
+        )
+    )  # fmt: skip
 
 
 def _quantize_layer(
     linear: nnx.Linear, info: LayerInfo, bits: np.ndarray, quantizer: Quantizer
-) -> None:
+) -> tuple[Float[Array, "c k"], Float[Array, "c 1"], Float[Array, " c"] | None]:
+    """w_hat, scales, and the bias with its correction, in float32."""
     weight = linear.kernel[...].T
-    quantized = quantizer.rows(info.path, weight, bits)
+    values, scales = quantizer.rows_and_scales(info.path, weight, bits)
+    bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
     mean = quantizer.mean(info.path)
     if mean is not None:
-        old = None if linear.bias is None else linear.bias[...]
-        bias = corrected_bias(weight, quantized, jnp.asarray(mean, jnp.float32), old)
+        bias = corrected_bias(weight, values, jnp.asarray(mean, jnp.float32), bias)
         if info.source_bytes == 2:  # a bias is stored in the source dtype
             bias = bias.astype(jnp.bfloat16).astype(jnp.float32)
-        linear.bias = nnx.Param(bias)
-        linear.use_bias = True
-    linear.kernel = nnx.Param(quantized.T)
+    return values, scales, bias

@@ -114,13 +114,26 @@ class Quantizer:
             bits: 0, 2, 3, 4, 8 or 16 for each row.
         """
         bits = np.asarray(bits)
+        return self.rows_and_scales(path, weight, bits)[0]
+
+    def rows_and_scales(
+        self, path: str, weight: Float[Array, "c k"], bits: Int[np.ndarray, " c"]
+    ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
+        """`rows`, and the scale s of each, so that codes are w_hat / s exactly.
+
+        The scale of rows with 0 and 16 bits is 1.
+        """
+        bits = np.asarray(bits)
         options = tuple(b for b in GRID_BITS if np.any(bits == b))
         source = weight.astype(jnp.float32)
         result = jnp.where(jnp.asarray(bits == PRUNED)[:, None], 0.0, source)
         if not options:
-            return result
-        on_grid = self._on_grids(path, source, options, np.stack([bits == b for b in options]))
-        return jnp.where(jnp.asarray((bits != PRUNED) & (bits != SOURCE))[:, None], on_grid, result)
+            return result, jnp.ones_like(source[:, :1])
+        values, scale = self._on_grids(
+            path, source, options, np.stack([bits == b for b in options])
+        )
+        on_grid = jnp.asarray((bits != PRUNED) & (bits != SOURCE))[:, None]
+        return jnp.where(on_grid, values, result), jnp.where(on_grid, scale, 1.0)
 
     def row_changes(
         self, path: str, weight: Float[Array, "c k"], options: tuple[int, ...]
@@ -140,24 +153,25 @@ class Quantizer:
         source: Float[Array, "c k"],
         options: tuple[int, ...],
         chosen: np.ndarray,
-    ) -> Float[Array, "c k"]:
-        """Rows on the grid of the option that is `chosen` [n, c] for them."""
+    ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
+        """Rows on the grid of the option that is `chosen` [n, c] for them, and their scales."""
         grid = self.settings.grid
         parts = [quantize_rows(source, b, grid=grid) for b in options]
         mask = [jnp.asarray(row)[:, None] for row in chosen]
-        if self.settings.rounding == "nearest":
-            whole = [dequantize(codes, scale) for codes, scale in parts]
-            return functools.reduce(
-                lambda a, part: jnp.where(part[0], part[1], a), zip(mask, whole, strict=True),
-                jnp.zeros_like(source),
-            )  # fmt: skip
-        scale, code_levels = jnp.ones_like(source[:, :1]), jnp.ones((4, len(source)))
-        for which, bits, (_, own) in zip(mask, options, parts, strict=True):
+        scale = jnp.ones_like(source[:, :1])
+        for which, (_, own) in zip(mask, parts, strict=True):
             scale = jnp.where(which, own, scale)
+        if self.settings.rounding == "nearest":
+            values = jnp.zeros_like(source)
+            for which, (codes, own) in zip(mask, parts, strict=True):
+                values = jnp.where(which, dequantize(codes, own), values)
+            return values, scale
+        code_levels = jnp.ones((4, len(source)))
+        for which, bits in zip(mask, options, strict=True):
             own_levels = jnp.asarray(levels(bits, grid), jnp.float32)[:, None]
             code_levels = jnp.where(which.T, own_levels, code_levels)
         order, factor = self._factor(path)
-        return feedback_rows(source, scale, code_levels, order, factor)
+        return feedback_rows(source, scale, code_levels, order, factor), scale
 
     def _compute_factor(self, path: str) -> tuple[jax.Array, jax.Array]:
         assert self.statistics is not None

@@ -67,15 +67,12 @@ def size_text(size: float) -> str:
 
 def _head(report: Mapping[str, Any], title: str) -> str:
     model, calibration, heldout = (report[k] for k in ("model", "calibration", "heldout"))
-    simulated = (
-        ' <span class="tag">execution simulated</span>' if report["simulated"]["execution"] else ""
-    )
     return (
-        f"<h1>{escape(title)}{simulated}</h1>"
+        f"<h1>{escape(title)}</h1>"
         f'<p class="lead">{model["channels"]:,} output channels in {model["layers"]} layers, '
         f"calibrated on {calibration['frames']} frames of {escape(calibration['dataset'])} "
         f"({escape(calibration['split'])}) and measured on {heldout['frames']} other frames "
-        f"({escape(heldout['split'])}). {escape(report['simulated']['note'])}</p>\n"
+        f"({escape(heldout['split'])}). {escape(report['packed']['note'])}</p>\n"
     )
 
 

@@ -66,7 +66,7 @@ def joint_factors(
         if option == SOURCE or predicted <= 0:
             factors.append(1.0)
             continue
-        changed = quantize(policy, only, quantizer=table.quantizer, rules=rules)
+        changed = quantize(policy, only, quantizer=table.quantizer, rules=rules, packed=False)
         actions = [changed.infer_normalized(batch) for batch in observations]
         ratio = _mean_square(actions, source) / predicted
         factors.append(float(np.clip(ratio, 1.0, _LARGEST)))

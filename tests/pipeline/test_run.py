@@ -9,9 +9,10 @@ import pytest
 
 from qvla_jax import pipeline
 from qvla_jax.errors import InputError
-from qvla_jax.inference import random_policy
+from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
+from qvla_jax.pipeline.quantize import packed_bits
 
 
 def entries(content):
@@ -27,6 +28,7 @@ def test_every_file_is_there_and_nothing_half_written(content, config):
         "sensitivity_input_hessian.safetensors",
         files.VALIDATION,
         files.ALLOCATION,
+        files.POLICY,
         files.EVALUATION,
         files.REPORT_JSON,
         files.REPORT_HTML,
@@ -71,7 +73,23 @@ def test_stored_bytes_keep_the_budget_and_count_everything(content):
         if entry["family"] != "full":
             assert entry["stored_bits_per_weight"] > entry["avg_bits_per_weight"]
         assert sum(entry["channels_by_bits"].values()) == content["model"]["channels"]
-        assert entry["simulated"] == (entry["family"] != "full")
+        packed = entry["method"] == content["chosen"]
+        assert entry["execution"] == ("packed" if packed else "float32")
+
+
+def test_the_chosen_policy_ran_from_the_bytes_that_were_counted(content, config):
+    packed, path = content["packed"], config.out / files.POLICY
+    chosen = next(e for e in entries(content) if e["method"] == content["chosen"])
+    assert packed["packed_bytes"] == chosen["stored_bytes"]
+    assert packed["largest_action_difference_normalized"] < 1e-3
+    assert packed["file_bytes"] == path.stat().st_size
+    overhead = packed["file_bytes"] - packed["packed_bytes"] - packed["other_bytes"]
+    assert 0 < overhead < 100_000
+    policy = load_policy(path)
+    found = np.concatenate(list(packed_bits(policy).values()))
+    np.testing.assert_array_equal(
+        found, Allocations.load(config.out / files.ALLOCATION).chosen.bits
+    )
 
 
 def test_more_bytes_mean_less_error_for_our_allocations(content):
@@ -128,6 +146,7 @@ def test_stages_one_by_one_give_the_same_as_run(content, config, tmp_path):
     pipeline.calibrate(config)
     pipeline.sensitivity(config)
     pipeline.allocate(config)
+    pipeline.quantize(config)
     pipeline.evaluate(config)
     again = pipeline.report(config)
     assert again["methods"] == content["methods"]
@@ -146,7 +165,8 @@ def copy_of(config, folder):
     [
         (files.CALIBRATION, "sensitivity", "qvla calibrate"),
         (files.SENSITIVITY, "allocate", "qvla sensitivity"),
-        (files.ALLOCATION, "evaluate", "qvla allocate"),
+        (files.ALLOCATION, "quantize", "qvla allocate"),
+        (files.POLICY, "evaluate", "qvla quantize"),
         (files.EVALUATION, "report", "qvla evaluate"),
     ],
 )

@@ -42,7 +42,7 @@ def fake_entry(family, method, label, bits, size, error, *, predicted=None, seed
         "avg_bits_per_weight": bits - 0.3,
         "channels_by_bits": {"4": 1137},
         "predicted_sse_normalized": predicted,
-        "simulated": family != "full",
+        "execution": "packed" if family == "ours" else "float32",
         "versus_full_precision": action_errors(candidate, reference).to_dict(),
         "versus_expert": action_errors(candidate, expert).to_dict(),
     }
@@ -132,7 +132,7 @@ def fake_report():
             "name": "libero-mini", "fingerprint": "ab" * 32, "parameters": 4_150_000, "layers": len(LAYERS),
             "channels": sum(LAYERS.values()), "quantized_weights": weights,
         },
-        "simulated": {"execution": True, "note": "Quantized weights run in float; bytes are computed."},
+        "packed": {"file": "policy.qvla", "note": "The chosen policy ran from its packed weights."},
         "budget": {"bits_per_weight": 4.0, "bytes": size(4)},
         "calibration": {**frames, "split": "calibration", "hash": "0f" * 32},
         "heldout": {**frames, "split": "heldout", "hash": "1e" * 32},

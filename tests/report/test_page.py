@@ -77,7 +77,7 @@ def test_key_figures_are_those_of_the_report(checker):
     ours = next(e for e in report["methods"] if e["method"] == report["chosen"])
     assert number(ours["versus_full_precision"]["action_mse_normalized"]) in text
     assert "0.9990" in text
-    assert "execution simulated" in text
+    assert "ran from its packed weights" in text
     assert report["calibration"]["hash"][:16] in text
 
 

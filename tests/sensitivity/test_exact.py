@@ -27,7 +27,8 @@ def looped_costs(policy, frames, index, quantizer, rows):
         for j, width in enumerate(BITS):
             bits = np.full(len(index), 16)
             bits[row] = width
-            changed = quantize(policy, bits, quantizer=quantizer).infer_normalized(batch)
+            changed = quantize(policy, bits, quantizer=quantizer, packed=False)
+            changed = changed.infer_normalized(batch)
             result[i, j] = np.mean(np.sum((changed - reference) ** 2, axis=(1, 2)))
     return result
 

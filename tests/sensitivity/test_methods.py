@@ -65,8 +65,8 @@ def test_joint_factors_are_at_least_one_and_not_for_the_proxy(policy, frames, ta
 def test_the_walk_from_table_to_quantized_policy(policy, frames, table):
     solution = solve(table.problem(budget_bits=12.0), "greedy:marginal")
     bits = table.bits_of(solution)
-    quantized = quantize(policy, bits)
-    assert quantized.bias_corrected
+    quantized = quantize(policy, bits, packed=False)
+    assert quantized.quantization["quantizer"]["bias_correction"]
     measured, predicted = joint_error(policy, quantized, frames), table.predicted(bits)
     assert 0.25 < measured / predicted < 4
 
