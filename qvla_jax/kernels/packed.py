@@ -168,7 +168,7 @@ def stored_rows(w: PackedWeight) -> Float[Array, "r k"]:
     if w.segments[0].bits != SOURCE:
         return value
     kept = code if source == 32 else code.astype(jnp.uint16)
-    exact = jax.lax.bitcast_convert_type(kept, SOURCE_DTYPES[w.source_dtype])
+    exact = jax.lax.bitcast_convert_type(kept, SOURCE_DTYPES[w.source_dtype]).astype(jnp.float32)
     return jnp.where(column([s.bits == SOURCE for s in w.segments], bool), exact, value)
 
 
