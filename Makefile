@@ -41,7 +41,7 @@ lint: $(VENV)/.dev types  ## Check style, formatting and types
 # follows; an ordinary installation in build/ has the same modules where they are imported from.
 types: $(VENV)/.dev
 	rm -rf build/types
-	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types --config-settings=wheel.cmake=false .
 	cp pyproject.toml build/types
 	$(BIN)/basedpyright --project build/types --pythonpath $(BIN)/python
 

@@ -115,6 +115,7 @@ def kernels() -> Iterator[Check]:
     import numpy as np
 
     from qvla_jax import kernels as packed
+    from qvla_jax.kernels import cpu
 
     weight = packed.pack(np.eye(32, 64, dtype=np.float32), np.full(32, 4))
     for name in packed.implementations():
@@ -123,7 +124,8 @@ def kernels() -> Iterator[Check]:
         except (InputError, ImportError, OSError) as error:
             yield Check(f"kernel {name}", "missing", str(error))
         else:
-            yield Check(f"kernel {name}", "ok", "runs here")
+            path = cpu.instruction_set() if name == "cpu" else None
+            yield Check(f"kernel {name}", "ok", "runs here" + (f" ({path})" if path else ""))
 
 
 def compiler() -> Check:
@@ -131,7 +133,7 @@ def compiler() -> Check:
     names = (os.environ.get("CXX") or "c++", "g++", "clang++")
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
-        remedy = "Debian: apt install g++; without it, packed weights run through XLA"
+        remedy = "Debian: apt install g++; without it, packed weights run through the reference"
         return Check("C++ compiler", "missing", "none found", remedy)
     return Check("C++ compiler", "ok", found)
 

@@ -52,11 +52,26 @@ ORBAX_FOLDER = "weights"
 TOKENIZER_FILE = "tokenizer.json"
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(
-    graphdef: nnx.GraphDef[Prismatic], state: nnx.State, inputs: ModelInputs
+    graphdef: nnx.GraphDef[Prismatic],
+    mesh: jax.sharding.Mesh,
+    state: nnx.State,
+    inputs: ModelInputs,
 ) -> Float[Array, "b h a"]:
-    return nnx.merge(graphdef, state).actions(inputs)
+    # Each device runs its share of the batch by itself: XLA cannot partition a custom call, and
+    # would run the packed layers of the whole batch on every device.
+    def actions(state: nnx.State, inputs: ModelInputs) -> Float[Array, "b h a"]:
+        return nnx.merge(graphdef, state).actions(inputs)
+
+    batch = jax.sharding.PartitionSpec(sharding.DATA_AXIS)
+    return jax.shard_map(
+        actions,
+        mesh=mesh,
+        in_specs=(jax.sharding.PartitionSpec(), batch),
+        out_specs=batch,
+        check_vma=False,
+    )(state, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -101,7 +116,7 @@ class Policy:
         padded, count = sharding.pad_batch(inputs, mesh.size)
         graphdef, state = nnx.split(self.model)
         with jax.default_matmul_precision("float32"):
-            chunk = _forward(graphdef, state, sharding.shard_batch(mesh, padded))
+            chunk = _forward(graphdef, mesh, state, sharding.shard_batch(mesh, padded))
         return np.asarray(chunk)[:count]
 
     def complete(self, inputs: ModelInputs) -> ModelInputs:

@@ -44,9 +44,12 @@ class Backend(Protocol):
 
 
 # Implementation -> module; imported when first used.
-_MODULES: Final[dict[str, str]] = {"reference": "qvla_jax.kernels.reference"}
+_MODULES: Final[dict[str, str]] = {
+    "reference": "qvla_jax.kernels.reference",
+    "cpu": "qvla_jax.kernels.cpu",
+}
 # Platform (`jax.default_backend()`) -> the implementations to try, best first.
-_PREFERRED: Final[dict[str, tuple[str, ...]]] = {}
+_PREFERRED: Final[dict[str, tuple[str, ...]]] = {"cpu": ("cpu",)}
 
 
 def implementations() -> tuple[str, ...]:

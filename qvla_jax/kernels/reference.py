@@ -6,6 +6,9 @@ with w_hat as in `PackedWeight`, accumulated in float32. x_hat is x at 16 activa
 4 bits it is x rounded by `quantize_activations`, except for 16-bit rows, which meet x as it is.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -15,14 +18,32 @@ from qvla_jax.kernels.packed import PackedWeight, stored_rows
 from qvla_jax.quantization.grid import SOURCE
 
 
-def prepare(w: PackedWeight) -> PackedWeight:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class ReferenceWeight:
+    """A canonical weight that is meant for this implementation and no other."""
+
+    weight: PackedWeight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `dispatch.PreparedWeight`."""
+        return self.weight.shape
+
+    @property
+    def implementation(self) -> str:
+        """See `dispatch.PreparedWeight`."""
+        return "reference"
+
+
+def prepare(w: PackedWeight) -> ReferenceWeight:
     """The canonical order is the one that the reference computes from."""
-    return w
+    return ReferenceWeight(w)
 
 
-def canonical(w: PackedWeight) -> PackedWeight:
+def canonical(w: ReferenceWeight) -> PackedWeight:
     """The weight itself."""
-    return w
+    return w.weight
 
 
 def supports(w: PackedWeight) -> str | None:
@@ -31,8 +52,11 @@ def supports(w: PackedWeight) -> str | None:
     return None
 
 
-def matmul(x: Float[Array, "*m k"], w: PackedWeight, activation_bits: int) -> Float[Array, "*m c"]:
+def matmul(
+    x: Float[Array, "*m k"], prepared: ReferenceWeight, activation_bits: int
+) -> Float[Array, "*m c"]:
     """See the module."""
+    w = prepared.weight
     parts = [jnp.zeros((*x.shape[:-1], 1), jnp.float32)]  # of pruned channels
     if w.segments:
         rows = stored_rows(w)
@@ -55,8 +79,9 @@ def matmul(x: Float[Array, "*m k"], w: PackedWeight, activation_bits: int) -> Fl
     return y.astype(x.dtype)
 
 
-def transposed(dy: Float[Array, "*m c"], w: PackedWeight) -> Float[Array, "*m k"]:
+def transposed(dy: Float[Array, "*m c"], prepared: ReferenceWeight) -> Float[Array, "*m k"]:
     """Dy w_hat: the gradient with respect to the activations."""
+    w = prepared.weight
     if not w.segments:
         return jnp.zeros((*dy.shape[:-1], w.shape[1]), dy.dtype)
     kept = dy if w.index is None else dy[..., jnp.asarray(w.index)]

@@ -6,17 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qvla_jax import kernels
 from qvla_jax.errors import InputError
+from qvla_jax.kernels import cpu
 from qvla_jax.kernels.activations import quantize_activations
 
 from .weights import packed_weights, random_bits, random_weight
 
 CHECKS = settings(deadline=None, max_examples=8)
-each_implementation = pytest.mark.parametrize("implementation", kernels.implementations())
+each_implementation = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                name == "cpu" and cpu.library() is None, reason="no compiled CPU kernel"
+            ),
+        )
+        for name in kernels.implementations()
+    ],
+)
 
 
 def rounded(x, bits):
@@ -55,6 +67,7 @@ def tolerance(x, w_hat, eps):
 @given(packed_weights(), st.integers(1, 40), st.integers(0, 99))
 def test_agrees_with_float64(implementation, activation_bits, dtype, weight, rows, seed):
     w, w_hat, bias = weight
+    assume(implementation != "cpu" or cpu.supports(w) is None)
     x = np.random.default_rng(seed).normal(size=(rows, w.shape[1]))
     x = jnp.asarray(x, jnp.float32).astype(dtype)
     y = kernels.mixed_matmul(x, w, activation_bits, implementation)
@@ -70,7 +83,7 @@ def test_agrees_with_float64(implementation, activation_bits, dtype, weight, row
 @pytest.fixture(scope="module")
 def weight():
     c, k = 70, 75
-    source, bits = random_weight(c, k, 5), random_bits(c, 5)
+    source, bits = random_weight(c, k, 5, jnp.bfloat16), random_bits(c, 5)
     bias = np.random.default_rng(0).normal(size=c).astype(np.float32)
     return kernels.pack(source, bits, bias=bias)
 

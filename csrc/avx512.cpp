@@ -1,0 +1,487 @@
+// The kernel for AVX-512 with VNNI and BF16: products of bfloat16 pairs and of four 8-bit integers.
+//
+// Few rows (decoding) multiply straight from the packed blocks, in several streams of tiles with
+// prefetching, because memory is the limit. Many rows (prefill) unpack a pair of tiles once into a
+// panel that stays in the second-level cache.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "rows.h"
+
+namespace qvla {
+namespace {
+
+constexpr int kAhead = 2048;  // bytes that are prefetched ahead of each stream
+
+// What a segment's codes stand for, as bfloat16, 32 entries for the low bits of a word.
+struct Tables {
+  __m512i low, high;
+
+  explicit Tables(const Job& job) {
+    alignas(64) uint16_t table[2][32];
+    for (int i = 0; i < 32; ++i) {
+      if (job.bits == 8) {
+        // A code is 16 high + low - 128: both parts are exact.
+        table[0][i] = to_bfloat16(static_cast<float>(i & 15));
+        table[1][i] = to_bfloat16(static_cast<float>(16 * (i & 15) + job.offset));
+      } else {
+        const int code = i & ((1 << (job.bits & 7)) - 1);
+        table[0][i] = table[1][i] =
+            to_bfloat16(static_cast<float>(job.multiplier * code + job.offset));
+      }
+    }
+    low = _mm512_load_si512(table[0]);
+    high = _mm512_load_si512(table[1]);
+  }
+};
+
+inline __m512 dot(__m512 sum, __m512i w, __m512i x) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+}
+
+inline void prefetch(const uint8_t* at) {
+  _mm_prefetch(reinterpret_cast<const char*>(at) + kAhead, _MM_HINT_T0);
+}
+
+inline void store(const Job& job, int row, int tile, __m512 value) {
+  const __m512i index = _mm512_loadu_si512(job.index + tile * kLanes);
+  const int32_t first = job.index[tile * kLanes];
+  const __m512i run =
+      _mm512_add_epi32(_mm512_set1_epi32(first),
+                       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  const bool contiguous = first >= 0 && _mm512_cmpeq_epi32_mask(index, run) == 0xffff;
+  if (job.y_bfloat16) {
+    uint16_t* y = static_cast<uint16_t*>(job.y) + row * job.y_stride;
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    if (contiguous) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + first), half);
+      return;
+    }
+    alignas(32) uint16_t lanes[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), half);
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (job.index[tile * kLanes + lane] >= 0) y[job.index[tile * kLanes + lane]] = lanes[lane];
+    return;
+  }
+  float* y = static_cast<float*>(job.y) + row * job.y_stride;
+  if (contiguous) _mm512_storeu_ps(y + first, value);
+  else _mm512_mask_i32scatter_ps(y, _mm512_movepi32_mask(_mm512_xor_si512(index, _mm512_set1_epi32(-1))), index, value, 4);
+}
+
+inline int group_end(const Job& job, int g) {
+  return g + 1 == job.groups ? job.k : (g + 1) * job.group;
+}
+
+inline __m512 scale_of(const Job& job, int tile, int g) {
+  return _mm512_loadu_ps(job.scales + (static_cast<ptrdiff_t>(tile) * job.groups + g) * kLanes);
+}
+
+inline __m512 bias_of(const Job& job, int tile) {
+  return _mm512_loadu_ps(job.bias + tile * kLanes);
+}
+
+// ---- bfloat16 activations; float32 ones as the sum of two ----
+
+size_t half_row(int padded) { return sizeof(uint16_t) * padded; }
+
+size_t float_bytes(int padded, bool split) { return half_row(padded) * (split ? 2 : 1); }
+
+// Quads in the order (0, 2, 1, 3): the pairs that the words of a tile meet.
+void prepare_float(const Row& row, bool split, uint8_t* out) {
+  for (int i = 0; i < row.padded; i += kLanes) {
+    const Floats natural = load(row, i);
+    __m512 x;
+    std::memcpy(&x, &natural, sizeof x);
+    x = _mm512_permute_ps(x, _MM_SHUFFLE(3, 1, 2, 0));
+    const __m256i high = (__m256i)_mm512_cvtneps_pbh(x);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * i), high);
+    if (split) {
+      const __m512 kept = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+      const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, kept));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half_row(row.padded) + 2 * i), low);
+    }
+  }
+}
+
+// Field T of every 16-bit word, as bfloat16.
+template <int BITS, int T>
+inline __m512i field(__m512i block, __m512i table) {
+  if constexpr (BITS == 16) return block;
+  if constexpr (BITS == 8) {
+    const __m512i low = _mm512_set1_epi32(255), offset = _mm512_set1_epi32(128);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(block, 8 * T), low);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(block, 16 + 8 * T), low);
+    const __m512i a = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(even, offset)));
+    const __m512i b = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(odd, offset)));
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+  }
+  return _mm512_permutexvar_epi16(_mm512_srli_epi16(block, T * BITS), table);
+}
+
+// Pair of the block's activations that field T meets.
+template <int BITS>
+constexpr int pair_of(int t) {
+  if (BITS == 4) return (t & 1) * 2 + (t >> 1);
+  if (BITS == 2) return t < 4 ? 2 * t : 2 * (t - 4) + 1;
+  return t;
+}
+
+template <int BITS>
+constexpr int kFields = BITS == 16 ? 1 : 16 / BITS;  // pairs of a block, too
+
+template <int BITS, int T, int MR, int NT, bool SPLIT>
+inline void add_fields(__m512 (&sum)[MR][NT], const __m512i (&block)[NT], __m512i table,
+                       const int32_t* const (&x)[MR], ptrdiff_t pair, ptrdiff_t low) {
+  if constexpr (T < kFields<BITS>) {
+    __m512i w[NT];
+#pragma GCC unroll 4
+    for (int n = 0; n < NT; ++n) w[n] = field<BITS, T>(block[n], table);
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m) {
+      const __m512i a = _mm512_set1_epi32(x[m][pair + pair_of<BITS>(T)]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NT; ++n) sum[m][n] = dot(sum[m][n], w[n], a);
+      if constexpr (SPLIT) {
+        const __m512i b = _mm512_set1_epi32(x[m][low + pair + pair_of<BITS>(T)]);
+#pragma GCC unroll 4
+        for (int n = 0; n < NT; ++n) sum[m][n] = dot(sum[m][n], w[n], b);
+      }
+    }
+    add_fields<BITS, T + 1, MR, NT, SPLIT>(sum, block, table, x, pair, low);
+  }
+}
+
+// MR rows from `row` on times the tiles first, first + step, ...: each is a stream of its own.
+template <int BITS, int MR, int NT, bool SPLIT>
+void direct_float(const Job& job, int row, int first, int step) {
+  const Tables tables(job);
+  const uint8_t* words[NT];
+  for (int n = 0; n < NT; ++n) words[n] = job.words + (first + n * step) * tile_bytes(BITS, job.k);
+  const int32_t* x[MR];
+  for (int m = 0; m < MR; ++m)
+    x[m] = reinterpret_cast<const int32_t*>(job.x + (row + m) * job.stride);
+  const ptrdiff_t low = job.k / 2;  // in pairs
+  __m512 total[MR][NT];
+  for (int n = 0; n < NT; ++n)
+    for (int m = 0; m < MR; ++m) total[m][n] = bias_of(job, first + n * step);
+  ptrdiff_t pair = 0;
+  for (int g = 0; g < job.groups; ++g) {
+    __m512 sum[MR][NT];
+    for (int m = 0; m < MR; ++m)
+      for (int n = 0; n < NT; ++n) sum[m][n] = _mm512_setzero_ps();
+    for (const ptrdiff_t end = group_end(job, g) / 2; pair < end; pair += kFields<BITS>) {
+      __m512i block[NT];
+#pragma GCC unroll 4
+      for (int n = 0; n < NT; ++n) {
+        block[n] = _mm512_loadu_si512(words[n]);
+        prefetch(words[n]);
+        words[n] += kBlock;
+      }
+      add_fields<BITS, 0, MR, NT, SPLIT>(sum, block, tables.low, x, pair, low);
+    }
+    for (int n = 0; n < NT; ++n) {
+      const __m512 scale = scale_of(job, first + n * step, g);
+      for (int m = 0; m < MR; ++m) total[m][n] = _mm512_fmadd_ps(sum[m][n], scale, total[m][n]);
+    }
+  }
+  for (int m = 0; m < MR && row + m < job.rows; ++m)
+    for (int n = 0; n < NT; ++n) store(job, row + m, first + n * step, total[m][n]);
+}
+
+// The smallest of a few block heights that takes all rows, so that few kernels are compiled.
+template <int BITS, int NT, bool SPLIT>
+void few_rows_float(const Job& job, int first, int step) {
+  for (int row = 0; row < job.rows; row += kRowBlock) {
+    const int rows = job.rows - row;
+    if (rows == 1) direct_float<BITS, 1, NT, SPLIT>(job, row, first, step);
+    else if (rows == 2) direct_float<BITS, 2, NT, SPLIT>(job, row, first, step);
+    else if (rows <= 4) direct_float<BITS, 4, NT, SPLIT>(job, row, first, step);
+    else if (rows <= 8) direct_float<BITS, 8, NT, SPLIT>(job, row, first, step);
+    else direct_float<BITS, kRowBlock, NT, SPLIT>(job, row, first, step);
+  }
+}
+
+template <int BITS, int T>
+inline void unpack_fields(__m512i block, __m512i table, uint8_t* out) {
+  if constexpr (T < kFields<BITS>) {
+    _mm512_store_si512(out + pair_of<BITS>(T) * 2 * kBlock, field<BITS, T>(block, table));
+    unpack_fields<BITS, T + 1>(block, table, out);
+  }
+}
+
+uint8_t* panel_of(ptrdiff_t bytes) {
+  thread_local std::vector<uint8_t> memory;  // kept: a fresh one would be paged in by every call
+  if (memory.size() < static_cast<size_t>(bytes) + kBlock) memory.resize(bytes + kBlock);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<uint8_t*>((at + kBlock - 1) / kBlock * kBlock);
+}
+
+template <int MR, bool SPLIT>
+void panel_rows_float(const Job& job, int tile, const uint8_t* panel) {
+  const ptrdiff_t low = job.k / 2;
+  for (int row = 0; row < job.rows; row += MR) {
+    const int32_t* x[MR];
+    for (int m = 0; m < MR; ++m)
+      x[m] = reinterpret_cast<const int32_t*>(job.x + (row + m) * job.stride);
+    __m512 total[MR][2];
+    for (int m = 0; m < MR; ++m)
+      for (int n = 0; n < 2; ++n) total[m][n] = bias_of(job, tile + n);
+    const uint8_t* at = panel;
+    ptrdiff_t pair = 0;
+    for (int g = 0; g < job.groups; ++g) {
+      __m512 sum[MR][2];
+      for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+      for (const ptrdiff_t end = group_end(job, g) / 2; pair < end; ++pair, at += 2 * kBlock) {
+        const __m512i w0 = _mm512_load_si512(at), w1 = _mm512_load_si512(at + kBlock);
+#pragma GCC unroll 12
+        for (int m = 0; m < MR; ++m) {
+          const __m512i a = _mm512_set1_epi32(x[m][pair]);
+          sum[m][0] = dot(sum[m][0], w0, a);
+          sum[m][1] = dot(sum[m][1], w1, a);
+          if constexpr (SPLIT) {
+            const __m512i b = _mm512_set1_epi32(x[m][low + pair]);
+            sum[m][0] = dot(sum[m][0], w0, b);
+            sum[m][1] = dot(sum[m][1], w1, b);
+          }
+        }
+      }
+      for (int n = 0; n < 2; ++n) {
+        const __m512 scale = scale_of(job, tile + n, g);
+        for (int m = 0; m < MR; ++m) total[m][n] = _mm512_fmadd_ps(sum[m][n], scale, total[m][n]);
+      }
+    }
+    for (int m = 0; m < MR && row + m < job.rows; ++m)
+      for (int n = 0; n < 2; ++n) store(job, row + m, tile + n, total[m][n]);
+  }
+}
+
+// Whether blocks of 8 rows waste fewer than blocks of 12.
+bool low_blocks(int rows) { return (rows + 7) / 8 * 8 < (rows + 11) / 12 * 12; }
+
+template <int BITS>
+void panel_float(const Job& job, int tile) {
+  const Tables tables(job);
+  uint8_t* panel = panel_of(static_cast<ptrdiff_t>(job.k) * kBlock);
+  for (int n = 0; n < 2; ++n) {
+    const uint8_t* words = job.words + (tile + n) * tile_bytes(BITS, job.k);
+    uint8_t* out = panel + n * kBlock;
+    for (int pair = 0; pair < job.k / 2; pair += kFields<BITS>, words += kBlock) {
+      prefetch(words);
+      unpack_fields<BITS, 0>(_mm512_loadu_si512(words), tables.low, out + pair * 2 * kBlock);
+    }
+  }
+  const bool low = low_blocks(job.rows);
+  if (job.split) low ? panel_rows_float<8, true>(job, tile, panel)
+                     : panel_rows_float<kRowBlock, true>(job, tile, panel);
+  else low ? panel_rows_float<8, false>(job, tile, panel)
+           : panel_rows_float<kRowBlock, false>(job, tile, panel);
+}
+
+template <int BITS>
+void all_float(const Job& job) {
+  int done = 0;
+  if (job.rows >= kPanelRows) {
+    for (; done + 2 <= job.tiles; done += 2) panel_float<BITS>(job, done);
+  } else if (job.rows == 1) {
+    const int step = job.tiles / 4;
+    for (; done < step; ++done)
+      job.split ? direct_float<BITS, 1, 4, true>(job, 0, done, step)
+                : direct_float<BITS, 1, 4, false>(job, 0, done, step);
+    done = 4 * step;
+  } else {
+    const int step = job.tiles / 2;
+    for (; done < step; ++done)
+      job.split ? few_rows_float<BITS, 2, true>(job, done, step)
+                : few_rows_float<BITS, 2, false>(job, done, step);
+    done = 2 * step;
+  }
+  for (; done < job.tiles; ++done)
+    job.split ? few_rows_float<BITS, 1, true>(job, done, 1)
+              : few_rows_float<BITS, 1, false>(job, done, 1);
+}
+
+void multiply_float(const Job& job) {
+  switch (job.bits) {
+    case 2: return all_float<2>(job);
+    case 4: return all_float<4>(job);
+    case 8: return all_float<8>(job);
+    case 16: return all_float<16>(job);
+  }
+}
+
+// ---- 8-bit activations ----
+
+size_t integer_bytes(int padded) { return padded; }
+
+void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32_t* sums) {
+  quantize_row(row, qmax, scale, sums, [&](int i, Ints code) {
+    __m512i wide;
+    std::memcpy(&wide, &code, sizeof wide);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtsepi32_epi8(wide));
+  });
+}
+
+template <int BITS>
+inline __m512i plane(__m512i block, int p) {
+  if (BITS == 8) return block;
+  const __m512i mask = _mm512_set1_epi8((1 << (BITS & 7)) - 1);
+  return _mm512_and_si512(p ? _mm512_srli_epi16(block, p * BITS) : block, mask);
+}
+
+// sum = multiplier (codes x) + offset sum(x), as a float.
+inline __m512 shifted(const Job& job, __m512i sum, int row, int g) {
+  const int32_t shift = job.offset * job.row_sums[static_cast<ptrdiff_t>(row) * job.groups + g];
+  const __m512i product = _mm512_mullo_epi32(sum, _mm512_set1_epi32(job.multiplier));
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(product, _mm512_set1_epi32(shift)));
+}
+
+inline void finish(const Job& job, int row, int tile, __m512 total) {
+  const __m512 scale = _mm512_set1_ps(job.row_scale[row]);
+  store(job, row, tile, _mm512_fmadd_ps(total, scale, bias_of(job, tile)));
+}
+
+template <int BITS, int MR, int NT>
+void direct_integer(const Job& job, int row, int first, int step) {
+  constexpr int kPlanes = 8 / BITS;
+  const uint8_t* words[NT];
+  for (int n = 0; n < NT; ++n) words[n] = job.words + (first + n * step) * tile_bytes(BITS, job.k);
+  const int32_t* x[MR];
+  for (int m = 0; m < MR; ++m)
+    x[m] = reinterpret_cast<const int32_t*>(job.x + (row + m) * job.stride);
+  __m512 total[MR][NT];
+  for (int m = 0; m < MR; ++m)
+    for (int n = 0; n < NT; ++n) total[m][n] = _mm512_setzero_ps();
+  ptrdiff_t quad = 0;
+  for (int g = 0; g < job.groups; ++g) {
+    __m512i sum[MR][NT];
+    for (int m = 0; m < MR; ++m)
+      for (int n = 0; n < NT; ++n) sum[m][n] = _mm512_setzero_si512();
+    for (const ptrdiff_t end = group_end(job, g) / 4; quad < end; quad += kPlanes) {
+      __m512i block[NT];
+#pragma GCC unroll 4
+      for (int n = 0; n < NT; ++n) {
+        block[n] = _mm512_loadu_si512(words[n]);
+        prefetch(words[n]);
+        words[n] += kBlock;
+      }
+#pragma GCC unroll 4
+      for (int p = 0; p < kPlanes; ++p) {
+        __m512i w[NT];
+#pragma GCC unroll 4
+        for (int n = 0; n < NT; ++n) w[n] = plane<BITS>(block[n], p);
+#pragma GCC unroll 12
+        for (int m = 0; m < MR; ++m) {
+          const __m512i a = _mm512_set1_epi32(x[m][quad + p]);
+#pragma GCC unroll 4
+          for (int n = 0; n < NT; ++n) sum[m][n] = _mm512_dpbusd_epi32(sum[m][n], w[n], a);
+        }
+      }
+    }
+    for (int n = 0; n < NT; ++n) {
+      const __m512 scale = scale_of(job, first + n * step, g);
+      for (int m = 0; m < MR && row + m < job.rows; ++m)
+        total[m][n] = _mm512_fmadd_ps(shifted(job, sum[m][n], row + m, g), scale, total[m][n]);
+    }
+  }
+  for (int m = 0; m < MR && row + m < job.rows; ++m)
+    for (int n = 0; n < NT; ++n) finish(job, row + m, first + n * step, total[m][n]);
+}
+
+template <int BITS, int NT>
+void few_rows_integer(const Job& job, int first, int step) {
+  for (int row = 0; row < job.rows; row += kRowBlock) {
+    const int rows = job.rows - row;
+    if (rows == 1) direct_integer<BITS, 1, NT>(job, row, first, step);
+    else if (rows == 2) direct_integer<BITS, 2, NT>(job, row, first, step);
+    else if (rows <= 4) direct_integer<BITS, 4, NT>(job, row, first, step);
+    else if (rows <= 8) direct_integer<BITS, 8, NT>(job, row, first, step);
+    else direct_integer<BITS, kRowBlock, NT>(job, row, first, step);
+  }
+}
+
+template <int MR>
+void panel_rows_integer(const Job& job, int tile, const uint8_t* panel) {
+  for (int row = 0; row < job.rows; row += MR) {
+    const int32_t* x[MR];
+    for (int m = 0; m < MR; ++m)
+      x[m] = reinterpret_cast<const int32_t*>(job.x + (row + m) * job.stride);
+    __m512 total[MR][2];
+    for (int m = 0; m < MR; ++m) total[m][0] = total[m][1] = _mm512_setzero_ps();
+    const uint8_t* at = panel;
+    ptrdiff_t quad = 0;
+    for (int g = 0; g < job.groups; ++g) {
+      __m512i sum[MR][2];
+      for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_si512();
+      for (const ptrdiff_t end = group_end(job, g) / 4; quad < end; ++quad, at += 2 * kBlock) {
+        const __m512i w0 = _mm512_load_si512(at), w1 = _mm512_load_si512(at + kBlock);
+#pragma GCC unroll 12
+        for (int m = 0; m < MR; ++m) {
+          const __m512i a = _mm512_set1_epi32(x[m][quad]);
+          sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], w0, a);
+          sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, a);
+        }
+      }
+      for (int n = 0; n < 2; ++n) {
+        const __m512 scale = scale_of(job, tile + n, g);
+        for (int m = 0; m < MR && row + m < job.rows; ++m)
+          total[m][n] = _mm512_fmadd_ps(shifted(job, sum[m][n], row + m, g), scale, total[m][n]);
+      }
+    }
+    for (int m = 0; m < MR && row + m < job.rows; ++m)
+      for (int n = 0; n < 2; ++n) finish(job, row + m, tile + n, total[m][n]);
+  }
+}
+
+template <int BITS>
+void panel_integer(const Job& job, int tile) {
+  constexpr int kPlanes = 8 / BITS;
+  uint8_t* panel = panel_of(static_cast<ptrdiff_t>(job.k) * 2 * kLanes);
+  for (int n = 0; n < 2; ++n) {
+    const uint8_t* words = job.words + (tile + n) * tile_bytes(BITS, job.k);
+    uint8_t* out = panel + n * kBlock;
+    for (int quad = 0; quad < job.k / 4; quad += kPlanes, words += kBlock) {
+      prefetch(words);
+      const __m512i block = _mm512_loadu_si512(words);
+      for (int p = 0; p < kPlanes; ++p)
+        _mm512_store_si512(out + (quad + p) * 2 * kBlock, plane<BITS>(block, p));
+    }
+  }
+  low_blocks(job.rows) ? panel_rows_integer<8>(job, tile, panel)
+                       : panel_rows_integer<kRowBlock>(job, tile, panel);
+}
+
+template <int BITS>
+void all_integer(const Job& job) {
+  int done = 0;
+  if (job.rows >= kPanelRows) {
+    for (; done + 2 <= job.tiles; done += 2) panel_integer<BITS>(job, done);
+  } else if (job.rows == 1) {
+    const int step = job.tiles / 4;
+    for (; done < step; ++done) direct_integer<BITS, 1, 4>(job, 0, done, step);
+    done = 4 * step;
+  } else {
+    const int step = job.tiles / 2;
+    for (; done < step; ++done) few_rows_integer<BITS, 2>(job, done, step);
+    done = 2 * step;
+  }
+  for (; done < job.tiles; ++done) few_rows_integer<BITS, 1>(job, done, 1);
+}
+
+void multiply_integer(const Job& job) {
+  switch (job.bits) {
+    case 2: return all_integer<2>(job);
+    case 4: return all_integer<4>(job);
+    case 8: return all_integer<8>(job);
+  }
+}
+
+}  // namespace
+
+const Kernel kAvx512 = {
+    "avx512", float_bytes, integer_bytes, prepare_float, prepare_integer, multiply_float,
+    multiply_integer,
+};
+
+}  // namespace qvla

@@ -1,0 +1,283 @@
+// The XLA custom call: checks its operands, prepares x, and shares the work over XLA's threads.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace qvla {
+namespace {
+
+bool supported(const Kernel& kernel) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (&kernel == &kAvx512)
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+  if (&kernel == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return true;
+}
+
+// The best kernel of this processor, or the one that QVLA_CPU_KERNEL names if it can run.
+const Kernel& choose() {
+  static const Kernel* const chosen = [] {
+    const Kernel* const all[] = {
+#if defined(__x86_64__)
+        &kAvx512, &kAvx2,
+#endif
+        &kPortable};
+    const char* const wanted = std::getenv("QVLA_CPU_KERNEL");
+    for (const Kernel* kernel : all)
+      if (supported(*kernel) && (!wanted || !*wanted || !std::strcmp(wanted, kernel->name)))
+        return kernel;
+    return &kPortable;
+  }();
+  return *chosen;
+}
+
+// Runs f(0) ... f(n - 1) on this thread and on XLA's. This thread works too and waits only for
+// items that a running thread has taken, so a pool whose threads all sit here goes on.
+template <class F>
+void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t n, const F& f) {
+  if (threads <= 1 || n <= 1) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  // A task that starts late finds no item left and does not touch f, which is gone by then.
+  auto work = [state, n, f = &f] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < n;) {
+      (*f)(i);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t t = 1; t < std::min(threads, n); ++t) {
+    auto copy = work;
+    pool.Schedule(std::move(copy));  // takes rvalues alone
+  }
+  work();
+  while (state->done.load(std::memory_order_acquire) < n) std::this_thread::yield();
+}
+
+struct Segment {
+  int bits, multiplier, offset;
+  int64_t tiles;
+};
+
+// Tiles of one segment times some rows.
+struct Item {
+  const Segment* segment;
+  const uint8_t* words;
+  int64_t tile;  // of all segments
+  int tiles;
+  int64_t row;
+  int rows;
+};
+
+// Memory of the calling thread for prepared rows, kept from call to call.
+struct Scratch {
+  std::vector<uint8_t> floats, integers;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+};
+
+// Bytes from row to row: whole cache lines, and not a power of two, because then all rows of a block
+// would compete for one set of the first-level cache.
+ptrdiff_t stride_of(size_t bytes) { return static_cast<ptrdiff_t>((bytes + 63) / 64 * 64 + 64); }
+
+int64_t product(ffi::Span<const int64_t> dims, size_t count) {
+  int64_t n = 1;
+  for (size_t i = 0; i < count; ++i) n *= dims[i];
+  return n;
+}
+
+ffi::Error invalid(const std::string& what) {
+  return ffi::Error::InvalidArgument("qvla_matmul: " + what);
+}
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> words,
+                  ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> bias,
+                  ffi::Buffer<ffi::S32> index, ffi::Buffer<ffi::S32> pruned,
+                  ffi::Buffer<ffi::F32> pruned_bias, ffi::Result<ffi::AnyBuffer> y,
+                  ffi::Span<const int64_t> segments, int64_t group, int64_t activation_bits,
+                  int64_t max_threads) {
+  const auto x_dims = x.dimensions(), y_dims = y->dimensions();
+  if (x_dims.size() < 1 || y_dims.size() != x_dims.size()) return invalid("ranks differ");
+  const int64_t k = x_dims.back(), channels = y_dims.back();
+  const int64_t rows = product(x_dims, x_dims.size() - 1);
+  if (rows != product(y_dims, y_dims.size() - 1)) return invalid("x and y have other rows");
+  const bool x_half = x.element_type() == ffi::BF16, y_half = y->element_type() == ffi::BF16;
+  if ((!x_half && x.element_type() != ffi::F32) || (!y_half && y->element_type() != ffi::F32))
+    return invalid("x and y must be float32 or bfloat16");
+  if (activation_bits != 16 && activation_bits != 8 && activation_bits != 4)
+    return invalid("activation_bits");
+  const int64_t padded = (k + kInputs - 1) / kInputs * kInputs;
+  if (group < 0 || group % kInputs) return invalid("group");
+  const int64_t groups = group ? (k + group - 1) / group : 1;
+
+  std::vector<Segment> parts;
+  int64_t tiles = 0, bytes = 0;
+  bool exact = activation_bits == 16, integers = false;
+  if (segments.size() % 4) return invalid("segments");
+  for (size_t i = 0; i < segments.size(); i += 4) {
+    const int64_t bits = segments[i];
+    if ((bits != 2 && bits != 4 && bits != 8 && bits != 16) || segments[i + 3] < 1)
+      return invalid("segments");
+    parts.push_back({static_cast<int>(bits), static_cast<int>(segments[i + 1]),
+                     static_cast<int>(segments[i + 2]), segments[i + 3]});
+    tiles += segments[i + 3];
+    bytes += segments[i + 3] * tile_bytes(static_cast<int>(bits), static_cast<int>(padded));
+    (bits == 16 || activation_bits == 16 ? exact : integers) = true;
+  }
+  const auto count = [](const auto& buffer) { return static_cast<int64_t>(buffer.element_count()); };
+  if (count(words) != bytes || count(scales) != tiles * groups * kLanes ||
+      count(bias) != tiles * kLanes || count(index) != tiles * kLanes ||
+      count(pruned) != count(pruned_bias))
+    return invalid("the arrays do not fit the segments; batched weights are not supported");
+  const int32_t* const indices = index.typed_data();
+  const auto outside = [channels](int32_t i) { return i < -1 || i >= channels; };
+  if (std::any_of(indices, indices + count(index), outside) ||
+      std::any_of(pruned.typed_data(), pruned.typed_data() + count(pruned), outside))
+    return invalid("the index names a channel that is not there");
+  if (!rows) return ffi::Error::Success();
+
+  const Kernel& kernel = choose();
+  int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  if (max_threads > 0) threads = std::min(threads, max_threads);
+
+  thread_local Scratch memory;
+  Scratch& scratch = memory;
+  const bool split = !x_half;
+  const ptrdiff_t float_stride = stride_of(kernel.float_bytes(padded, split));
+  const ptrdiff_t integer_stride = stride_of(kernel.integer_bytes(padded));
+  const auto reserve = [](auto& buffer, size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+  };
+  if (exact) reserve(scratch.floats, (rows + kRowBlock) * float_stride);
+  if (integers) {
+    reserve(scratch.integers, (rows + kRowBlock) * integer_stride);
+    reserve(scratch.scales, rows);
+    reserve(scratch.sums, rows * groups);
+  }
+  const uint8_t* const given = static_cast<const uint8_t*>(x.untyped_data());
+  const int qmax = activation_bits == 4 ? 7 : 127;
+  constexpr int64_t kPrepared = 16;  // rows of one item
+  parallel(pool, rows >= 4 * kPrepared ? threads : 1, (rows + kPrepared - 1) / kPrepared,
+           [&](int64_t i) {
+             for (int64_t m = i * kPrepared; m < std::min(rows, (i + 1) * kPrepared); ++m) {
+               const Row row = {given + m * k * (x_half ? 2 : 4), x_half, static_cast<int>(k),
+                                static_cast<int>(padded), static_cast<int>(groups),
+                                static_cast<int>(group ? group : padded)};
+               if (exact)
+                 kernel.prepare_float(row, split, scratch.floats.data() + m * float_stride);
+               if (integers)
+                 kernel.prepare_integer(row, qmax, scratch.integers.data() + m * integer_stride,
+                                        scratch.scales.data() + m,
+                                        scratch.sums.data() + m * groups);
+             }
+           });
+
+  // Decoding: long streams of tiles. Prefill: blocks of rows that stay in the second-level cache.
+  const bool many = rows >= kPanelRows;
+  const int64_t block = many ? (activation_bits == 16 ? 96 : 192) : rows;
+  std::vector<Item> items;
+  for (int64_t row = 0; row < rows;) {
+    int64_t height = std::min(block, rows - row);
+    if (rows - row - height < kPanelRows) height = rows - row;  // no thin rest
+    const uint8_t* at = words.typed_data();
+    int64_t first = 0;
+    for (const Segment& part : parts) {
+      const int64_t share = (part.tiles / (4 * threads) + 3) / 4 * 4;
+      const int64_t run = many ? 16 : std::min<int64_t>(64, std::max<int64_t>(8, share));
+      const ptrdiff_t size = tile_bytes(part.bits, static_cast<int>(padded));
+      for (int64_t tile = 0; tile < part.tiles; tile += run)
+        items.push_back({&part, at + tile * size, first + tile,
+                         static_cast<int>(std::min(run, part.tiles - tile)), row,
+                         static_cast<int>(height)});
+      at += part.tiles * size;
+      first += part.tiles;
+    }
+    row += height;
+  }
+  uint8_t* const out = static_cast<uint8_t*>(y->untyped_data());
+  const int64_t element = y_half ? 2 : 4;
+  parallel(pool, threads, static_cast<int64_t>(items.size()), [&](int64_t i) {
+    const Item& item = items[i];
+    const bool whole = activation_bits == 16 || item.segment->bits == 16;
+    Job job;
+    job.words = item.words;
+    job.bits = item.segment->bits;
+    job.multiplier = item.segment->multiplier;
+    job.offset = item.segment->offset;
+    job.tiles = item.tiles;
+    job.k = static_cast<int>(padded);
+    job.groups = static_cast<int>(groups);
+    job.group = static_cast<int>(group ? group : padded);
+    job.scales = scales.typed_data() + item.tile * groups * kLanes;
+    job.bias = bias.typed_data() + item.tile * kLanes;
+    job.index = indices + item.tile * kLanes;
+    job.rows = item.rows;
+    job.stride = whole ? float_stride : integer_stride;
+    job.x = (whole ? scratch.floats.data() : scratch.integers.data()) + item.row * job.stride;
+    job.split = split;
+    job.row_scale = whole ? nullptr : scratch.scales.data() + item.row;
+    job.row_sums = whole ? nullptr : scratch.sums.data() + item.row * groups;
+    job.y = out + item.row * channels * element;
+    job.y_stride = channels;
+    job.y_bfloat16 = y_half;
+    whole ? kernel.multiply_float(job) : kernel.multiply_integer(job);
+  });
+
+  // Outputs of pruned channels are their biases.
+  const int32_t* const gone = pruned.typed_data();
+  for (int64_t i = 0; i < count(pruned); ++i) {
+    const float value = pruned_bias.typed_data()[i];
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    const uint16_t half = static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1)) >> 16);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t at = m * channels + gone[i];
+      if (y_half) reinterpret_cast<uint16_t*>(out)[at] = half;
+      else reinterpret_cast<float*>(out)[at] = value;
+    }
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace qvla
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qvla_matmul, qvla::matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<ffi::Span<const int64_t>>("segments")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("activation_bits")
+                                  .Attr<int64_t>("max_threads"));
+
+extern "C" const char* qvla_kernel_name() { return qvla::choose().name; }
+
+#pragma GCC visibility pop

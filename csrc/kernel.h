@@ -1,0 +1,72 @@
+// y = x w_hat^T + bias from packed tiles: what every instruction set's kernel provides.
+//
+// A tile is 16 output channels. Its bytes are 64-byte blocks along k; in a block channel c owns the
+// 32-bit word c, and a word holds 32 / bits inputs:
+//
+//    2, 4, 8 bits: byte j of the word holds the inputs 4 p + j in its bits [p b, (p + 1) b)
+//   16 bits:       bfloat16 pairs; the inputs of a quad (0, 1, 2, 3) are the words (0, 2), (1, 3)
+//
+// so that byte planes meet four consecutive inputs (int8 products of 4), and 16-bit words the pairs
+// (0, 2) and (1, 3) of a quad (bfloat16 products of 2). Codes are unsigned; code u stands for
+// multiplier u + offset, times the scale.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace qvla {
+
+constexpr int kLanes = 16;          // channels of a tile
+constexpr int kBlock = 64;          // bytes of a block
+constexpr int kInputs = 16;         // k is padded to a multiple: a block of 2 bits
+constexpr int kRowBlock = 12;       // most rows that a micro-kernel holds in registers
+constexpr int kPanelRows = 24;      // from here on tiles are unpacked once for all rows
+
+struct Job {
+  const uint8_t* words;       // first tile
+  int bits, multiplier, offset;
+  int tiles;
+  int k;                      // padded
+  int groups, group;          // scales of a row, inputs of one (the last may have fewer)
+  const float* scales;        // [tiles][groups][16]
+  const float* bias;          // [tiles][16]
+  const int32_t* index;       // [tiles][16], output channel of a lane; -1: none
+  int rows;
+  const uint8_t* x;           // prepared rows; kRowBlock rows behind the last may be read
+  ptrdiff_t stride;           // bytes from row to row
+  bool split;                 // bfloat16 kernels: x is the sum of two numbers
+  const float* row_scale;     // integer products: scale of each row ...
+  const int32_t* row_sums;    // ... and the sums of its codes, [rows][groups]
+  void* y;                    // first row
+  ptrdiff_t y_stride;         // elements
+  bool y_bfloat16;
+};
+
+// One row as it was given to the product.
+struct Row {
+  const void* x;
+  bool bfloat16;
+  int k, padded;
+  int groups, group;
+};
+
+struct Kernel {
+  const char* name;
+  // Bytes of a prepared row.
+  size_t (*float_bytes)(int padded, bool split);
+  size_t (*integer_bytes)(int padded);
+  void (*prepare_float)(const Row&, bool split, uint8_t* out);
+  // Codes of the row, their scale and sums.
+  void (*prepare_integer)(const Row&, int qmax, uint8_t* out, float* scale, int32_t* sums);
+  void (*multiply_float)(const Job&);
+  void (*multiply_integer)(const Job&);
+};
+
+inline ptrdiff_t tile_bytes(int bits, int k) { return static_cast<ptrdiff_t>(k) * 2 * bits; }
+
+extern const Kernel kPortable;
+#if defined(__x86_64__)
+extern const Kernel kAvx2;
+extern const Kernel kAvx512;
+#endif
+
+}  // namespace qvla

@@ -1,0 +1,118 @@
+// Preparing rows of x, in vectors of 16 that the compiler maps to what the target has.
+#pragma once
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernel.h"
+
+namespace qvla {
+namespace {  // compiled once for every instruction set
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+inline float to_float(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+// Nearest bfloat16, ties to even; NaN stays NaN.
+inline uint16_t to_bfloat16(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  if ((word & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((word >> 16) | 0x40);
+  return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1)) >> 16);
+}
+
+// Inputs i .. i + 15, zeros behind the row's end.
+inline Floats load(const Row& row, int i) {
+  Floats out = {};
+  if (i + kLanes <= row.k) {
+    if (row.bfloat16) {
+      Halves half;
+      std::memcpy(&half, static_cast<const uint16_t*>(row.x) + i, sizeof half);
+      const Words word = __builtin_convertvector(half, Words) << 16;
+      std::memcpy(&out, &word, sizeof out);
+    } else {
+      std::memcpy(&out, static_cast<const float*>(row.x) + i, sizeof out);
+    }
+    return out;
+  }
+  for (int j = 0; i + j < row.k; ++j)
+    out[j] = row.bfloat16 ? to_float(static_cast<const uint16_t*>(row.x)[i + j])
+                          : static_cast<const float*>(row.x)[i + j];
+  return out;
+}
+
+// Nearest integers, ties to even. Not by adding a large number: the compiler may fuse that addition
+// with the product before it, and a product that was not rounded breaks ties in another way.
+inline Ints nearest(Floats value) {
+  Ints out;
+#if defined(__AVX512F__)
+  __m512 v;
+  std::memcpy(&v, &value, sizeof v);
+  const __m512i codes = _mm512_cvtps_epi32(v);
+  std::memcpy(&out, &codes, sizeof out);
+#elif defined(__AVX2__)
+  __m256 v[2];
+  std::memcpy(v, &value, sizeof v);
+  const __m256i codes[2] = {_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1])};
+  std::memcpy(&out, codes, sizeof out);
+#elif defined(__SSE2__)
+  __m128 v[4];
+  std::memcpy(v, &value, sizeof v);
+  __m128i codes[4];
+  for (int i = 0; i < 4; ++i) codes[i] = _mm_cvtps_epi32(v[i]);
+  std::memcpy(&out, codes, sizeof out);
+#else
+  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int32_t>(std::nearbyint(value[i]));
+#endif
+  return out;
+}
+
+// The activation quantizer of kernels/activations.py: codes of 16 inputs at a time go to `put`.
+template <class Put>
+inline void quantize_row(const Row& row, int qmax, float* scale, int32_t* sums, const Put& put) {
+  Floats most = {}, check = {};
+  for (int i = 0; i < row.padded; i += kLanes) {
+    const Floats x = load(row, i);
+    const Floats size = x < 0 ? -x : x;
+    most = size > most ? size : most;
+    check += x * 0.0f;  // NaN as soon as one input is not finite
+  }
+  float largest = 0, finite = 0;
+  for (int j = 0; j < kLanes; ++j) {
+    largest = largest < most[j] ? most[j] : largest;
+    finite += check[j];  // and so NaN, which differs from 0
+  }
+  const bool zero = largest < 0x1p-100f;
+  const float top = static_cast<float>(qmax), inverse = zero ? 0.0f : top / largest;
+  *scale = finite != 0 ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : largest / top;
+  for (int g = 0; g < row.groups; ++g) {
+    const int begin = g * row.group;
+    const int end = g + 1 == row.groups ? row.padded : begin + row.group;
+    Ints sum = {};
+    for (int i = begin; i < end; i += kLanes) {
+      Floats q = load(row, i) * inverse;
+      q = q > top ? Floats{} + top : q;
+      q = q < -top ? Floats{} - top : q;
+      const Ints code = nearest(q);
+      sum += code;
+      put(i, code);
+    }
+    int32_t total = 0;
+    for (int j = 0; j < kLanes; ++j) total += sum[j];
+    sums[g] = total;
+  }
+}
+
+}  // namespace
+}  // namespace qvla

@@ -1,0 +1,294 @@
+"""The CPU kernel: an XLA custom call in C++ (csrc/), with a path for each instruction set.
+
+Weights are arranged in tiles of 16 output channels, as csrc/kernel.h describes them; 3-bit codes
+are held in 4 bits, and rows and inputs are padded to whole tiles and blocks, so a prepared weight
+takes somewhat more than the file. Outputs are stored through the index by the kernel itself.
+
+bfloat16 activations meet the weights as they are. float32 ones count as the sum of two bfloat16
+numbers where the processor multiplies those (about 2^-17 relative), and in float32 elsewhere.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from qvla_jax.array_typing import AnyArray, Array, Float
+from qvla_jax.kernels import reference
+from qvla_jax.kernels.codes import CodeMap, array_module, pack_words, unpack_words
+from qvla_jax.kernels.packed import SOURCE_DTYPES, PackedWeight, Segment
+from qvla_jax.quantization.grid import SOURCE
+
+_TARGET: Final = "qvla_matmul"
+_LANES: Final = 16
+# k is padded to a multiple: a block of 2-bit codes.
+_INPUTS: Final = 16
+# Order of the inputs of a quad in 16-bit tiles; its own inverse.
+_QUAD: Final = (0, 2, 1, 3)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scales", "bias", "index", "pruned", "pruned_bias"],
+    meta_fields=["segments", "shape", "group", "source_dtype", "bias_dtype", "has_index"],
+)
+@dataclasses.dataclass(frozen=True)
+class CpuWeight:
+    """A packed weight in tiles; T of them in all segments, G scales a row."""
+
+    words: AnyArray  # uint8, tile after tile
+    scales: AnyArray  # float32 [T G 16]
+    bias: AnyArray  # float32 [T 16], of the stored rows
+    index: AnyArray  # int32 [T 16], output channel of a row; -1: padding
+    pruned: AnyArray  # int32, channels without a row ...
+    pruned_bias: AnyArray  # ... and float32, their biases
+    segments: tuple[Segment, ...]
+    shape: tuple[int, int]
+    group: int | None
+    source_dtype: str
+    bias_dtype: str | None
+    has_index: bool
+
+    @property
+    def implementation(self) -> str:
+        """See `dispatch.PreparedWeight`."""
+        return "cpu"
+
+    @property
+    def num_groups(self) -> int:
+        """Scales of a row."""
+        return 1 if self.group is None else -(-self.shape[1] // self.group)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, registered with XLA; None, with one warning, if there is none."""
+    # An editable installation keeps it apart from the sources, where an import would find it.
+    spec = importlib.util.find_spec("qvla_jax.kernels._cpu")
+    path = Path(__file__).with_name("_cpu.so") if spec is None else Path(spec.origin or "")
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        warnings.warn(
+            "qvla_jax was installed without its CPU kernel, so packed weights run through the slow "
+            "reference product; install a C++ compiler (such as g++) and qvla_jax again "
+            f"({error})",
+            stacklevel=2,
+        )
+        return None
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(loaded.qvla_matmul), platform="cpu")
+    loaded.qvla_kernel_name.restype = ctypes.c_char_p
+    return loaded
+
+
+def instruction_set() -> str | None:
+    """The path that runs here, "avx512", "avx2" or "portable"; None without a compiled kernel.
+
+    The environment variable QVLA_CPU_KERNEL chooses a lower one.
+    """
+    loaded = library()
+    return None if loaded is None else loaded.qvla_kernel_name().decode()
+
+
+def supports(w: PackedWeight) -> str | None:
+    """Why this implementation cannot run the weight; None if it can."""
+    if library() is None:
+        return "the package was installed without its CPU kernel"
+    if w.source_dtype != "bfloat16" and any(s.bits == SOURCE for s in w.segments):
+        return f"rows of 16 bits must be bfloat16, not {w.source_dtype}"
+    return None
+
+
+def prepare(w: PackedWeight) -> CpuWeight:
+    """Arranges a weight in tiles; numpy arrays stay numpy's."""
+    xp, c = array_module(*jax.tree.leaves(w)), w.shape[0]
+    groups = w.num_groups
+    bias = xp.zeros(c, np.float32) if w.bias is None else xp.asarray(w.bias).astype(np.float32)
+    rows = sum(segment.rows for segment in w.segments)
+    index = xp.arange(c) if w.index is None else xp.asarray(w.index)
+    index = index.astype(np.int32)
+    words, scales, biases, indices = [], [], [], []
+    start = 0
+    for segment, packed, own in zip(w.segments, w.words, w.scales, strict=True):
+        part = index[start : start + segment.rows]
+        start += segment.rows
+        extra = -segment.rows % _LANES
+        words.append(_tiles(segment, packed, w.shape[1], extra))
+        own = xp.ones((segment.rows, groups)) if segment.bits == SOURCE else xp.asarray(own)
+        padded = xp.pad(own.astype(np.float32), ((0, extra), (0, 0)))
+        scales.append(padded.reshape(-1, _LANES, groups).transpose(0, 2, 1).reshape(-1))
+        biases.append(xp.pad(bias[part], (0, extra)))
+        indices.append(xp.pad(part, (0, extra), constant_values=-1))
+    present = _mark(xp, index, c)
+    if xp is jnp:
+        (pruned,) = jnp.nonzero(~present, size=c - rows)
+    else:
+        pruned = np.flatnonzero(~present)
+    return CpuWeight(
+        words=_joined(xp, words, np.uint8),
+        scales=_joined(xp, scales, np.float32),
+        bias=_joined(xp, biases, np.float32),
+        index=_joined(xp, indices, np.int32),
+        pruned=pruned.astype(np.int32),
+        pruned_bias=bias[pruned],
+        segments=w.segments,
+        shape=w.shape,
+        group=w.group,
+        source_dtype=w.source_dtype,
+        bias_dtype=None if w.bias is None else np.dtype(w.bias.dtype).name,
+        has_index=w.index is not None,
+    )
+
+
+def canonical(w: CpuWeight) -> PackedWeight:
+    """The inverse of `prepare`, exactly."""
+    xp, (c, k) = array_module(*jax.tree.leaves(w)), w.shape
+    groups = w.num_groups
+    words, scales, indices, kept = [], [], [], []
+    byte = tile = 0
+    for segment in w.segments:
+        tiles = -(-segment.rows // _LANES)
+        size = tiles * _tile_bytes(segment, k)
+        words.append(_untiled(segment, w.words[byte : byte + size], k))
+        part = w.scales[tile * groups * _LANES : (tile + tiles) * groups * _LANES]
+        part = part.reshape(tiles, groups, _LANES).transpose(0, 2, 1).reshape(-1, groups)
+        part = part[: segment.rows].astype(ml_dtypes.bfloat16)
+        scales.append(part[:, :0] if segment.bits == SOURCE else part)
+        lanes = slice(tile * _LANES, tile * _LANES + segment.rows)
+        indices.append(w.index[lanes])
+        kept.append(w.bias[lanes])
+        byte, tile = byte + size, tile + tiles
+    index = _joined(xp, indices, np.int32)
+    bias = None
+    if w.bias_dtype is not None:
+        where = xp.concatenate([index, w.pruned])
+        values = xp.concatenate([*kept, w.pruned_bias])
+        # `where` holds every channel once.
+        bias = values[xp.argsort(where)].astype(SOURCE_DTYPES[w.bias_dtype])
+    return PackedWeight(
+        words=tuple(words),
+        scales=tuple(scales),
+        index=index.astype(np.uint16) if w.has_index else None,
+        bias=bias,
+        segments=w.segments,
+        shape=(c, k),
+        group=w.group,
+        source_dtype=w.source_dtype,
+    )
+
+
+def matmul(
+    x: Float[Array, "*m k"], w: CpuWeight, activation_bits: int, *, max_threads: int = 0
+) -> Float[Array, "*m c"]:
+    """The product; any number of threads gives the same bits.
+
+    Args:
+        x: bfloat16 or float32.
+        w: from `prepare`.
+        activation_bits: 16, 8 or 4.
+        max_threads: of XLA's pool; 0 takes all.
+    """
+    c, k = w.shape
+    flat = x.reshape(-1, k)
+    call = jax.ffi.ffi_call(
+        _TARGET,
+        jax.ShapeDtypeStruct((flat.shape[0], c), x.dtype),
+        vmap_method="expand_dims",
+    )
+    segments = [(_stored_bits(s), *_stored_map(s), -(-s.rows // _LANES)) for s in w.segments]
+    y = call(
+        flat, w.words, w.scales, w.bias, w.index, w.pruned, w.pruned_bias,
+        segments=np.asarray(segments, np.int64).reshape(-1),
+        group=np.int64(w.group or 0),
+        activation_bits=np.int64(activation_bits),
+        max_threads=np.int64(max_threads),
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], c)
+
+
+def transposed(dy: Float[Array, "*m c"], w: CpuWeight) -> Float[Array, "*m k"]:
+    """dy w_hat through the reference: gradients are no part of inference."""  # noqa: D403
+    return reference.transposed(dy, reference.prepare(canonical(w)))
+
+
+def _stored_bits(segment: Segment) -> int:
+    return 4 if segment.bits == 3 else segment.bits
+
+
+def _stored_map(segment: Segment) -> CodeMap:
+    """3-bit codes u become u + 4, which stand for the same integers in the map of 4 bits."""
+    return CodeMap(1, -8) if segment.bits == 3 else segment.code_map
+
+
+def _tile_bytes(segment: Segment, k: int) -> int:
+    return -(-k // _INPUTS) * _INPUTS * _LANES * _stored_bits(segment) // 8
+
+
+def _tiles(segment: Segment, words: AnyArray, k: int, extra_rows: int) -> AnyArray:
+    """Canonical words of a segment -> bytes of its tiles."""
+    xp, bits = array_module(words), _stored_bits(segment)
+    codes = unpack_words(words, segment.bits, k)
+    if segment.bits == 3:
+        codes = codes + xp.uint8(4)
+    codes = xp.pad(codes, ((0, extra_rows), (0, -k % _INPUTS)))
+    if bits == SOURCE:
+        quads = codes.reshape(-1, _LANES, codes.shape[1] // 4, 4)[..., np.asarray(_QUAD)]
+        pairs = quads.reshape(-1, _LANES, codes.shape[1] // 2, 2).transpose(0, 2, 1, 3)
+        return _bytes_of(pairs)
+    planes = 8 // bits
+    split = codes.reshape(-1, _LANES, codes.shape[1] // (4 * planes), planes, 4)
+    word = xp.zeros_like(split[:, :, :, 0])
+    for p in range(planes):
+        word = word | (split[:, :, :, p] << xp.uint8(bits * p))
+    return word.transpose(0, 2, 1, 3).reshape(-1)
+
+
+def _untiled(segment: Segment, tiles: AnyArray, k: int) -> AnyArray:
+    """Inverse of `_tiles`."""
+    xp, bits = array_module(tiles), _stored_bits(segment)
+    padded = -(-k // _INPUTS) * _INPUTS
+    if bits == SOURCE:
+        pairs = _halves_of(tiles).reshape(-1, padded // 2, _LANES, 2).transpose(0, 2, 1, 3)
+        codes = pairs.reshape(-1, _LANES, padded // 4, 4)[..., np.asarray(_QUAD)]
+    else:
+        planes = 8 // bits
+        word = tiles.reshape(-1, padded // (4 * planes), _LANES, 4).transpose(0, 2, 1, 3)
+        parts = [(word >> xp.uint8(bits * p)) & xp.uint8(2**bits - 1) for p in range(planes)]
+        codes = xp.stack(parts, axis=3)
+    codes = codes.reshape(-1, padded)[: segment.rows, :k]
+    if segment.bits == 3:
+        codes = codes - xp.uint8(4)
+    return pack_words(codes, segment.bits)
+
+
+def _bytes_of(halves: AnyArray) -> AnyArray:
+    if isinstance(halves, jax.Array):
+        return jax.lax.bitcast_convert_type(halves, jnp.uint8).reshape(-1)
+    return np.ascontiguousarray(halves.astype("<u2")).view(np.uint8).reshape(-1)
+
+
+def _halves_of(data: AnyArray) -> AnyArray:
+    if isinstance(data, jax.Array):
+        return jax.lax.bitcast_convert_type(data.reshape(-1, 2), jnp.uint16)
+    return np.ascontiguousarray(data).view("<u2").astype(np.uint16)
+
+
+def _mark(xp: Any, index: AnyArray, c: int) -> AnyArray:
+    """Which of c channels the index names."""
+    if xp is jnp:
+        return jnp.zeros(c, bool).at[index].set(True)
+    present = np.zeros(c, bool)
+    present[index] = True
+    return present
+
+
+def _joined(xp: Any, parts: list[Any], dtype: Any) -> AnyArray:
+    return xp.concatenate([xp.zeros(0, dtype), *parts])
