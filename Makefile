@@ -5,7 +5,7 @@ OUT ?= demo
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench-solvers lint types format clean
+.PHONY: help demo test bench-solvers bench-kernels lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -32,6 +32,9 @@ test: $(VENV)/.dev  ## Run the tests
 
 bench-solvers: $(VENV)/.core  ## Compare the allocators at 1.85 million channels (about 5 minutes)
 	$(BIN)/python benchmarks/solvers.py
+
+bench-kernels: $(VENV)/.core  ## Time the packed product against others on one core (about 3 minutes)
+	$(BIN)/python benchmarks/kernels.py
 
 lint: $(VENV)/.dev types  ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -158,18 +158,24 @@ template <int BITS, int MR, int NT, bool SPLIT>
 void direct_float(const Job& job, int row, int first, int step) {
   const Tables tables(job);
   const uint8_t* words[NT];
+#pragma GCC unroll 4
   for (int n = 0; n < NT; ++n) words[n] = job.words + (first + n * step) * tile_bytes(BITS, job.k);
   const int32_t* x[MR];
+#pragma GCC unroll 12
   for (int m = 0; m < MR; ++m)
     x[m] = reinterpret_cast<const int32_t*>(job.x + (row + m) * job.stride);
   const ptrdiff_t low = job.k / 2;  // in pairs
   __m512 total[MR][NT];
+#pragma GCC unroll 4
   for (int n = 0; n < NT; ++n)
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) total[m][n] = bias_of(job, first + n * step);
   ptrdiff_t pair = 0;
   for (int g = 0; g < job.groups; ++g) {
     __m512 sum[MR][NT];
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
       for (int n = 0; n < NT; ++n) sum[m][n] = _mm512_setzero_ps();
     for (const ptrdiff_t end = group_end(job, g) / 2; pair < end; pair += kFields<BITS>) {
       __m512i block[NT];
@@ -181,13 +187,18 @@ void direct_float(const Job& job, int row, int first, int step) {
       }
       add_fields<BITS, 0, MR, NT, SPLIT>(sum, block, tables.low, x, pair, low);
     }
+#pragma GCC unroll 4
     for (int n = 0; n < NT; ++n) {
       const __m512 scale = scale_of(job, first + n * step, g);
+#pragma GCC unroll 12
       for (int m = 0; m < MR; ++m) total[m][n] = _mm512_fmadd_ps(sum[m][n], scale, total[m][n]);
     }
   }
-  for (int m = 0; m < MR && row + m < job.rows; ++m)
-    for (int n = 0; n < NT; ++n) store(job, row + m, first + n * step, total[m][n]);
+#pragma GCC unroll 12
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NT; ++n)
+      if (row + m < job.rows) store(job, row + m, first + n * step, total[m][n]);
 }
 
 // The smallest of a few block heights that takes all rows, so that few kernels are compiled.
@@ -223,15 +234,19 @@ void panel_rows_float(const Job& job, int tile, const uint8_t* panel) {
   const ptrdiff_t low = job.k / 2;
   for (int row = 0; row < job.rows; row += MR) {
     const int32_t* x[MR];
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m)
       x[m] = reinterpret_cast<const int32_t*>(job.x + (row + m) * job.stride);
     __m512 total[MR][2];
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
       for (int n = 0; n < 2; ++n) total[m][n] = bias_of(job, tile + n);
     const uint8_t* at = panel;
     ptrdiff_t pair = 0;
     for (int g = 0; g < job.groups; ++g) {
       __m512 sum[MR][2];
+#pragma GCC unroll 12
       for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
       for (const ptrdiff_t end = group_end(job, g) / 2; pair < end; ++pair, at += 2 * kBlock) {
         const __m512i w0 = _mm512_load_si512(at), w1 = _mm512_load_si512(at + kBlock);
@@ -247,13 +262,18 @@ void panel_rows_float(const Job& job, int tile, const uint8_t* panel) {
           }
         }
       }
+#pragma GCC unroll 4
       for (int n = 0; n < 2; ++n) {
         const __m512 scale = scale_of(job, tile + n, g);
+#pragma GCC unroll 12
         for (int m = 0; m < MR; ++m) total[m][n] = _mm512_fmadd_ps(sum[m][n], scale, total[m][n]);
       }
     }
-    for (int m = 0; m < MR && row + m < job.rows; ++m)
-      for (int n = 0; n < 2; ++n) store(job, row + m, tile + n, total[m][n]);
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < 2; ++n)
+        if (row + m < job.rows) store(job, row + m, tile + n, total[m][n]);
   }
 }
 
@@ -264,6 +284,7 @@ template <int BITS>
 void panel_float(const Job& job, int tile) {
   const Tables tables(job);
   uint8_t* panel = panel_of(static_cast<ptrdiff_t>(job.k) * kBlock);
+#pragma GCC unroll 4
   for (int n = 0; n < 2; ++n) {
     const uint8_t* words = job.words + (tile + n) * tile_bytes(BITS, job.k);
     uint8_t* out = panel + n * kBlock;
@@ -313,6 +334,9 @@ void multiply_float(const Job& job) {
 
 // ---- 8-bit activations ----
 
+// Rows of a block: with 12 as above the compiler runs out of registers and takes twice as long.
+constexpr int kIntegerRows = 8;
+
 size_t integer_bytes(int padded) { return padded; }
 
 void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32_t* sums) {
@@ -346,17 +370,23 @@ template <int BITS, int MR, int NT>
 void direct_integer(const Job& job, int row, int first, int step) {
   constexpr int kPlanes = 8 / BITS;
   const uint8_t* words[NT];
+#pragma GCC unroll 4
   for (int n = 0; n < NT; ++n) words[n] = job.words + (first + n * step) * tile_bytes(BITS, job.k);
   const int32_t* x[MR];
+#pragma GCC unroll 12
   for (int m = 0; m < MR; ++m)
     x[m] = reinterpret_cast<const int32_t*>(job.x + (row + m) * job.stride);
   __m512 total[MR][NT];
+#pragma GCC unroll 12
   for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
     for (int n = 0; n < NT; ++n) total[m][n] = _mm512_setzero_ps();
   ptrdiff_t quad = 0;
   for (int g = 0; g < job.groups; ++g) {
     __m512i sum[MR][NT];
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
       for (int n = 0; n < NT; ++n) sum[m][n] = _mm512_setzero_si512();
     for (const ptrdiff_t end = group_end(job, g) / 4; quad < end; quad += kPlanes) {
       __m512i block[NT];
@@ -379,40 +409,48 @@ void direct_integer(const Job& job, int row, int first, int step) {
         }
       }
     }
+#pragma GCC unroll 4
     for (int n = 0; n < NT; ++n) {
       const __m512 scale = scale_of(job, first + n * step, g);
-      for (int m = 0; m < MR && row + m < job.rows; ++m)
-        total[m][n] = _mm512_fmadd_ps(shifted(job, sum[m][n], row + m, g), scale, total[m][n]);
+#pragma GCC unroll 12
+      for (int m = 0; m < MR; ++m)
+        if (row + m < job.rows)
+          total[m][n] = _mm512_fmadd_ps(shifted(job, sum[m][n], row + m, g), scale, total[m][n]);
     }
   }
-  for (int m = 0; m < MR && row + m < job.rows; ++m)
-    for (int n = 0; n < NT; ++n) finish(job, row + m, first + n * step, total[m][n]);
+#pragma GCC unroll 12
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NT; ++n)
+      if (row + m < job.rows) finish(job, row + m, first + n * step, total[m][n]);
 }
 
 template <int BITS, int NT>
 void few_rows_integer(const Job& job, int first, int step) {
-  for (int row = 0; row < job.rows; row += kRowBlock) {
+  for (int row = 0; row < job.rows; row += kIntegerRows) {
     const int rows = job.rows - row;
     if (rows == 1) direct_integer<BITS, 1, NT>(job, row, first, step);
     else if (rows == 2) direct_integer<BITS, 2, NT>(job, row, first, step);
     else if (rows <= 4) direct_integer<BITS, 4, NT>(job, row, first, step);
-    else if (rows <= 8) direct_integer<BITS, 8, NT>(job, row, first, step);
-    else direct_integer<BITS, kRowBlock, NT>(job, row, first, step);
+    else direct_integer<BITS, kIntegerRows, NT>(job, row, first, step);
   }
 }
 
-template <int MR>
 void panel_rows_integer(const Job& job, int tile, const uint8_t* panel) {
+  constexpr int MR = kIntegerRows;
   for (int row = 0; row < job.rows; row += MR) {
     const int32_t* x[MR];
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m)
       x[m] = reinterpret_cast<const int32_t*>(job.x + (row + m) * job.stride);
     __m512 total[MR][2];
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) total[m][0] = total[m][1] = _mm512_setzero_ps();
     const uint8_t* at = panel;
     ptrdiff_t quad = 0;
     for (int g = 0; g < job.groups; ++g) {
       __m512i sum[MR][2];
+#pragma GCC unroll 12
       for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_si512();
       for (const ptrdiff_t end = group_end(job, g) / 4; quad < end; ++quad, at += 2 * kBlock) {
         const __m512i w0 = _mm512_load_si512(at), w1 = _mm512_load_si512(at + kBlock);
@@ -423,14 +461,20 @@ void panel_rows_integer(const Job& job, int tile, const uint8_t* panel) {
           sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, a);
         }
       }
+#pragma GCC unroll 4
       for (int n = 0; n < 2; ++n) {
         const __m512 scale = scale_of(job, tile + n, g);
-        for (int m = 0; m < MR && row + m < job.rows; ++m)
-          total[m][n] = _mm512_fmadd_ps(shifted(job, sum[m][n], row + m, g), scale, total[m][n]);
+#pragma GCC unroll 12
+        for (int m = 0; m < MR; ++m)
+          if (row + m < job.rows)
+            total[m][n] = _mm512_fmadd_ps(shifted(job, sum[m][n], row + m, g), scale, total[m][n]);
       }
     }
-    for (int m = 0; m < MR && row + m < job.rows; ++m)
-      for (int n = 0; n < 2; ++n) finish(job, row + m, tile + n, total[m][n]);
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < 2; ++n)
+        if (row + m < job.rows) finish(job, row + m, tile + n, total[m][n]);
   }
 }
 
@@ -438,6 +482,7 @@ template <int BITS>
 void panel_integer(const Job& job, int tile) {
   constexpr int kPlanes = 8 / BITS;
   uint8_t* panel = panel_of(static_cast<ptrdiff_t>(job.k) * 2 * kLanes);
+#pragma GCC unroll 4
   for (int n = 0; n < 2; ++n) {
     const uint8_t* words = job.words + (tile + n) * tile_bytes(BITS, job.k);
     uint8_t* out = panel + n * kBlock;
@@ -448,8 +493,7 @@ void panel_integer(const Job& job, int tile) {
         _mm512_store_si512(out + (quad + p) * 2 * kBlock, plane<BITS>(block, p));
     }
   }
-  low_blocks(job.rows) ? panel_rows_integer<8>(job, tile, panel)
-                       : panel_rows_integer<kRowBlock>(job, tile, panel);
+  panel_rows_integer(job, tile, panel);
 }
 
 template <int BITS>

@@ -196,6 +196,7 @@ def matmul(
         activation_bits: 16, 8 or 4.
         max_threads: of XLA's pool; 0 takes all.
     """
+    library()  # registers the call
     c, k = w.shape
     flat = x.reshape(-1, k)
     call = jax.ffi.ffi_call(
