@@ -7,26 +7,32 @@ namespace {
 // Rows that share an unpacked block: their accumulators must fit the registers.
 constexpr int kRows = 4;
 
-inline Words load_block(const uint8_t* at) {
-  Words block;
+// A tile in two halves of 8 channels. Wider vectors than the target's would go through memory.
+constexpr int kHalf = 8;
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef uint32_t Words8 __attribute__((vector_size(32)));
+
+inline Words8 load_block(const uint8_t* at) {
+  Words8 block;
   std::memcpy(&block, at, sizeof block);
   return block;
 }
 
-inline void store(const Job& job, int row, int tile, Floats value) {
-  const int32_t* index = job.index + tile * kLanes;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (index[lane] < 0) continue;
-    const ptrdiff_t at = row * job.y_stride + index[lane];
-    if (job.y_bfloat16) static_cast<uint16_t*>(job.y)[at] = to_bfloat16(value[lane]);
-    else static_cast<float*>(job.y)[at] = value[lane];
-  }
-}
-
-inline Floats lanes(const float* from) {
-  Floats value;
+inline Floats8 lanes(const float* from) {
+  Floats8 value;
   std::memcpy(&value, from, sizeof value);
   return value;
+}
+
+inline void store(const Job& job, int row, int lane, Floats8 value) {
+  for (int i = 0; i < kHalf; ++i) {
+    const int32_t channel = job.index[lane + i];
+    if (channel < 0) continue;
+    const ptrdiff_t at = row * job.y_stride + channel;
+    if (job.y_bfloat16) static_cast<uint16_t*>(job.y)[at] = to_bfloat16(value[i]);
+    else static_cast<float*>(job.y)[at] = value[i];
+  }
 }
 
 inline int group_end(const Job& job, int g) {
@@ -44,56 +50,58 @@ void prepare_float(const Row& row, bool, uint8_t* out) {
   }
 }
 
-template <int M>
-inline void add(Floats (&sum)[M], Floats w, const float* const (&x)[M], int k) {
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) sum[m] += w * x[m][k];
-}
-
 template <int BITS, int M>
 void tile_float(const Job& job, int tile, int row) {
   constexpr int kPlanes = BITS == 16 ? 1 : 8 / BITS;
-  const uint8_t* words = job.words + tile * tile_bytes(BITS, job.k);
   const float* x[M];
+#pragma GCC unroll 4
   for (int m = 0; m < M; ++m) x[m] = reinterpret_cast<const float*>(job.x + (row + m) * job.stride);
   // Code u stands for multiplier (u + shift); the multiplier goes with the scale.
   const float multiplier = static_cast<float>(job.multiplier);
   const float shift = static_cast<float>(job.offset) / multiplier;
-  Floats total[M];
-  for (int m = 0; m < M; ++m) total[m] = lanes(job.bias + tile * kLanes);
-  for (int g = 0, k = 0; g < job.groups; ++g) {
-    Floats sum[M] = {};
-    for (const int end = group_end(job, g); k < end;) {
-      const Words block = load_block(words);
-      words += kBlock;
-      if constexpr (BITS == 16) {
-        // Blocks alternate between the inputs (0, 2) and (1, 3) of a quad.
-        const int at = (k & ~3) + ((k & 2) >> 1);
-        const Words low = block << 16, high = block & 0xffff0000u;
-        Floats w;
-        std::memcpy(&w, &low, sizeof w);
-        add<M>(sum, w, x, at);
-        std::memcpy(&w, &high, sizeof w);
-        add<M>(sum, w, x, at + 2);
-        k += 2;
-      } else {
+  for (int half = 0; half < kLanes; half += kHalf) {
+    const uint8_t* words = job.words + tile * tile_bytes(BITS, job.k) + 4 * half;
+    Floats8 total[M];
 #pragma GCC unroll 4
-        for (int p = 0; p < kPlanes; ++p) {
+    for (int m = 0; m < M; ++m) total[m] = lanes(job.bias + tile * kLanes + half);
+    for (int g = 0, k = 0; g < job.groups; ++g) {
+      Floats8 sum[M];
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
-            const Words code = (block >> (8 * j + BITS * p)) & ((1u << BITS) - 1);
-            // Signed conversion is the one that every target has.
-            const Floats w = __builtin_convertvector((Ints)code, Floats) + shift;
-            add<M>(sum, w, x, k + 4 * p + j);
+      for (int m = 0; m < M; ++m) sum[m] = Floats8{};
+      for (const int end = group_end(job, g); k < end; words += kBlock) {
+        const Words8 block = load_block(words);
+        if constexpr (BITS == 16) {
+          // Blocks alternate between the inputs (0, 2) and (1, 3) of a quad.
+          const int at = (k & ~3) + ((k & 2) >> 1);
+          const Floats8 low = (Floats8)(block << 16), high = (Floats8)(block & 0xffff0000u);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) sum[m] += low * x[m][at] + high * x[m][at + 2];
+          k += 2;
+        } else {
+#pragma GCC unroll 4
+          for (int p = 0; p < kPlanes; ++p) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+              const Words8 code = (block >> (8 * j + BITS * p)) & ((1u << BITS) - 1);
+              // Signed conversion is the one that every target has.
+              const Floats8 w = __builtin_convertvector((Ints8)code, Floats8) + shift;
+#pragma GCC unroll 4
+              for (int m = 0; m < M; ++m) sum[m] += w * x[m][k + 4 * p + j];
+            }
           }
+          k += 4 * kPlanes;
         }
-        k += 4 * kPlanes;
       }
+      const Floats8 scale =
+          lanes(job.scales + (static_cast<ptrdiff_t>(tile) * job.groups + g) * kLanes + half) *
+          multiplier;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) total[m] += sum[m] * scale;
     }
-    const Floats scale = lanes(job.scales + (tile * job.groups + g) * kLanes) * multiplier;
-    for (int m = 0; m < M; ++m) total[m] += sum[m] * scale;
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+      if (row + m < job.rows) store(job, row + m, tile * kLanes + half, total[m]);
   }
-  for (int m = 0; m < M && row + m < job.rows; ++m) store(job, row + m, tile, total[m]);
 }
 
 template <int BITS>
@@ -127,26 +135,20 @@ void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32
 }
 
 // sum += low(w) low(x) + high(w) high(x) of 16-bit halves; x is one pair for all lanes.
-inline Ints add_pairs(Ints sum, Words w, int32_t x) {
+inline Ints8 add_pairs(Ints8 sum, Words8 w, int32_t x) {
 #if defined(__AVX2__)
-  __m256i part[2];
-  std::memcpy(part, &w, sizeof w);
-  const __m256i pair = _mm256_set1_epi32(x);
-  for (__m256i& p : part) p = _mm256_madd_epi16(p, pair);
-  Ints product;
-  std::memcpy(&product, part, sizeof product);
-  return sum + product;
+  return sum + (Ints8)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
 #elif defined(__SSE2__)
-  __m128i part[4];
+  __m128i part[2];
   std::memcpy(part, &w, sizeof w);
   const __m128i pair = _mm_set1_epi32(x);
   for (__m128i& p : part) p = _mm_madd_epi16(p, pair);
-  Ints product;
+  Ints8 product;
   std::memcpy(&product, part, sizeof product);
   return sum + product;
 #else
   const int32_t low = static_cast<int16_t>(x & 0xffff), high = x >> 16;
-  return sum + (Ints)(w & 0xffffu) * low + (Ints)(w >> 16) * high;
+  return sum + (Ints8)(w & 0xffffu) * low + (Ints8)(w >> 16) * high;
 #endif
 }
 
@@ -154,34 +156,48 @@ template <int BITS, int M>
 void tile_integer(const Job& job, int tile, int row) {
   constexpr int kPlanes = 8 / BITS;
   constexpr uint32_t kMask = ((1u << BITS) - 1) * 0x00010001u;
-  const uint8_t* words = job.words + tile * tile_bytes(BITS, job.k);
   const int32_t* x[M];
+#pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
     x[m] = reinterpret_cast<const int32_t*>(job.x + (row + m) * job.stride);
-  Floats total[M];
-  for (int m = 0; m < M; ++m) total[m] = Floats{};
-  for (int g = 0, k = 0; g < job.groups; ++g) {
-    Ints sum[M] = {};
-    for (const int end = group_end(job, g); k < end; k += 4 * kPlanes, words += kBlock) {
-      const Words block = load_block(words);
+  for (int half = 0; half < kLanes; half += kHalf) {
+    const uint8_t* words = job.words + tile * tile_bytes(BITS, job.k) + 4 * half;
+    Floats8 total[M];
 #pragma GCC unroll 4
-      for (int p = 0; p < kPlanes; ++p) {
-        const Words even = (block >> (BITS * p)) & kMask, odd = (block >> (BITS * p + 8)) & kMask;
+    for (int m = 0; m < M; ++m) total[m] = Floats8{};
+    for (int g = 0, k = 0; g < job.groups; ++g) {
+      Ints8 sum[M];
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          sum[m] = add_pairs(sum[m], even, x[m][k / 2 + 2 * p]);
-          sum[m] = add_pairs(sum[m], odd, x[m][k / 2 + 2 * p + 1]);
+      for (int m = 0; m < M; ++m) sum[m] = Ints8{};
+      for (const int end = group_end(job, g); k < end; k += 4 * kPlanes, words += kBlock) {
+        const Words8 block = load_block(words);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPlanes; ++p) {
+          const Words8 even = (block >> (BITS * p)) & kMask;
+          const Words8 odd = (block >> (BITS * p + 8)) & kMask;
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) {
+            sum[m] = add_pairs(sum[m], even, x[m][k / 2 + 2 * p]);
+            sum[m] = add_pairs(sum[m], odd, x[m][k / 2 + 2 * p + 1]);
+          }
         }
       }
+      const Floats8 scale =
+          lanes(job.scales + (static_cast<ptrdiff_t>(tile) * job.groups + g) * kLanes + half);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        if (row + m >= job.rows) continue;
+        const int32_t shift =
+            job.offset * job.row_sums[static_cast<ptrdiff_t>(row + m) * job.groups + g];
+        total[m] += __builtin_convertvector(sum[m] * job.multiplier + shift, Floats8) * scale;
+      }
     }
-    const Floats scale = lanes(job.scales + (tile * job.groups + g) * kLanes);
-    for (int m = 0; m < M && row + m < job.rows; ++m) {
-      const int32_t shift = job.offset * job.row_sums[(row + m) * job.groups + g];
-      total[m] += __builtin_convertvector(sum[m] * job.multiplier + shift, Floats) * scale;
-    }
+    const Floats8 bias = lanes(job.bias + tile * kLanes + half);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+      if (row + m < job.rows)
+        store(job, row + m, tile * kLanes + half, total[m] * job.row_scale[row + m] + bias);
   }
-  for (int m = 0; m < M && row + m < job.rows; ++m)
-    store(job, row + m, tile, total[m] * job.row_scale[row + m] + lanes(job.bias + tile * kLanes));
 }
 
 template <int BITS>
