@@ -28,7 +28,7 @@ demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and rep
 	$(BIN)/qvla run --model libero-mini --budget-bits 4 --out $(OUT)
 
 test: $(VENV)/.dev  ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 bench-solvers: $(VENV)/.core  ## Compare the allocators at 1.85 million channels (about 5 minutes)
 	$(BIN)/python benchmarks/solvers.py

@@ -68,7 +68,7 @@ def test_no_command_is_bad_input():
 
 
 def test_unknown_command_suggests_a_close_match(complaint):
-    assert "did you mean calibrate?" in complaint("calibarte")
+    assert "did you mean calibrate" in complaint("calibarte")
 
 
 def test_unknown_option_is_bad_input():

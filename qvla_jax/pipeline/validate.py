@@ -111,7 +111,7 @@ def _additivity(
     for done, budget in enumerate(config.budgets):
         progress("additivity", done, len(config.budgets))
         bits = table.bits_of(solve(table.problem(budget_bits=budget), "greedy:marginal"))
-        quantized = quantize(policy, bits)
+        quantized = quantize(policy, bits, packed=False)
         rows.append(
             {
                 "budget_bits": budget,
