@@ -128,6 +128,7 @@ def _stability(panel: Any, rows: list[Mapping[str, Any]]) -> None:
         yscale="symlog",
     )
     if rows:
+        panel.set_ylim(bottom=0)
         panel.legend()
 
 
