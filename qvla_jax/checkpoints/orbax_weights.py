@@ -3,10 +3,11 @@
 The tree is flat: dotted Flax path (`language_model.model.norm.scale`) -> array in Flax's layout.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,48 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
             for written in await super().serialize([leaf.make()], [info], [arg]):
                 written.result()
         return []
+
+
+class _EveryRead:
+    """Waits for every read before the first error goes out, and names its parameter.
+
+    A read that an error leaves behind outlives its event loop, and complains on stderr.
+    """
+
+    async def metadata(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> Sequence[Any]:
+        handler: Any = super()
+        return await _every([handler.metadata([info]) for info in infos], infos)
+
+    async def deserialize(
+        self,
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.RestoreArgs] | None = None,
+    ) -> Sequence[Any]:
+        handler: Any = super()
+        args = args or [ocp.RestoreArgs()] * len(infos)
+        reads = [handler.deserialize([i], [a]) for i, a in zip(infos, args, strict=True)]
+        return await _every(reads, infos)
+
+
+async def _every(
+    reads: Sequence[Awaitable[Sequence[Any]]], infos: Sequence[ocp.type_handlers.ParamInfo]
+) -> Sequence[Any]:
+    outcomes = await asyncio.gather(*reads, return_exceptions=True)
+    for info, outcome in zip(infos, outcomes, strict=True):
+        if isinstance(outcome, BaseException):
+            reason = (str(outcome) or type(outcome).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{info.parent_dir}: parameter {info.name!r} cannot be read ({reason})"
+            ) from outcome
+    return [outcome[0] for outcome in outcomes if not isinstance(outcome, BaseException)]
+
+
+class _NumpyReader(_EveryRead, ocp.type_handlers.NumpyHandler):
+    """Restores onto the host."""
+
+
+class _ArrayReader(_EveryRead, ocp.type_handlers.ArrayHandler):
+    """Restores onto a sharding."""
 
 
 def save_orbax(
@@ -134,7 +177,11 @@ def _metadata(checkpointer: ocp.Checkpointer, path: Path) -> Mapping[str, Any]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _NumpyReader()), (jax.Array, _ArrayReader())
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
         try:
             yield checkpointer
         except (ValueError, OSError, KeyError, AttributeError) as error:

@@ -144,7 +144,17 @@ def test_damaged_checkpoints_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=rf"'{leaf}' has shape \(31,\), expected"):
         load_orbax(abstract_model(preset("tiny-test")), tmp_path / "w")
     path.write_text(whole[:20])
-    with pytest.raises(CheckpointError, match="not a readable orbax checkpoint"):
+    named = f"parameter .{leaf}. cannot be read"
+    with pytest.raises(CheckpointError, match=named):
+        load_orbax(abstract_model(preset("tiny-test")), tmp_path / "w")
+    path.write_text(whole)
+    chunk = path.with_name("0")
+    chunk.write_bytes(chunk.read_bytes()[:50])
+    for sharding in (None, jax.sharding.SingleDeviceSharding(jax.devices()[0])):
+        with pytest.raises(CheckpointError, match=named):
+            load_orbax(abstract_model(preset("tiny-test")), tmp_path / "w", sharding=sharding)
+    chunk.unlink()
+    with pytest.raises(CheckpointError, match=named):
         load_orbax(abstract_model(preset("tiny-test")), tmp_path / "w")
     with pytest.raises(CheckpointError, match="not a readable orbax checkpoint"):
         load_orbax(abstract_model(preset("tiny-test")), tmp_path / "nowhere")
