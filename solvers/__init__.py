@@ -41,10 +41,10 @@ from qvla_jax.solvers.relaxation import relax as relax
 from qvla_jax.solvers.resource import Resource as Resource
 from qvla_jax.solvers.resource import count_of as count_of
 from qvla_jax.solvers.solution import Solution as Solution
-from qvla_jax.solvers.solution import Verification as Verification
-from qvla_jax.solvers.solution import verify as verify
 from qvla_jax.solvers.swapping import local_search as local_search
 from qvla_jax.solvers.tying import Tied as Tied
 from qvla_jax.solvers.tying import paired_rows as paired_rows
 from qvla_jax.solvers.tying import row_blocks as row_blocks
 from qvla_jax.solvers.tying import tie as tie
+from qvla_jax.solvers.verification import Verification as Verification
+from qvla_jax.solvers.verification import verify as verify

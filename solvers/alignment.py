@@ -37,12 +37,8 @@ def greedy_aligned(problem: AllocationProblem, *, iterations: int = 40) -> Propo
     """
     if iterations < 1:
         raise InputError(f"iterations must be positive, got {iterations}.")
-    multiples = problem.multiples
-    if multiples is None:
-        multiples = np.ones(problem.options, dtype=np.int64)
     relaxation = relax(problem)
-    unaligned = problem.cost_of(marginal_from(problem, relaxation).choice)
-    groups = _Groups(problem, multiples)
+    groups = _Groups(problem)
 
     best: tuple[float, IntArray] | None = None
     # Bracket the multiplier around the relaxation's, in growing strides, then bisect.
@@ -69,11 +65,19 @@ def greedy_aligned(problem: AllocationProblem, *, iterations: int = 40) -> Propo
         if size > problem.budget:
             raise BudgetError(
                 f"The budget of {problem.budget:,} bytes is too small for counts in multiples of "
-                f"{multiples.tolist()}: the smallest such allocation found takes {size} bytes."
+                f"the tiles: the smallest such allocation found takes {size} bytes."
             )
         best = problem.cost_of(choice), choice
-    details = {"unaligned_cost": unaligned, "price": best[0] - unaligned}
+    details = price_of_tiles(problem, best[1], marginal_from(problem, relaxation).choice)
     return Proposal(best[1], relaxation=relaxation, details=details)
+
+
+def price_of_tiles(
+    problem: AllocationProblem, choice: IntArray, unaligned: IntArray
+) -> dict[str, float]:
+    """What whole tiles cost beside a good choice without them, for a solution's details."""
+    cost = problem.cost_of(unaligned)
+    return {"unaligned_cost": cost, "price": problem.cost_of(choice) - cost}
 
 
 def _gentlest(gains: FloatArray) -> float:
@@ -85,7 +89,7 @@ def _gentlest(gains: FloatArray) -> float:
 class _Groups:
     """The problem's arrays with each group's channels side by side."""
 
-    def __init__(self, problem: AllocationProblem, multiples: IntArray):
+    def __init__(self, problem: AllocationProblem):
         groups = problem.groups
         if groups is None:
             groups = np.zeros(problem.channels, dtype=np.int64)
@@ -96,7 +100,7 @@ class _Groups:
         self._sizes = problem.sizes[self._order]
         self._allowed = None if problem.allowed is None else problem.allowed[self._order]
         self._names = problem.group_names
-        self._multiples = multiples
+        self._tiles = problem.tiles
 
     def aligned(self, multiplier: float) -> IntArray:
         """i64[C], the aligned choice at a multiplier."""
@@ -113,13 +117,16 @@ class _Groups:
             values = cost_weight * self._costs[rows] + size_weight * self._sizes[rows]
             if self._allowed is not None:
                 values = np.where(self._allowed[rows], values, np.inf)
-            aligned = _align(values, self._multiples)
+            if self._tiles is None:
+                choice[self._order[rows]] = values.argmin(axis=1)
+                continue
+            aligned = _align(values, self._tiles[label])
             if aligned is None:
                 name = f" ({self._names[label]})" if self._names is not None else ""
                 raise InputError(
                     f"Group {int(label)}{name} of {rows.stop - rows.start} channels cannot have "
-                    f"counts in multiples of {self._multiples.tolist()}: let another option have "
-                    f"any count (1), or free its fixed channels."
+                    f"counts in multiples of {self._tiles[label].tolist()}: let another option "
+                    f"have any count (1), or free its fixed channels."
                 )
             choice[self._order[rows]] = aligned
         return choice

@@ -1,9 +1,11 @@
 """The problem handed to an integer programming solver as it stands."""
 
+import dataclasses
+
 import numpy as np
 
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.solvers.alignment import greedy_aligned
+from qvla_jax.solvers.alignment import greedy_aligned, price_of_tiles
 from qvla_jax.solvers.arrays import IntArray
 from qvla_jax.solvers.lagrangian import within_limits
 from qvla_jax.solvers.marginal import marginal_from
@@ -90,11 +92,10 @@ def ilp(
         "mip_status": result.status,
         "mip_lower_bound": result.lower_bound if np.isfinite(result.lower_bound) else None,
     }
-    if "multiples" in reduced.constraints and not reduced.resources:
-        # What the tiles cost beside the same solver's start without them.
-        details["price"] = reduced.cost_of(choice) - reduced.cost_of(
-            marginal_from(reduced, relaxation).choice
-        )
+    if "multiples" in reduced.constraints:
+        _, loose = _incumbent(dataclasses.replace(reduced, multiples=None))
+        if loose is not None:
+            details |= price_of_tiles(reduced, choice, loose)
     status = "time_limit" if result.status == "time_limit" else None
     if tied is not None:
         # The certificate is that of the channel-wise problem, which may well do better.
@@ -120,9 +121,9 @@ def _incumbent(problem: AllocationProblem) -> tuple[Relaxation, IntArray | None]
 
 
 def _tiles(problem: AllocationProblem) -> Tiles | None:
-    if "multiples" not in problem.constraints or problem.multiples is None:
+    if problem.tiles is None:
         return None
     groups = problem.groups
     if groups is None:
         groups = np.zeros(problem.channels, dtype=np.int64)
-    return Tiles(groups, problem.multiples)
+    return Tiles(groups, problem.tiles)

@@ -49,7 +49,7 @@ class Tiles:
 
     Attributes:
         groups: i64[C].
-        multiples: i64[n], of each option; 1 leaves it free.
+        multiples: i64[G, n], of each group's options; 1 leaves one free.
     """
 
     groups: IntArray
@@ -57,7 +57,7 @@ class Tiles:
 
     def hold(self, choice: IntArray) -> bool:
         """True when every count of a choice i64[C] is a multiple."""
-        counts = np.zeros((int(self.groups.max()) + 1, len(self.multiples)), dtype=np.int64)
+        counts = np.zeros_like(self.multiples)
         np.add.at(counts, (self.groups, choice), 1)
         return not bool((counts % self.multiples).any())
 
@@ -198,7 +198,7 @@ def _add_tiles(
     for group in np.unique(tiles.groups).tolist():
         members = np.flatnonzero(tiles.groups == group).astype(np.int64)
         channels = members.tolist()
-        for option, multiple in enumerate(tiles.multiples.tolist()):
+        for option, multiple in enumerate(tiles.multiples[group].tolist()):
             taken = [(variables[c, option], 1.0) for c in channels if (c, option) in variables]
             if multiple == 1 or not taken:
                 continue

@@ -37,8 +37,8 @@ class AllocationProblem:
         group_names: G names, used in messages and by reports.
         fixed: i64[C], the option that a channel must take, or -1 where it is free.
         minimums: i64[G], the smallest option *index* open to the channels of each group.
-        multiples: i64[n], the tile of each option: how many channels of a group take option j must
-            be a multiple of `multiples[j]`; 1 leaves an option free.
+        multiples: i64[n] or i64[G, n], the tile of each option, in all groups or in each: how many
+            channels of a group take an option must be a multiple of its tile; 1 leaves it free.
         resources: Budgets beside the bytes.
 
     Raises:
@@ -75,7 +75,9 @@ class AllocationProblem:
         if self.minimums is not None:
             set_field("minimums", _as_integers(self.minimums, "minimums", (self.group_count,)))
         if self.multiples is not None:
-            set_field("multiples", _as_integers(self.multiples, "multiples", (self.options,)))
+            shape = (max(1, self.group_count), self.options)
+            shape = shape if np.ndim(self.multiples) == 2 else shape[1:]
+            set_field("multiples", _as_integers(self.multiples, "multiples", shape))
         set_field("resources", tuple(self.resources))
         self._check_values()
         self._check_constraints()
@@ -126,6 +128,13 @@ class AllocationProblem:
         return frozen(allowed)
 
     @functools.cached_property
+    def tiles(self) -> IntArray | None:
+        """i64[G, n], `multiples` for each group (one without groups); None where all are 1."""
+        if self.multiples is None or int(self.multiples.max()) == 1:
+            return None
+        return np.broadcast_to(self.multiples, (max(1, self.group_count), self.options))
+
+    @functools.cached_property
     def minimum_size(self) -> int:
         """The bytes of the smallest allowed option of every channel: the least feasible budget."""
         return int(self._masked(self.sizes, np.iinfo(np.int64).max).min(axis=1).sum())
@@ -161,7 +170,7 @@ class AllocationProblem:
 
         "multiples", "resources".
         """
-        tiled = self.multiples is not None and bool((self.multiples > 1).any())
+        tiled = self.tiles is not None
         return ("multiples",) * tiled + ("resources",) * bool(self.resources)
 
     def counts_of(self, choice: IntArray) -> IntArray:
@@ -182,7 +191,7 @@ class AllocationProblem:
             used = resource.used_by(choice)
             if used > resource.limit:
                 return f"it uses {used:,} of {resource.limit:,} {resource.name}"
-        if self.multiples is not None and bool((self.counts_of(choice) % self.multiples).any()):
+        if self.tiles is not None and bool((self.counts_of(choice) % self.tiles).any()):
             return "its counts are not multiples of the tiles"
         return None
 

@@ -1,8 +1,9 @@
 """Channels that must share an option: heads of q, k and v, gate and up rows, whole layers."""
 
+import collections
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -32,7 +33,9 @@ class Tied:
 def tie(problem: AllocationProblem, labels: IntArray) -> Tied:
     """Makes channels with the same label share their option.
 
-    Any solver takes the result, and its bound is one for the tied problem:
+    Any solver takes the result, and its bound is one for the tied problem. Its groups are the kinds
+    of sets: those with equally many members in each of the original groups, so that multiples of
+    channels become multiples of sets.
 
         tied = tie(problem, labels)
         choice = tied.expand(solve(tied.problem, "core").choice)
@@ -42,15 +45,10 @@ def tie(problem: AllocationProblem, labels: IntArray) -> Tied:
         labels: i64[C], equal for tied channels.
 
     Raises:
-        InputError: Members are fixed to different options, or below the minimum of another, or the
-            problem wants counts in multiples.
+        InputError: Members are fixed to different options, or below the minimum of another, or a
+            group with counts in multiples holds parts of unlike sets.
         BudgetError: The tied channels cannot meet the budget; the message states the least size.
     """
-    if "multiples" in problem.constraints:
-        raise InputError(
-            "Tied channels cannot have counts in multiples: a set of them counts as one. Leave "
-            "`multiples` out."
-        )
     given = np.asarray(labels)
     if given.shape != (problem.channels,):
         raise InputError(f"labels must have shape ({problem.channels},), got {given.shape}.")
@@ -65,9 +63,11 @@ def tie(problem: AllocationProblem, labels: IntArray) -> Tied:
         for resource in problem.resources
     )
 
-    minimums = np.zeros(len(names), dtype=np.int64)
-    if problem.minimums is not None and problem.groups is not None:
-        np.maximum.at(minimums, member, problem.minimums[problem.groups])
+    kinds, shares = _kinds(problem, member)
+    given_names = problem.group_names
+    minimums = np.zeros(len(shares), dtype=np.int64)
+    if problem.minimums is not None:
+        minimums = np.array([problem.minimums[list(share)].max() for share in shares])
     fixed = np.full(len(names), -1, dtype=np.int64)
     if problem.fixed is not None:
         np.maximum.at(fixed, member, problem.fixed)
@@ -84,15 +84,55 @@ def tie(problem: AllocationProblem, labels: IntArray) -> Tied:
             costs=costs,
             sizes=sizes,
             budget=problem.budget,
-            groups=np.arange(len(names)),
-            group_names=tuple(f"label {name}" for name in names.tolist()),
+            groups=kinds,
+            group_names=None
+            if given_names is None
+            else tuple("+".join(given_names[group] for group in share) for share in shares),
             fixed=fixed,
             minimums=minimums,
+            multiples=_multiples(problem, shares),
             resources=resources,
         )
     except InputError as error:
         raise type(error)(f"With tied channels: {error}") from error
     return Tied(reduced, member)
+
+
+def _kinds(
+    problem: AllocationProblem, member: IntArray
+) -> tuple[IntArray, tuple[dict[int, int], ...]]:
+    """Each set's kind, and for each kind the members that a set of it has in each group."""
+    groups = (
+        np.zeros(problem.channels, dtype=np.int64) if problem.groups is None else problem.groups
+    )
+    parts, counts = np.unique(np.stack([member, groups]), axis=1, return_counts=True)
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(int(member.max()) + 1)]
+    entries: list[list[int]] = np.vstack([parts, counts]).T.tolist()
+    for label, group, count in entries:
+        shares[label].append((group, count))
+    numbers: dict[tuple[tuple[int, int], ...], int] = {}
+    kinds = [numbers.setdefault(tuple(share), len(numbers)) for share in shares]
+    return np.array(kinds, dtype=np.int64), tuple(dict(share) for share in numbers)
+
+
+def _multiples(problem: AllocationProblem, shares: Sequence[Mapping[int, int]]) -> IntArray | None:
+    """i64[kinds, n], the multiples of sets that make whole tiles of channels in every group."""
+    if problem.tiles is None:
+        return None
+    touched = collections.Counter(group for share in shares for group in share)
+    for group, kinds in touched.items():
+        if kinds > 1 and int(problem.tiles[group].max()) > 1:
+            name = f" ({problem.group_names[group]})" if problem.group_names else ""
+            raise InputError(
+                f"Group {group}{name} holds parts of unlike sets of tied channels, so that its "
+                "counts in multiples are no multiples of sets: give every set equally many of its "
+                "channels, or split the group."
+            )
+    rows: list[IntArray] = []
+    for share in shares:
+        tiles, counts = problem.tiles[list(share)], np.array(list(share.values()))[:, None]
+        rows.append(np.lcm.reduce(tiles // np.gcd(tiles, counts), axis=0))
+    return np.stack(rows)
 
 
 def paired_rows(problem: AllocationProblem, pairs: Sequence[Sequence[str]]) -> IntArray:

@@ -46,10 +46,15 @@ def small_problems(
     return loose.with_budget(loose.minimum_size + int(tightness * span))
 
 
-def brute_force(problem: AllocationProblem) -> float | None:
-    """The least cost of all allocations, None where no allocation is feasible."""
+def brute_force(problem: AllocationProblem, labels: np.ndarray | None = None) -> float | None:
+    """The least cost of all allocations, None where no allocation is feasible.
+
+    Channels with equal `labels` share their option.
+    """
     rows = np.arange(problem.channels)
-    choices = np.array(list(itertools.product(range(problem.options), repeat=problem.channels)))
+    sets, member = np.unique(rows if labels is None else labels, return_inverse=True)
+    choices = np.array(list(itertools.product(range(problem.options), repeat=len(sets))))
+    choices = choices[:, member]
     fits = problem.sizes[rows, choices].sum(axis=1) <= problem.budget
     if problem.allowed is not None:
         fits &= problem.allowed[rows, choices].all(axis=1)
@@ -58,7 +63,10 @@ def brute_force(problem: AllocationProblem) -> float | None:
     if problem.multiples is not None:
         groups = np.zeros(problem.channels, int) if problem.groups is None else problem.groups
         for group in np.unique(groups):
-            for option, multiple in enumerate(problem.multiples):
+            multiples = (
+                problem.multiples if problem.multiples.ndim == 1 else problem.multiples[group]
+            )
+            for option, multiple in enumerate(multiples):
                 fits &= (choices[:, groups == group] == option).sum(axis=1) % multiple == 0
     if not fits.any():
         return None
@@ -69,6 +77,8 @@ def check(problem: AllocationProblem, solution: Solution) -> None:
     """Feasible, and every claim of the certificate holds."""
     verification = verify(problem, solution)
     assert verification.ok, verification.failures
+    # Only a search may claim more than the multiplier proves.
+    assert verification.bound_proof == "multiplier" or solution.solver in EXACT
     assert solution.size <= problem.budget
     assert solution.lower_bound <= solution.cost + 1e-12 * (1 + abs(solution.cost))
 

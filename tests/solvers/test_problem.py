@@ -140,36 +140,6 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
         make().save(tmp_path / "problem.pt")
 
 
-def test_verify_finds_every_false_claim() -> None:
-    problem = instances.random_instance("weakly_correlated", channels=30, seed=2)
-    good = solve(problem)
-    assert verify(problem, good).ok
-
-    def failures(**changes: object) -> str:
-        fields = {name: getattr(good, name) for name in Solution.__dataclass_fields__}
-        return " ".join(verify(problem, Solution(**{**fields, **changes})).failures)
-
-    assert "exceed the budget" in failures(choice=problem.sizes.argmax(axis=1))
-    assert "the size is" in failures(size=good.size - 1)
-    assert "the cost is" in failures(cost=good.cost * 1.001)
-    assert "exceeds the cost" in failures(lower_bound=good.cost * 1.001)
-    assert "called optimal" in failures(lower_bound=good.cost * 0.9, status="optimal")
-    assert "multiplier must be" in failures(multiplier=-1.0)
-    assert "one option 0 .. 4" in failures(choice=good.choice[:-1])
-    assert "one option 0 .. 4" in failures(choice=good.choice + 3)
-    assert "unknown status" in failures(status="great")
-    closed = AllocationProblem(
-        costs=problem.costs, sizes=problem.sizes, budget=10**9, fixed=np.zeros(30, dtype=int)
-    )
-    assert "closed to it" in " ".join(verify(closed, good).failures)
-
-
-def test_a_bound_beyond_the_multiplier_is_marked_as_a_searchs() -> None:
-    problem = instances.random_instance("weakly_correlated", channels=12, seed=2)
-    assert verify(problem, solve(problem, "greedy:marginal")).bound_proof == "multiplier"
-    assert verify(problem, solve(problem, "core")).bound_proof == "search"
-
-
 def test_compare_prints_a_row_for_each_solver_and_keeps_going() -> None:
     problem = instances.random_instance("uncorrelated", channels=50, tightness=0.001, seed=0)
     comparison = compare(problem, settings={"dynamic_programming": {"max_states": 10}})

@@ -136,19 +136,6 @@ def test_all_constraints_survive_a_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.resources[0].use, problem.resources[0].use)
 
 
-def test_the_check_sees_exceeded_limits_and_broken_tiles() -> None:
-    problem = instances.random_instance("monotone", channels=8, seed=1)
-    solution = solve(problem, "greedy:marginal")
-    used = int((solution.choice == solution.choice[0]).sum())
-    shape = (problem.channels, problem.options)
-    limited = dataclasses.replace(
-        problem, resources=count_of(int(solution.choice[0]), shape, most=used - 1)
-    )
-    assert "exceed the limit" in " ".join(verify(limited, solution).failures)
-    tiled = dataclasses.replace(problem, multiples=np.full(5, 9))
-    assert "no multiple of 9" in " ".join(verify(tiled, solution).failures)
-
-
 def test_rows_and_heads_are_tied_by_name() -> None:
     problem = AllocationProblem(
         costs=np.arange(24.0).reshape(12, 2),
@@ -166,5 +153,69 @@ def test_rows_and_heads_are_tied_by_name() -> None:
         paired_rows(problem, [("gat", "up")])
     with pytest.raises(InputError, match="not whole blocks of 3"):
         row_blocks(problem, ["q"], 3)
-    with pytest.raises(InputError, match="cannot have counts in multiples"):
-        tie(dataclasses.replace(problem, multiples=np.array([1, 2])), pairs)
+    tiled = dataclasses.replace(problem, multiples=np.array([1, 2]))
+    assert tie(tiled, pairs).problem.constraints == ("multiples",)
+    by_heads = tie(tiled, heads).problem
+    assert by_heads.group_names == ("gate", "up", "q")
+    assert by_heads.multiples.tolist() == [[1, 2], [1, 2], [1, 1]]  # a head is a whole tile
+    assert tie(tiled, pairs).problem.group_names == ("gate+up", "q")
+    heads[-1] = 99
+    with pytest.raises(InputError, match=r"Group 2 \(q\) holds parts of unlike sets"):
+        tie(tiled, heads)
+
+
+@st.composite
+def tied_and_tiled(draw: st.DrawFn) -> tuple[AllocationProblem, np.ndarray]:
+    """Rows paired over two groups and heads within a third one, tiles that differ by group."""
+    pairs, heads, width = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    channels, options = 2 * pairs + heads * width, 3
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    sizes = np.sort(rng.integers(0, 9, (channels, options)), axis=1)
+    low, high = int(sizes.min(axis=1).sum()), int(sizes.max(axis=1).sum())
+    bitops = rng.integers(0, 9, (channels, options))
+    problem = AllocationProblem(
+        costs=rng.integers(0, 30, (channels, options)).astype(float),
+        sizes=sizes,
+        budget=low + int(draw(st.floats(0, 1)) * (high - low)),
+        groups=np.repeat([0, 1, 2], [pairs, pairs, heads * width]),
+        group_names=("gate", "up", "q"),
+        minimums=rng.integers(0, 2, 3),
+        multiples=rng.integers(1, 3, draw(st.sampled_from([(options,), (3, options)]))),
+    )
+    if draw(st.booleans()):
+        least = np.where(problem.allowed, bitops, 99).min(axis=1).sum()
+        limit = int(least + draw(st.integers(0, 20)))
+        problem = dataclasses.replace(problem, resources=(Resource("BitOps", bitops, limit),))
+    labels = row_blocks(problem, ["q"], width)
+    labels[: 2 * pairs] = paired_rows(problem, [("gate", "up")])[: 2 * pairs]
+    return problem, labels
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_ties_tiles_minimums_and_budgets_together_agree_with_brute_force(
+    data: st.DataObject,
+) -> None:
+    try:
+        problem, labels = data.draw(tied_and_tiled())
+    except BudgetError:  # the minimums alone exceed the bytes
+        return
+    best = brute_force(problem, labels)
+    if best is None:
+        with pytest.raises(InputError):
+            solve(tie(problem, labels).problem, "ilp")
+        return
+    tied = tie(problem, labels)
+    solution = solve(tied.problem, "ilp")
+    check(tied.problem, solution)
+    choice = tied.expand(solution.choice)
+    assert problem.violation(choice) is None
+    assert problem.cost_of(choice) == pytest.approx(best, abs=close(problem))
+    if tied.problem.constraints == ("multiples",):
+        assert solution.details["price"] >= -close(problem)
+        try:
+            heuristic = solve(tied.problem, "greedy:aligned")
+        except InputError:
+            return
+        check(tied.problem, heuristic)
+        assert heuristic.cost >= best - close(problem)
