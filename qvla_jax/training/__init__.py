@@ -1,5 +1,6 @@
 """Behaviour cloning of small policies."""
 
-from qvla_jax.training.behaviour_cloning import TrainConfig, train
+from qvla_jax.training.behaviour_cloning import train
+from qvla_jax.training.config import TrainConfig
 
 __all__ = ["TrainConfig", "train"]

@@ -1,8 +1,4 @@
-"""Behaviour cloning: the L1 distance between predicted and demonstrated action chunks.
-
-The learning rate warms up, stays, and decays over the last `decay_steps` (warmup-stable-decay), so
-that a run can be prolonged from any checkpoint before the decay without having planned its length.
-"""
+"""Behaviour cloning: the L1 distance between predicted and demonstrated action chunks."""
 
 import dataclasses
 import functools
@@ -32,66 +28,12 @@ from qvla_jax.models import ModelInputs, Prismatic, make_model
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.training.augmentation import proprio_noise, random_shift
-from qvla_jax.training.frames import Frames, load_frames
+from qvla_jax.training.config import TrainConfig, claim_folder, portable
+from qvla_jax.training.frames import Frames, join_frames, load_frames
+from qvla_jax.training.optimizer import make_optimizer
 
 POLICY_FOLDER = "policy"
-CONFIG_FILE = "train_config.json"
 LOG_FILE = "log.jsonl"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides the trained weights."""
-
-    # An RLDS directory with the splits named below.
-    data: Path
-    # Checkpoints, log and the finished policy; a run that was cut off is resumed from here.
-    out: Path
-    model: str = "libero-mini"
-    # Start from the weights of this policy (a preset or a directory); None starts from random ones.
-    initial_policy: str | None = None
-    train_split: str = "train"
-    heldout_split: str = "heldout"
-    standardization: str = "libero"
-    seed: int = 0
-    steps: int = 3000
-    batch_size: int = 48
-    peak_learning_rate: float = 1e-3
-    warmup_steps: int = 300
-    decay_steps: int = 600
-    weight_decay: float = 0.02
-    clip_norm: float = 1.0
-    # Random crops: shifts of up to this many pixels.
-    shift_pixels: int = 4
-    # Standard deviation of the noise on normalized proprio.
-    proprio_noise: float = 0.02
-    checkpoint_every: int = 100
-    evaluate_every: int = 100
-
-
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, a constant, and a linear decay to zero over the last steps."""
-    decay_from = config.steps - config.decay_steps
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, config.peak_learning_rate, config.warmup_steps),
-            optax.constant_schedule(config.peak_learning_rate),
-            optax.linear_schedule(config.peak_learning_rate, 0.0, max(config.decay_steps, 1)),
-        ],
-        [config.warmup_steps, max(decay_from, config.warmup_steps)],
-    )
-
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipped gradients; vectors (norms, biases) are not decayed."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config),
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
-    )
 
 
 def l1_loss(
@@ -140,15 +82,19 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
         The policy's directory (weights rounded to bfloat16), with `training.json` beside them.
 
     Raises:
-        InputError: `out` holds a run of another recipe, or the initial policy has another
-            architecture.
+        InputError: `out` holds a run of another recipe or on other data, or the initial policy has
+            another architecture.
         DatasetError: the data set cannot be read.
     """
-    _claim_folder(config)
+    config.check()
     architecture = preset(config.model)
     transform = standardize.get(config.standardization)
-    train_set = RldsDataset(config.data, config.train_split, transform=transform)
+    train_sets = [
+        RldsDataset(path, config.train_split, transform=transform)
+        for path in (config.data, *config.more_data)
+    ]
     heldout_set = RldsDataset(config.data, config.heldout_split, transform=transform)
+    claim_folder(config, [data.fingerprint() for data in train_sets])
     statistics = dataset_statistics(
         config.data, config.train_split, standardization=config.standardization
     )
@@ -163,7 +109,10 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     policy = make_policy(
         architecture, model, word_tokenizer(), statistics.to_json(), source=str(config.data)
     )
-    frames = load_frames(train_set, policy.processor, stage="load", progress=progress)
+    frames = join_frames(
+        load_frames(data, policy.processor, stage=f"load {data.name}", progress=progress)
+        for data in train_sets
+    )
     heldout = load_frames(heldout_set, policy.processor, stage="load held-out", progress=progress)
 
     trained = _run(config, policy, frames, heldout, progress)
@@ -175,8 +124,12 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     write_json(
         folder / "training.json",
         {
-            "config": _portable(config),
-            "train_episodes": len(train_set),
+            "config": portable(config),
+            "train_sets": [
+                {"name": data.name, "episodes": len(data), "fingerprint": data.fingerprint()}
+                for data in train_sets
+            ],
+            "train_episodes": sum(map(len, train_sets)),
             "train_frames": len(frames),
             "heldout_episodes": len(heldout_set),
             "heldout_frames": len(heldout),
@@ -274,44 +227,3 @@ class _Log:
     def add(self, **values: float) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
-
-
-# These do not change what a run computes up to its last checkpoint, so that a run may be prolonged
-# or moved; `_claim_folder` still refuses to prolong a run that has begun to decay.
-_MAY_CHANGE = ("steps", "decay_steps", "checkpoint_every", "evaluate_every", "data", "out")
-
-
-def _portable(config: TrainConfig) -> dict[str, Any]:
-    """The recipe without the places where its files lay."""
-    values = dataclasses.asdict(config)
-    del values["data"], values["out"]
-    return values
-
-
-def _claim_folder(config: TrainConfig) -> None:
-    """Writes the recipe into `out`, or checks that the one there can be continued by this one."""
-    if not 0 <= config.decay_steps <= config.steps - config.warmup_steps:
-        raise InputError(
-            f"warmup_steps {config.warmup_steps} and decay_steps {config.decay_steps} do not fit "
-            f"into steps {config.steps}"
-        )
-    path = config.out / CONFIG_FILE
-    values = _portable(config)
-    if path.is_file():
-        old = json.loads(path.read_text())
-        for key in sorted(set(values) - set(_MAY_CHANGE)):
-            if old.get(key) != values[key]:
-                raise InputError(
-                    f"{config.out} holds a run with {key} = {old.get(key)!r}, asked for "
-                    f"{values[key]!r}; choose another --out"
-                )
-        reached = max((int(p.name) for p in (config.out / "checkpoints").glob("[0-9]*")), default=0)
-        decay_from = min(old["steps"] - old["decay_steps"], config.steps - config.decay_steps)
-        same = all(old[key] == values[key] for key in ("steps", "decay_steps"))
-        if reached > decay_from and not same:
-            raise InputError(
-                f"{config.out} is at step {reached}, past the start of a decay (step {decay_from}):"
-                " its length cannot be changed any more; choose another --out"
-            )
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, values)

@@ -1,6 +1,7 @@
 """Demonstration frames in memory, as the training loop takes them."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,26 +51,34 @@ def load_frames(
         stage: name of the progress bar.
         progress: reports one item for each episode.
     """
-    inputs: list[ModelInputs] = []
-    chunks = []
+    parts = []
     horizon = processor.config.action_horizon
     for episode in track(dataset.episodes(), len(dataset), stage, progress):
         steps = len(episode)
-        inputs.append(
-            processor(
-                {
-                    "image": episode.image,
-                    "wrist_image": episode.wrist_image,
-                    "state": episode.state,
-                    "instruction": [episode.instruction] * steps,
-                }
-            )
+        inputs = processor(
+            {
+                "image": episode.image,
+                "wrist_image": episode.wrist_image,
+                "state": episode.state,
+                "instruction": [episode.instruction] * steps,
+            }
         )
         rows = next_steps(np.arange(steps), steps, horizon)
-        chunks.append(processor.actions.normalize(episode.action[rows]))
-    joined: dict[str, Any] = {
-        field.name: np.concatenate([getattr(part, field.name) for part in inputs])
+        parts.append((inputs, processor.actions.normalize(episode.action[rows])))
+    return _concatenate(parts)
+
+
+def join_frames(parts: Iterable[Frames]) -> Frames:
+    """The frames of several sets, one after the other."""
+    return _concatenate([(part.inputs, part.chunks) for part in parts])
+
+
+def _concatenate(parts: Sequence[tuple[ModelInputs, Float[np.ndarray, "b h a"]]]) -> Frames:
+    inputs: dict[str, Any] = {
+        field.name: np.concatenate([getattr(inputs, field.name) for inputs, _ in parts])
         for field in dataclasses.fields(ModelInputs)
-        if getattr(inputs[0], field.name) is not None
+        if getattr(parts[0][0], field.name) is not None
     }
-    return Frames(inputs=ModelInputs(**joined), chunks=np.concatenate(chunks))
+    return Frames(
+        inputs=ModelInputs(**inputs), chunks=np.concatenate([chunks for _, chunks in parts])
+    )

@@ -11,7 +11,7 @@ from qvla_jax.data import bundled_path
 from qvla_jax.errors import DatasetError, InputError
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.training import TrainConfig, train
-from qvla_jax.training.behaviour_cloning import learning_rate
+from qvla_jax.training.optimizer import learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +127,13 @@ def test_training_goes_on_from_another_policy(config, tmp_path):
         np.testing.assert_array_equal(trained[name], expected, err_msg=name)
     with pytest.raises(InputError, match="is no libero-mini"):
         train(dataclasses.replace(start, model="libero-mini", out=tmp_path / "other"))
+
+
+def test_sets_are_trained_on_together(config):
+    config = dataclasses.replace(config, more_data=(bundled_path(),), steps=2, decay_steps=0)
+    record = json.loads((train(config) / "training.json").read_text())
+    assert [data["episodes"] for data in record["train_sets"]] == [20, 20]
+    assert record["train_episodes"] == 40
+    assert record["train_frames"] == 2 * 1834
+    with pytest.raises(InputError, match=r"holds a run with data = \['.*', '.*'\], asked for"):
+        train(dataclasses.replace(config, more_data=()))

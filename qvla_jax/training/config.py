@@ -1,0 +1,115 @@
+"""The recipe of a training run, and whether the run in a folder is still that one."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qvla_jax.atomic import write_json
+from qvla_jax.errors import InputError
+
+CONFIG_FILE = "train_config.json"
+
+# These do not change what a run computes up to its last checkpoint, so that a run may be prolonged;
+# `claim_folder` still refuses to prolong a run that has begun to decay.
+_MAY_CHANGE = ("steps", "decay_steps", "checkpoint_every", "evaluate_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the trained weights."""
+
+    # RLDS directory with the two splits below. Its training split gives the normalization.
+    data: Path
+    # Checkpoints, log and the finished policy; a run that was cut off is resumed from here.
+    out: Path
+    # More RLDS directories to train on, such as what a policy visited and the expert labelled.
+    more_data: tuple[Path, ...] = ()
+    # Preset of the architecture.
+    model: str = "libero-mini"
+    # Start from the weights of this policy (a preset or a directory); None starts from random ones.
+    initial_policy: str | None = None
+    # Split to train on.
+    train_split: str = "train"
+    # Split to measure on.
+    heldout_split: str = "heldout"
+    # How raw actions and proprio become the policy's, by name.
+    standardization: str = "libero"
+    # Seed of the random weights, the order of the frames and the augmentations.
+    seed: int = 0
+    # Steps in all.
+    steps: int = 3000
+    # Frames in a step.
+    batch_size: int = 48
+    # Learning rate after the warm-up and before the decay.
+    peak_learning_rate: float = 1e-3
+    # Steps of the linear warm-up.
+    warmup_steps: int = 300
+    # Last steps, over which the rate falls to zero.
+    decay_steps: int = 600
+    # Decoupled weight decay of matrices; it is multiplied by the learning rate.
+    weight_decay: float = 0.02
+    # Largest global norm of a gradient.
+    clip_norm: float = 1.0
+    # Random crops: shifts of up to this many pixels.
+    shift_pixels: int = 4
+    # Standard deviation of the noise on normalized proprio.
+    proprio_noise: float = 0.02
+    # Steps between checkpoints.
+    checkpoint_every: int = 100
+    # Steps between measurements on the held-out split.
+    evaluate_every: int = 100
+
+    def check(self) -> None:
+        """Checks that the schedule fits.
+
+        Raises:
+            InputError: warm-up and decay are longer than the run.
+        """
+        if not 0 <= self.decay_steps <= self.steps - self.warmup_steps:
+            raise InputError(
+                f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} do not fit "
+                f"into steps {self.steps}"
+            )
+
+
+def portable(config: TrainConfig) -> dict[str, Any]:
+    """The recipe without the places where its files lay."""
+    values = dataclasses.asdict(config)
+    for key in ("data", "more_data", "out"):
+        del values[key]
+    return values
+
+
+def claim_folder(config: TrainConfig, data: Sequence[str]) -> None:
+    """Writes the recipe into `out`, or checks that the one there can be continued by this one.
+
+    Args:
+        config: the recipe.
+        data: fingerprints of the training sets.
+
+    Raises:
+        InputError: another recipe or other data are there, or a run that has begun to decay is to
+            be prolonged.
+    """
+    path = config.out / CONFIG_FILE
+    values = {**portable(config), "data": list(data)}
+    if path.is_file():
+        old = json.loads(path.read_text())
+        for key in sorted(set(values) - set(_MAY_CHANGE)):
+            if old.get(key) != values[key]:
+                raise InputError(
+                    f"{config.out} holds a run with {key} = {old.get(key)!r}, asked for "
+                    f"{values[key]!r}; choose another --out"
+                )
+        reached = max((int(p.name) for p in (config.out / "checkpoints").glob("[0-9]*")), default=0)
+        decay_from = min(old["steps"] - old["decay_steps"], config.steps - config.decay_steps)
+        same = all(old[key] == values[key] for key in ("steps", "decay_steps"))
+        if reached > decay_from and not same:
+            raise InputError(
+                f"{config.out} is at step {reached}, past the start of a decay (step {decay_from}):"
+                " its length cannot be changed any more; choose another --out"
+            )
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, values)
