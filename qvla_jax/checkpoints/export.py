@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 
 from qvla_jax.atomic import write_json
+from qvla_jax.checkpoints.directory import PublicTensors
 from qvla_jax.checkpoints.huggingface import (
     CONFIG_FILE,
     OWN_KEY,
     STATISTICS_FILE,
     read_config,
     read_json,
-    read_tensors,
 )
 from qvla_jax.checkpoints.settings import public_settings
 from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors, write_shards
@@ -135,9 +135,7 @@ def reexport(source: Path, out: Path) -> None:
         raise InputError(f"{source}: holds an unmerged adapter; name a dtype to export it merged")
     check_empty(out)
     config, _ = read_config(source, unnorm_key="")
-    imported = _Imported(
-        abstract_model(config), read_tensors(source), ShardedTensors(source), str(source)
-    )
+    imported = _Imported(abstract_model(config), PublicTensors(source), ShardedTensors(source))
     out.mkdir(parents=True, exist_ok=True)
     write_shards(out, imported)
     for path in sorted(source.iterdir()):
@@ -151,13 +149,12 @@ class _Imported(Mapping[str, np.ndarray]):
     def __init__(
         self,
         model: nnx.Module,
-        tensors: Mapping[str, np.ndarray],
+        tensors: PublicTensors,
         stored: Mapping[str, np.ndarray],
-        source: str,
     ):
         self._stored = stored
         self._names = set(tensors)
-        self._convert = through_flax(model, tensors, source=source)
+        self._convert = through_flax(model, tensors, source=tensors.file_of)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:

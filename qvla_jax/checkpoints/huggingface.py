@@ -13,16 +13,12 @@
 | `tiny_vision_archs.json`             | sizes of towers that are not built in              |
 """
 
-import collections
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from qvla_jax.checkpoints.lora import merge_adapter, merge_inline
-from qvla_jax.checkpoints.tensor_files import ShardedTensors
+from qvla_jax.checkpoints.directory import COMPONENTS, component_file
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.config import PRESETS, LlamaConfig, OpenVLAConfig, VisionTowerConfig
 from qvla_jax.errors import CheckpointError, InputError
@@ -31,7 +27,6 @@ CONFIG_FILE: Final = "config.json"
 STATISTICS_FILE: Final = "dataset_statistics.json"
 # Of config.json: what our own export keeps and the public layout has no word for.
 OWN_KEY: Final = "qvla_jax"
-_COMPONENTS: Final = ("action_head", "proprio_projector", "vision_backbone")
 KNOWN_TOWERS: Final = {t.timm_id: t for t in PRESETS["openvla-7b"].vision}
 # OpenVLA-OFT's constant for LIBERO; the head's weights do not tell it.
 _ACTION_HORIZON: Final = 8
@@ -43,54 +38,6 @@ def is_huggingface(folder: Path) -> bool:
     """Whether a directory holds a public checkpoint rather than one of ours."""
     path = folder / CONFIG_FILE
     return path.is_file() and "model_type" in read_json(path)
-
-
-def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
-    """All tensors of a directory under the names of `qvla_jax.models`, LoRA merged.
-
-    Raises:
-        CheckpointError: a file is missing, damaged or refused.
-    """
-    sharded: Mapping[str, np.ndarray] = ShardedTensors(folder)
-    components: dict[str, np.ndarray] = {}
-    for component in _COMPONENTS:
-        path = _component(folder, component)
-        if path is None:
-            continue
-        prefix = "" if component == "vision_backbone" else f"{component}."
-        loaded = {
-            f"{prefix}{name.removeprefix('module.')}": tensor
-            for name, tensor in read_torch_zip(path).items()
-        }
-        components |= merge_inline(loaded, source=str(path))
-        sharded = _Without(sharded, f"{component}.")
-    tensors: Mapping[str, np.ndarray] = collections.ChainMap(components, sharded)  # type: ignore[arg-type]
-    adapter = folder / "lora_adapter"
-    return merge_adapter(tensors, adapter) if adapter.is_dir() else tensors
-
-
-class _Without(Mapping[str, np.ndarray]):
-    """A mapping without the names that begin with a prefix."""
-
-    def __init__(self, inner: Mapping[str, np.ndarray], prefix: str):
-        self._inner = inner
-        self._names = [name for name in inner if not name.startswith(prefix)]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._inner[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _component(folder: Path, name: str) -> Path | None:
-    found = sorted(folder.glob(f"{name}--*_checkpoint.pt"))
-    if len(found) > 1:
-        raise CheckpointError(f"{folder}: several {name} files: {[p.name for p in found]}")
-    return found[0] if found else None
 
 
 def read_config(
@@ -120,7 +67,7 @@ def read_config(
     statistics = raw.get("norm_stats", {})
     if (folder / STATISTICS_FILE).is_file():
         statistics = read_json(folder / STATISTICS_FILE)
-    head, proprio, film = (_component(folder, name) for name in _COMPONENTS)
+    head, proprio, film = (component_file(folder, name) for name in COMPONENTS)
     oft = head is not None
     asked = {"unnorm_key": unnorm_key, "num_images": num_images, "center_crop": center_crop}
     own = dict(raw.get(OWN_KEY, {})) | {
@@ -136,9 +83,9 @@ def read_config(
             text=text,
             num_images=2 if oft else 1,
             decoding="l1" if oft else "tokens",
-            action_dim=7 if head is None else _rows(head, "model.fc2.bias"),
+            action_dim=7 if head is None else _action_dim(head),
             action_horizon=_ACTION_HORIZON if oft else 1,
-            proprio_dim=0 if proprio is None else _columns(proprio, "fc1.weight"),
+            proprio_dim=0 if proprio is None else _shape(proprio, "fc1.weight", dims=2)[1],
             use_film=film is not None,
             image_chain="openvla",
             center_crop=oft,
@@ -148,6 +95,12 @@ def read_config(
             action_vocab_size=text.vocab_size - raw["pad_to_multiple_of"],
             unnorm_key=_unnorm_key(statistics, own.get("unnorm_key"), folder),
         )
+        sizes = {}
+        if head is not None:
+            sizes["action"] = (head, "model.fc2.weight", config.action_dim)
+        if proprio is not None:
+            sizes["proprio"] = (proprio, "fc1.weight", config.proprio_dim)
+        _check_statistics(statistics, str(config.unnorm_key), sizes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: missing or unusable key ({error!r})") from error
     try:
@@ -230,19 +183,44 @@ def _unnorm_key(statistics: Mapping[str, Any], asked: str | None, folder: Path) 
     )
 
 
-def _shape(path: Path, suffix: str) -> tuple[int, ...]:
-    for name, tensor in read_torch_zip(path).items():
-        if name.endswith(suffix):
-            return tensor.shape
-    raise CheckpointError(f"{path}: tensor {suffix!r} is missing")
+def _action_dim(head: Path) -> int:
+    """Entries of an action, in which the last layer's two tensors must agree."""
+    (bias,) = _shape(head, "model.fc2.bias", dims=1)
+    rows, columns = _shape(head, "model.fc2.weight", dims=2)
+    if rows != bias:
+        raise CheckpointError(
+            f"{head}: tensor 'model.fc2.weight' has shape {(rows, columns)}, expected "
+            f"{(bias, columns)}, or 'model.fc2.bias' of shape {(bias,)} is wrong"
+        )
+    return bias
 
 
-def _rows(path: Path, suffix: str) -> int:
-    return _shape(path, suffix)[0]
+def _shape(path: Path, name: str, *, dims: int) -> tuple[int, ...]:
+    """Shape of a component's tensor that tells a size of the policy."""
+    tensor = next(
+        (t for n, t in read_torch_zip(path).items() if n.removeprefix("module.") == name), None
+    )
+    if tensor is None:
+        raise CheckpointError(f"{path}: tensor {name!r} with {dims} dimensions is missing")
+    if tensor.ndim != dims:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has shape {tensor.shape}, expected {dims} dimensions"
+        )
+    return tensor.shape
 
 
-def _columns(path: Path, suffix: str) -> int:
-    return _shape(path, suffix)[1]
+def _check_statistics(
+    statistics: Mapping[str, Any], key: str, tensors: Mapping[str, tuple[Path, str, int]]
+) -> None:
+    """Raises if a component's sizes are not those of the statistics that the policy uses."""
+    entry = statistics.get(key, {})
+    for block, (path, name, size) in tensors.items():
+        expected = len(entry.get(block, {}).get("q01", ())) or size
+        if size != expected:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is for {size} entries of {block}, expected {expected} as "
+                f"the statistics of {key!r} have"
+            )
 
 
 def read_json(path: Path) -> Any:

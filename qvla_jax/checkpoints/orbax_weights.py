@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from qvla_jax.checkpoints.weights import flax_leaves, through_flax
+from qvla_jax.checkpoints.weights import Source, flax_leaves, through_flax
 from qvla_jax.errors import CheckpointError
 
 
@@ -86,7 +86,7 @@ class _ArrayReader(_EveryRead, ocp.type_handlers.ArrayHandler):
 
 
 def save_orbax(
-    path: Path, model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str
+    path: Path, model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: Source
 ) -> None:
     """Imports public tensors into an orbax checkpoint, one at a time.
 

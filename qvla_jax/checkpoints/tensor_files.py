@@ -59,7 +59,7 @@ class TensorFile(Mapping[str, np.ndarray]):
                 f"{path}: not a readable safetensors file ({error}); it may be truncated: fetch it "
                 "again"
             ) from error
-        self._path, self._begin = path, 8 + length
+        self.path, self._begin = path, 8 + length
         self._entries = {name: header[name] for name in names}
         self.metadata: dict[str, str] = header.get("__metadata__", {})
         for name, entry in self._entries.items():
@@ -73,7 +73,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         if not math.prod(shape):
             return np.empty(shape, dtype)
         offset = self._begin + entry["data_offsets"][0]
-        return np.memmap(self._path, dtype, mode="r", offset=offset, shape=shape)
+        return np.memmap(self.path, dtype, mode="r", offset=offset, shape=shape)
 
     def spec(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """Dtype and shape of a tensor, which is not read."""
@@ -115,6 +115,11 @@ class ShardedTensors(Mapping[str, np.ndarray]):
                 if key in self._files:
                     raise CheckpointError(f"{path}: {key!r} stands in another file too")
                 self._files[key] = file
+
+    def file_of(self, name: str) -> Path | None:
+        """The file that a tensor stands in; None if it stands in none."""
+        file = self._files.get(name)
+        return None if file is None else file.path
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[name][name]

@@ -27,6 +27,9 @@ from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.errors import CheckpointError
 from qvla_jax.models.surgery import path_string
 
+# What errors name: a file, or a function that tells the file of a tensor by its name.
+Source = str | Callable[[str], str]
+
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
@@ -98,7 +101,7 @@ def assign_tensors(
     model: nnx.Module,
     tensors: Mapping[str, np.ndarray],
     *,
-    source: str,
+    source: Source,
     sharding: jax.sharding.Sharding | None = None,
 ) -> None:
     """Fills the parameters of `model` from public tensors, read and placed one at a time.
@@ -108,7 +111,7 @@ def assign_tensors(
     Args:
         model: arrays or, from `abstract_model`, shapes and dtypes.
         tensors: public name -> tensor.
-        source: what errors name.
+        source: the file that errors name, or a function of the tensor's name.
         sharding: of every parameter; None puts it on the default device.
     """
     for variable, value in flax_tensors(model, tensors, source=source):
@@ -117,7 +120,7 @@ def assign_tensors(
 
 
 def flax_tensors(
-    model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str
+    model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: Source
 ) -> Iterator[tuple[nnx.Variable, np.ndarray]]:
     """Each parameter with its value in Flax's layout and the parameter's dtype, one at a time."""
     convert = through_flax(model, tensors, source=source)
@@ -127,7 +130,7 @@ def flax_tensors(
 
 
 def through_flax(
-    model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str
+    model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: Source
 ) -> Callable[..., tuple[str, np.ndarray]]:
     """Checks all names; returns (name, dtype or None) -> (leaf's name, value in Flax's layout).
 
@@ -143,13 +146,17 @@ def through_flax(
         if dtype is not None:
             value = value.astype(dtype)
         if not np.isfinite(value.astype(np.float32, copy=False)).all():
-            raise CheckpointError(f"{source}: tensor {name!r} holds NaN or inf")
+            raise CheckpointError(f"{_file(source, name)}: tensor {name!r} holds NaN or inf")
         return leaf, value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
 
     return convert
 
 
-def check_shapes(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: str) -> None:
+def _file(source: Source, name: str) -> str:
+    return source if isinstance(source, str) else source(name)
+
+
+def check_shapes(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: Source) -> None:
     """Checks that there is a tensor of the right shape for every parameter, and no other.
 
     Raises:
@@ -161,32 +168,34 @@ def check_shapes(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source
 
 
 def _matched(
-    model: nnx.Module, tensors: Mapping[str, np.ndarray], source: str
+    model: nnx.Module, tensors: Mapping[str, np.ndarray], source: Source
 ) -> dict[str, tuple[str, nnx.Variable]]:
     """Public name -> (leaf's name, variable); raises if the names differ from the tensors'."""
     parameters = {name: (leaf, variable) for name, leaf, variable in _parameters(model)}
     missing = sorted(parameters.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - parameters.keys())
     if missing:
-        leaf, variable = parameters[missing[0]]
-        expected = _public_shape(missing[0], leaf, variable.shape)
+        name = missing[0]
+        leaf, variable = parameters[name]
+        expected = _public_shape(name, leaf, variable.shape)
         found = f"; there is {unexpected[0]!r}, which is unexpected" if unexpected else ""
         raise CheckpointError(
-            f"{source}: tensor {missing[0]!r} of shape {expected} is missing ({len(missing)} in "
-            f"all){found}"
+            f"{_file(source, name)}: tensor {name!r} of shape {expected} is missing "
+            f"({len(missing)} in all){found}"
         )
     if unexpected:
+        name = unexpected[0]
         raise CheckpointError(
-            f"{source}: tensor {unexpected[0]!r} of shape {tensors[unexpected[0]].shape} is "
-            f"unexpected ({len(unexpected)} in all): the file belongs to another architecture"
+            f"{_file(source, name)}: tensor {name!r} of shape {tensors[name].shape} is unexpected "
+            f"({len(unexpected)} in all): the file belongs to another architecture"
         )
     return parameters
 
 
-def _check_shape(name: str, value: np.ndarray, expected: tuple[int, ...], source: str) -> None:
+def _check_shape(name: str, value: np.ndarray, expected: tuple[int, ...], source: Source) -> None:
     if value.shape != expected:
         raise CheckpointError(
-            f"{source}: tensor {name!r} has shape {value.shape}, expected {expected}"
+            f"{_file(source, name)}: tensor {name!r} has shape {value.shape}, expected {expected}"
         )
 
 

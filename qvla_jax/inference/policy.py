@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import atomic_path, write_json
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
+from qvla_jax.checkpoints.directory import PublicTensors
 from qvla_jax.checkpoints.export import check_empty, export_model
 from qvla_jax.checkpoints.huggingface import (
     CONFIG_FILE,
@@ -25,7 +27,6 @@ from qvla_jax.checkpoints.huggingface import (
     is_huggingface,
     read_config,
     read_json,
-    read_tensors,
 )
 from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
 from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile, write_packed
@@ -338,7 +339,8 @@ def load_policy(
     if is_huggingface(folder):
         public = _read_public(folder, unnorm_key, num_images, center_crop)
         model = abstract_model(public.config, dtype=dtype)
-        assign_tensors(model, read_tensors(folder), source=str(folder), sharding=sharding)
+        tensors = PublicTensors(folder)
+        assign_tensors(model, tensors, source=tensors.file_of, sharding=sharding)
         return public.replace(model=model)
     config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
     model = abstract_model(config, dtype=dtype)
@@ -417,7 +419,13 @@ def import_policy(
     check_empty(out)
     public = _read_public(folder, unnorm_key, num_images, center_crop)
     model = abstract_model(public.config, dtype=dtype or jnp.bfloat16)
-    save_orbax(out / ORBAX_FOLDER, model, read_tensors(folder), source=str(folder))
+    tensors = PublicTensors(folder)
+    try:
+        save_orbax(out / ORBAX_FOLDER, model, tensors, source=tensors.file_of)
+    except BaseException:
+        # The folder was empty or new: nothing of ours stays in the way of another attempt.
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     public.save_settings(out)
 
 

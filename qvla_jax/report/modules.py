@@ -16,16 +16,16 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from qvla_jax.checkpoints.directory import PublicTensors
 from qvla_jax.checkpoints.huggingface import (
     CONFIG_FILE,
     is_huggingface,
     read_config,
     read_json,
-    read_tensors,
 )
 from qvla_jax.checkpoints.orbax_weights import orbax_dtypes
 from qvla_jax.checkpoints.tensor_files import TensorFile
-from qvla_jax.checkpoints.weights import check_shapes, public_shapes
+from qvla_jax.checkpoints.weights import Source, check_shapes, public_shapes
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.inference.policy import ORBAX_FOLDER, WEIGHTS_FILE
@@ -106,7 +106,8 @@ def describe(source: str, *, rules: LayerRules = DEFAULT_RULES) -> Description:
         # The statistics are not needed: any entry will do where there are several.
         config, _ = read_config(folder, unnorm_key="")
         model = abstract_model(config)
-        dtypes = _dtypes(model, read_tensors(folder), str(folder))
+        tensors = PublicTensors(folder)
+        dtypes = _dtypes(model, tensors, tensors.file_of)
         return _described(config, model, dtypes, f"{folder}, public layout", rules)
     config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
     model = abstract_model(config)
@@ -118,7 +119,7 @@ def describe(source: str, *, rules: LayerRules = DEFAULT_RULES) -> Description:
 
 
 def _dtypes(
-    model: nnx.Module, tensors: Mapping[str, np.ndarray], source: str
+    model: nnx.Module, tensors: Mapping[str, np.ndarray], source: Source
 ) -> dict[str, np.dtype[Any]]:
     """Public name -> stored dtype; raises if the tensors are not those of the model."""
     check_shapes(model, tensors, source=source)

@@ -70,19 +70,56 @@ def test_merged_weights_keep_their_dtype(tmp_path):
     assert {tensor.dtype for tensor in merged.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
-@pytest.mark.parametrize("lost", ["mlp.lora_A.weight", "mlp.lora_B.weight"])
-def test_half_an_adapter_is_named(tmp_path, lost):
+MLP = f"{PREFIX}mlp"
+PATCH = f"{PREFIX}patch"
+
+
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop(f"{MLP}.lora_A.weight"),
+            rf"{MLP}.lora_A.weight' of shape \(4, 5\) is miss",
+        ),
+        (
+            lambda t: t.pop(f"{MLP}.lora_B.weight"),
+            rf"{MLP}.lora_B.weight' of shape \(6, 4\) is miss",
+        ),
+        (
+            lambda t: t.update({f"{MLP}.lora_A.weight": zeros(4, 6)}),
+            rf"{MLP}.lora_A.weight' has shape \(4, 6\), expected \(4, 5\)",
+        ),
+        (
+            lambda t: t.update({f"{MLP}.lora_A.weight": zeros(3, 5)}),
+            rf"{MLP}.lora_A.weight' has shape \(3, 5\), expected \(4, 5\)",
+        ),
+        (
+            lambda t: t.update({f"{PATCH}.lora_B.weight": zeros(6, 4)}),
+            rf"{PATCH}.lora_B.weight' has shape \(6, 4\), expected \(6, 4, 1, 1\)",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}x.lora_A.weight": zeros(4, 5)}),
+            r"x.lora_A.weight' of shape \(4, 5\) is unexpected: there is no 'x.weight'",
+        ),
+        (
+            lambda t: t.update({f"{MLP}.lora_magnitude_vector": zeros(6)}),
+            rf"{MLP}.lora_magnitude_vector' of shape \(6,\) is unexpected",
+        ),
+        (
+            lambda t: t.update({f"{MLP}.bias": zeros(6)}),
+            rf"{MLP}.bias' of shape \(6,\) is unexpected",
+        ),
+    ],
+)
+def test_a_wrong_tensor_is_named_with_its_file(tmp_path, change, message):
     low = halves()
-    del low[f"{PREFIX}{lost}"]
-    with pytest.raises(CheckpointError, match=r"the adapter of 'mlp\.weight' fits no weight"):
+    change(low)
+    with pytest.raises(CheckpointError, match=rf"adapter_model\.safetensors: tensor '.*{message}"):
         merge_adapter(weights(), write(tmp_path / "a", low))
-
-
-def test_an_adapter_of_another_model_is_named(tmp_path):
-    base = weights()
-    del base["patch.weight"]
-    with pytest.raises(CheckpointError, match=r"the adapter of 'patch\.weight' fits no weight"):
-        merge_adapter(base, write(tmp_path / "a", halves()))
 
 
 def test_a_damaged_folder_is_named(tmp_path):

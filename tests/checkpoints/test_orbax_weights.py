@@ -13,7 +13,7 @@ from flax import nnx
 
 from qvla_jax import cli
 from qvla_jax.checkpoints import public_tensors
-from qvla_jax.checkpoints.huggingface import read_tensors
+from qvla_jax.checkpoints.directory import PublicTensors
 from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
 from qvla_jax.checkpoints.weights import flax_leaves, public_shapes
 from qvla_jax.config import preset
@@ -51,7 +51,7 @@ def test_an_imported_directory_loads_as_the_public_one(public, imported):
 
 def test_orbax_alone_reads_the_tree(public, imported):
     stored = ocp.PyTreeCheckpointer().restore(imported / "weights")
-    source = read_tensors(public)
+    source = PublicTensors(public)
     assert len(stored) == len(source)
     name = "language_model.model.layers.1.mlp.up_proj"
     np.testing.assert_array_equal(stored[f"{name}.kernel"], source[f"{name}.weight"].T)
