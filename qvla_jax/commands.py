@@ -92,7 +92,7 @@ class ImportConfig:
 class SynthesizeConfig:
     """Writes a public directory with random bfloat16 weights, for measurements at full size."""
 
-    # A preset that decodes tokens.
+    # A preset without FiLM.
     preset: str = "openvla-7b"
     # An empty or new folder; openvla-7b takes 15 GB.
     out: Path

@@ -172,21 +172,31 @@ class _Imported(Mapping[str, np.ndarray]):
 def synthesize(config: OpenVLAConfig, out: Path, *, seed: int = 0) -> None:
     """Writes a public directory with random bfloat16 weights and statistics of unit range.
 
-    For measurements at full size: about 15 GB for `openvla-7b`. Only architectures without
-    component files (`.pt`) are written.
+    For measurements at full size: about 15 GB for `openvla-7b`, and 0.3 GB more in `.pt` files for
+    `openvla-oft-7b`.
 
     Raises:
-        InputError: the architecture has an action head, or `out` holds files already.
+        InputError: the towers have FiLM, or `out` holds files already.
     """
-    if config.decoding != "tokens":
-        raise InputError(f"{config.name}: only token policies are synthesized, such as openvla-7b")
+    if config.use_film:
+        raise InputError(f"{config.name}: towers with FiLM are not synthesized")
     check_empty(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_shards(out, _Random(public_shapes(abstract_model(config)), seed))
-    unit = {"q01": [-1.0] * config.action_dim, "q99": [1.0] * config.action_dim}
+    shapes = public_shapes(abstract_model(config))
+    for part in ("action_head", "proprio_projector"):
+        prefix = f"{part}."
+        members = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
+        if members:
+            write_torch_zip(out / f"{part}--0_checkpoint.pt", _Random(members, seed))
+    write_shards(out, _Random(shapes, seed))
     for name, content in public_settings(config).items():
         write_json(out / name, content)
-    write_json(out / STATISTICS_FILE, {"synthetic": {"action": unit}})
+    blocks = {"action": config.action_dim, "proprio": config.proprio_dim}
+    unit = {
+        block: {"q01": [-1.0] * size, "q99": [1.0] * size} for block, size in blocks.items() if size
+    }
+    write_json(out / STATISTICS_FILE, {"synthetic": unit})
 
 
 class _Random(Mapping[str, np.ndarray]):

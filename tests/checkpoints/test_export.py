@@ -20,6 +20,7 @@ from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data import calibration_set
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import load_policy, random_policy
+from qvla_jax.inference.word_tokenizer import word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,32 @@ def test_a_synthetic_directory_describes_its_architecture(config, folder):
     assert read.text == config.text
     assert read.action_vocab_size == config.action_vocab_size
     assert set(statistics) == {"synthetic"}
+
+
+def test_a_synthetic_directory_with_an_action_head_loads(config, tmp_path):
+    oft = dataclasses.replace(
+        config, decoding="l1", action_horizon=8, proprio_dim=8, num_images=2, center_crop=True
+    )
+    synthesize(oft, tmp_path / "s")
+    word_tokenizer().save(str(tmp_path / "s" / "tokenizer.json"))
+    assert {p.name for p in (tmp_path / "s").glob("*.pt")} == {
+        "action_head--0_checkpoint.pt",
+        "proprio_projector--0_checkpoint.pt",
+    }
+    loaded = load_policy(tmp_path / "s", dtype=ml_dtypes.bfloat16)
+    assert loaded.config.decoding == "l1"
+    assert (loaded.config.num_images, loaded.config.proprio_dim) == (2, 8)
+    head = public_tensors(loaded.model.action_head)
+    stored = read_torch_zip(tmp_path / "s" / "action_head--0_checkpoint.pt")
+    assert head.keys() == stored.keys()
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(head[name], tensor, err_msg=name)
+
+
+def test_towers_with_film_are_not_synthesized(tmp_path):
+    film = dataclasses.replace(preset("tiny-test"), use_film=True)
+    with pytest.raises(InputError, match="towers with FiLM are not synthesized"):
+        synthesize(film, tmp_path / "s")
 
 
 def test_reexport_is_bit_exact(folder, tmp_path):
