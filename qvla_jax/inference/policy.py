@@ -34,6 +34,7 @@ from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.inference import specs
 from qvla_jax.inference.normalization import Normalizer
 from qvla_jax.inference.packed_linear import PackedLinear, packed_layers
 from qvla_jax.inference.processor import Processor
@@ -94,6 +95,14 @@ class Policy:
     # How the weights were quantized: quantizer, fingerprint of the source policy, calibration
     # hash. None in full precision.
     quantization: Mapping[str, Any] | None = None
+
+    def inputs_spec(self, batch_size: int = 1) -> ModelInputs:
+        """Shapes and dtypes of what `prepare` returns; see `qvla_jax.inference.specs`."""
+        return specs.inputs_spec(self.config, batch_size=batch_size)
+
+    def fake_observation(self, seed: int = 0) -> dict[str, Any]:
+        """An observation of noise that `infer` takes, for trials and for warming up."""
+        return specs.fake_observation(self.config, seed=seed)
 
     def prepare(self, batch: Mapping[str, Any], *, preprocessed: bool = False) -> ModelInputs:
         """A batch of observations -> model inputs; see `Processor.__call__`."""
