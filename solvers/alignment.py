@@ -90,9 +90,7 @@ class _Groups:
     """The problem's arrays with each group's channels side by side."""
 
     def __init__(self, problem: AllocationProblem):
-        groups = problem.groups
-        if groups is None:
-            groups = np.zeros(problem.channels, dtype=np.int64)
+        groups = problem.group_of
         self._order = np.argsort(groups, kind="stable")
         self._labels, starts = np.unique(groups[self._order], return_index=True)
         self._ends = np.append(starts, problem.channels)

@@ -123,7 +123,4 @@ def _incumbent(problem: AllocationProblem) -> tuple[Relaxation, IntArray | None]
 def _tiles(problem: AllocationProblem) -> Tiles | None:
     if problem.tiles is None:
         return None
-    groups = problem.groups
-    if groups is None:
-        groups = np.zeros(problem.channels, dtype=np.int64)
-    return Tiles(groups, problem.tiles)
+    return Tiles(problem.group_of, problem.tiles)

@@ -128,6 +128,11 @@ class AllocationProblem:
         return frozen(allowed)
 
     @functools.cached_property
+    def group_of(self) -> IntArray:
+        """i64[C], `groups`, or zeros: without groups all channels are in one."""
+        return np.zeros(self.channels, dtype=np.int64) if self.groups is None else self.groups
+
+    @functools.cached_property
     def tiles(self) -> IntArray | None:
         """i64[G, n], `multiples` for each group (one without groups); None where all are 1."""
         if self.multiples is None or int(self.multiples.max()) == 1:
@@ -175,9 +180,8 @@ class AllocationProblem:
 
     def counts_of(self, choice: IntArray) -> IntArray:
         """i64[G, n], how many channels of each group take each option; one group without groups."""
-        groups = np.zeros(self.channels, dtype=np.int64) if self.groups is None else self.groups
         counts = np.zeros((max(1, self.group_count), self.options), dtype=np.int64)
-        np.add.at(counts, (groups, choice), 1)
+        np.add.at(counts, (self.group_of, choice), 1)
         return counts
 
     def violation(self, choice: IntArray) -> str | None:

@@ -102,10 +102,8 @@ def _kinds(
     problem: AllocationProblem, member: IntArray
 ) -> tuple[IntArray, tuple[dict[int, int], ...]]:
     """Each set's kind, and for each kind the members that a set of it has in each group."""
-    groups = (
-        np.zeros(problem.channels, dtype=np.int64) if problem.groups is None else problem.groups
-    )
-    parts, counts = np.unique(np.stack([member, groups]), axis=1, return_counts=True)
+    pairs = np.stack([member, problem.group_of])
+    parts, counts = np.unique(pairs, axis=1, return_counts=True)
     shares: list[list[tuple[int, int]]] = [[] for _ in range(int(member.max()) + 1)]
     entries: list[list[int]] = np.vstack([parts, counts]).T.tolist()
     for label, group, count in entries:

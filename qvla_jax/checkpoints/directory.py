@@ -20,7 +20,8 @@ _ADAPTER: Final = "lora_adapter"
 class PublicTensors(Mapping[str, np.ndarray]):
     """The tensors of a directory under the names of `qvla_jax.models`, LoRA merged.
 
-    Weights are mapped when they are asked for; components (`.pt`) are read at once.
+    Weights are mapped when they are asked for, components (`.pt`) at once. Adapters inside a
+    component are merged at once, too.
     """
 
     def __init__(self, folder: Path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from qvla_jax.checkpoints.weights import check_shape
 from qvla_jax.errors import CheckpointError
 
 # OpenVLA-OFT trains with alpha = min(r, 16); the files do not tell it.
@@ -32,10 +33,7 @@ def _expect(
     """The tensor, if it is there and has the expected shape."""
     if tensor is None:
         raise CheckpointError(f"{source}: tensor {name!r} of shape {expected} is missing")
-    if tensor.shape != expected:
-        raise CheckpointError(
-            f"{source}: tensor {name!r} has shape {tensor.shape}, expected {expected}"
-        )
+    check_shape(name, tensor, expected, source)
     return tensor
 
 

@@ -142,7 +142,7 @@ def through_flax(
     def convert(name: str, dtype: Any = None) -> tuple[str, np.ndarray]:
         leaf, variable = parameters[name]
         value = tensors[name]
-        _check_shape(name, value, _public_shape(name, leaf, variable.shape), source)
+        check_shape(name, value, _public_shape(name, leaf, variable.shape), source)
         if dtype is not None:
             value = value.astype(dtype)
         if not np.isfinite(value.astype(np.float32, copy=False)).all():
@@ -164,7 +164,7 @@ def check_shapes(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source
     """
     for name, (leaf, variable) in _matched(model, tensors, source).items():
         expected = _public_shape(name, leaf, variable.shape)
-        _check_shape(name, tensors[name], expected, source)
+        check_shape(name, tensors[name], expected, source)
 
 
 def _matched(
@@ -192,7 +192,12 @@ def _matched(
     return parameters
 
 
-def _check_shape(name: str, value: np.ndarray, expected: tuple[int, ...], source: Source) -> None:
+def check_shape(name: str, value: np.ndarray, expected: tuple[int, ...], source: Source) -> None:
+    """Checks one tensor's shape.
+
+    Raises:
+        CheckpointError: it is another one. The message names the tensor and its file.
+    """
     if value.shape != expected:
         raise CheckpointError(
             f"{_file(source, name)}: tensor {name!r} has shape {value.shape}, expected {expected}"

@@ -431,11 +431,11 @@ def import_policy(
     tensors = PublicTensors(folder)
     try:
         save_orbax(out / ORBAX_FOLDER, model, tensors, source=tensors.file_of)
+        public.save_settings(out)
     except BaseException:
         # The folder was empty or new: nothing of ours stays in the way of another attempt.
         shutil.rmtree(out, ignore_errors=True)
         raise
-    public.save_settings(out)
 
 
 def _read_public(

@@ -29,7 +29,7 @@ from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.training.augmentation import proprio_noise, random_shift
 from qvla_jax.training.config import TrainConfig, claim_folder, portable
-from qvla_jax.training.frames import Frames, join_frames, load_frames
+from qvla_jax.training.frames import Frames, load_frames
 from qvla_jax.training.optimizer import make_optimizer
 
 POLICY_FOLDER = "policy"
@@ -86,7 +86,6 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
             another architecture.
         DatasetError: the data set cannot be read.
     """
-    config.check()
     architecture = preset(config.model)
     transform = standardize.get(config.standardization)
     train_sets = [
@@ -94,7 +93,8 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
         for path in (config.data, *config.more_data)
     ]
     heldout_set = RldsDataset(config.data, config.heldout_split, transform=transform)
-    claim_folder(config, [data.fingerprint() for data in train_sets])
+    fingerprints = [data.fingerprint() for data in train_sets]
+    claim_folder(config, fingerprints)
     statistics = dataset_statistics(
         config.data, config.train_split, standardization=config.standardization
     )
@@ -109,11 +109,8 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     policy = make_policy(
         architecture, model, word_tokenizer(), statistics.to_json(), source=str(config.data)
     )
-    frames = join_frames(
-        load_frames(data, policy.processor, stage=f"load {data.name}", progress=progress)
-        for data in train_sets
-    )
-    heldout = load_frames(heldout_set, policy.processor, stage="load held-out", progress=progress)
+    frames = load_frames(train_sets, policy.processor, stage="load", progress=progress)
+    heldout = load_frames([heldout_set], policy.processor, stage="load held-out", progress=progress)
 
     trained = _run(config, policy, frames, heldout, progress)
     folder = config.out / POLICY_FOLDER
@@ -126,8 +123,8 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
         {
             "config": portable(config),
             "train_sets": [
-                {"name": data.name, "episodes": len(data), "fingerprint": data.fingerprint()}
-                for data in train_sets
+                {"name": data.name, "episodes": len(data), "fingerprint": fingerprint}
+                for data, fingerprint in zip(train_sets, fingerprints, strict=True)
             ],
             "train_episodes": sum(map(len, train_sets)),
             "train_frames": len(frames),

@@ -61,12 +61,7 @@ class TrainConfig:
     # Steps between measurements on the held-out split.
     evaluate_every: int = 100
 
-    def check(self) -> None:
-        """Checks that the schedule fits.
-
-        Raises:
-            InputError: warm-up and decay are longer than the run.
-        """
+    def __post_init__(self) -> None:
         if not 0 <= self.decay_steps <= self.steps - self.warmup_steps:
             raise InputError(
                 f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} do not fit "

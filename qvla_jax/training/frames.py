@@ -1,7 +1,8 @@
 """Demonstration frames in memory, as the training loop takes them."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from qvla_jax.progress import Progress, no_progress, track
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """All frames of a split: model inputs and the expert's chunks, in normalized space."""
+    """All frames of some splits: model inputs and the expert's chunks, in normalized space."""
 
     inputs: ModelInputs
     chunks: Float[np.ndarray, "b h a"]
@@ -38,47 +39,44 @@ class Frames:
 
 
 def load_frames(
-    dataset: RldsDataset, processor: Processor, *, stage: str, progress: Progress = no_progress
+    datasets: Sequence[RldsDataset],
+    processor: Processor,
+    *,
+    stage: str,
+    progress: Progress = no_progress,
 ) -> Frames:
-    """Reads every frame of a split into memory.
+    """Reads every frame of one or more splits into memory, one after the other.
 
     One frame takes v H W 3 bytes: 98 kB for two cameras at 128 px, 1.9 GB for LIBERO-Spatial's
     20,000 frames.
 
     Args:
-        dataset: an opened RLDS split.
+        datasets: opened RLDS splits.
         processor: of the policy that is trained.
         stage: name of the progress bar.
         progress: reports one item for each episode.
     """
-    parts = []
+    inputs: list[ModelInputs] = []
+    chunks = []
     horizon = processor.config.action_horizon
-    for episode in track(dataset.episodes(), len(dataset), stage, progress):
+    episodes = itertools.chain.from_iterable(dataset.episodes() for dataset in datasets)
+    for episode in track(episodes, sum(map(len, datasets)), stage, progress):
         steps = len(episode)
-        inputs = processor(
-            {
-                "image": episode.image,
-                "wrist_image": episode.wrist_image,
-                "state": episode.state,
-                "instruction": [episode.instruction] * steps,
-            }
+        inputs.append(
+            processor(
+                {
+                    "image": episode.image,
+                    "wrist_image": episode.wrist_image,
+                    "state": episode.state,
+                    "instruction": [episode.instruction] * steps,
+                }
+            )
         )
         rows = next_steps(np.arange(steps), steps, horizon)
-        parts.append((inputs, processor.actions.normalize(episode.action[rows])))
-    return _concatenate(parts)
-
-
-def join_frames(parts: Iterable[Frames]) -> Frames:
-    """The frames of several sets, one after the other."""
-    return _concatenate([(part.inputs, part.chunks) for part in parts])
-
-
-def _concatenate(parts: Sequence[tuple[ModelInputs, Float[np.ndarray, "b h a"]]]) -> Frames:
-    inputs: dict[str, Any] = {
-        field.name: np.concatenate([getattr(inputs, field.name) for inputs, _ in parts])
+        chunks.append(processor.actions.normalize(episode.action[rows]))
+    joined: dict[str, Any] = {
+        field.name: np.concatenate([getattr(part, field.name) for part in inputs])
         for field in dataclasses.fields(ModelInputs)
-        if getattr(parts[0][0], field.name) is not None
+        if getattr(inputs[0], field.name) is not None
     }
-    return Frames(
-        inputs=ModelInputs(**inputs), chunks=np.concatenate([chunks for _, chunks in parts])
-    )
+    return Frames(inputs=ModelInputs(**joined), chunks=np.concatenate(chunks))
