@@ -1,4 +1,4 @@
-"""AdamW, with a learning rate that warms up, stays, and decays over the last steps.
+"""AdamW or Muon, with a learning rate that warms up, stays, and decays over the last steps.
 
 With this schedule (warmup-stable-decay) a run can be prolonged from any checkpoint before the decay
 without having planned its length.
@@ -6,8 +6,13 @@ without having planned its length.
 
 import jax
 import optax
+from optax import contrib
 
 from qvla_jax.training.config import TrainConfig
+
+# Scales Muon's orthogonal updates to the size that AdamW's have, so that one learning rate and one
+# weight decay serve both (Liu et al., 2025, "Muon is scalable for LLM training", section 2.2).
+_MUON_UPDATE_RMS = 0.2
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -24,12 +29,17 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipped gradients; vectors (norms, biases) are not decayed."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config),
+    """The recipe's optimizer with clipped gradients; vectors (norms, biases) are not decayed.
+
+    Muon takes the matrices and leaves everything else to Adam.
+    """
+    rate = learning_rate(config)
+    if config.optimizer == "muon":
+        rule = contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=_MUON_UPDATE_RMS)
+    else:
+        rule = optax.adamw(
+            rate,
             weight_decay=config.weight_decay,
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
-    )
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
