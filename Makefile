@@ -5,7 +5,7 @@ OUT ?= demo
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench-solvers bench-kernels lint types format clean
+.PHONY: help demo test prove-solvers bench-solvers bench-kernels lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -29,6 +29,10 @@ demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and rep
 
 test: $(VENV)/.dev  ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+prove-solvers: $(VENV)/.dev  ## Check the allocators on thousands of small instances (about 5 minutes)
+	QVLA_PROOF_FACTOR=40 $(BIN)/python -m pytest -n auto -rP $(addprefix tests/solvers/test_, \
+	  proofs.py solvers.py resources.py alignment.py front.py verification.py demotion.py)
 
 bench-solvers: $(VENV)/.core  ## Compare the allocators at 1.85 million channels (about 5 minutes)
 	$(BIN)/python benchmarks/solvers.py

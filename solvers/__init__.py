@@ -16,6 +16,7 @@ from qvla_jax.solvers import demotion as demotion
 from qvla_jax.solvers import dynamic_programming as dynamic_programming
 from qvla_jax.solvers import evolutionary as evolutionary
 from qvla_jax.solvers import ilp as ilp
+from qvla_jax.solvers import instances as instances
 from qvla_jax.solvers import lagrangian as lagrangian
 from qvla_jax.solvers import marginal as marginal
 from qvla_jax.solvers import uniform as uniform

@@ -120,7 +120,9 @@ def solve_mip(
         useful[rows, incumbent] = True
     extra = np.where(useful, sizes - least[:, None], 0)
     unit = float(np.gcd.reduce(extra, axis=None)) or 1.0
-    scaled = (costs - floor[:, None]) * (_COST_SCALE / ceiling)
+    # The clip keeps the scale finite where all costs are next to nothing.
+    ceiling = max(ceiling, 1e-300)
+    scaled = np.where(useful, costs - floor[:, None], 0.0) * (_COST_SCALE / ceiling)
 
     problem: Any = pulp.LpProblem("allocation", pulp.LpMinimize)
     variables: dict[tuple[int, int], Any] = {}
@@ -237,6 +239,8 @@ def _backend(
             gapAbs=0.0,
             threads=threads,
             warmStart=warm,
+            # With preprocessing CBC 2.10 now and then takes a warm start for the optimum.
+            options=["preprocess off"] if warm else [],
         )
     base: Any = pulp.HiGHS
     methods = {
@@ -301,6 +305,9 @@ def _call_warm(self: Any, problem: Any) -> None:
     solution = highspy.HighsSolution()
     solution.col_value = [float(variable.varValue or 0.0) for variable in problem.variables()]
     problem.solverModel.setSolution(solution)
+    # HiGHS 1.16 can improve a start while it presolves, report the better objective, and return
+    # the start: without presolve what it returns is what it proved.
+    problem.solverModel.setOptionValue("presolve", "off")
     problem.solverModel.run()
 
 

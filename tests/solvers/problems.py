@@ -1,8 +1,11 @@
 """Small random problems, brute force, and what every solution must satisfy."""
 
 import itertools
+import os
 
 import numpy as np
+import pulp
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from qvla_jax.solvers import AllocationProblem, Solution, verify
@@ -10,7 +13,23 @@ from qvla_jax.solvers import AllocationProblem, Solution, verify
 HEURISTICS = ("uniform", "greedy:qvla", "greedy:released", "greedy:marginal", "lagrangian")
 ALIGNED = ("greedy:aligned",)
 SEARCHES = ("evolutionary",)
+# CBC comes with PuLP up to version 3 only.
+_CBC = not {"PULP_CBC_CMD", "COIN_CMD"}.isdisjoint(pulp.listSolvers(onlyAvailable=True))
+BACKENDS = ("highs", "cbc") if _CBC else ("highs",)
 EXACT = ("dynamic_programming", "core", "ilp", "ilp:core")
+
+# `make prove-solvers` multiplies the instances of every property.
+FACTOR = int(os.environ.get("QVLA_PROOF_FACTOR", "1"))
+
+
+def instances_tried(count: int) -> settings:
+    """How many instances a property is tried on."""
+    return settings(
+        max_examples=count * FACTOR,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
 
 
 @st.composite

@@ -2,13 +2,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers import AllocationProblem, instances, solve
 
-from .problems import brute_force, check, close, small_problems  # noqa: TID251
+from .problems import brute_force, check, close, instances_tried, small_problems  # noqa: TID251
 
 
 def tiles(options: int, multiple: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def test_counts_are_multiples_and_the_price_is_small(multiple: int, bits: float)
     assert solution.cost < unaligned * (1.001 if multiple == 1 else 1.5)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@instances_tried(60)
 @given(small_problems(max_channels=9), st.integers(1, 4))
 def test_counts_are_multiples_where_that_is_possible(
     problem: AllocationProblem, multiple: int
@@ -62,7 +62,7 @@ def test_every_count_can_be_tiled_where_the_group_is_whole_tiles() -> None:
         solve(problem, "greedy:aligned")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@instances_tried(40)
 @given(small_problems(max_channels=6), st.integers(2, 3))
 def test_integer_programming_finds_the_best_multiples(
     problem: AllocationProblem, multiple: int

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from qvla_jax.solvers import AllocationProblem, solve
 
-from .problems import small_problems  # noqa: TID251
+from .problems import instances_tried, small_problems  # noqa: TID251
 
 RELEASED = Path(__file__).parent / "data" / "released_gates.npz"
 """Costs of 58 channels of four small layers, and the gates that the released code gave them,
@@ -65,7 +65,7 @@ def demote_with_a_heap(problem: AllocationProblem, *, rise: bool) -> np.ndarray:
     return np.array([walk[at] for walk, at in zip(walks, level, strict=True)])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@instances_tried(150)
 @given(small_problems(max_channels=10, max_options=6))
 def test_computed_pop_order_is_that_of_a_heap(problem: AllocationProblem) -> None:
     for name, rise in (("greedy:qvla", True), ("greedy:released", False)):

@@ -2,15 +2,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers import AllocationProblem, instances, relax, solve, sweep
 
-from .problems import brute_force, close, small_problems  # noqa: TID251
+from .problems import brute_force, close, instances_tried, small_problems  # noqa: TID251
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@instances_tried(60)
 @given(small_problems())
 def test_every_point_brackets_the_optimum(problem: AllocationProblem) -> None:
     front = sweep(problem, 7)

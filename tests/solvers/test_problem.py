@@ -24,6 +24,25 @@ def test_import_leaves_jax_and_solver_libraries_alone() -> None:
     assert result.stdout.strip() == "set()"
 
 
+def test_all_but_evolution_runs_where_jax_cannot_be_imported() -> None:
+    code = """
+import sys
+for name in ("jax", "jaxlib", "flax", "evosax"):
+    sys.modules[name] = None
+from qvla_jax import solvers
+problem = solvers.instances.random_instance("monotone", channels=20)
+for name in set(solvers.available()) - {"evolutionary"}:
+    assert solvers.verify(problem, solvers.solve(problem, name)).ok
+def evaluate(choices):
+    return choices.sum(axis=1)
+print(solvers.local_search(problem, evaluate, rounds=2).evaluations > 1)
+print(len(solvers.sweep(problem, 5).budgets), len(solvers.compare(problem).rows))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.split() == ["True", "5", "10"]
+
+
 def test_an_infeasible_budget_states_the_minimum() -> None:
     with pytest.raises(BudgetError, match="at least 3 bytes"):
         make(budget=2)

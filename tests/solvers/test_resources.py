@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qvla_jax.errors import BudgetError, InputError
@@ -21,7 +21,7 @@ from qvla_jax.solvers import (
 )
 from qvla_jax.solvers.pricing import relax_all
 
-from .problems import brute_force, check, close, small_problems  # noqa: TID251
+from .problems import brute_force, check, close, instances_tried, small_problems  # noqa: TID251
 
 
 @st.composite
@@ -39,7 +39,7 @@ def with_resources(draw: st.DrawFn) -> AllocationProblem:
     return dataclasses.replace(problem, resources=tuple(resources))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@instances_tried(40)
 @given(with_resources())
 def test_several_budgets_agree_with_brute_force(problem: AllocationProblem) -> None:
     best = brute_force(problem)
@@ -191,7 +191,7 @@ def tied_and_tiled(draw: st.DrawFn) -> tuple[AllocationProblem, np.ndarray]:
     return problem, labels
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@instances_tried(60)
 @given(st.data())
 def test_ties_tiles_minimums_and_budgets_together_agree_with_brute_force(
     data: st.DataObject,

@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qvla_jax.errors import InputError
@@ -17,7 +17,7 @@ from qvla_jax.solvers import (
     solve,
 )
 
-from .problems import brute_force, check, small_problems  # noqa: TID251
+from .problems import brute_force, check, instances_tried, small_problems  # noqa: TID251
 
 SEARCHES = (evolve, local_search)
 
@@ -100,7 +100,7 @@ def test_evolution_keeps_counts_in_multiples_and_swaps_refuse_them() -> None:
         local_search(problem, Measured(problem))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@instances_tried(60)
 @given(small_problems(), st.integers(0, 1000))
 def test_swaps_stay_feasible_and_are_never_worse(problem: AllocationProblem, seed: int) -> None:
     table = np.random.default_rng(seed).random(problem.costs.shape)

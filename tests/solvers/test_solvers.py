@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from random import Random
 
@@ -5,26 +6,29 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.sparse
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers import AllocationProblem, available, fill, instances, relax, solve, tie
+from qvla_jax.solvers.mip import solve_mip
 
 from .problems import (  # noqa: TID251
     ALIGNED,
+    BACKENDS,
     EXACT,
     HEURISTICS,
     SEARCHES,
     brute_force,
     check,
     close,
+    instances_tried,
     small_problems,
 )
 
-quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-# Every example starts HiGHS.
-slow_solver = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+quick = instances_tried(60)
+# Every example starts HiGHS and CBC.
+slow_solver = instances_tried(25)
 
 
 def test_every_documented_solver_is_available() -> None:
@@ -46,14 +50,14 @@ def test_dynamic_programming_and_core_agree_with_brute_force(problem: Allocation
 @given(small_problems())
 def test_integer_programming_agrees_with_brute_force(problem: AllocationProblem) -> None:
     best = brute_force(problem)
-    for name in ("ilp", "ilp:core"):
-        solution = solve(problem, name)
+    for name, backend in itertools.product(("ilp", "ilp:core"), BACKENDS):
+        solution = solve(problem, name, backend=backend)
         check(problem, solution)
         assert solution.status == "optimal"
         assert solution.cost == pytest.approx(best, abs=close(problem))
 
 
-@settings(slow_solver, max_examples=15)
+@instances_tried(15)
 @given(st.sampled_from(instances.families()), st.integers(0, 10**6), st.floats(0.02, 0.98))
 def test_exact_solvers_agree_on_larger_instances(family: str, seed: int, tightness: float) -> None:
     problem = instances.random_instance(
@@ -63,6 +67,7 @@ def test_exact_solvers_agree_on_larger_instances(family: str, seed: int, tightne
     for name in ("core", "ilp", "ilp:core"):
         solution = solve(problem, name)
         check(problem, solution)
+        assert solution.status == "optimal"
         assert solution.cost == pytest.approx(best.cost, abs=close(problem))
     assert best.lower_bound >= relax(problem).lower_bound
 
@@ -202,14 +207,51 @@ def test_ilp_by_group_gives_one_option_to_each_group() -> None:
     assert solution.details["mip_status"] == "optimal"
 
 
-def test_cbc_and_highs_agree() -> None:
-    problem = instances.random_instance("uncorrelated", channels=40, seed=0)
-    try:
-        solution = solve(problem, "ilp", backend="cbc")
-    except InputError as error:
-        pytest.skip(str(error))
-    assert solution.cost == solve(problem, "ilp").cost
-    assert solution.status == "optimal"
+@slow_solver
+@given(small_problems(constrained=False), st.data())
+def test_ilp_by_group_finds_the_best_layer_wise_allocation(
+    problem: AllocationProblem, data: st.DataObject
+) -> None:
+    sizes = st.lists(st.integers(0, 1), min_size=problem.channels, max_size=problem.channels)
+    groups = np.unique(data.draw(sizes), return_inverse=True)[1]
+    problem = dataclasses.replace(problem, groups=groups)
+    best = brute_force(problem, groups)
+    for backend in BACKENDS:
+        if best is None:
+            with pytest.raises(BudgetError):
+                solve(problem, "ilp", level="group", backend=backend)
+            continue
+        solution = solve(problem, "ilp", level="group", backend=backend)
+        check(problem, solution)
+        assert solution.details["mip_status"] == "optimal"
+        assert solution.cost == pytest.approx(best, abs=close(problem))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_warm_start_is_where_the_search_begins(backend: str) -> None:
+    problem = instances.random_instance("monotone", channels=100, seed=0)
+    start = solve(problem, "greedy:marginal")
+    opened = np.ones(problem.costs.shape, dtype=bool)
+    given = problem.costs, problem.sizes, opened, problem.budget
+    # With so wide a gap the search may end at the first solution that it has.
+    wide = {"incumbent": start.choice, "gap": 0.9, "backend": backend}
+    warm = solve_mip(*given, **wide)
+    assert warm.choice is not None
+    assert problem.cost_of(warm.choice) <= start.cost
+    cold = solve_mip(*given, **wide, warm_start=False)
+    assert backend == "cbc" or problem.cost_of(cold.choice) > start.cost
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wider_gap_is_reported_with_a_valid_bound(backend: str) -> None:
+    problem = instances.random_instance("weakly_correlated", channels=100, seed=0)
+    best = solve(problem, "core").cost
+    solution = solve(problem, "ilp", gap=0.5, backend=backend)
+    check(problem, solution)
+    assert solution.status == "feasible"
+    assert solution.lower_bound <= best <= solution.cost
+    assert 0 < solution.gap <= 0.5
+    assert solution.gap == pytest.approx(1 - solution.lower_bound / solution.cost)
 
 
 def test_a_time_limit_is_reported() -> None:

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qvla_jax.errors import BudgetError
@@ -18,9 +18,9 @@ from qvla_jax.solvers import (
     verify,
 )
 
-from .problems import HEURISTICS, brute_force, small_problems  # noqa: TID251
+from .problems import HEURISTICS, brute_force, instances_tried, small_problems  # noqa: TID251
 
-quick = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+quick = instances_tried(100)
 
 
 def dual_value(problem: AllocationProblem, prices: list[float]) -> Fraction:
