@@ -31,7 +31,7 @@ test: $(VENV)/.dev  ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 prove-solvers: $(VENV)/.dev  ## Check the allocators on thousands of small instances (about 5 minutes)
-	QVLA_PROOF_FACTOR=40 $(BIN)/python -m pytest -n auto -rP $(addprefix tests/solvers/test_, \
+	QVLA_PROOF_FACTOR=70 $(BIN)/python -m pytest -n auto -rP $(addprefix tests/solvers/test_, \
 	  proofs.py solvers.py resources.py alignment.py front.py verification.py demotion.py)
 
 bench-solvers: $(VENV)/.core  ## Compare the allocators at 1.85 million channels (about 5 minutes)

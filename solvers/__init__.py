@@ -1,8 +1,9 @@
 """Bit allocation as a multiple-choice knapsack: solvers that certify their answers.
 
-    problem = AllocationProblem(costs=costs, sizes=sizes, budget=budget)   # f64[C, n], i64[C, n]
-    bytes, int solution = solve(problem, "greedy:marginal")
+    problem = AllocationProblem(costs=f64[C, n], sizes=i64[C, n], budget=bytes)
+    solution = solve(problem, "greedy:marginal")
     solution.choice, solution.cost, solution.size, solution.lower_bound, solution.gap
+    assert verify(problem, solution).ok
     print(compare(problem))
 
 The package needs numpy; single solvers need what `available()` checks for, and import it when they

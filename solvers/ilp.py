@@ -40,7 +40,9 @@ def ilp(
         time_limit: Seconds, or None.
         gap: Relative gap at which the search may stop.
         threads: Threads of the solver.
-        warm_start: Starts from the solution of `greedy:marginal`.
+        warm_start: HiGHS starts from the solution of the heuristic for the problem's constraints
+            (CBC never does: it takes starts for optima now and then); either way that is returned
+            where the search finds nothing better.
         max_channels: Channels (or groups) beyond which it refuses: building the model alone would
             take minutes, and memory by the gigabyte.
 

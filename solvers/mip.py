@@ -94,7 +94,7 @@ def solve_mip(
         time_limit: Seconds to build and to solve.
         gap: Relative gap at which the search may stop.
         threads: Threads of the solver.
-        warm_start: Hands the incumbent to the solver.
+        warm_start: Hands the incumbent to HiGHS.
     """
     if backend not in ("highs", "cbc"):
         raise InputError(f"backend must be 'highs' or 'cbc', got {backend!r}.")
@@ -145,7 +145,8 @@ def solve_mip(
         problem += _within(pulp, variables, resource)
     counters = {} if tiles is None else _add_tiles(pulp, problem, variables, tiles)
 
-    warm = warm_start and incumbent is not None
+    # CBC 2.10 now and then takes a start for the optimum.
+    warm = warm_start and incumbent is not None and backend == "highs"
     if incumbent is not None and warm:
         for (c, j), variable in variables.items():
             variable.setInitialValue(int(incumbent[c] == j))
@@ -238,9 +239,6 @@ def _backend(
             gapRel=gap,
             gapAbs=0.0,
             threads=threads,
-            warmStart=warm,
-            # With preprocessing CBC 2.10 now and then takes a warm start for the optimum.
-            options=["preprocess off"] if warm else [],
         )
     base: Any = pulp.HiGHS
     methods = {

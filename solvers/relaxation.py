@@ -134,7 +134,9 @@ def convex_hulls(problem: AllocationProblem) -> Hulls:
                 with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
                     slope = (cost - costs[j]) / added
                 # At equal slopes the nearer option is the shorter step of the same edge.
-                better = (slope > gain) | ((slope == gain) & (sizes[j] < new_size) & (there >= 0))
+                # Of equally large options that rounding makes equally steep, the cheapest.
+                nearer = (sizes[j] < new_size) | ((sizes[j] == new_size) & (costs[j] < new_cost))
+                better = (slope > gain) | ((slope == gain) & nearer & (there >= 0))
                 better &= added > 0
                 np.copyto(gain, slope, where=better)
                 _move(better, j, costs[j], sizes[j], there, new_cost, new_size)
@@ -188,14 +190,21 @@ def dual_bound(problem: AllocationProblem, multiplier: float) -> float:
     The hulls are not used: whatever error they might hold, the value is a lower bound for any
     multiplier >= 0.
     """
-    cost = magnitude = 0.0
+    eps = float(np.finfo(np.float64).eps)
+    cost = magnitude = unsure = 0.0
     size = 0
     for block in blocks(problem.channels):
         costs, sizes = option_major(problem, block)
         best_cost, best_size = costs[0].copy(), sizes[0].copy()
         least = _penalized(costs[0], sizes[0], multiplier)
-        for j in range(1, len(costs)):
+        lowest = np.full_like(least, np.inf)
+        for j in range(len(costs)):
             value = _penalized(costs[j], sizes[j], multiplier)
+            # A negative cost cancels against its bytes: such an option's exact value may be less
+            # than that of the one chosen. (A closed option's is no number, which fmin skips.)
+            with np.errstate(invalid="ignore"):
+                error = 4 * eps * (np.abs(costs[j]) + np.abs(value - costs[j]))
+                lowest = np.fmin(lowest, value - error)
             better = value < least
             np.copyto(least, value, where=better)
             np.copyto(best_cost, costs[j], where=better)
@@ -203,10 +212,12 @@ def dual_bound(problem: AllocationProblem, multiplier: float) -> float:
         cost += float(best_cost.sum())
         magnitude += float(np.abs(best_cost).sum())
         size += int(best_size.sum())
+        unsure += float((least - lowest).sum())
     # Sizes are exact, so only the costs and the choice of the minimum are rounded: a few units in
     # the last place of every term, and of the sum.
-    slack = 8 * np.finfo(np.float64).eps * (magnitude + multiplier * size)
-    return cost + multiplier * (size - problem.budget) - float(slack)
+    unspent = multiplier * (size - problem.budget)
+    slack = 8 * eps * (magnitude + multiplier * size + abs(unspent)) + unsure
+    return cost + unspent - slack
 
 
 def option_major(

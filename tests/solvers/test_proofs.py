@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from qvla_jax.errors import BudgetError
-from qvla_jax.solvers import AllocationProblem, Solution, relax, solve
+from qvla_jax.solvers import AllocationProblem, Solution, relax, solve, sweep
 
 from .problems import BACKENDS, FACTOR, HEURISTICS, brute_force, check, close  # noqa: TID251
 
 PARTS = 4
-SEEDS = 25 * FACTOR  # of each part
+SEEDS = 15 * FACTOR  # of each part
 
 
 def random_problem(rng: np.random.Generator) -> AllocationProblem:
@@ -97,9 +97,9 @@ def test_all_solvers_against_brute_force(part: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("seed", [1344, 2392, 3359])
+@pytest.mark.parametrize("seed", [1185, 1344, 2392, 3359])
 def test_a_warm_start_is_not_taken_for_the_optimum(seed: int, backend: str) -> None:
-    # CBC with preprocessing returned the start, and called it optimal.
+    # CBC returned the start that it was given, and called it optimal.
     problem = random_problem(np.random.default_rng(seed))
     solution = solve(problem, "ilp", backend=backend)
     assert solution.cost == pytest.approx(brute_force(problem), abs=close(problem))
@@ -114,6 +114,19 @@ def test_what_a_warm_start_becomes_while_presolving_is_returned() -> None:
         multiples=np.array([1, 2, 1]),
     )
     assert solve(problem, "ilp").cost == brute_force(problem) == 1.0
+
+
+def test_bounds_hold_where_rounding_decides_between_options() -> None:
+    # By cancellation the dual value of -3 at 2,002 bytes is less than that of 0 at 18 bytes.
+    problem = AllocationProblem(
+        costs=np.array([[-3.0, 0.0]]), sizes=np.array([[2002, 18]]), budget=18
+    )
+    check(problem, solve(problem, "greedy:marginal"))
+    # 1 - 1.2e-38 rounds to 1: two equally large options look equally steep.
+    problem = AllocationProblem(
+        costs=np.array([[1.0, 1.2e-38, 0.0]]), sizes=np.array([[0, 1, 1]]), budget=1
+    )
+    assert sweep(problem, [1]).lower_bound[0] <= 0.0 == solve(problem).cost
 
 
 def test_costs_next_to_nothing_do_not_overflow() -> None:
