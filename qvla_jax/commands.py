@@ -277,6 +277,8 @@ def closed_loop(config: ClosedLoopConfig) -> None:
     for comparison in content["comparisons"]:
         _say("")
         _print(comparison_table(comparison))
+        if comparison["drift"]:
+            _say(drift_line(comparison["drift"]))
     _say(f"Episodes: {config.out / EPISODES_FILE}; summary: {config.out / SUMMARY_FILE}")
 
 
@@ -472,6 +474,24 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             f"{row['mcnemar_exact_p']:.3g}",
         )
     return table
+
+
+def drift_line(drift: Mapping[str, Any]) -> str:
+    """Returns how far a policy drifts from the reference, in words."""
+    at = min(range(len(drift["seconds"])), key=lambda k: abs(drift["seconds"][k] - 2.0))
+    text = (
+        f"End effectors after {drift['seconds'][at]:.1f} s: "
+        f"{100 * drift['distance_median'][at]:.1f}"
+        f" cm apart (median of {drift['pairs'][at]} pairs)"
+    )
+    if drift["deviation_total"] is None:
+        return text
+    error = drift["deviation_standard_error"]
+    spread = "" if error is None else f" ± {number(error)}"
+    return (
+        f"{text}; action deviation accumulated along the reference's rollouts: "
+        f"{number(drift['deviation_total'])}{spread} ({drift['deviation_episodes']} episodes)"
+    )
 
 
 def sweep_table(entries: list[Mapping[str, Any]]) -> Table:

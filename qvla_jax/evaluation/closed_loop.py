@@ -6,6 +6,7 @@ ready.
 """
 
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, Protocol, TypeAlias
@@ -14,6 +15,7 @@ import numpy as np
 
 from qvla_jax.array_typing import Float, NpArray
 from qvla_jax.errors import InputError, QvlaError
+from qvla_jax.evaluation.drift import Traces, action_deviation
 from qvla_jax.evaluation.episodes import Episode, Result
 from qvla_jax.evaluation.workers import (
     Failure,
@@ -51,6 +53,7 @@ def run_episodes(
     workers: int,
     on_result: Callable[[Result], None],
     choose_replay: ChooseReplay = lambda result: None,
+    shadows: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
     patience: float = PATIENCE,
     start: Callable[[MakeEnvironment], Worker] = start_worker,
 ) -> None:
@@ -63,6 +66,8 @@ def run_episodes(
         workers: Simulator processes.
         on_result: Called with each finished episode.
         choose_replay: Called after it: what to keep of this episode, or None.
+        shadows: Fingerprint of a policy -> those of others that are asked wherever it decides, so
+            that the result holds their deviations. They have to take the same observations.
         patience: How long (s) a policy waits for more observations once one is there.
         start: Starts a worker.
 
@@ -71,6 +76,7 @@ def run_episodes(
         QvlaError: A worker failed or died, or a policy gave actions that are not finite.
     """
     todo = list(episodes)
+    traces = Traces()
     crew = [start(make) for _ in range(min(workers, len(todo)))]
     try:
         for worker in crew:
@@ -82,15 +88,16 @@ def run_episodes(
                 if isinstance(message, Observation):
                     waiting.append((worker, message.content))
                 elif isinstance(message, Finished):
-                    on_result(message.result)
-                    replay = choose_replay(message.result)
+                    result = traces.finish(message.result)
+                    on_result(result)
+                    replay = choose_replay(result)
                     if replay is None:
                         _assign(worker, todo, crew)
                     else:
                         worker.connection.send(replay)
                 elif isinstance(message, Replayed):
                     _assign(worker, todo, crew)
-            _act(waiting, policies, rows=len(crew))
+            _act(waiting, policies, traces, shadows, rows=len(crew))
     finally:
         for worker in crew:
             worker.stop()
@@ -152,24 +159,36 @@ def _where(worker: Worker) -> str:
 def _act(
     waiting: Sequence[tuple[Worker, Mapping[str, Any]]],
     policies: Mapping[str, _Policy],
+    traces: Traces,
+    shadows: Mapping[str, Sequence[str]],
     *,
     rows: int,
 ) -> None:
     """Sends a chunk to each waiting worker."""
-    groups: dict[str, list[tuple[Worker, Mapping[str, Any]]]] = {}
+    groups: dict[str, list[tuple[Worker, Episode, Mapping[str, Any]]]] = {}
     for worker, observation in waiting:
         assert worker.episode is not None
-        groups.setdefault(worker.episode.policy_hash, []).append((worker, observation))
+        traces.saw(worker.episode, observation)
+        member = (worker, worker.episode, observation)
+        groups.setdefault(worker.episode.policy_hash, []).append(member)
     for name, members in groups.items():
-        chunks = decide(policies[name], [observation for _, observation in members], rows=rows)
-        for (worker, _), chunk in zip(members, chunks, strict=True):
+        observations = [observation for _, _, observation in members]
+        chunks = decide(policies[name], observations, rows=rows)
+        metric = policies[name].unnormalize_actions(chunks)
+        for (worker, _, _), chunk in zip(members, metric, strict=True):
             worker.connection.send(chunk)
+        # The simulators are at work meanwhile.
+        for other in shadows.get(name, ()):
+            answers = decide(policies[other], observations, rows=rows)
+            for (_, episode, _), answer, chunk in zip(members, answers, chunks, strict=True):
+                deviation = action_deviation(answer, chunk, executed=episode.open_loop_steps)
+                traces.deviated(episode, other, deviation)
 
 
 def decide(
     policy: _Policy, observations: Sequence[Mapping[str, Any]], *, rows: int
 ) -> Float[NpArray, "b h a"]:
-    """Un-normalized chunks for observations, from one call with `rows` rows.
+    """Normalized chunks for observations, from one call with `rows` rows.
 
     Raises:
         QvlaError: An action is not finite.
@@ -181,7 +200,7 @@ def decide(
         else np.stack([np.asarray(o[key]) for o in padded])
         for key in observations[0]
     }
-    chunks = policy.unnormalize_actions(np.asarray(policy.infer_normalized(batch)))
+    chunks = np.asarray(policy.infer_normalized(batch))
     if not np.isfinite(chunks).all():
         raise QvlaError("the policy gave actions that are not finite: check its weights")
     return chunks[: len(observations)]

@@ -8,7 +8,7 @@ stopped, and one whose settings changed starts anew beside the old lines.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,6 +63,9 @@ class Result:
         success: Whether the task was done.
         steps: Actions executed, not counting the steps in which the objects settle.
         seconds: Wall time, waiting for the policy included.
+        positions: Where the end effector was (m) whenever the policy was asked.
+        deviations: Fingerprint of another policy -> the squared distances of its normalized actions
+            from those that were executed, for each chunk.
     """
 
     episode: Episode
@@ -70,6 +73,8 @@ class Result:
     success: bool
     steps: int
     seconds: float
+    positions: Sequence[Sequence[float]] = dataclasses.field(default_factory=list)
+    deviations: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types."""

@@ -15,6 +15,7 @@ from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation.closed_loop import PATIENCE, run_episodes
+from qvla_jax.evaluation.drift import summarize_drift
 from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
 from qvla_jax.evaluation.libero import EXPERT, ExpertPolicy, make_libero
 from qvla_jax.evaluation.paired import Success, compare
@@ -25,10 +26,12 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.policies import load_named_policy
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
+from qvla_jax.report.drift import save_drift
 
 EPISODES_FILE = "episodes.jsonl"
 SUMMARY_FILE = "closed_loop.json"
 VIDEO_FOLDER = "videos"
+DRIFT_FIGURE = "drift.png"
 SUMMARY_KIND = "qvla_jax.closed_loop"
 
 # OpenVLA-OFT evaluates with pictures of this size; libero-mini is trained on the other.
@@ -153,6 +156,7 @@ def closed_loop(
         workers=config.workers or cores(),
         on_result=finished,
         choose_replay=choose_replay,
+        shadows=shadows(policies, config.policy),
         patience=patience_with(policies.values()),
     )
     content = {
@@ -163,8 +167,25 @@ def closed_loop(
         **summarize({name: log.outcomes(planned[name]) for name in config.policy}),
         "provenance": provenance(seed=config.seed),
     }
+    drifts = {c["candidate"]: c["drift"] for c in content["comparisons"] if c["drift"]}
+    if drifts:
+        save_drift(drifts, config.out / DRIFT_FIGURE)
     write_json(config.out / SUMMARY_FILE, content)
     return content
+
+
+def shadows(policies: Mapping[str, Actor], names: Sequence[str]) -> dict[str, list[str]]:
+    """Which policies are asked along the rollouts of the first one: those of its architecture."""
+    reference, *others = (policies[name] for name in names)
+    if isinstance(reference, ExpertPolicy):
+        return {}
+    return {
+        reference.fingerprint: [
+            other.fingerprint
+            for other in others
+            if not isinstance(other, ExpertPolicy) and other.config == reference.config
+        ]
+    }
 
 
 def load_actor(name: str) -> Actor:
@@ -208,7 +229,7 @@ def plan(config: ClosedLoopConfig, policy: Actor, simulator: str) -> list[Episod
 
 
 def summarize(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
-    """Success of each policy, and each compared with the first one, per task and overall.
+    """Success of each policy, and each compared with the first one: per task, overall, and drift.
 
     Args:
         results: Policy by the user's name -> its finished episodes.
@@ -232,6 +253,7 @@ def summarize(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
                 "candidate": name,
                 "reference": reference,
                 "overall": _comparison(results[name], results[reference]),
+                "drift": summarize_drift(results[name], results[reference]),
                 "tasks": [
                     {"task": task, **_comparison(members, _by_task(results[reference])[task])}
                     for task, members in _by_task(results[name]).items()

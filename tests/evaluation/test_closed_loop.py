@@ -153,6 +153,21 @@ def test_a_worker_stays_with_its_task():
     assert Count.made == 2
 
 
+def test_results_hold_the_path_and_the_deviations_of_shadows():
+    slow, fast = Constant(1.0, "slow"), Constant(1.5, "fast")
+    results = run(
+        [episode(policy="slow"), episode(policy="fast")],
+        [slow, fast],
+        shadows={"slow": ["fast"]},
+    )
+    reference, other = results[episode(policy="slow")], results[episode(policy="fast")]
+    assert [position[0] for position in reference.positions] == [0.0, 3.0, 6.0, 9.0]
+    assert [position[0] for position in other.positions] == [0.0, 4.5, 9.0]
+    # Three executed actions of seven entries, each 0.25 apart in the normalized space.
+    np.testing.assert_allclose(reference.deviations["fast"], 4 * [3 * 7 * 0.25**2], rtol=1e-6)
+    assert not other.deviations
+
+
 def test_no_episodes_start_no_worker():
     run_episodes([], {}, Count, workers=2, on_result=print, start=pytest.fail)
 
@@ -241,7 +256,15 @@ def test_a_dead_process_is_one_error(tmp_path):
 
 def test_log_reads_back_and_drops_an_unfinished_line(tmp_path):
     log = EpisodeLog(tmp_path / "deep" / "episodes.jsonl")
-    first = Result(episode=episode(), task_name="t", success=True, steps=9, seconds=0.5)
+    first = Result(
+        episode=episode(),
+        task_name="t",
+        success=True,
+        steps=9,
+        seconds=0.5,
+        positions=[[0.0, 0.1, 0.2]],
+        deviations={"q": [0.5]},
+    )
     log.append(first, policy="one")
     log.append(dataclasses.replace(first, episode=episode(state=1)), policy="one")
     text = log.path.read_text()
@@ -328,6 +351,15 @@ def test_summary_pairs_episodes_and_counts_tasks(tmp_path, in_threads):
     assert overall["mcnemar_exact_p"] == pytest.approx(2 / 2**4)
     assert [task["reference_only"] for task in comparison["tasks"]] == [1, 3]
     assert content["settings"]["max_steps"] == 220
+    # Four steps between decisions, of 1 and of 0.05: apart by 3.8 more each time.
+    drift = comparison["drift"]
+    np.testing.assert_allclose(drift["distance_median"][:3], [0.0, 3.8, 7.6], rtol=1e-5)
+    np.testing.assert_allclose(drift["seconds"][:3], [0.0, 0.4, 0.8])
+    np.testing.assert_allclose(
+        drift["deviation_mean"][:2], np.array([1, 2]) * 4 * 7 * 0.475**2, rtol=1e-5
+    )
+    assert drift["deviation_episodes"] == 6
+    assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "closed_loop.json").read_text()) == content
 
 

@@ -1,0 +1,136 @@
+"""How far a policy leaves the path of another one: in its actions, and in where the gripper goes.
+
+Two measures, both on paired episodes (same task, initial state and seed):
+
+- **Accumulated action deviation**: along the rollouts of the reference policy, the candidate is
+  asked at every state where the reference decides; the squared distances of the executed actions,
+  in the normalized action space, add up over the episode. This is the cumulative error of QVLA
+  (arXiv 2602.03782, section 3), free of the feedback through the simulator.
+- **Drift**: the distance between the end effectors of both rollouts at the same time, each policy
+  acting on what it sees itself.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.array_typing import Float64, NpArray
+from qvla_jax.evaluation.episodes import Episode, Result
+
+# LIBERO's control loop.
+_RATE = 20.0
+# Quantile of the upper edge of the band around the median distance.
+UPPER_QUANTILE = 0.9
+
+
+class Traces:
+    """What is noted of the episodes that run, by episode, until they end."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._positions: dict[Episode, list[list[float]]] = {}
+        self._deviations: dict[Episode, dict[str, list[float]]] = {}
+
+    def saw(self, episode: Episode, observation: Mapping[str, Any]) -> None:
+        """Notes where the end effector is when the policy decides."""
+        state = observation.get("state")
+        if state is not None:
+            position = np.asarray(state, np.float64)[:3].tolist()
+            self._positions.setdefault(episode, []).append(position)
+
+    def deviated(self, episode: Episode, candidate: str, deviation: float) -> None:
+        """Notes how far the actions of another policy lay from those executed."""
+        of_episode = self._deviations.setdefault(episode, {})
+        of_episode.setdefault(candidate, []).append(deviation)
+
+    def finish(self, result: Result) -> Result:
+        """The result with what was noted of its episode."""
+        return dataclasses.replace(
+            result,
+            positions=self._positions.pop(result.episode, []),
+            deviations=self._deviations.pop(result.episode, {}),
+        )
+
+
+def action_deviation(
+    actions: Float64[NpArray, "h a"], reference: Float64[NpArray, "h a"], *, executed: int
+) -> float:
+    """Squared distance of two normalized chunks, summed over the actions that are executed."""
+    difference = np.asarray(actions, np.float64) - np.asarray(reference, np.float64)
+    return float(np.square(difference[:executed]).sum())
+
+
+def summarize_drift(
+    candidate: Iterable[Result], reference: Iterable[Result]
+) -> dict[str, Any] | None:
+    """Drift and accumulated deviation of a policy over the episodes that have them.
+
+    Args:
+        candidate: Finished episodes of the candidate.
+        reference: Finished episodes of the reference.
+
+    Returns:
+        None where the two have no time steps in common. Otherwise, for each moment at which the
+        policies decide: `seconds`, `pairs` (of episodes where both still run), `distance_median`
+        and `distance_upper` (m, the quantile `UPPER_QUANTILE`), and, over the reference's episodes
+        on which the candidate was asked, `deviation_mean`: the mean deviation accumulated so far
+        (episodes that have ended keep theirs); `deviation_episodes`, `deviation_total` and its
+        `deviation_standard_error` are those of whole episodes.
+    """
+    candidates = {result.episode.pair: result for result in candidate}
+    pairs = [
+        (candidates[result.episode.pair], result)
+        for result in reference
+        if result.episode.pair in candidates
+    ]
+    distances = [_distances(a, b) for a, b in pairs if _comparable(a, b)]
+    if not distances:
+        return None
+    asked = [
+        np.cumsum(base.deviations[own.episode.policy_hash])
+        for own, base in pairs
+        if base.deviations.get(own.episode.policy_hash)
+    ]
+    matrix = _padded(distances, mode="constant", constant_values=np.nan)
+    median = np.nanmedian(matrix, axis=0)
+    upper = np.nanquantile(matrix, UPPER_QUANTILE, axis=0)
+    step = pairs[0][0].episode.open_loop_steps / _RATE
+    content: dict[str, Any] = {
+        "seconds": [step * k for k in range(matrix.shape[1])],
+        "pairs": np.isfinite(matrix).sum(axis=0).tolist(),
+        "distance_median": median.tolist(),
+        "distance_upper": upper.tolist(),
+        "deviation_episodes": len(asked),
+        "deviation_mean": [],
+        "deviation_total": None,
+        "deviation_standard_error": None,
+    }
+    if asked:
+        totals = np.array([row[-1] for row in asked])
+        content["deviation_mean"] = _padded(asked, mode="edge").mean(axis=0).tolist()
+        content["deviation_total"] = float(totals.mean())
+        if len(totals) > 1:
+            error = totals.std(ddof=1) / np.sqrt(len(totals))
+            content["deviation_standard_error"] = float(error)
+    return content
+
+
+def _comparable(candidate: Result, reference: Result) -> bool:
+    """Tells whether both were looked at, at the same times."""
+    same = candidate.episode.open_loop_steps == reference.episode.open_loop_steps
+    return bool(same and candidate.positions and reference.positions)
+
+
+def _distances(candidate: Result, reference: Result) -> Float64[NpArray, " t"]:
+    """Distance (m) of the end effectors while both episodes run."""
+    length = min(len(candidate.positions), len(reference.positions))
+    ours, theirs = (np.array(r.positions[:length], np.float64) for r in (candidate, reference))
+    return np.linalg.norm(ours - theirs, axis=1)
+
+
+def _padded(rows: Sequence[Float64[NpArray, " _"]], **how: Any) -> Float64[NpArray, "e t"]:
+    """Stacks rows, each padded at its end (`numpy.pad`) to the length of the longest."""
+    length = max(row.size for row in rows)
+    return np.stack([np.pad(row, (0, length - row.size), **how) for row in rows])
