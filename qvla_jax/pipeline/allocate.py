@@ -52,10 +52,14 @@ class Allocation:
     matches: int | None = None
 
     @property
+    def budget(self) -> str:
+        """Names the budget: `3.5` (bits), or `uniform4` for the bytes of that uniform grid."""
+        return f"{self.budget_bits:g}" if self.matches is None else f"uniform{self.matches}"
+
+    @property
     def name(self) -> str:
         """Identifies the allocation within a run."""
-        budget = f"{self.budget_bits:g}" if self.matches is None else f"uniform{self.matches}"
-        return f"{self.sensitivity}+{self.solver}@{budget}"
+        return f"{self.sensitivity}+{self.solver}@{self.budget}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +80,25 @@ class Allocations:
     def chosen(self) -> Allocation:
         """The run's result."""
         return self.items[0]
+
+    def at(self, budget: str) -> Allocation:
+        """The allocation of the run's own method and solver at another budget, by its name.
+
+        Raises:
+            InputError: The run has none.
+        """
+        chosen = self.chosen
+        own = {
+            item.budget: item
+            for item in self.items
+            if not item.baseline and item.solver == chosen.solver
+        }
+        if budget not in own:
+            raise InputError(
+                f"the run has no allocation at the budget {budget!r}, only at {', '.join(own)}; "
+                "see --sweep and --match-uniform of `qvla allocate`"
+            )
+        return own[budget]
 
     def save(self, path: Path) -> None:
         """Writes one file with the bits of every allocation."""

@@ -57,8 +57,8 @@ class ClosedLoopConfig:
     # Folder of the results: a JSON line for each episode, tables, videos.
     out: Path
     # A policy; repeat the option to compare others with the first one. MODEL@4 is the model rounded
-    # to 4 bits, MODEL@RUN the allocation of the folder RUN, which `qvla run` wrote, "expert" the
-    # scripted expert.
+    # to 4 bits, MODEL@RUN the allocation of the folder RUN, which `qvla run` wrote, MODEL@RUN:3.5
+    # and MODEL@RUN:uniform4 those at other budgets, "expert" the scripted expert.
     policy: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     # Episodes of each task, from the initial states 0, 1, ...
     episodes_per_task: int = 10

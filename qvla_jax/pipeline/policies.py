@@ -2,7 +2,8 @@
 
 After the `@` comes a bit-width (uniform round-to-nearest) or the folder of a run, whose chosen
 allocation is applied with the quantizer that it was made for, in float32 on exactly the values of
-the grids. A `.qvla` file, such as the run's own policy.qvla, runs from its packed weights.
+the grids; `runs/x:3.5` and `runs/x:uniform4` are the run's allocations at another budget. A `.qvla`
+file, such as the run's own policy.qvla, runs from its packed weights.
 """
 
 import re
@@ -27,7 +28,7 @@ def load_named_policy(name: str) -> Policy:
     policy = load_policy(model)
     if re.fullmatch(r"\d+", quantized):
         return quantize_uniform(policy, int(quantized), packed=False)
-    folder = Path(quantized)
+    folder, budget = _folder_and_budget(quantized)
     if not folder.is_dir():
         raise InputError(f"{name}: {quantized!r} is neither a bit-width nor the folder of a run")
     path = folder / files.ALLOCATION
@@ -39,4 +40,11 @@ def load_named_policy(name: str) -> Policy:
         remedy="name the policy that the run was made with",
     )
     table = load_tables(folder)[0]
-    return quantize(policy, allocations.chosen.bits, quantizer=table.quantizer, packed=False)
+    bits = allocations.at(budget).bits if budget else allocations.chosen.bits
+    return quantize(policy, bits, quantizer=table.quantizer, packed=False)
+
+
+def _folder_and_budget(text: str) -> tuple[Path, str]:
+    """Splits `runs/x:uniform4`; a folder whose name holds a colon is a folder."""
+    folder, separator, budget = text.rpartition(":")
+    return (Path(folder), budget) if separator and not Path(text).is_dir() else (Path(text), "")
