@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from qvla_jax.data import RldsDataset, bundled_path
 from qvla_jax.errors import InputError
 from qvla_jax.inference import load_policy
 from qvla_jax.pipeline import files
@@ -12,8 +11,8 @@ from qvla_jax.pipeline.policies import load_named_policy
 
 
 @pytest.fixture(scope="module")
-def observation():
-    return next(iter(RldsDataset(bundled_path(), "heldout"))).observation(0)
+def observation(config):
+    return load_policy(config.model).fake_observation()
 
 
 def test_the_chosen_allocation_acts_as_its_packed_file(config, content, observation):
