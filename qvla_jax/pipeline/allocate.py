@@ -133,27 +133,30 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
 
     Raises:
         BudgetError: Even the smallest option of every channel exceeds the budget.
-        InputError: A table is missing or damaged, or a solver's name is unknown.
+        InputError: A table is missing or damaged, a solver's name is unknown, or a pattern of
+            `minimum_bits` matches no layer.
     """
     tables = load_tables(config.out)
     main = tables[0]
     jobs = [(table, solver) for table in tables for solver in config.solvers]
     jobs = [(t, s) for t, s in jobs if t is main or s == config.solvers[0]]
-    main.problem(budget_bits=config.budget_bits)  # before any work: is the budget possible?
+    least = config.minimum_bits
+    # Before any work: is the budget possible?
+    main.problem(budget_bits=config.budget_bits, minimum_bits=least)
     budgets = [config.budget_bits, *(b for b in sorted(config.sweep) if b != config.budget_bits)]
     items: list[Allocation] = []
     total = len(jobs) * len(budgets) + len(config.match_uniform)
     for done, (bits, (table, solver)) in enumerate((b, j) for b in budgets for j in jobs):
         progress("allocate", done, total)
         try:
-            items.append(_solve(table, solver, bits, baseline=table is not main))
+            items.append(_solve(table, solver, bits, least, baseline=table is not main))
         except BudgetError:
             if bits == config.budget_bits:
                 raise
             # A budget of the sweep below what can be stored simply has no point on the curve.
     for uniform in config.match_uniform:
         with contextlib.suppress(BudgetError):
-            items.append(_solve_matched(main, config.solvers[0], uniform))
+            items.append(_solve_matched(main, config.solvers[0], uniform, least))
     progress("allocate", total, total)
     allocations = Allocations(tuple(items), _layers(main), files.made_from(main))
     allocations.save(config.out / files.ALLOCATION)
@@ -177,17 +180,26 @@ def load_tables(folder: Path) -> list[SensitivityTable]:
     return tables
 
 
-def _solve_matched(table: SensitivityTable, solver: str, uniform: int) -> Allocation:
+def _solve_matched(
+    table: SensitivityTable, solver: str, uniform: int, least: Mapping[str, int]
+) -> Allocation:
     """Allocates exactly the bytes that a uniform grid stores."""
     size = uniform_bytes(table.index, uniform)
-    problem = table.problem(budget_bytes=size)
+    problem = table.problem(budget_bytes=size, minimum_bits=least)
     bits = 8 * size / table.index.num_weights
     found = _allocation(table, problem, solver, bits, baseline=False)
     return dataclasses.replace(found, matches=uniform)
 
 
-def _solve(table: SensitivityTable, solver: str, bits: float, *, baseline: bool) -> Allocation:
-    problem = table.problem(budget_bits=bits)
+def _solve(
+    table: SensitivityTable,
+    solver: str,
+    bits: float,
+    least: Mapping[str, int],
+    *,
+    baseline: bool,
+) -> Allocation:
+    problem = table.problem(budget_bits=bits, minimum_bits=least)
     return _allocation(table, problem, solver, bits, baseline=baseline)
 
 

@@ -66,6 +66,8 @@ class AllocateConfig(StageConfig):
 
     # Bits for each quantized weight, everything stored counted (scales, biases, index, padding).
     budget_bits: float = 4.0
+    # Least bits of layers, by regular expression on their paths: PATTERN BITS, any number of pairs.
+    minimum_bits: dict[str, int] = dataclasses.field(default_factory=dict)
     # Solvers to compare; the first one is the result, the others are baselines.
     solvers: tuple[str, ...] = ("greedy:marginal", "greedy:qvla")
     # Further budgets, for the curve of error against bytes.

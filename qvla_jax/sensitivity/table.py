@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -117,18 +118,27 @@ class SensitivityTable:
         return self.costs if self.joint is None else self.costs * np.asarray(self.joint)
 
     def problem(
-        self, *, budget_bits: float | None = None, budget_bytes: int | None = None
+        self,
+        *,
+        budget_bits: float | None = None,
+        budget_bytes: int | None = None,
+        minimum_bits: Mapping[str, int] | None = None,
     ) -> AllocationProblem:
         """The allocation problem under a budget; give one of the two.
+
+        Further constraints: `dataclasses.replace(problem, resources=..., multiples=..., ...)`.
 
         Args:
             budget_bits: bits for each quantized weight, everything stored counted (scales,
                 biases, permutation, padding).
             budget_bytes: the same in bytes.
+            minimum_bits: the least bits of the layers that a regular expression matches
+                (`re.match` on the path); of several that match, the largest.
 
         Raises:
             BudgetError: the smallest options exceed the budget.
-            InputError: none or both budgets are given.
+            InputError: none or both budgets are given, or `minimum_bits` has a pattern that matches
+                no layer, or bits that are no option.
         """
         if (budget_bits is None) == (budget_bytes is None):
             raise InputError("give either budget_bits or budget_bytes")
@@ -143,7 +153,30 @@ class SensitivityTable:
             budget=budget_bytes,
             groups=self.index.layer_of.astype(np.int64),
             group_names=self.index.paths,
+            minimums=self._minimums(minimum_bits) if minimum_bits else None,
         )
+
+    def _minimums(self, minimum_bits: Mapping[str, int]) -> Int[np.ndarray, " L"]:
+        """The smallest option open to each layer."""
+        if list(self.bits) != sorted(self.bits):
+            raise InputError(
+                f"minimum_bits needs options in rising order, the table has {self.bits}"
+            )
+        minimums = np.zeros(len(self.index.layers), np.int64)
+        for pattern, bits in minimum_bits.items():
+            if bits not in self.bits:
+                raise InputError(f"minimum_bits: {pattern!r}: {bits} is none of {self.bits}")
+            try:
+                matched = [re.match(pattern, path) is not None for path in self.index.paths]
+            except re.error as error:
+                raise InputError(f"minimum_bits: {pattern!r}: {error}") from error
+            if not any(matched):
+                raise InputError(
+                    f"minimum_bits: the pattern {pattern!r} matches none of the "
+                    f"{len(matched)} layers, such as {self.index.paths[0]!r}"
+                )
+            np.maximum(minimums, self.bits.index(bits), out=minimums, where=matched)
+        return minimums
 
     def bits_of(self, solution: Chosen) -> Int[np.ndarray, " C"]:
         """Bits of every channel in a solution of `problem`, as `quantize` takes them."""

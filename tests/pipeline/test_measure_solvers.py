@@ -1,5 +1,6 @@
 """Measured objectives: against `quantize`, finite differences, and single moves really made."""
 
+import copy
 import dataclasses
 import json
 
@@ -119,6 +120,20 @@ def test_sequential_allocation_lowers_the_measured_error(frames, objective, tabl
     np.testing.assert_array_equal(kept.choice, start)
     with pytest.raises(InputError, match="rounds >= 0"):
         allocate_sequentially(objective, frames, problem, rounds=-1)
+
+
+def test_sequential_allocation_is_never_worse_than_its_start(objective, frames, table, start):
+    class OnlyTheStartIsGood(ActionErrorObjective):
+        def __call__(self, choices):
+            return np.where((np.atleast_2d(choices) == start).all(axis=1), 1.0, 2.0)
+
+    objective = copy.copy(objective)
+    objective.__class__ = OnlyTheStartIsGood
+    problem = table.problem(budget_bits=9.0)
+    found = allocate_sequentially(objective, frames, problem, start=start, rounds=2, probes=1)
+    np.testing.assert_array_equal(found.choice, start)
+    assert found.error == found.start_error == 1.0
+    assert found.evaluations > 1
 
 
 def test_the_command_measures_every_allocation(config, content, policy_folder, capsys):

@@ -77,6 +77,27 @@ def test_problem_and_bits(table):
     assert bits[:2].quantizer is None
 
 
+def test_least_bits_of_layers_bind_the_solution(table):
+    first = INDEX.layers[0]
+    pattern = first.path.replace(".", r"\.")
+    problem = table.problem(budget_bits=9.0, minimum_bits={pattern: 8, ".*": 2})
+    bits = table.bits_of(solve(problem, "core"))
+    of_first = INDEX.layer_of == 0
+    assert bits[of_first].min() >= 8
+    assert bits[~of_first].min() >= 2
+    free = table.problem(budget_bits=9.0)
+    assert solve(problem, "core").cost >= solve(free, "core").cost
+    with pytest.raises(BudgetError, match="minimums"):
+        table.problem(budget_bits=3.0, minimum_bits={".*": 8})
+    for pattern, bits, message in (
+        (".*", 3, "3 is none of"),
+        ("x", 2, "none of the"),
+        ("(", 2, "unt"),
+    ):
+        with pytest.raises(InputError, match=message):
+            table.problem(budget_bits=9.0, minimum_bits={pattern: bits})
+
+
 def test_bits_of_a_table_without_its_statistics_name_what_is_missing(table):
     bare = dataclasses.replace(table, statistics=None)
     bits = bare.bits_of(solve(bare.problem(budget_bits=4.0), "greedy:marginal"))

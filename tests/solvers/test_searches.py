@@ -117,6 +117,17 @@ def test_swaps_stay_feasible_and_are_never_worse(problem: AllocationProblem, see
 
 
 @pytest.mark.parametrize("search", SEARCHES)
+def test_a_search_stays_small_for_many_channels(search: Callable[..., SearchResult]) -> None:
+    # All 300 modules of OpenVLA, a tenth of its channels.
+    problem = instances.openvla_like(scale=0.1, seed=3)
+    rounds = {"generations": 1} if search is evolve else {"rounds": 1}
+    measure = Measured(problem)
+    found = search(problem, measure, population=4, **rounds)
+    assert found.error == measure.of(found.choice) <= found.start_error
+    assert 2 <= found.evaluations <= 5
+
+
+@pytest.mark.parametrize("search", SEARCHES)
 def test_no_candidate_is_measured_twice(search: Callable[..., SearchResult]) -> None:
     problem = instances.random_instance("monotone", channels=6, seed=1)
     problem = dataclasses.replace(problem, groups=np.arange(6) // 3)
