@@ -118,8 +118,8 @@ def test_swaps_stay_feasible_and_are_never_worse(problem: AllocationProblem, see
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_search_stays_small_for_many_channels(search: Callable[..., SearchResult]) -> None:
-    # All 300 modules of OpenVLA, a tenth of its channels.
-    problem = instances.openvla_like(scale=0.1, seed=3)
+    # All 300 modules of OpenVLA, and 55,000 channels.
+    problem = instances.openvla_like(scale=0.03, seed=3)
     rounds = {"generations": 1} if search is evolve else {"rounds": 1}
     measure = Measured(problem)
     found = search(problem, measure, population=4, **rounds)
