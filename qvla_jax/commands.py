@@ -74,7 +74,7 @@ class ExportConfig:
 class ImportConfig:
     """Imports a public directory into one of ours, one tensor at a time, weights in orbax."""
 
-    # A public OpenVLA or OpenVLA-OFT directory.
+    # A public OpenVLA, OpenVLA-OFT or UniVLA directory.
     model: Path
     # An empty or new folder.
     out: Path
@@ -84,7 +84,7 @@ class ImportConfig:
     unnorm_key: str | None = None
     # Cameras, which the files do not tell; left out: 2 for OpenVLA-OFT, else 1.
     num_images: int | None = None
-    # Crop raw images to the central 90 % of their area; left out: for OpenVLA-OFT.
+    # Crop raw images to the central 90 % of their area; left out: not for OpenVLA.
     center_crop: bool | None = None
 
 

@@ -55,6 +55,22 @@ class LlamaConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentActionConfig:
+    """UniVLA's way to act: latent action tokens, and a decoder that reads their states."""
+
+    # Width of the decoder's pooling blocks, of a head times their number.
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    # Latent tokens that are decoded for each chunk.
+    num_tokens: int = 4
+    # The prompt where the latent tokens of the call before are given.
+    history_template: str = (
+        "In: What action should the robot take to {instruction}? History action {history}\nOut:"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenVLAConfig:
     """A Prismatic VLA: two towers, a projector, Llama, and a way to decode actions."""
 
@@ -64,8 +80,8 @@ class OpenVLAConfig:
     text: LlamaConfig
     num_images: int = 1
     # "l1": OpenVLA-OFT's parallel decoding with a regression head; "tokens": OpenVLA's
-    # autoregressive action tokens.
-    decoding: Literal["l1", "tokens"] = "l1"
+    # autoregressive action tokens; "latents": UniVLA's latent action tokens, and a decoder.
+    decoding: Literal["l1", "tokens", "latents"] = "l1"
     action_dim: int = 7
     action_horizon: int = 8
     # 0: the policy takes no proprio.
@@ -90,6 +106,16 @@ class OpenVLAConfig:
     action_vocab_size: int = 32000
     # Statistics entry used where a checkpoint holds several data sets.
     unnorm_key: str | None = None
+    # With "latents", and only then.
+    latent_action: LatentActionConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Raises an `InputError` if the decoder's sizes are missing, or there for nothing."""
+        if (self.decoding == "latents") != (self.latent_action is not None):
+            raise InputError(
+                f"{self.name}: decoding is {self.decoding!r} and latent_action is "
+                f"{self.latent_action}; give the sizes with 'latents', and only then"
+            )
 
     @property
     def image_size(self) -> int:
@@ -102,13 +128,23 @@ class OpenVLAConfig:
         return self.action_horizon * self.action_dim
 
     @property
+    def num_decoded_tokens(self) -> int:
+        """Tokens that a call decodes one after the other; 0 with a regression head."""
+        if self.latent_action is not None:
+            return self.latent_action.num_tokens
+        return self.action_dim if self.decoding == "tokens" else 0
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Patch tokens of all images, plus the proprio token where there is one."""
         return self.num_images * self.vision[0].num_patches + (self.proprio_dim > 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.latent_action is None:
+            del values["latent_action"]  # others keep the fingerprints that they had without it
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OpenVLAConfig":
@@ -255,6 +291,17 @@ PRESETS: dict[str, OpenVLAConfig] = {
             proprio_dim=8,
             image_chain="openvla",
             center_crop=True,
+        ),
+        # As fine-tuned on LIBERO: chunks of 12.
+        OpenVLAConfig(
+            name="univla-7b",
+            vision=(_DINOV2_L, _SIGLIP_SO400M),
+            text=_LLAMA_2_7B,
+            decoding="latents",
+            image_chain="openvla",
+            center_crop=True,
+            action_horizon=12,
+            latent_action=LatentActionConfig(embed_dim=512, num_heads=8, mlp_dim=2048),
         ),
         OpenVLAConfig(
             name="libero-mini",

@@ -12,8 +12,14 @@ from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.errors import CheckpointError
 
-# Parts that may lie in a file of their own, which then replaces what the weights hold of them.
-COMPONENTS: Final = ("action_head", "proprio_projector", "vision_backbone")
+# Parts that may lie in a file of their own, which then replaces what the weights hold of them, and
+# what the file is called.
+COMPONENTS: Final = {
+    "action_head": "action_head--*_checkpoint.pt",
+    "proprio_projector": "proprio_projector--*_checkpoint.pt",
+    "vision_backbone": "vision_backbone--*_checkpoint.pt",
+    "action_decoder": "action_decoder*.pt",
+}
 _ADAPTER: Final = "lora_adapter"
 
 
@@ -93,7 +99,25 @@ def component_file(folder: Path, name: str) -> Path | None:
     Raises:
         CheckpointError: there are several.
     """
-    found = sorted(folder.glob(f"{name}--*_checkpoint.pt"))
+    found = sorted(folder.glob(COMPONENTS[name]))
     if len(found) > 1:
         raise CheckpointError(f"{folder}: several {name} files: {[p.name for p in found]}")
     return found[0] if found else None
+
+
+def component_shape(path: Path, name: str, *, dims: int) -> tuple[int, ...]:
+    """Shape of a component's tensor that tells a size of the policy.
+
+    Raises:
+        CheckpointError: the tensor is missing or has another number of dimensions.
+    """
+    tensor = next(
+        (t for n, t in read_torch_zip(path).items() if n.removeprefix("module.") == name), None
+    )
+    if tensor is None:
+        raise CheckpointError(f"{path}: tensor {name!r} with {dims} dimensions is missing")
+    if tensor.ndim != dims:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has shape {tensor.shape}, expected {dims} dimensions"
+        )
+    return tensor.shape

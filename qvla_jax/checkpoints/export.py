@@ -35,7 +35,7 @@ from qvla_jax.checkpoints.weights import (
 )
 from qvla_jax.config import OpenVLAConfig
 from qvla_jax.errors import InputError
-from qvla_jax.models.openvla import abstract_model
+from qvla_jax.models.assembly import abstract_model
 
 # Random values are drawn once and reused: a full-size directory is written at the disk's speed.
 _BLOCK: Final = 1 << 22
@@ -43,6 +43,14 @@ _BLOCK: Final = 1 << 22
 
 # Linear maps of FiLM itself, which the public code adds after the adapters.
 _FILM: Final = (".scale.weight", ".scale.bias", ".shift.weight", ".shift.bias")
+# Parts that are component files, and what the files are called.
+_WHOLE: Final = ("action_head", "proprio_projector", "action_decoder")
+_FILES: Final = {
+    "action_head": "action_head--0_checkpoint.pt",
+    "proprio_projector": "proprio_projector--0_checkpoint.pt",
+    "vision_backbone": "vision_backbone--0_checkpoint.pt",
+    "action_decoder": "action_decoder.pt",
+}
 # Rank of the empty adapters in a vision backbone with FiLM: what the public evaluation expects.
 _RANK: Final = 32
 
@@ -57,9 +65,9 @@ def export_model(
 ) -> None:
     """Writes a model as a public directory, but for the tokenizer.
 
-    Action head, proprio projector and a vision backbone with FiLM become component files. The
-    public code wraps the latter in adapters before it loads it, so it is written with adapters that
-    add nothing; the towers without FiLM stand among the weights as well, as they do there.
+    Action head, proprio projector, action decoder and a vision backbone with FiLM become component
+    files. The public code wraps the latter in adapters before it loads it, so it is written with
+    adapters that add nothing; the towers without FiLM stand among the weights as well, as there.
 
     Args:
         config: the model's configuration. What the layout does not tell is kept in config.json
@@ -82,7 +90,7 @@ def export_model(
     components: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
-        if part in ("action_head", "proprio_projector"):
+        if part in _WHOLE:
             components.setdefault(part, {})[rest] = tensor
         elif part == "vision_backbone" and config.use_film:
             components.setdefault(part, {}).update(_adapted(name, tensor, tensors))
@@ -92,7 +100,7 @@ def export_model(
             weights[name] = tensor
     write_shards(out, weights)
     for part, members in components.items():
-        write_torch_zip(out / f"{part}--0_checkpoint.pt", members)
+        write_torch_zip(out / _FILES[part], members)
     for name, content in public_settings(config).items():
         write_json(out / name, content)
     write_json(out / STATISTICS_FILE, statistics)
@@ -183,12 +191,12 @@ def synthesize(config: OpenVLAConfig, out: Path, *, seed: int = 0) -> None:
     check_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     shapes = public_shapes(abstract_model(config))
-    for part in ("action_head", "proprio_projector"):
+    for part in _WHOLE:
         prefix = f"{part}."
         members = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
         if members:
-            write_torch_zip(out / f"{part}--0_checkpoint.pt", _Random(members, seed))
+            write_torch_zip(out / _FILES[part], _Random(members, seed))
     write_shards(out, _Random(shapes, seed))
     for name, content in public_settings(config).items():
         write_json(out / name, content)

@@ -1,4 +1,4 @@
-"""Reads OpenVLA and OpenVLA-OFT directories in the public Hugging Face layout.
+"""Reads OpenVLA, OpenVLA-OFT and UniVLA directories in the public Hugging Face layout.
 
 | file                                 | what it holds                                      |
 |--------------------------------------|----------------------------------------------------|
@@ -9,6 +9,7 @@
 | `action_head--*_checkpoint.pt`       | OFT's regression head                              |
 | `proprio_projector--*_checkpoint.pt` | OFT's proprio projector                            |
 | `vision_backbone--*_checkpoint.pt`   | towers with FiLM and LoRA, instead of the weights' |
+| `action_decoder*.pt`                 | UniVLA's action decoder                            |
 | `lora_adapter/`                      | a PEFT adapter that was not merged                 |
 | `tiny_vision_archs.json`             | sizes of towers that are not built in              |
 """
@@ -18,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from qvla_jax.checkpoints.directory import COMPONENTS, component_file
-from qvla_jax.checkpoints.torch_zip import read_torch_zip
+from qvla_jax.checkpoints.directory import COMPONENTS, component_file, component_shape
+from qvla_jax.checkpoints.univla import decoder_sizes
 from qvla_jax.config import PRESETS, LlamaConfig, OpenVLAConfig, VisionTowerConfig
 from qvla_jax.errors import CheckpointError, InputError
 
@@ -30,6 +31,8 @@ OWN_KEY: Final = "qvla_jax"
 KNOWN_TOWERS: Final = {t.timm_id: t for t in PRESETS["openvla-7b"].vision}
 # OpenVLA-OFT's constant for LIBERO; the head's weights do not tell it.
 _ACTION_HORIZON: Final = 8
+# Entries of an action, where no tensor tells them.
+_ACTION_DIM: Final = 7
 # Every prompt is padded to this, so that one compiled program serves all instructions.
 _MAX_PROMPT_TOKENS: Final = 96
 
@@ -55,8 +58,8 @@ def read_config(
     Args:
         folder: the directory.
         unnorm_key: statistics entry to use; may be left out where there is one, or one of LIBERO.
-        num_images: cameras, which the files do not tell; 2 for OFT and 1 for OpenVLA if left out.
-        center_crop: whether raw images are cropped; True for OFT and False for OpenVLA if left out.
+        num_images: cameras, which the files do not tell; 2 for OFT, else 1, if left out.
+        center_crop: whether raw images are cropped; False for OpenVLA, else True, if left out.
         empty_token_id: the tokenizer's lone word-boundary piece; Llama's 29871 if left out.
 
     Raises:
@@ -67,7 +70,12 @@ def read_config(
     statistics = raw.get("norm_stats", {})
     if (folder / STATISTICS_FILE).is_file():
         statistics = read_json(folder / STATISTICS_FILE)
-    head, proprio, film = (component_file(folder, name) for name in COMPONENTS)
+    head, proprio, film, decoder = (component_file(folder, name) for name in COMPONENTS)
+    if head is not None and decoder is not None:
+        raise CheckpointError(
+            f"{folder}: holds {head.name} of an OpenVLA-OFT policy and {decoder.name} of a UniVLA "
+            "policy; take one of them away"
+        )
     oft = head is not None
     asked = {"unnorm_key": unnorm_key, "num_images": num_images, "center_crop": center_crop}
     own = dict(raw.get(OWN_KEY, {})) | {
@@ -77,29 +85,34 @@ def read_config(
         if raw["arch_specifier"] != "no-align+fused-gelu-mlp":
             raise CheckpointError(f"{path}: arch_specifier {raw['arch_specifier']!r} unsupported")
         text = _text_config(raw["text_config"])
+        # UniVLA's actions are those of its LIBERO evaluation, as OpenVLA's.
+        window, latent = (1, None) if decoder is None else decoder_sizes(decoder, _ACTION_DIM)
         config = OpenVLAConfig(
             name=folder.resolve().name,
             vision=_towers(folder, raw),
             text=text,
             num_images=2 if oft else 1,
-            decoding="l1" if oft else "tokens",
-            action_dim=7 if head is None else _action_dim(head),
-            action_horizon=_ACTION_HORIZON if oft else 1,
-            proprio_dim=0 if proprio is None else _shape(proprio, "fc1.weight", dims=2)[1],
+            decoding="l1" if oft else "tokens" if latent is None else "latents",
+            action_dim=_ACTION_DIM if head is None else _action_dim(head),
+            action_horizon=_ACTION_HORIZON if oft else window,
+            proprio_dim=0 if proprio is None else component_shape(proprio, "fc1.weight", dims=2)[1],
             use_film=film is not None,
             image_chain="openvla",
-            center_crop=oft,
+            center_crop=oft or latent is not None,
             max_prompt_tokens=_MAX_PROMPT_TOKENS,
             pad_token_id=raw["pad_token_id"],
             empty_token_id=29871 if empty_token_id is None else empty_token_id,
             action_vocab_size=text.vocab_size - raw["pad_to_multiple_of"],
             unnorm_key=_unnorm_key(statistics, own.get("unnorm_key"), folder),
+            latent_action=latent,
         )
         sizes = {}
         if head is not None:
             sizes["action"] = (head, "model.fc2.weight", config.action_dim)
         if proprio is not None:
             sizes["proprio"] = (proprio, "fc1.weight", config.proprio_dim)
+        if decoder is not None:
+            sizes["action"] = (decoder, "proj.0.weight", config.action_dim)
         _check_statistics(statistics, str(config.unnorm_key), sizes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: missing or unusable key ({error!r})") from error
@@ -185,28 +198,14 @@ def _unnorm_key(statistics: Mapping[str, Any], asked: str | None, folder: Path) 
 
 def _action_dim(head: Path) -> int:
     """Entries of an action, in which the last layer's two tensors must agree."""
-    (bias,) = _shape(head, "model.fc2.bias", dims=1)
-    rows, columns = _shape(head, "model.fc2.weight", dims=2)
+    (bias,) = component_shape(head, "model.fc2.bias", dims=1)
+    rows, columns = component_shape(head, "model.fc2.weight", dims=2)
     if rows != bias:
         raise CheckpointError(
             f"{head}: tensor 'model.fc2.weight' has shape {(rows, columns)}, expected "
             f"{(bias, columns)}, or 'model.fc2.bias' of shape {(bias,)} is wrong"
         )
     return bias
-
-
-def _shape(path: Path, name: str, *, dims: int) -> tuple[int, ...]:
-    """Shape of a component's tensor that tells a size of the policy."""
-    tensor = next(
-        (t for n, t in read_torch_zip(path).items() if n.removeprefix("module.") == name), None
-    )
-    if tensor is None:
-        raise CheckpointError(f"{path}: tensor {name!r} with {dims} dimensions is missing")
-    if tensor.ndim != dims:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} has shape {tensor.shape}, expected {dims} dimensions"
-        )
-    return tensor.shape
 
 
 def _check_statistics(

@@ -30,6 +30,7 @@ from qvla_jax.checkpoints.huggingface import (
 )
 from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
 from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile, write_packed
+from qvla_jax.checkpoints.univla import check_latent_tokens
 from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
@@ -137,7 +138,7 @@ class Policy:
         Args:
             inputs: on the devices that they shall be used on.
         """
-        if self.config.decoding != "tokens":
+        if not self.config.num_decoded_tokens:
             return inputs
         graphdef, state = nnx.split(self.model)
         with jax.default_matmul_precision("float32"):
@@ -150,7 +151,8 @@ class Policy:
 
         Args:
             observation: `image` u8[H, W, 3]; `wrist_image` u8[H, W, 3] and `state` f32[p] where
-                the policy takes them; `instruction`.
+                the policy takes them; `instruction`; for UniVLA, `history` (see
+                `Processor.history`), empty or left out in the first call of an episode.
             preprocessed: the images are what the reference's processor receives (resized and
                 cropped uint8).
 
@@ -158,7 +160,7 @@ class Policy:
             InputError: a key is missing or has the wrong shape or dtype.
         """
         batch = {
-            key: [value] if key == "instruction" else np.asarray(value)[None]
+            key: [value] if isinstance(value, str) else np.asarray(value)[None]
             for key, value in observation.items()
         }
         return self.unnormalize_actions(self.infer_normalized(batch, preprocessed=preprocessed)[0])
@@ -319,14 +321,14 @@ def load_policy(
 
     Args:
         source: the name of a preset that ships with weights ("libero-mini"), a directory or `.qvla`
-            file written by `Policy.save`, one written by `import_policy`, or a public OpenVLA or
-            OpenVLA-OFT directory.
+            file written by `Policy.save`, one written by `import_policy`, or a public OpenVLA,
+            OpenVLA-OFT or UniVLA directory.
         unnorm_key: for public directories, which data set's statistics un-normalize the actions;
             may be left out where there is one, or one of LIBERO.
         num_images: for public directories, the number of cameras, which the files do not tell: 2
-            for OpenVLA-OFT and 1 for OpenVLA if left out.
+            for OpenVLA-OFT, else 1, if left out.
         center_crop: for public directories, whether raw images are cropped to the central 90 % of
-            their area: for OpenVLA-OFT and not for OpenVLA if left out.
+            their area: not for OpenVLA and for the others if left out.
         dtype: of the weights in memory, float32 if left out. bfloat16 halves them; arithmetic stays
             in float32.
         sharding: of every weight; None puts it on the default device.
@@ -411,7 +413,7 @@ def import_policy(
     No more than one tensor is in memory at a time. `load_policy` reads the result.
 
     Args:
-        source: a public OpenVLA or OpenVLA-OFT directory.
+        source: a public OpenVLA, OpenVLA-OFT or UniVLA directory.
         out: an empty or new folder.
         unnorm_key: see `load_policy`, as for `num_images` and `center_crop`.
         num_images: see there.
@@ -450,6 +452,7 @@ def _read_public(
         center_crop=center_crop,
         empty_token_id=tokenizer.token_to_id("\u2581"),
     )
+    check_latent_tokens(config, tokenizer.token_to_id("<ACT_0>"), folder)
     return make_policy(config, abstract_model(config), tokenizer, statistics, source=str(folder))
 
 

@@ -31,7 +31,8 @@ class Processor:
 
         Args:
             batch: `image` and, for two cameras, `wrist_image` u8[b, H, W, 3]; `state` f32[b, p]
-                where the policy takes proprio; `instruction`, b strings. Other keys are ignored.
+                where the policy takes proprio; `instruction`, b strings; `history`, b strings that
+                `history` made of the call before, may stand for UniVLA. Other keys are ignored.
             preprocessed: the images are what the reference's processor receives (resized and
                 cropped uint8); only its own resize to the towers' size is left to do.
 
@@ -41,7 +42,8 @@ class Processor:
         instructions = _require(batch, "instruction")
         cameras = CAMERA_KEYS[: self.config.num_images]
         images = [self._images(key, _require(batch, key), preprocessed) for key in cameras]
-        input_ids, length = self.tokenize(instructions)
+        histories = batch.get("history") if self.config.latent_action is not None else None
+        input_ids, length = self.tokenize(instructions, histories)
         sizes = {"instruction": len(input_ids)}
         sizes |= {key: len(value) for key, value in zip(cameras, images, strict=True)}
         proprio = None
@@ -66,18 +68,33 @@ class Processor:
         return ModelInputs(**arrays)
 
     def tokenize(
-        self, instructions: Sequence[str]
+        self, instructions: Sequence[str], histories: Sequence[str] | None = None
     ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, " b"]]:
         """Prompts -> padded token ids from BOS to the empty token, and their lengths.
 
+        Args:
+            instructions: what to do.
+            histories: for UniVLA, the latent actions of the call before as text; empty at first.
+
         Raises:
-            InputError: a prompt is longer than the policy's limit.
+            InputError: a prompt is longer than the policy's limit, or there is not one history for
+                each instruction.
         """
+        if histories is None:
+            histories = [""] * len(instructions)
+        if len(histories) != len(instructions):
+            raise InputError(
+                f"history: {len(histories)} entries, but there are {len(instructions)} instructions"
+            )
         config = self.config
         ids = np.full((len(instructions), config.max_prompt_tokens), config.pad_token_id, np.int32)
         lengths = np.empty(len(instructions), np.int32)
-        for row, instruction in enumerate(instructions):
-            prompt = config.prompt_template.format(instruction=instruction.lower())
+        for row, (instruction, history) in enumerate(zip(instructions, histories, strict=True)):
+            template = config.prompt_template
+            if history:
+                assert config.latent_action is not None  # who passes histories for others?
+                template = config.latent_action.history_template
+            prompt = template.format(instruction=instruction.lower(), history=history)
             tokens = self.tokenizer.encode(prompt).ids
             # The reference appends the lone word-boundary piece unless it stands there already.
             if config.empty_token_id is not None and tokens[-1] != config.empty_token_id:
@@ -90,6 +107,29 @@ class Processor:
             ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
         return ids, lengths
+
+    def history(self, inputs: ModelInputs) -> list[str]:
+        """The `history` of the next observations, from inputs that `Policy.complete` completed.
+
+        As UniVLA's evaluation does, the last four latent tokens of prompt and answer are taken,
+        which are those of the answer unless it holds other tokens too.
+        """
+        latent = self.config.latent_action
+        if latent is None or inputs.action_tokens is None:
+            raise InputError(
+                f"{self.config.name}: no latent actions in these inputs; complete them with a "
+                "UniVLA policy first"
+            )
+        first = self.config.pad_token_id + 1
+        texts = []
+        lengths, prompts, answers = (
+            np.asarray(x) for x in (inputs.prompt_length, inputs.input_ids, inputs.action_tokens)
+        )
+        for length, prompt, answer in zip(lengths, prompts, answers, strict=True):
+            tokens = np.concatenate([prompt[:length], answer])
+            latents = tokens[tokens >= first][-latent.num_tokens :]
+            texts.append("".join(f"<ACT_{token - first}>" for token in latents))
+        return texts
 
     def _images(
         self, key: str, images: np.ndarray, preprocessed: bool

@@ -1,6 +1,6 @@
-"""The assembled policies: OpenVLA (action tokens) and OpenVLA-OFT (parallel decoding).
+"""OpenVLA (action tokens) and OpenVLA-OFT (parallel decoding), and what UniVLA shares with them.
 
-Both put the patches right behind BOS: BOS, patches of every image, the proprio token (OFT), the
+All put the patches right behind BOS: BOS, patches of every image, the proprio token (OFT), the
 rest of the prompt with the empty token last.
 
 OpenVLA goes on greedily with 7 action tokens, causally. OpenVLA-OFT appends h a zeroed action
@@ -10,7 +10,6 @@ prediction, a state stands one place before the entry that it predicts.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +40,13 @@ class ModelInputs:
     prompt_length: Int[Array, " b"]
     # Normalized proprio; None for policies that take none.
     proprio: Float[Array, "b p"] | None = None
-    # The action tokens to read expectations behind, from `Prismatic.complete`; None until then and
-    # for policies that decode none.
-    action_tokens: Int[Array, "b a"] | None = None
+    # The tokens to read expectations or states behind, from `Prismatic.complete`; None until then
+    # and for policies that decode none.
+    action_tokens: Int[Array, "b n"] | None = None
 
 
 class Prismatic(nnx.Module):
-    """What both policies share: towers, projector and language model."""
+    """What all policies share: towers, projector and language model."""
 
     def __init__(self, config: OpenVLAConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -136,35 +135,8 @@ class OpenVLAOFT(Prismatic):
         return jnp.take_along_axis(states, place[:, :, None], axis=1)
 
 
-class OpenVLA(Prismatic):
-    """OpenVLA: greedy decoding of 7 action tokens."""
-
-    def __call__(self, inputs: ModelInputs) -> Float[Array, "b 1 a"]:
-        """Expected action over the bins at each of the 7 greedily decoded places.
-
-        One causal pass over the prompt and the tokens that `decode` chooses; the choice itself is
-        held fixed, so that the result is differentiable. Inputs from `complete` bring the tokens
-        along, and every layer is then called once.
-        """
-        tokens = self.complete(inputs).action_tokens
-        assert tokens is not None  # what `complete` completes
-        embeddings, valid = self.embed(inputs)
-        places = self._first_place(inputs)[:, None] + jnp.arange(self.config.action_dim)[None]
-        rows = jnp.arange(len(places))[:, None]
-        extra = self.config.action_dim - 1
-        embeddings = jnp.pad(embeddings, ((0, 0), (0, extra), (0, 0)))
-        chosen = self.language_model.model.embed_tokens(tokens[:, :-1])
-        embeddings = embeddings.at[rows, places[:, 1:]].set(chosen)
-        valid = jnp.arange(embeddings.shape[1])[None] <= places[:, -1:]
-        states = self.language_model.model(embeddings, causal_mask(valid))
-        logits = self.language_model.lm_head(
-            jnp.take_along_axis(states, places[:, :, None], axis=1)
-        )
-        return action_bins.expectation(logits, self.config.action_vocab_size)[:, None]
-
-    def actions(self, inputs: ModelInputs) -> Float[Array, "b 1 a"]:
-        """Normalized action of the greedily decoded tokens: what the robot executes."""
-        return action_bins.decode(self.decode(inputs), self.config.action_vocab_size)[:, None]
+class Autoregressive(Prismatic):
+    """What the policies that decode tokens share: greedy decoding, and the states behind tokens."""
 
     def complete(self, inputs: ModelInputs) -> ModelInputs:
         """The inputs with the greedily decoded tokens, unless they have them already."""
@@ -180,55 +152,90 @@ class OpenVLA(Prismatic):
         place = jnp.arange(inputs.input_ids.shape[1])[None]
         return _behind_bos(prefix, text, place < inputs.prompt_length[:, None])
 
-    def decode(self, inputs: ModelInputs) -> Int[Array, "b a"]:
-        """The 7 most likely tokens, one after the other, with a preallocated KV cache."""
-        tokens, _ = self.decode_with_logits(inputs)
-        return tokens
+    def states(self, inputs: ModelInputs) -> tuple[Float[Array, "b t c"], Float[Array, "b n c"]]:
+        """Final-norm states from one causal pass over the prompt and its n decoded tokens.
 
-    def decode_with_logits(
-        self, inputs: ModelInputs
-    ) -> tuple[Int[Array, "b a"], Float[Array, "b a n"]]:
-        """The tokens, and the logits that each was chosen by."""
+        The choice of the tokens is held fixed, so that the result is differentiable. Inputs from
+        `complete` bring the tokens along, and every layer is then called once.
+
+        Returns:
+            The states of all places, and of those that the tokens are predicted at: the prompt's
+            last one, and all tokens but the last.
+        """
+        tokens = self.complete(inputs).action_tokens
+        assert tokens is not None  # what `complete` completes
+        embeddings, _ = self.embed(inputs)
+        count = self.config.num_decoded_tokens
+        places = self._first_place(inputs)[:, None] + jnp.arange(count)[None]
+        rows = jnp.arange(len(places))[:, None]
+        embeddings = jnp.pad(embeddings, ((0, 0), (0, count - 1), (0, 0)))
+        chosen = self.language_model.model.embed_tokens(tokens[:, :-1])
+        embeddings = embeddings.at[rows, places[:, 1:]].set(chosen)
+        valid = jnp.arange(embeddings.shape[1])[None] <= places[:, -1:]
+        states = self.language_model.model(embeddings, causal_mask(valid))
+        return states, jnp.take_along_axis(states, places[:, :, None], axis=1)
+
+    def decode(self, inputs: ModelInputs) -> Int[Array, "b n"]:
+        """The most likely tokens, one after the other, with a preallocated KV cache."""
+        return self.roll_out(inputs).tokens
+
+    def roll_out(self, inputs: ModelInputs) -> "RollOut":
+        """Decodes greedily; returns all that was computed on the way."""
         embeddings, valid = self.embed(inputs)
         first = self._first_place(inputs)
-        steps = self.config.action_dim
-        states, caches = self.language_model.model.fill(
+        steps = self.config.num_decoded_tokens
+        prompt, caches = self.language_model.model.fill(
             embeddings, causal_mask(valid), places=embeddings.shape[1] + steps - 1
         )
-        last = jnp.take_along_axis(states, first[:, None, None], axis=1)
-        logits = [self.language_model.lm_head(last)[:, 0]]
+        states = [jnp.take_along_axis(prompt, first[:, None, None], axis=1)]
+        logits = [self.language_model.lm_head(states[0])[:, 0]]
+        tokens = [self.choose(logits[0])]
         for step in range(1, steps):
-            token = jnp.argmax(logits[-1], axis=-1)
-            embedding = self.language_model.model.embed_tokens(token[:, None])
+            embedding = self.language_model.model.embed_tokens(tokens[-1][:, None])
             state, caches = self.language_model.model.step(embedding, first + step, caches)
+            states.append(state)
             logits.append(self.language_model.lm_head(state)[:, 0])
-        stacked = jnp.stack(logits, axis=1)
-        return jnp.argmax(stacked, axis=-1), stacked
+            tokens.append(self.choose(logits[-1]))
+        return RollOut(
+            tokens=jnp.stack(tokens, axis=1),
+            logits=jnp.stack(logits, axis=1),
+            prompt_states=prompt,
+            states=jnp.concatenate(states, axis=1),
+        )
+
+    def choose(self, logits: Float[Array, "b v"]) -> Int[Array, " b"]:
+        """The token that is decoded where these are the logits."""
+        return jnp.argmax(logits, axis=-1)
 
     def _first_place(self, inputs: ModelInputs) -> Int[Array, " b"]:
-        """Place of the prompt's last token, whose state predicts the first action token."""
+        """Place of the prompt's last token, whose state predicts the first token."""
         return self.config.num_prefix_tokens + inputs.prompt_length - 1
 
 
-def make_model(config: OpenVLAConfig, *, rngs: nnx.Rngs) -> Prismatic:
-    """The architecture that a configuration describes, with random weights."""
-    return (OpenVLAOFT if config.decoding == "l1" else OpenVLA)(config, rngs=rngs)
+@dataclasses.dataclass(frozen=True)
+class RollOut:
+    """What greedy decoding computes."""
+
+    tokens: Int[Array, "b n"]
+    # Those that each token was chosen by.
+    logits: Float[Array, "b n v"]
+    # Final-norm states of the prompt with its patches, and of the places that tokens are predicted
+    # at: the prompt's last one, and all tokens but the last.
+    prompt_states: Float[Array, "b t c"]
+    states: Float[Array, "b n c"]
 
 
-def abstract_model(config: OpenVLAConfig, *, dtype: Any = None) -> Prismatic:
-    """The architecture with shapes and dtypes in place of arrays: costs no memory, cannot run.
+class OpenVLA(Autoregressive):
+    """OpenVLA: greedy decoding of 7 action tokens."""
 
-    Args:
-        config: the architecture.
-        dtype: of all parameters; float32 if left out. Arithmetic stays in float32.
-    """
-    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
-    if dtype is not None:
-        cast = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.state(model, nnx.Param)
-        )
-        nnx.update(model, cast)
-    return model
+    def __call__(self, inputs: ModelInputs) -> Float[Array, "b 1 a"]:
+        """Expected action over the bins at each of the 7 greedily decoded places."""
+        logits = self.language_model.lm_head(self.states(inputs)[1])
+        return action_bins.expectation(logits, self.config.action_vocab_size)[:, None]
+
+    def actions(self, inputs: ModelInputs) -> Float[Array, "b 1 a"]:
+        """Normalized action of the greedily decoded tokens: what the robot executes."""
+        return action_bins.decode(self.decode(inputs), self.config.action_vocab_size)[:, None]
 
 
 def _behind_bos(

@@ -87,7 +87,7 @@ def describe(source: str, *, rules: LayerRules = DEFAULT_RULES) -> Description:
 
     Args:
         source: a preset (with weights or without), a directory written by `Policy.save` or
-            `import_policy`, or a public OpenVLA or OpenVLA-OFT directory.
+            `import_policy`, or a public OpenVLA, OpenVLA-OFT or UniVLA directory.
         rules: which layers are quantized.
 
     Raises:

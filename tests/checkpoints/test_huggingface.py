@@ -8,7 +8,7 @@ import safetensors.numpy
 from flax import nnx
 
 from qvla_jax.checkpoints import public_tensors
-from qvla_jax.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig
+from qvla_jax.config import LatentActionConfig, LlamaConfig, OpenVLAConfig, VisionTowerConfig
 from qvla_jax.errors import CheckpointError
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.policy import make_policy
@@ -38,7 +38,7 @@ ARCHS = {
 
 def architecture(decoding: str, *, film: bool = False) -> OpenVLAConfig:
     common = {"image_size": 16, "patch_size": 8, "depth": 3, "num_heads": 2, "feature_block": 1}
-    oft = decoding == "l1"
+    oft, latents = decoding == "l1", decoding == "latents"
     return OpenVLAConfig(
         name="hf",
         vision=(
@@ -71,16 +71,19 @@ def architecture(decoding: str, *, film: bool = False) -> OpenVLAConfig:
         ),
         num_images=2 if oft else 1,
         decoding=decoding,
-        action_horizon=8 if oft else 1,
+        action_horizon=8 if oft else 5 if latents else 1,
         proprio_dim=8 if oft else 0,
         use_film=film,
         image_chain="openvla",
-        center_crop=oft,
+        center_crop=oft or latents,
         max_prompt_tokens=96,
         pad_token_id=448,
         empty_token_id=4,
         action_vocab_size=448,
         unnorm_key="libero_x",
+        latent_action=LatentActionConfig(embed_dim=24, num_heads=1, mlp_dim=20)
+        if latents
+        else None,
     )
 
 
@@ -92,12 +95,15 @@ def write_directory(folder, config: OpenVLAConfig, model) -> None:
         component, _, rest = name.partition(".")
         if component in ("action_head", "proprio_projector"):
             components.setdefault(component, {})[f"module.{rest}"] = tensor
+        elif component == "action_decoder":
+            components.setdefault(component, {})[rest] = tensor
         elif component == "vision_backbone" and config.use_film:
             components.setdefault(component, {})[name] = tensor
         else:
             weights[name] = tensor
     for component, tensors in components.items():
-        save(folder / f"{component}--7_checkpoint.pt", tensors)
+        decoder = component == "action_decoder"
+        save(folder / f"{component}{'-7' if decoder else '--7_checkpoint'}.pt", tensors)
     names = sorted(weights)
     shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for shard, keys in shards.items():
@@ -150,7 +156,9 @@ def oft(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("decoding", "film"), [("l1", False), ("l1", True), ("tokens", False)], ids=str
+    ("decoding", "film"),
+    [("l1", False), ("l1", True), ("tokens", False), ("latents", False)],
+    ids=str,
 )
 def test_a_directory_acts_as_the_model_that_it_was_written_from(tmp_path, decoding, film):
     config = architecture(decoding, film=film)

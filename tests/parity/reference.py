@@ -13,8 +13,17 @@ import pytest
 from flax import nnx
 
 from qvla_jax.inference import Policy, load_policy
-from qvla_jax.models import ModelInputs, OpenVLA, action_head, llama, projector, vision
+from qvla_jax.models import (
+    ModelInputs,
+    UniVLA,
+    action_decoder,
+    action_head,
+    llama,
+    projector,
+    vision,
+)
 from qvla_jax.models.linear import Linear
+from qvla_jax.models.openvla import Autoregressive
 from qvla_jax.models.surgery import named_modules
 
 from .trim import FIXTURES, PLACES_STEP
@@ -37,6 +46,11 @@ _RECORDED = {
     llama.LlamaDecoderLayer: ("__call__", "fill", "step"),
     action_head.L1RegressionActionHead: ("__call__",),
     action_head.MLPResNetBlock: ("__call__",),
+    action_decoder.UnitRMSNorm: ("__call__",),
+    action_decoder.SwishGLU: ("__call__",),
+    action_decoder.MAPAttention: ("__call__",),
+    action_decoder.MAPBlock: ("__call__",),
+    action_decoder.ActionDecoder: ("__call__",),
     Linear: ("__call__",),
     nnx.LayerNorm: ("__call__",),
 }
@@ -66,7 +80,9 @@ class Reference:
     def observation(self, sample: int) -> dict:
         """What the reference's processor received in a sample, for `infer(preprocessed=True)`."""
         prefix = f"sample{sample}_" if sample else ""
-        if sample:
+        if f"{prefix}image" in self.arrays:
+            images = self.arrays[f"{prefix}image"][None]
+        elif sample:
             images = self.arrays[f"{prefix}pixels"]
         elif "model_image" in self.arrays:
             images = self.arrays["model_image"][None]
@@ -74,6 +90,8 @@ class Reference:
             images = self.arrays["model_images"]
         observation = dict(zip(("image", "wrist_image"), images, strict=False))
         observation["instruction"] = self.meta["samples"][sample]["task"]
+        if history := self.meta["samples"][sample].get("history"):
+            observation["history"] = history
         if "proprio_raw" in self.arrays:
             observation["state"] = self.arrays[f"{prefix}proprio_raw"]
         return observation
@@ -82,7 +100,7 @@ class Reference:
         """Model inputs of a sample, of the recorded token ids where no prompt was recorded."""
         observation = self.observation(sample)
         batch = {
-            k: [v] if k == "instruction" else np.asarray(v)[None] for k, v in observation.items()
+            k: [v] if isinstance(v, str) else np.asarray(v)[None] for k, v in observation.items()
         }
         inputs = policy.prepare(batch, preprocessed=True)
         if observation["instruction"]:
@@ -135,16 +153,20 @@ def stages(model: nnx.Module, inputs: ModelInputs) -> dict[str, np.ndarray]:
     Sequences are cut to their places before the padding and thinned out as the record is.
     """
     length = model.config.num_prefix_tokens + int(inputs.prompt_length[0])
-    tokens_decoded = isinstance(model, OpenVLA)
+    tokens_decoded = isinstance(model, Autoregressive)
     if not tokens_decoded:
         length += model.config.num_action_tokens + 1
     found: dict[str, np.ndarray] = {}
     with jax.default_matmul_precision("float32"), recording(model) as calls:
         if tokens_decoded:
-            tokens, logits = model.decode_with_logits(inputs)
-            found["action_token_ids"] = np.asarray(tokens)[0]
-            found["logits_steps"] = np.asarray(logits)[0]
+            decoded = model.roll_out(inputs)
+            found["action_token_ids"] = np.asarray(decoded.tokens)[0]
+            found["logits_steps"] = np.asarray(decoded.logits)[0]
             found["logits_step0"] = found["logits_steps"][0]
+            if isinstance(model, UniVLA):
+                calls.clear()
+                model.actions(inputs)
+                found |= _decoder_stages(calls)
         else:
             found["action_head_output"] = np.asarray(model(inputs))
             found["normalized_actions"] = found["action_head_output"][0]
@@ -187,6 +209,19 @@ def stages(model: nnx.Module, inputs: ModelInputs) -> dict[str, np.ndarray]:
         found["proprio_projector_input"] = calls["proprio_projector:in"][0]
         found["proprio_projector_output"] = calls["proprio_projector"][0][:, 0]
     return {name: thinned(name, value, length) for name, value in found.items()}
+
+
+def _decoder_stages(calls: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Inputs and outputs of all modules of the action decoder, once for each."""
+    found = {
+        "latent_states": calls["action_decoder:in"][0],
+        "visual_states": calls["action_decoder.visual_pool:in"][0],
+    }
+    for path, outputs in calls.items():
+        if path.startswith("action_decoder") and not path.endswith(":in"):
+            (output,) = outputs
+            found[path] = output
+    return found
 
 
 def thinned(name: str, value: np.ndarray, length: int) -> np.ndarray:

@@ -151,7 +151,7 @@ def test_the_forward_pass_without_empty_token_matches(references):
     assert inputs.prompt_length[0] == length + 1
     short = dataclasses.replace(inputs, prompt_length=inputs.prompt_length - 1)
     with jax.default_matmul_precision("float32"), recording(policy.model) as calls:
-        logits = policy.model.decode_with_logits(short)[1][0, 0]
+        logits = policy.model.roll_out(short).logits[0, 0]
     recorded = arrays["plain_forward_logits_last"][0]
     assert np.abs(logits - recorded).max() <= RELATIVE * np.sqrt(np.mean(recorded**2))
     places = policy.config.num_prefix_tokens + length
