@@ -29,11 +29,13 @@ _LIBRARIES = {
 }
 _OPENGL = "import mujoco; mujoco.GLContext(16, 16).free()"
 _ASSETS = """
-import contextlib, io, json, os, sys
-with contextlib.redirect_stdout(io.StringIO()):
+import json, os
+from qvla_jax.data.libero.simulator import unattended
+with unattended():
     from libero.libero import benchmark, get_libero_path
     suites = sorted(benchmark.get_benchmark_dict())
 folders = {k: os.path.isdir(get_libero_path(k)) for k in ("assets", "bddl_files", "init_states")}
+folders["assets"] |= os.path.isdir(os.path.expanduser("~/.cache/libero/assets"))
 print(json.dumps({"suites": suites, "missing": [k for k, there in folders.items() if not there]}))
 """
 
@@ -164,6 +166,8 @@ def provider() -> Check:
     content = json.loads(output)
     if content["missing"]:
         remedy = "install it again, or correct the config.yaml that LIBERO_CONFIG_PATH names"
+        if content["missing"] == ["assets"] and "hf-libero" in found:
+            remedy = "hf-libero downloads them when a task is first run; that needs the network"
         return Check("LIBERO", "broken", f"{text} lacks {', '.join(content['missing'])}", remedy)
     suites = [name for name in content["suites"] if name in _suites()]
     return Check("LIBERO", "ok", f"{text}; {', '.join(suites)}")

@@ -43,7 +43,8 @@ def test_both_providers_collide(installed):
     ("ran", "text"),
     [
         ((False, "ModuleNotFoundError: No module named 'torch'"), "PyTorch"),
-        ((True, '{"suites": [], "missing": ["assets"]}'), "LIBERO_CONFIG_PATH"),
+        ((True, '{"suites": [], "missing": ["assets"]}'), "downloads them"),
+        ((True, '{"suites": [], "missing": ["bddl_files"]}'), "LIBERO_CONFIG_PATH"),
     ],
 )
 def test_a_provider_that_does_not_load_says_what_to_do(installed, ran, text):

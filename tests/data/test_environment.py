@@ -14,8 +14,18 @@ from scipy.spatial.transform import Rotation
 
 from qvla_jax.data.libero import environment, suites
 from qvla_jax.data.libero.environment import axis_angle, default_fixtures, libero_action, proprio
+from qvla_jax.data.libero.simulator import unattended
 from qvla_jax.data.standardize import libero_actions
 from qvla_jax.errors import InputError
+
+
+def test_an_import_that_asks_a_question_gets_an_answer(capsys):
+    ask = input
+    with pytest.raises(RuntimeError, match="n"), unattended():
+        print("Do you want to specify a custom path?")
+        raise RuntimeError(input("(Y/N): "))
+    assert input is ask
+    assert capsys.readouterr().out == ""
 
 
 def test_step_limits_are_those_of_the_reference() -> None:
