@@ -20,10 +20,13 @@ from qvla_jax.errors import InputError
 
 
 def test_an_import_that_asks_a_question_gets_an_answer(capsys):
-    ask = input
-    with pytest.raises(RuntimeError, match="n"), unattended():
+    def importing():
         print("Do you want to specify a custom path?")
         raise RuntimeError(input("(Y/N): "))
+
+    ask = input
+    with pytest.raises(RuntimeError, match=r"^n$"), unattended():
+        importing()
     assert input is ask
     assert capsys.readouterr().out == ""
 
