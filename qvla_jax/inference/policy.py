@@ -138,7 +138,7 @@ class Policy:
         Args:
             inputs: on the devices that they shall be used on.
         """
-        if not self.config.num_decoded_tokens:
+        if self.config.decoding == "l1":
             return inputs
         graphdef, state = nnx.split(self.model)
         with jax.default_matmul_precision("float32"):

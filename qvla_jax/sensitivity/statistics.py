@@ -6,6 +6,8 @@ projection of the action is not zero there, which costs one reverse pass. For a 
 tokens matter these are the plain moments over frames and tokens.
 """
 
+from typing import Final
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,9 @@ from qvla_jax.quantization.statistics import InputStatistics
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
 from qvla_jax.sensitivity.reverse import FromCotangent, ReverseSpec, reverse_sweep
 from qvla_jax.sharding import data_mesh
+
+# Variances up to this share of the second moment are rounding errors of its sums in float32.
+_ROUNDING: Final = 8 * float(np.finfo(np.float32).eps)
 
 
 def _moments_where_it_matters(x: Float[Array, "b T k"], constants: None) -> FromCotangent:
@@ -84,8 +89,12 @@ def input_statistics(
             means[path], covariances[path] = means[last], covariances[last]
             continue
         count = max(total[-1, -1], 1.0)
-        mean = total[-1, :-1] / count
-        means[path], covariances[path] = mean, total[:-1, :-1] / count - np.outer(mean, mean)
+        mean, second = total[-1, :-1] / count, total[:-1, :-1] / count
+        covariance = second - np.outer(mean, mean)
+        if (np.diagonal(covariance) <= _ROUNDING * np.diagonal(second)).all():
+            # The input is the same everywhere, such as a learned vector: what is left is rounding.
+            covariance = np.zeros_like(covariance)
+        means[path], covariances[path] = mean, covariance
         last = path
     made_from = {"calibration": calibration.manifest["sha256"], "seed": seed}
     return InputStatistics(means, covariances, made_from)
