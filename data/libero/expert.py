@@ -35,6 +35,9 @@ _REACH_CAP, _CARRY_CAP, _ROTATION_CAP = 0.9, 0.8, 0.5
 _DOWN = np.diag([1.0, -1.0, -1.0])
 # Widest object (m) that open fingers take, their distance from its centre, and the room they need.
 _FITS, _FINGER, _FREE = 0.072, 0.048, 0.018
+# Height (m) of the hand's underside over the grasp, points along it, and how much thicker than a
+# finger it is to both sides.
+_PALM, _HAND, _THICKER = 0.033, (0.07, 0.10), 0.02
 # Fingers count as turned the right way below this error (rad).
 _TURNED = 0.25
 
@@ -296,31 +299,36 @@ def _object_expert(environment: "LiberoEnvironment") -> ObjectExpert:
     low, high = corners.min(axis=0) - origin, corners.max(axis=0) - origin
     centre = (low + high) / 2.0
     others = [
-        _corners(simulator.sim.model._model, data, other.contact_geoms)[:, :2]
+        _corners(simulator.sim.model._model, data, other.contact_geoms)
         for name, other in simulator.objects_dict.items()
         if name != item
     ]
+    lift = max(high[2] - 0.035, low[2] + 0.010)
     return ObjectExpert(
         item=item,
         basket=basket,
-        side=_free_side(corners[:, :2], others),
-        offset=np.array([centre[0], centre[1], max(high[2] - 0.035, low[2] + 0.010)]),
+        side=_free_side(corners[:, :2], others, grasp=origin[2] + lift),
+        offset=np.array([centre[0], centre[1], lift]),
         bottom=float(low[2]),
         is_held=lambda: simulator._check_grasp(simulator.robots[0].gripper, geoms),
     )
 
 
 def _free_side(
-    points: "Float64[NpArray, 'n 2']", others: Sequence["Float64[NpArray, 'm 2']"]
+    points: "Float64[NpArray, 'n 2']",
+    others: Sequence["Float64[NpArray, 'm 3']"],
+    *,
+    grasp: float,
 ) -> float:
     """Direction across which the fingers close on an object.
 
-    Along y where it fits between the fingers and these come down beside nothing else; else across
-    the narrowest side on which they do.
+    Along y where it fits between the fingers, these come down beside nothing else and the hand over
+    nothing as high; else across the narrowest side on which they do.
 
     Args:
       points: Corners of the object in the world's xy.
       others: Corners of each other object.
+      grasp: Height of the grasp.
     """
     angles = np.deg2rad(np.arange(0, 180, 5))
     axes = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -329,7 +337,7 @@ def _free_side(
     if not len(fits):
         return float(angles[int(np.argmin(widths))])
     centre = (points.min(axis=0) + points.max(axis=0)) / 2.0
-    room = np.array([_room(centre, axes[i], others) for i in fits])
+    room = np.array([_room(centre, axes[i], others, grasp) for i in fits])
     default = np.flatnonzero(fits == len(angles) // 2)
     if len(default) and room[default[0]] >= _FREE:
         return float(np.pi / 2)
@@ -338,14 +346,20 @@ def _free_side(
 
 
 def _room(
-    centre: np.ndarray, axis: np.ndarray, others: Sequence["Float64[NpArray, 'm 2']"]
+    centre: np.ndarray,
+    axis: np.ndarray,
+    others: Sequence["Float64[NpArray, 'm 3']"],
+    grasp: float,
 ) -> float:
-    """Distance (m) from where the fingers come down to the nearest box around another object."""
+    """Distance (m) from where fingers and hand come down to the nearest box around an object."""
     nearest = np.inf
-    for finger in (centre + _FINGER * axis, centre - _FINGER * axis):
-        for points in others:
-            outside = np.maximum(points.min(axis=0) - finger, finger - points.max(axis=0))
-            nearest = min(nearest, float(np.linalg.norm(np.maximum(outside, 0.0))))
+    for points in others:
+        low, high = points[:, :2].min(axis=0), points[:, :2].max(axis=0)
+        tall = points[:, 2].max() > grasp + _PALM
+        for reach in (_FINGER, *(_HAND if tall else ())):
+            for place in (centre + reach * axis, centre - reach * axis):
+                gap = np.linalg.norm(np.maximum(np.maximum(low - place, place - high), 0.0))
+                nearest = min(nearest, float(gap) - (_THICKER if reach > _FINGER else 0.0))
     return nearest
 
 

@@ -149,8 +149,12 @@ def test_noise_has_its_strength_and_correlation():
 
 
 def test_objects_are_grasped_across_a_side_that_fits_and_is_free():
-    def side(points, *others):
-        return round(np.rad2deg(expert._free_side(points, others)))
+    def side(points, *others, top=0.02):
+        solids = [
+            np.concatenate([np.column_stack([other, np.full(4, z)]) for z in (0.0, top)])
+            for other in others
+        ]
+        return round(np.rad2deg(expert._free_side(points, solids, grasp=0.01)))
 
     corners = np.array([[x, y] for x in (-0.02, 0.02) for y in (-0.06, 0.06)])
     turned = corners @ Rotation.from_euler("z", 30, degrees=True).as_matrix()[:2, :2].T
@@ -164,3 +168,7 @@ def test_objects_are_grasped_across_a_side_that_fits_and_is_free():
     assert blocked != 90
     finger = expert._FINGER * np.array([np.cos(np.deg2rad(blocked)), np.sin(np.deg2rad(blocked))])
     assert abs(finger[1]) < 0.06 - expert._FREE + 1e-9
+    # Farther off, beyond the fingers, only a tall one is in the way: of the hand.
+    behind = box + np.array([0, 0.1])
+    assert side(box, behind) == 90
+    assert side(box, behind, top=0.08) != 90
