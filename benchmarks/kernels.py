@@ -27,7 +27,7 @@ from qvla_jax import kernels  # noqa: E402
 from qvla_jax.kernels import cpu  # noqa: E402
 
 ROTATION_BYTES = 150 << 20
-MIXED = {2: 0.2, 4: 0.4, 8: 0.3, 16: 0.1}  # 5.4 bits per weight
+MIXED = {2: 0.2, 4: 0.4, 8: 0.3, 16: 0.1}  # 6 bits per weight
 
 # Rows of x -> a function that makes one call on the i-th copy of the weight and waits for it.
 Products = dict[str, Callable[[int], object]]

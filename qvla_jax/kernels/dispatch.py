@@ -47,9 +47,15 @@ class Backend(Protocol):
 _MODULES: Final[dict[str, str]] = {
     "reference": "qvla_jax.kernels.reference",
     "cpu": "qvla_jax.kernels.cpu",
+    "pallas_tpu": "qvla_jax.kernels.pallas_tpu",
+    "pallas_gpu": "qvla_jax.kernels.pallas_gpu",
 }
 # Platform (`jax.default_backend()`) -> the implementations to try, best first.
-_PREFERRED: Final[dict[str, tuple[str, ...]]] = {"cpu": ("cpu",)}
+_PREFERRED: Final[dict[str, tuple[str, ...]]] = {
+    "cpu": ("cpu",),
+    "tpu": ("pallas_tpu",),
+    "gpu": ("pallas_gpu",),
+}
 
 
 def implementations() -> tuple[str, ...]:

@@ -17,18 +17,39 @@ from qvla_jax.kernels.activations import quantize_activations
 from .weights import packed_weights, random_bits, random_weight
 
 CHECKS = settings(deadline=None, max_examples=8)
-each_implementation = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.skipif(
-                name == "cpu" and cpu.library() is None, reason="no compiled CPU kernel"
-            ),
-        )
-        for name in kernels.implementations()
-    ],
-)
+# Interpreted: every example is compiled anew, and that takes longest.
+FEW_CHECKS = settings(deadline=None, max_examples=4)
+COMPILED = ("reference", "cpu")
+INTERPRETED = tuple(name for name in kernels.implementations() if name not in COMPILED)
+
+
+def each_of(names):
+    return pytest.mark.parametrize(
+        "implementation",
+        [
+            pytest.param(
+                name,
+                marks=pytest.mark.skipif(
+                    name == "cpu" and cpu.library() is None, reason="no compiled CPU kernel"
+                ),
+            )
+            for name in names
+        ],
+    )
+
+
+each_implementation = each_of(kernels.implementations())
+
+
+def runs(implementation, w):
+    """Whether the implementation takes the weight; what it refuses, it refuses with the reason."""
+    if implementation == "reference" or w.source_dtype == "bfloat16":
+        return True
+    if not any(segment.bits == 16 for segment in w.segments):
+        return True
+    with pytest.raises(InputError, match="must be bfloat16"):
+        kernels.prepare(w, implementation)
+    return False
 
 
 def rounded(x, bits):
@@ -60,14 +81,31 @@ def tolerance(x, w_hat, eps):
     )
 
 
-@each_implementation
+@each_of(COMPILED)
 @pytest.mark.parametrize("activation_bits", [16, 8, 4])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @CHECKS
 @given(packed_weights(), st.integers(1, 40), st.integers(0, 99))
 def test_agrees_with_float64(implementation, activation_bits, dtype, weight, rows, seed):
+    check_agreement(implementation, activation_bits, dtype, weight, rows, seed)
+
+
+@each_of(INTERPRETED)
+@pytest.mark.parametrize("activation_bits", [16, 8])
+@FEW_CHECKS
+@given(
+    packed_weights(), st.integers(1, 40), st.integers(0, 99),
+    st.sampled_from([jnp.float32, jnp.bfloat16]),
+)  # fmt: skip
+def test_interpreted_kernels_agree_with_float64(
+    implementation, activation_bits, weight, rows, seed, dtype
+):
+    check_agreement(implementation, activation_bits, dtype, weight, rows, seed)
+
+
+def check_agreement(implementation, activation_bits, dtype, weight, rows, seed):
     w, w_hat, bias = weight
-    assume(implementation != "cpu" or cpu.supports(w) is None)
+    assume(runs(implementation, w))
     x = np.random.default_rng(seed).normal(size=(rows, w.shape[1]))
     x = jnp.asarray(x, jnp.float32).astype(dtype)
     y = kernels.mixed_matmul(x, w, activation_bits, implementation)

@@ -1,0 +1,148 @@
+"""Compiles the packed product for accelerators that are not there.
+
+    pip install 'qvla-jax[aot-tpu]' && python benchmarks/ahead_of_time.py v5e v5p v6e
+    pip install 'qvla-jax[aot-gpu]' && python benchmarks/ahead_of_time.py h100 a100
+
+Every line is one product, compiled for one chip by the compiler that would do so beside it. That
+shows that the kernel lowers and fits; it says nothing of its speed.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+# The compiler must not look for the host of a TPU, nor JAX for an accelerator.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from qvla_jax import kernels
+from qvla_jax.kernels.codes import CodeMap, code_map, num_words
+from qvla_jax.kernels.packed import SOURCE_CODES, PackedWeight, Segment
+
+# Name -> topology that has such a chip.
+TPUS: Final = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# What the compiler asks about a GPU; from NVIDIA's data sheets.
+GPU: Final = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} }}
+  core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048 threads_per_warp: 32
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {block_memory}
+  shared_memory_per_core: {core_memory} l2_cache_size: {cache}
+  memory_bandwidth: {bandwidth} device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 }}
+device_description_str: "{name}"
+"""
+GPUS: Final[dict[str, dict[str, Any]]] = {
+    "h100": {
+        "name": "NVIDIA H100 80GB HBM3", "major": 9, "cores": 132, "units": 128, "clock": 1.98,
+        "block_memory": 232448, "core_memory": 233472, "cache": 50 << 20,
+        "bandwidth": 3352320000000, "memory": 80 << 30,
+    },
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB", "major": 8, "cores": 108, "units": 64, "clock": 1.41,
+        "block_memory": 166912, "core_memory": 167936, "cache": 40 << 20,
+        "bandwidth": 2039000000000, "memory": 80 << 30,
+    },
+}  # fmt: skip
+MIXED: Final = {16: 0.1, 8: 0.3, 4: 0.4, 2: 0.2}  # 6 bits per weight
+
+
+def main() -> int:
+    """Prints a table; returns 1 if something does not compile."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", nargs="+", choices=[*TPUS, *GPUS])
+    parser.add_argument("--shape", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 600])
+    arguments = parser.parse_args()
+    print("| target | weight | rows | activations | arguments | temporary |")
+    print("|---|---|---|---|---|---|")
+    failed = False
+    for target, shape in itertools.product(arguments.targets, arguments.shape):
+        sharding = SingleDeviceSharding(device(target))
+        c, k = (int(n) for n in shape.split("x"))
+        for (label, w), rows in itertools.product(weights(c, k), arguments.rows):
+            for bits, kind in ((16, "bfloat16"), (8, "int8")):
+                line = compiled(w, rows, bits, target, sharding)
+                failed |= line.startswith("does not compile")
+                print(f"| {target} | {shape}, {label} | {rows} | {kind} | {line} |", flush=True)
+    return int(failed)
+
+
+def device(target: str) -> Any:
+    """One chip of the target."""
+    if target in TPUS:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
+    else:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=target,
+            target_config=GPU.format(**GPUS[target]),
+            topology="1x1x1",
+        )
+    return found.devices[0]
+
+
+def weights(c: int, k: int) -> Iterator[tuple[str, PackedWeight]]:
+    """Shapes of packed weights; no numbers."""
+    yield "mixed", shapes(c, k, {bits: round(share * c) for bits, share in MIXED.items()}, None)
+    yield "4 bits, groups of 128", shapes(c, k, {4: c}, 128)
+
+
+def shapes(c: int, k: int, rows: dict[int, int], group: int | None) -> PackedWeight:
+    """The arrays of a packed weight with so many rows of each bit-width."""
+    groups = 1 if group is None else -(-k // group)
+
+    def meaning(bits: int) -> CodeMap:
+        return SOURCE_CODES if bits == 16 else code_map(bits, "fitted")
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return PackedWeight(
+        words=tuple(array(jnp.uint32, n, num_words(k, bits)) for bits, n in rows.items()),
+        scales=tuple(
+            array(jnp.bfloat16, n, 0 if bits == 16 else groups) for bits, n in rows.items()
+        ),
+        index=array(jnp.uint16, sum(rows.values())),
+        bias=None,
+        segments=tuple(Segment(bits, n, meaning(bits)) for bits, n in rows.items()),
+        shape=(c, k),
+        group=group,
+    )
+
+
+def compiled(w: PackedWeight, rows: int, activation_bits: int, target: str, sharding: Any) -> str:
+    """What the compiler says of a product."""
+    name = "pallas_tpu" if target in TPUS else "pallas_gpu"
+    prepared = jax.eval_shape(lambda w: kernels.prepare(w, name), w)
+    x = jax.ShapeDtypeStruct((rows, w.shape[1]), jnp.bfloat16)
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (x, prepared)
+    )
+    run = jax.jit(lambda x, w: kernels.mixed_matmul(x, w, activation_bits))
+    start = time.perf_counter()
+    try:
+        memory = run.lower(*placed).compile().memory_analysis()
+    except Exception as error:  # whatever the compiler raises
+        return f"does not compile: {str(error).splitlines()[0][:600]} | "
+    print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return f"{memory.argument_size_in_bytes:,} | {memory.temp_size_in_bytes:,}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What the Pallas kernels do with a plane of a block: unpack it, multiply by it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvla_jax.array_typing import Array, Float, Int32
+from qvla_jax.kernels.codes import WORD_BITS
+from qvla_jax.quantization.grid import SOURCE
+
+
+def unpack(
+    words: Int32[Array, "depth n"], bits: int, plane: int, odd: bool
+) -> Int32[Array, "depth n"] | Float[Array, "depth n"]:
+    """Codes q of a plane; at 16 bits the bfloat16 numbers, widened to float32.
+
+    Args:
+        words: of a block.
+        bits: of its tile.
+        plane: which bit field, 0 to 32 / bits - 1.
+        odd: whether fields s stand for 2 s + 1.
+    """
+    if bits == SOURCE:  # the upper halves of float32
+        upper = words << 16 if plane == 0 else words & np.int32(-(2**16))
+        return jax.lax.bitcast_convert_type(upper, jnp.float32)
+    field = words
+    if plane < WORD_BITS // bits - 1:
+        field = field << (WORD_BITS - bits * (plane + 1))
+    field = field >> (WORD_BITS - bits)  # arithmetic: the sign comes along
+    return 2 * field + 1 if odd else field
+
+
+def dot(x: Float[Array, "m depth"], plane: Array) -> Array:
+    """X times a plane, which the type of x holds exactly; sums in int32 or float32."""
+    if x.dtype == jnp.int8:
+        return jnp.dot(x, plane.astype(jnp.int8), preferred_element_type=jnp.int32)
+    plane = plane.astype(jnp.float32)
+    if x.dtype == jnp.float32:
+        return jnp.dot(x, plane, precision=jax.lax.Precision.HIGHEST)
+    return jnp.dot(x, plane.astype(jnp.bfloat16), preferred_element_type=jnp.float32)

@@ -1,0 +1,40 @@
+"""The Pallas kernels compile for accelerators that are not there."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ahead_of_time.py"
+
+
+def compiler(package, extra):
+    try:
+        missing = importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:  # of the package above it
+        missing = True
+    return pytest.mark.skipif(missing, reason=f"no {package}: install the extra {extra}")
+
+
+TPU = [pytest.mark.tpu, compiler("libtpu", "aot-tpu")]
+GPU = [pytest.mark.gpu, compiler("jax_plugins.xla_cuda13", "aot-gpu")]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(name, marks=TPU) for name in ("v5e", "v5p", "v6e")]
+    + [pytest.param(name, marks=GPU) for name in ("h100", "a100")],
+)
+def test_kernels_compile(target):
+    # A process of its own: a compiler that JAX has loaded stays, and settings come before it.
+    result = subprocess.run(
+        [sys.executable, SCRIPT, target, "--shape", "700x1100", "--rows", "3"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    # Mixed widths and groups, each with bfloat16 and with int8 activations.
+    assert result.stdout.count(f"| {target} |") == 4
