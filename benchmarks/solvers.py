@@ -129,13 +129,12 @@ def constraints(arguments: argparse.Namespace) -> None:
     shape = problem.channels, problem.options
     # At 16 bits a weight takes two bytes. Tokens of a forward pass: patches, or the language
     # model's sequence; activations have 16 bits.
-    names = np.array(problem.group_names)[problem.group_of]
-    tokens = np.where(np.char.startswith(names, "llama"), 600, 256)
+    languages = np.array([name.startswith("llama") for name in problem.group_names or ()])
+    tokens = np.where(languages, 600, 256)[problem.group_of]
     products = (problem.sizes.max(axis=1) // 2 * tokens)[:, None]
     bitops = products * np.array([0, 2, 4, 8, 16]) * 16
     used = int(bitops[np.arange(problem.channels), free.choice].sum())
     half = int((free.choice == 0).sum()) // 2
-    languages = np.array([name.startswith("llama") for name in problem.group_names or ()])
     cases = {
         "tiles of 16": (dict(multiples=np.array([1, 16, 16, 16, 1])), "greedy:aligned"),
         "tiles of 128": (dict(multiples=np.array([1, 128, 128, 128, 1])), "greedy:aligned"),

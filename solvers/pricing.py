@@ -59,14 +59,18 @@ def relax_all(problem: AllocationProblem, *, iterations: int = 60) -> Priced:
     ceiling = float(problem.costs.max(axis=1).sum())
     # Cutting planes: value, slope and prices of each evaluation.
     planes: list[tuple[float, FloatArray, FloatArray]] = []
-    tried: list[tuple[float, Relaxation, IntArray]] = []
+    tried: list[tuple[float, IntArray]] = []
+    # The best alone: a relaxation's hulls take 200 MB at full scale.
+    found: tuple[float, Relaxation] | None = None
     prices = np.zeros(len(problem.resources))
     box = np.zeros_like(prices)
     for _ in range(iterations):
         relaxation, choice, slope = _at(problem, prices)
         value = relaxation.lower_bound
         planes.append((value, slope, prices))
-        tried.append((value, relaxation, choice))
+        tried.append((value, choice))
+        if found is None or value > found[0]:
+            found = value, relaxation
         if value > ceiling + 1e-9 * abs(ceiling):
             names = " and ".join(resource.name for resource in problem.resources)
             raise BudgetError(
@@ -75,15 +79,16 @@ def relax_all(problem: AllocationProblem, *, iterations: int = 60) -> Priced:
             )
         if not box.any():
             box = _first_box(problem, relaxation)
-        best = max(value for value, *_ in planes)
+        best = found[0]
         prices, most = _highest(planes, box)
         # A maximum on the box's edge says that the box was too small.
         edge = prices >= box * (1 - 1e-9)
         box = np.where(edge, box * _GROWTH, box)
         if most - best <= _TOLERANCE * max(abs(best), abs(most)) and not edge.any():
             break
+    assert found is not None
     tried.sort(key=lambda item: -item[0])
-    return Priced(tried[0][1], tuple(choice for _, _, choice in tried))
+    return Priced(found[1], tuple(choice for _, choice in tried))
 
 
 def priced_costs(problem: AllocationProblem, prices: FloatArray | tuple[float, ...]) -> FloatArray:
