@@ -140,6 +140,7 @@ def calibration_set(
     *,
     frames: int | None = None,
     trajectories: int | None = None,
+    stride: int = 1,
     seed: int = 0,
     split: str = "calibration",
     horizon: int = 8,
@@ -155,6 +156,8 @@ def calibration_set(
       frames: Number of frames. Without it, every frame of the trajectories drawn; without either,
         128 frames.
       trajectories: Draw from this many episodes only; by default from all.
+      stride: Without `frames`, take every `stride`-th step of each trajectory, from the first on:
+        where a policy that executes chunks of that length would look.
       seed: Seed of the draw.
       split: Split to draw from.
       horizon: Number of actions of the expert with each frame.
@@ -163,11 +166,18 @@ def calibration_set(
     Raises:
       DatasetError: The data cannot be read, or hold fewer frames or trajectories than asked for.
     """
-    for name, value in (("frames", frames), ("trajectories", trajectories), ("horizon", horizon)):
+    for name, value in (
+        ("frames", frames),
+        ("trajectories", trajectories),
+        ("horizon", horizon),
+        ("stride", stride),
+    ):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if stride > 1 and frames is not None:
+        raise InputError("a stride goes with whole trajectories: give `trajectories`, not `frames`")
     standardize.get(standardization)
-    if frames is None and trajectories is None:
+    if frames is None and trajectories is None and stride == 1:
         frames = DEFAULT_FRAMES
     dataset = RldsDataset(_resolve(source), split)
     tasks: dict[str, list[int]] = {}
@@ -186,7 +196,8 @@ def calibration_set(
                 f"{len(chosen)}"
             )
         chosen = chosen[:trajectories]
-    available = sum(lengths[i] for i in chosen)
+    steps = {i: range(0, lengths[i], stride) for i in chosen}
+    available = sum(map(len, steps.values()))
     if frames is None:
         frames = available
     if frames > available:
@@ -194,11 +205,11 @@ def calibration_set(
             f"{dataset.path}: {frames} frames asked for, {len(chosen)} episodes of split {split!r} "
             f"have {available}"
         )
-    counts = spread(frames, np.asarray([lengths[i] for i in chosen]))
+    counts = spread(frames, np.asarray([len(steps[i]) for i in chosen]))
     pairs = [
-        (i, int(step))
+        (i, steps[i][place])
         for i, count in zip(chosen, counts.tolist(), strict=True)
-        for step in stratified(lengths[i], count, rng)
+        for place in stratified(len(steps[i]), count, rng)
     ]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
     manifest = {

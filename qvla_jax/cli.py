@@ -50,6 +50,12 @@ def _stage(name: str) -> Callable[[], tuple[type[Any], Callable[[Any], None]]]:
     return load
 
 
+def _sensitivity() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+
+    return commands.SensitivityConfig, commands.sensitivity
+
+
 def _closed_loop() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands
     from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
@@ -132,7 +138,7 @@ COMMANDS = {
     "sensitivity": Command(
         "measure what each channel costs at each bit-width",
         "qvla sensitivity --model libero-mini --out runs/mini",
-        _stage("sensitivity"),
+        _sensitivity,
     ),
     "validate": Command(
         "study whether the sensitivities can be trusted",

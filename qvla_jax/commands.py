@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from qvla_jax import __version__, pipeline
+from qvla_jax import __version__, pipeline, sharding
 from qvla_jax.errors import QvlaError
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.closed_loop import EPISODES_FILE, SUMMARY_FILE, ClosedLoopConfig
@@ -45,6 +45,22 @@ class PackConfig:
     file: Path
     # Of every channel: 2, 3, 4, 8 or 16.
     bits: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SensitivityConfig(pipeline.SensitivityConfig):
+    """Measures what each output channel costs at each bit-width; writes sensitivity.safetensors.
+
+    A run that was killed goes on where it stopped when it is started again. On several hosts, start
+    it on each with the same options and another --process; --out has to hold the same
+    calibration.json everywhere, and results are written by process 0.
+    """
+
+    # HOST:PORT of process 0, for a sweep of several processes.
+    coordinator: str | None = None
+    # How many there are, and which one this is.
+    processes: int = 1
+    process: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,10 +183,14 @@ def calibrate(config: pipeline.CalibrateConfig) -> None:
     )
 
 
-def sensitivity(config: pipeline.SensitivityConfig) -> None:
+def sensitivity(config: SensitivityConfig) -> None:
     """Measures the sensitivities."""
+    if config.coordinator is not None:
+        sharding.join_processes(config.coordinator, config.processes, config.process)
     with ProgressBars() as progress:
         validation = pipeline.sensitivity(config, progress=progress)
+    if not sharding.is_main_process():
+        return
     if validation is not None:
         _say(spearman_line(validation, config.method))
     _say(f"Sensitivities: {config.out / files.SENSITIVITY}")

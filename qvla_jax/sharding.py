@@ -1,7 +1,12 @@
-"""The device mesh for batched work, and how batches are put on it.
+"""The device meshes, and how arrays get onto them and back.
 
-One axis, `data`: every local device takes an equal share of a batch, and weights are replicated. On
-CPU one XLA device uses about one core, so `use_all_cpu_cores` makes a virtual device of each.
+Batched inference has one axis, `data`: every local device takes an equal share of a batch, and
+weights are replicated. Sensitivity sweeps run on all devices of all processes and have a second
+axis, `channel`, over which output channels are split. On CPU one XLA device uses about one core, so
+`use_all_cpu_cores` makes a virtual device of each.
+
+Every process holds the same host arrays and calls the same functions in the same order (JAX's
+multi-controller model); each puts the shards of its own devices.
 """
 
 import contextlib
@@ -10,9 +15,13 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qvla_jax.errors import InputError
+
 DATA_AXIS = "data"
+CHANNEL_AXIS = "channel"
 
 Tree = TypeVar("Tree")
 
@@ -39,6 +48,93 @@ def data_mesh() -> Mesh:
     return Mesh(np.asarray(jax.local_devices()), (DATA_AXIS,))
 
 
+def sweep_mesh(channel: int = 1) -> Mesh:
+    """Returns a mesh over the devices of all processes, with the axes `data` and `channel`.
+
+    Args:
+        channel: Devices along `channel`; all others lie along `data`.
+
+    Raises:
+        InputError: The number of devices is not a multiple of `channel`.
+    """
+    devices = np.asarray(jax.devices())
+    if channel < 1 or len(devices) % channel:
+        raise InputError(
+            f"{channel} devices along the channel axis do not divide the {len(devices)} there are"
+        )
+    return Mesh(devices.reshape(-1, channel), (DATA_AXIS, CHANNEL_AXIS))
+
+
+def join_processes(coordinator: str, processes: int, process: int) -> None:
+    """Joins the processes of a sweep, before the first use of a device.
+
+    When one of them dies, the others end as well, at the latest after the heartbeat's timeout.
+
+    Args:
+        coordinator: HOST:PORT of process 0.
+        processes: How many there are.
+        process: Which one this is.
+
+    Raises:
+        InputError: The number is none of theirs, or nobody answers at the address.
+    """
+    if not 0 <= process < processes or ":" not in coordinator:
+        raise InputError(
+            f"process {process} of {processes} at {coordinator!r}: expected HOST:PORT and a number "
+            "from 0, below the number of processes"
+        )
+    try:
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=30)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"process {process} cannot join {coordinator}: {error}") from error
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes results."""
+    return jax.process_index() == 0
+
+
+def put(mesh: Mesh, leaf: Any, spec: PartitionSpec) -> jax.Array:
+    """Puts one array on the mesh; the processes hand in the same values."""
+    sharding = NamedSharding(mesh, spec)
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array, on every process that asks; all of them have to."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def from_main_process(data: bytes) -> bytes:
+    """What the main process handed in; every process has to call."""
+    if jax.process_count() == 1:
+        return data
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    # What the others handed in has another length, and is not looked at.
+    buffer = np.frombuffer(data.ljust(length)[:length], np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes()
+
+
+def largest_axis(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """Splits a weight along its largest axis that `channel` divides; vectors are replicated."""
+    devices = mesh.shape[CHANNEL_AXIS]
+    axes = [i for i, size in enumerate(shape) if size % devices == 0]
+    if len(shape) < 2 or not axes:
+        return PartitionSpec()
+    largest = max(axes, key=lambda i: shape[i])
+    return PartitionSpec(*(CHANNEL_AXIS if i == largest else None for i in range(len(shape))))
+
+
+def split_weights(mesh: Mesh, tree: Tree) -> Tree:
+    """Puts weights on the mesh, each split over `channel` along its largest axis."""
+    return jax.tree.map(lambda leaf: put(mesh, leaf, largest_axis(mesh, np.shape(leaf))), tree)
+
+
 def shard_batch(mesh: Mesh, tree: Tree) -> Tree:
     """Puts a batch on the mesh, its first axis split over the devices.
 
@@ -52,17 +148,16 @@ def shard_batch(mesh: Mesh, tree: Tree) -> Tree:
     """
     devices = mesh.shape[DATA_AXIS]
 
-    def put(leaf: Any) -> jax.Array:
+    def place(leaf: Any) -> jax.Array:
         divisible = np.ndim(leaf) > 0 and np.shape(leaf)[0] % devices == 0
-        spec = PartitionSpec(DATA_AXIS) if divisible else PartitionSpec()
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        return put(mesh, leaf, PartitionSpec(DATA_AXIS) if divisible else PartitionSpec())
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(place, tree)
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
     """Puts a whole copy of `tree` on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda leaf: put(mesh, leaf, PartitionSpec()), tree)
 
 
 def pad_batch(tree: Tree, multiple: int) -> tuple[Tree, int]:

@@ -55,9 +55,13 @@ class SensitivityConfig(StageConfig):
     validate: int = 256
     # Calibration frames used for that.
     validate_frames: int = 8
+    # Devices, of all processes, along the mesh's channel axis; the others split the frames.
+    channel_devices: int = 1
+    # Split the policy's weights over the channel axis, too (jacobian, refined, taylor).
+    split_weights: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self, "probes", "validate_frames")
+        _positive(self, "probes", "validate_frames", "channel_devices")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +139,10 @@ class ValidateConfig(HeldoutConfig):
     # Budgets in bits for each weight, at which predicted and measured joint error are compared.
     budgets: tuple[float, ...] = (2.5, 3.0, 4.0, 6.0)
     # Frames and seeds of other calibration sets, for the stability.
-    sizes: tuple[int, ...] = (8, 32, 128)
+    sizes: tuple[int, ...] = (8, 32, 128, 512)
     seeds: tuple[int, ...] = (1, 2)
+    # Whole trajectories, every chunk of them, for the cumulative sensitivity; 0 skips it.
+    trajectories: int = 8
 
     def __post_init__(self) -> None:
         _positive(self, "channels", "frames")

@@ -12,6 +12,11 @@ from qvla_jax.sensitivity import SensitivityTable
 CALIBRATION = "calibration.json"
 SENSITIVITY = "sensitivity.safetensors"
 STATISTICS = "statistics.safetensors"
+# Seconds of each method. Not in the tables, which a sweep that was killed and went on repeats byte
+# for byte.
+TIMES = "sensitivity_times.json"
+# Finished items of a sweep, removed once its table is written.
+SWEEP = "sweep"
 VALIDATION = "validation.json"
 ALLOCATION = "allocation.safetensors"
 POLICY = "policy.qvla"
@@ -26,6 +31,7 @@ _WRITERS = {
     CALIBRATION: "calibrate",
     SENSITIVITY: "sensitivity",
     STATISTICS: "sensitivity",
+    TIMES: "sensitivity",
     VALIDATION: "sensitivity",
     ALLOCATION: "allocate",
     POLICY: "quantize",

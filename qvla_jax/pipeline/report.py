@@ -12,7 +12,7 @@ from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import ReportConfig
 from qvla_jax.pipeline.evaluate import EVALUATION_KIND, describe_frames
-from qvla_jax.pipeline.sensitivity import load_validation
+from qvla_jax.pipeline.sensitivity import load_seconds, load_validation
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.report import SensitivityMap, render
 from qvla_jax.sensitivity.table import SensitivityTable
@@ -65,7 +65,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         "allocations": [describe_allocation(a) for a in allocations.items],
         "layers": describe_layers(tables[0], chosen),
         "seconds": {
-            "sensitivity": tables[0].provenance.get("seconds"),
+            "sensitivity": load_seconds(config.out, tables[0].method),
             "allocate": sum(a.seconds for a in allocations.items),
             "evaluate": evaluation["seconds"],
         },

@@ -1,9 +1,12 @@
 """Stage 2: what each output channel costs at each bit-width, and whether that can be trusted."""
 
 import difflib
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+from qvla_jax import sharding
 from qvla_jax.atomic import write_json
 from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.errors import BudgetError, InputError
@@ -13,10 +16,17 @@ from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.quantization import option_sizes, policy_index
-from qvla_jax.sensitivity import METHODS, SensitivityTable, sensitivities, validate
+from qvla_jax.sensitivity import (
+    METHODS,
+    SensitivityTable,
+    SweepStore,
+    sensitivities,
+    validate,
+)
 
 BITS = (0, 2, 4, 8, 16)
 VALIDATION_KIND = "qvla_jax.validation"
+TIMES_KIND = "qvla_jax.sensitivity_times"
 
 
 def sensitivity(
@@ -27,6 +37,10 @@ def sensitivity(
     progress: Progress = no_progress,
 ) -> dict[str, Any] | None:
     """Measures the sensitivities and those of the baselines, and validates the former.
+
+    Finished items are kept in `out`/sweep until the tables are written: called again with the same
+    settings after it was killed, it goes on with them. Several processes call it alike; the main
+    one writes.
 
     Args:
         config: Settings.
@@ -44,8 +58,12 @@ def sensitivity(
     check_methods(config)
     calibration = load_calibration(config.out) if calibration is None else calibration
     policy = load_policy(config.model) if policy is None else policy
+    mesh = sharding.sweep_mesh(config.channel_devices)
+    store = SweepStore(config.out / files.SWEEP)
     tables: dict[str, SensitivityTable] = {}
+    seconds: dict[str, float] = {}
     for method in dict.fromkeys((config.method, *config.baselines)):
+        started = time.perf_counter()
         tables[method] = sensitivities(
             policy,
             calibration,
@@ -56,8 +74,12 @@ def sensitivity(
             seed=config.seed,
             # The inputs are the same for every method: measured once.
             statistics=tables[config.method].statistics if tables else None,
+            mesh=mesh,
+            split_weights=config.split_weights,
+            store=store,
             progress=prefixed(progress, method),
         )
+        seconds[method] = time.perf_counter() - started
     validation = None
     if config.validate and config.method != "exact":
         table = tables[config.method]
@@ -70,7 +92,8 @@ def sensitivity(
             seed=config.seed,
             progress=prefixed(progress, "validation"),
         )
-    _write(config, tables, validation)
+    if sharding.is_main_process():
+        _write(config, tables, seconds, validation)
     return validation
 
 
@@ -112,9 +135,16 @@ def load_validation(folder: Path) -> dict[str, Any] | None:
     return files.read_json(path, kind=VALIDATION_KIND) if path.exists() else None
 
 
+def load_seconds(folder: Path, method: str) -> float | None:
+    """Reads how long a method took; None if that was not written down."""
+    path = folder / files.TIMES
+    return files.read_json(path, kind=TIMES_KIND)["seconds"].get(method) if path.exists() else None
+
+
 def _write(
     config: SensitivityConfig,
     tables: dict[str, SensitivityTable],
+    seconds: dict[str, float],
     validation: dict[str, Any] | None,
 ) -> None:
     """Replaces all files of this stage, so that none of an earlier run stays behind."""
@@ -124,7 +154,10 @@ def _write(
         statistics.save(config.out / files.STATISTICS)
     for method, table in tables.items():
         table.save(files.sensitivity_file(config.out, method, main=config.method))
+    header = {"format": TIMES_KIND, "version": 1}
+    write_json(config.out / files.TIMES, {**header, "seconds": seconds})
     if validation is not None:
         header = {"format": VALIDATION_KIND, "version": 1}
         made_from = files.made_from(tables[config.method])
         write_json(config.out / files.VALIDATION, {**header, "made_from": made_from, **validation})
+    shutil.rmtree(config.out / files.SWEEP, ignore_errors=True)

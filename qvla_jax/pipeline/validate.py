@@ -23,7 +23,10 @@ from qvla_jax.quantization.grid import SOURCE
 from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.report.study import draw
 from qvla_jax.sensitivity import SensitivityTable, joint_error, sensitivities, spearman
+from qvla_jax.sensitivity.probes import DEFAULT_PROBES
+from qvla_jax.sensitivity.ranks import top_overlap
 from qvla_jax.sensitivity.strata import module_types
+from qvla_jax.sensitivity.trajectories import trajectory_costs
 from qvla_jax.sensitivity.validation import probe_sample, same_frames
 from qvla_jax.solvers import solve
 
@@ -38,7 +41,8 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dic
     Returns:
         JSON object: `ranks` (each method against exact probing on the same frames), `additivity`
         (predicted against measured joint error), `stability` (tables of other calibration sets
-        against this one) and `modules` (mean cost of a channel by module type).
+        against this one), `cumulative` (this table against sums along whole trajectories; None if
+        it was skipped) and `modules` (mean cost of a channel by module type).
 
     Raises:
         InputError: the calibration set or the table is missing, or belongs to another policy.
@@ -63,6 +67,9 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dic
         "ranks": _ranks(config, policy, calibration, table, progress),
         "additivity": _additivity(config, policy, calibration, heldout, table, progress),
         "stability": _stability(config, policy, calibration, table, progress),
+        "cumulative": _cumulative(config, policy, calibration, table, progress)
+        if config.trajectories
+        else None,
         "modules": _modules(config, policy, calibration, table, progress),
         "provenance": provenance(seed=config.seed),
     }
@@ -176,6 +183,46 @@ def _stability(
                 }
             )
     return rows
+
+
+def _cumulative(
+    config: ValidateConfig,
+    policy: Policy,
+    calibration: CalibrationSet,
+    table: SensitivityTable,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The table, whose frames are drawn one by one, against sums along whole trajectories.
+
+    `spearman` and `top` compare their mean over the trajectories, `single` each of them alone
+    (least, median and largest rank correlation).
+    """
+    horizon = policy.config.action_horizon
+    drawn = calibration_set(
+        calibration.manifest["source"],
+        trajectories=config.trajectories,
+        stride=horizon,
+        seed=config.seed,
+        split=calibration.manifest["split"],
+        horizon=horizon,
+    )
+    sums = trajectory_costs(
+        policy, drawn, table, probes=table.provenance["settings"]["probes"] or DEFAULT_PROBES,
+        seed=config.seed, progress=prefixed(progress, "trajectories"),
+    )  # fmt: skip
+    reached = table.costs.any(axis=1)
+    mean = sums.mean(axis=0)
+    content: dict[str, Any] = {"trajectories": len(sums), "frames": drawn.frames, "stride": horizon}
+    content |= {"spearman": {}, "top": {}, "single": {}}
+    for column, b in enumerate(table.bits):
+        if b == SOURCE:
+            continue
+        single_step = table.costs[reached, column]
+        each = [spearman(one[reached, column], single_step) for one in sums]
+        content["spearman"][str(b)] = spearman(mean[reached, column], single_step)
+        content["top"][str(b)] = top_overlap(single_step, mean[reached, column])
+        content["single"][str(b)] = [float(v) for v in np.quantile(each, (0, 0.5, 1))]
+    return content
 
 
 def _modules(

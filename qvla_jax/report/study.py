@@ -62,6 +62,18 @@ def study_tables(study: Mapping[str, Any]) -> list[Table]:
             *(f"{row['spearman'][b]:.3f}" for b in bits),
             *(f"{row['regret'][b]:.1%}" for b in budgets),
         )
+    tables = [ranks, additivity, stability]
+    if (cumulative := study["cumulative"]) is not None:
+        table = _table(
+            f"along {cumulative['trajectories']} trajectories", [f"{b} bits" for b in bits]
+        )
+        for label, key in (("Spearman with single steps", "spearman"), ("top tenth shared", "top")):
+            table.add_row(label, *(f"{cumulative[key][b]:.3f}" for b in bits))
+        table.add_row(
+            "Spearman of one trajectory",
+            *("{:.3f} to {:.3f}".format(*cumulative["single"][b][::2]) for b in bits),
+        )
+        tables.append(table)
     modules = _table("squared error for 1,000 weights", ["channels", *(f"{b} bits" for b in bits)])
     for row in sorted(study["modules"], key=lambda row: -row["cost_of_thousand_weights"]["4"]):
         modules.add_row(
@@ -69,7 +81,7 @@ def study_tables(study: Mapping[str, Any]) -> list[Table]:
             f"{row['channels']:,}",
             *(number(row["cost_of_thousand_weights"][b]) for b in bits),
         )
-    return [ranks, additivity, stability, modules]
+    return [*tables, modules]
 
 
 def _table(title: str, headings: list[str]) -> Table:

@@ -4,6 +4,7 @@ from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.sensitivity.methods import METHODS, sensitivities
 from qvla_jax.sensitivity.ranks import spearman
 from qvla_jax.sensitivity.statistics import input_statistics
+from qvla_jax.sensitivity.store import SweepStore
 from qvla_jax.sensitivity.table import SensitivityTable
 from qvla_jax.sensitivity.validation import joint_error, validate
 
@@ -11,6 +12,7 @@ __all__ = [
     "METHODS",
     "ChannelIndex",
     "SensitivityTable",
+    "SweepStore",
     "input_statistics",
     "joint_error",
     "sensitivities",

@@ -87,9 +87,12 @@ class FrameBatch:
 
 
 def batch_size(frames: int, wanted: int, mesh: Mesh) -> int:
-    """The batch size used: a multiple of the devices, and no larger than needed."""
-    devices = mesh.shape[sharding.DATA_AXIS]
-    return -(-max(min(wanted, frames), 1) // devices) * devices
+    """Frames of one batch on all devices, `wanted` on each (but no more than there are).
+
+    The share of a device never depends on how many there are, so that every frame is computed by
+    the same program whatever the mesh.
+    """
+    return max(min(wanted, frames), 1) * mesh.shape[sharding.DATA_AXIS]
 
 
 def frame_batches(

@@ -6,16 +6,22 @@ A_{l,c}^{(n)} is the action chunk when only channel c of layer l is quantized. Q
 changes one output channel by dY[t] = (x_t - E[x]) . (w_hat - w), which is added to the layer's
 output, so no weight matrix is copied. A block of perturbations is vmapped over a batch of frames,
 sorted by depth so that only the stages behind the shallowest of them are replayed.
+
+Which perturbations share a block, and the shapes that a device works on, do not depend on the mesh:
+every device along `channel` takes a block of its own, every device along `data` a batch of its own.
+The sweep's result is therefore the same, bit for bit, on any mesh.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping
+from typing import Final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from qvla_jax import sharding
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
@@ -29,6 +35,8 @@ from qvla_jax.sensitivity.batches import (
     frame_batches,
 )
 from qvla_jax.sensitivity.replay import (
+    BY_CHANNEL,
+    SPLIT_PERTURBATIONS,
     Perturbations,
     ReplaySpec,
     Trace,
@@ -37,10 +45,10 @@ from qvla_jax.sensitivity.replay import (
     unperturbed,
 )
 from qvla_jax.sensitivity.stages import downstream, stage_paths
-from qvla_jax.sharding import data_mesh, replicate
+from qvla_jax.sensitivity.store import NOTHING_KEPT, SweepStore, digest_of
 
-# Sample number, layer number, channel, and what is added to its output [b, T].
-_Item = tuple[int, int, int, np.ndarray]
+# Blocks of one item: what a killed sweep may lose.
+_BLOCKS: Final = 32
 
 
 def exact_costs(
@@ -52,9 +60,11 @@ def exact_costs(
     *,
     bits: tuple[int, ...],
     rows: Int[np.ndarray, " m"] | None = None,
-    batch: int = 8,
+    batch: int = 4,
     block: int = 16,
     weights: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+    store: SweepStore | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Float[np.ndarray, "m n"], Float[np.ndarray, "m n"]]:
     """Measured sensitivities of some channels, and their standard errors over frames.
@@ -67,41 +77,82 @@ def exact_costs(
         quantizer: the one whose changes are measured.
         bits: options, without 16.
         rows: rows of the table to measure; None measures all.
-        batch: frames at a time.
-        block: perturbations at a time, one of which is the zero perturbation.
+        batch: frames at a time on each device.
+        block: perturbations at a time on each device, one of which is the zero perturbation.
         weights: weight of each action dimension.
+        mesh: from `sharding.sweep_mesh`, which is also the default.
+        store: keeps finished items.
         progress: called with the perturbations done.
 
     Raises:
         InputError: the set is empty, or an action is not finite.
     """
     rows = np.arange(len(index)) if rows is None else np.asarray(rows)
-    mesh = data_mesh()
+    mesh = sharding.sweep_mesh() if mesh is None else mesh
     size = batch_size(calibration.frames, batch, mesh)
     graphdef, state = nnx.split(policy.model)
-    state = replicate(mesh, state)
     spec = ReplaySpec(graphdef, tuple(layers), stage_paths(policy.model), mesh)
-    prober = _Prober(spec, state, layers, index, quantizer, bits, rows, block)
+    state = sharding.replicate(mesh, state)
+    prober = _Prober(spec, state, layers, index, quantizer, bits, rows, max(block, 2))
+    items = NOTHING_KEPT
+    if store is not None:
+        items = store.sweep(
+            method="exact", calibration=calibration.manifest["sha256"], frames=calibration.frames,
+            bits=list(bits), rows=digest_of(rows), batch=size, block=block,
+            weights=None if weights is None else weights.tolist(),
+        )  # fmt: skip
     root = 1.0 if weights is None else np.sqrt(np.asarray(weights, np.float64))
     result, each = FrameMean(), len(rows) * len(bits)
     total = each * -(-calibration.frames // size)
     progress("exact", 0, total)
-    for number, item in enumerate(frame_batches(policy, calibration, size, mesh)):
-        done = number * each
-        costs = np.zeros((item.count, len(rows), len(bits)))
-        for samples, change in prober.measure(item):
-            squares = np.sum((change[:, : item.count] * root) ** 2, axis=(2, 3))
-            costs.reshape(item.count, -1)[:, samples] = squares.T
+    for number, frames in enumerate(frame_batches(policy, calibration, size, mesh)):
+        done, batch_costs = number * each, np.zeros((frames.count, each))
+        base = _Unperturbed(spec, state, frames)
+        for part, samples in enumerate(prober.parts(frames)):
+            measure = functools.partial(prober.squares, base, samples, root)
+            batch_costs[:, samples] = items.get(f"batch{number:06d}-part{part:06d}", measure)
             done += len(samples)
             progress("exact", done, total)
-        result.add(costs)
+        result.add(batch_costs.reshape(-1, len(rows), len(bits)))
         # Channels that no action reads are not probed.
         progress("exact", (number + 1) * each, total)
     return result.mean, result.standard_error
 
 
+class _Unperturbed:
+    """A batch, and the pass that all replays of it start from, made when it is asked for."""
+
+    def __init__(self, spec: ReplaySpec, state: nnx.State, batch: FrameBatch):
+        self.batch = batch
+        self._spec, self._state = spec, state
+        self._last: tuple[str, np.ndarray] | None = None
+
+    @functools.cached_property
+    def _arrays(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        return unperturbed(self._spec, self._state, self.batch.inputs)
+
+    @property
+    def outputs(self) -> dict[str, jax.Array]:
+        """Of the stages."""
+        return self._arrays[0]
+
+    @property
+    def tokens(self) -> int:
+        """The most that a layer has for each frame."""
+        return max(x.shape[1] for x in self._arrays[1].values())
+
+    def input(self, path: str) -> Float[np.ndarray, "b T k"]:
+        """Of a layer; layers are asked for one after another."""
+        if self._last is None or self._last[0] != path:
+            self._last = path, sharding.to_host(self._arrays[1][path]).astype(np.float32)
+        return self._last[1]
+
+
 class _Prober:
-    """Measures the action's change under each perturbation on one batch after another."""
+    """Measures the action's change under each perturbation of a batch.
+
+    A perturbation is named by its number, row-major over `rows` and `bits`.
+    """
 
     def __init__(
         self,
@@ -114,34 +165,100 @@ class _Prober:
         rows: Int[np.ndarray, " m"],
         block: int,
     ):
-        self.spec, self.state, self.block = spec, state, max(block, 2)
+        self.spec, self.state, self.block = spec, state, block
         self.layers, self.index, self.quantizer = layers, index, quantizer
         self.bits, self.rows = bits, rows
         self.trace: Trace | None = None
         self.changes: dict[str, np.ndarray] = {}
 
-    def measure(
-        self, batch: FrameBatch
-    ) -> Iterator[tuple[Int[np.ndarray, " p"], Float[np.ndarray, "p b h a"]]]:
-        """Yields sample numbers (row-major over rows and bits) and A - A* in float64."""
-        trace = self._trace(batch)
-        outputs, inputs = unperturbed(self.spec, self.state, batch.inputs)
-        tokens = max(x.shape[1] for x in inputs.values())
-        items = self._items(trace, inputs)
-        while chunk := list(itertools.islice(items, self.block - 1)):
-            paths = {self.spec.paths[layer] for _, layer, _, _ in chunk}
-            run = downstream(trace.order, trace.positions, sorted(paths))
-            actions = replay(
-                self.spec,
-                self.state,
-                batch.inputs,
-                outputs,
-                run,
-                self._pack(chunk, tokens, len(batch.frames)),
-            )
-            # Against the zero perturbation of the same program: equal rounding on both sides.
-            host = np.asarray(actions, np.float64)
-            yield np.asarray([item[0] for item in chunk]), host[1 : len(chunk) + 1] - host[:1]
+    def parts(self, batch: FrameBatch) -> list[Int[np.ndarray, " p"]]:
+        """Perturbations of all reached layers in the order of execution, an item's worth each."""
+        positions = self._trace(batch).positions
+        numbers = {path: i for i, path in enumerate(self.spec.paths)}
+        by_depth = sorted(positions, key=lambda path: (positions[path], numbers[path]))
+        layer_of = np.repeat(self.index.layer_of[self.rows], len(self.bits))
+        ordered = [np.flatnonzero(layer_of == numbers[path]) for path in by_depth]
+        whole = np.concatenate([np.zeros(0, np.int64), *ordered])
+        size = _BLOCKS * (self.block - 1)
+        return [whole[start : start + size] for start in range(0, len(whole), size)]
+
+    def squares(
+        self, base: _Unperturbed, samples: Int[np.ndarray, " p"], root: float | np.ndarray
+    ) -> Float[np.ndarray, "b p"]:
+        """|| root (A - A*) ||^2 of the batch's real frames, in float64.
+
+        Args:
+            base: the batch.
+            samples: perturbations.
+            root: of the weight of each action dimension.
+        """
+        each = self.block - 1
+        blocks = [samples[start : start + each] for start in range(0, len(samples), each)]
+        devices = self.spec.mesh.shape[sharding.CHANNEL_AXIS]
+        found = []
+        for start in range(0, len(blocks), devices):
+            together = blocks[start : start + devices]
+            idle = [samples[:0]] * (devices - len(together))
+            actions = self._replay(base, together + idle)[:, :, : base.batch.count]
+            for block, of_block in zip(together, actions, strict=False):
+                # Against the zero perturbation of the same program: equal rounding on both sides.
+                change = (of_block[1 : len(block) + 1] - of_block[:1]) * root
+                found.append(np.sum(change**2, axis=(2, 3)).T)
+        return np.concatenate(found, axis=1)
+
+    def _replay(
+        self, base: _Unperturbed, blocks: list[Int[np.ndarray, " p"]]
+    ) -> Float[np.ndarray, "d p b h a"]:
+        """Action chunks in float64, one block for each device along `channel`."""
+        mesh, trace = self.spec.mesh, self._trace(base.batch)
+        needed = []
+        for block in blocks:
+            paths = {self.spec.paths[i] for i in self.index.layer_of[self._row(block)]}
+            needed.append(downstream(trace.order, trace.positions, sorted(paths)))
+        run = {
+            stage: sharding.put(mesh, np.stack([flags[stage] for flags in needed]), BY_CHANNEL)
+            for stage in trace.order
+        }
+        perturbations = jax.tree.map(
+            lambda spec, *parts: sharding.put(mesh, np.concatenate(parts), spec),
+            SPLIT_PERTURBATIONS,
+            *(self._pack(base, block) for block in blocks),
+        )
+        actions = replay(self.spec, self.state, base.batch.inputs, base.outputs, run, perturbations)
+        host = sharding.to_host(actions).astype(np.float64)
+        return host.reshape(len(blocks), self.block, *host.shape[1:])
+
+    def _pack(self, base: _Unperturbed, block: Int[np.ndarray, " p"]) -> Perturbations:
+        """The zero perturbation first, zeros again where the block is short."""
+        layer = np.zeros(self.block, np.int32)
+        channel = np.full(self.block, -1, np.int32)
+        change = np.zeros((self.block, len(base.batch.frames), base.tokens), np.float32)
+        rows = self._row(block)
+        layer[1 : len(rows) + 1] = self.index.layer_of[rows]
+        channel[1 : len(rows) + 1] = self.index.channel[rows]
+        for number in dict.fromkeys(layer[1 : len(rows) + 1].tolist()):
+            path = self.spec.paths[number]
+            x = base.input(path)
+            if (mean := self.quantizer.mean(path)) is not None:
+                x = x - mean.astype(np.float32)
+            slots = 1 + np.flatnonzero(layer[1 : len(rows) + 1] == number)
+            dy = x @ self._changes(path, block[slots - 1]).T
+            change[slots, :, : dy.shape[1]] = np.moveaxis(dy, -1, 0)
+        return Perturbations(layer=layer, channel=channel, change=change)  # type: ignore[arg-type]
+
+    def _row(self, samples: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
+        return self.rows[samples // len(self.bits)]
+
+    def _changes(self, path: str, samples: Int[np.ndarray, " p"]) -> Float[np.ndarray, "p k"]:
+        """w_hat - w of these perturbations of a layer, whose rows are quantized once."""
+        rows = np.sort(self.rows[self.index.layer_of[self.rows] == self.spec.paths.index(path)])
+        if path not in self.changes:
+            # Of the whole layer: few shapes, so few compilations.
+            weight = self.layers[path].kernel[...].T
+            whole = np.asarray(self.quantizer.row_changes(path, weight, self.bits))
+            self.changes[path] = whole[:, self.index.channel[rows]]
+        place = np.searchsorted(rows, self._row(samples))
+        return self.changes[path][samples % len(self.bits), place]
 
     def _trace(self, batch: FrameBatch) -> Trace:
         if self.trace is None:
@@ -154,42 +271,3 @@ class _Prober:
             jax.eval_shape(run, self.state, batch.inputs)
             self.trace = Trace(order=trace.order, positions=trace.positions)
         return self.trace
-
-    def _items(self, trace: Trace, inputs: Mapping[str, jax.Array]) -> Iterator[_Item]:
-        """Perturbations of all samples in reached layers, in the order of execution."""
-        numbers = {path: i for i, path in enumerate(self.spec.paths)}
-        by_depth = sorted(trace.positions, key=lambda path: (trace.positions[path], numbers[path]))
-        for path in by_depth:
-            layer = numbers[path]
-            samples = np.flatnonzero(self.index.layer_of[self.rows] == layer)
-            if not samples.size:
-                continue
-            channels = self.index.channel[self.rows[samples]]
-            changes = self._changes(path, channels)
-            x = np.asarray(inputs[path], np.float32)
-            if (mean := self.quantizer.mean(path)) is not None:
-                x = x - mean.astype(np.float32)
-            for sample, channel, change in zip(samples, channels, changes, strict=True):
-                for option, dy in enumerate(np.moveaxis(x @ change.T, -1, 0)):
-                    yield int(sample) * len(self.bits) + option, layer, int(channel), dy
-
-    def _changes(self, path: str, channels: np.ndarray) -> Float[np.ndarray, "m n k"]:
-        """w_hat - w of the sampled rows of a layer, found once."""
-        if path not in self.changes:
-            # Of the whole layer: few shapes, so few compilations.
-            weight = self.layers[path].kernel[...].T
-            whole = np.asarray(self.quantizer.row_changes(path, weight, self.bits))
-            self.changes[path] = np.swapaxes(whole[:, channels], 0, 1)
-        return self.changes[path]
-
-    def _pack(self, chunk: Sequence[_Item], tokens: int, frames: int) -> Perturbations:
-        """One block: the zero perturbation first, zeros again where the chunk is short."""
-        layer = np.zeros(self.block, np.int32)
-        channel = np.full(self.block, -1, np.int32)
-        change = np.zeros((self.block, frames, tokens), np.float32)
-        for slot, (_, number, column, dy) in enumerate(chunk, start=1):
-            layer[slot], channel[slot] = number, column
-            change[slot, :, : dy.shape[1]] = dy
-        return Perturbations(
-            layer=jnp.asarray(layer), channel=jnp.asarray(channel), change=jnp.asarray(change)
-        )

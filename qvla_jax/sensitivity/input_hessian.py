@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from flax import nnx
+from jax.sharding import Mesh
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
@@ -28,7 +29,7 @@ from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import weight_rows
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
 from qvla_jax.sensitivity.replay import ReplaySpec, unperturbed
-from qvla_jax.sharding import data_mesh, replicate
+from qvla_jax.sharding import replicate, sweep_mesh, to_host
 
 _DAMPING = 0.01
 _SCALE_FLOOR = 1e-6
@@ -53,7 +54,8 @@ def input_hessians(
     calibration: Calibration,
     layers: Mapping[str, nnx.Linear],
     *,
-    batch: int = 16,
+    batch: int = 8,
+    mesh: Mesh | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Float[np.ndarray, "k k"]]:
     """H of each layer, float64; zeros for layers that no forward pass reaches.
@@ -64,7 +66,7 @@ def input_hessians(
     Raises:
         InputError: the set is empty, or an input is NaN or infinite.
     """
-    mesh = data_mesh()
+    mesh = sweep_mesh() if mesh is None else mesh
     graphdef, state = nnx.split(policy.model)
     state = replicate(mesh, state)
     spec = ReplaySpec(graphdef, tuple(layers), (), mesh)
@@ -74,7 +76,7 @@ def input_hessians(
     for item in frame_batches(policy, calibration, size, mesh):
         real = np.arange(size) < item.count
         for path, gram in _grams(spec, state, item.inputs, real).items():
-            sums[path] += np.asarray(gram, np.float64)
+            sums[path] += to_host(gram).astype(np.float64)
         done += item.count
         progress("input covariance", done, calibration.frames)
     for path, total in sums.items():
@@ -126,11 +128,14 @@ def input_hessian_costs(
     index: ChannelIndex,
     *,
     bits: tuple[int, ...],
-    batch: int = 16,
+    batch: int = 8,
+    mesh: Mesh | None = None,
     progress: Progress = no_progress,
 ) -> Float[np.ndarray, "C n"]:
     """The proxy of all channels. Arguments as in `reverse_costs`."""
-    hessians = input_hessians(policy, calibration, layers, batch=batch, progress=progress)
+    hessians = input_hessians(
+        policy, calibration, layers, batch=batch, mesh=mesh, progress=progress
+    )
     costs = np.zeros((len(index), len(bits)))
     for layer, rows in index.items():
         diagonal = inverse_factor_diagonal(hessians[layer.path])

@@ -14,23 +14,31 @@ the h a basis vectors as probes the expectation over v is exact.
 E_v sum_t g[t, c]^2 || w_hat - w ||^2, which knows nothing of the inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
+from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.quantizer import Quantizer
 from qvla_jax.sensitivity.accumulate import FrameMean
-from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
+from qvla_jax.sensitivity.batches import (
+    Calibration,
+    FrameBatch,
+    ModelPolicy,
+    batch_size,
+    frame_batches,
+)
 from qvla_jax.sensitivity.probes import Probes, check_probes
 from qvla_jax.sensitivity.reverse import Contraction, FromCotangent, ReverseSpec, reverse_sweep
-from qvla_jax.sharding import data_mesh, replicate
+from qvla_jax.sensitivity.store import NOTHING_KEPT, SweepStore, digest_of
 
 
 class LayerConstants(TypedDict):
@@ -80,8 +88,11 @@ def reverse_costs(
     bits: tuple[int, ...],
     probes: Probes,
     seed: int = 0,
-    batch: int = 8,
+    batch: int = 4,
     weights: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
+    store: SweepStore | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
     """Sensitivities of every channel for every one of `bits`, and their standard errors.
@@ -96,8 +107,12 @@ def reverse_costs(
         bits: options, without 16.
         probes: number of Rademacher vectors, or "full".
         seed: of the probes.
-        batch: frames at a time; memory grows with it.
+        batch: frames at a time on each device; memory grows with it.
         weights: weight of each action dimension.
+        mesh: from `sharding.sweep_mesh`, which is also the default.
+        split_weights: split the policy's weights over the mesh's `channel` axis, too; for weights
+            that one device does not hold.
+        store: keeps finished items.
         progress: called with the frames done.
 
     Returns:
@@ -106,25 +121,34 @@ def reverse_costs(
     Raises:
         InputError: `probes` is unusable, the set is empty, or a cost is not finite.
     """
-    constants = {
+    return change_costs(
+        policy,
+        calibration,
+        index,
+        layer_constants(layers, quantizer, bits),
+        method=method,
+        probes=probes,
+        seed=seed,
+        batch=batch,
+        weights=weights,
+        mesh=mesh,
+        split_weights=split_weights,
+        store=store,
+        progress=progress,
+    )
+
+
+def layer_constants(
+    layers: Mapping[str, nnx.Linear], quantizer: Quantizer, bits: tuple[int, ...]
+) -> dict[str, LayerConstants]:
+    """What a quantizer does to each layer under each of `bits`."""
+    return {
         path: LayerConstants(
             changes=quantizer.row_changes(path, layer.kernel[...].T, bits),
             mean=_shift(quantizer, path, layer.kernel.shape[0]),
         )
         for path, layer in layers.items()
     }
-    return change_costs(
-        policy,
-        calibration,
-        index,
-        constants,
-        method=method,
-        probes=probes,
-        seed=seed,
-        batch=batch,
-        weights=weights,
-        progress=progress,
-    )
 
 
 def change_costs(
@@ -136,8 +160,11 @@ def change_costs(
     method: str = "jacobian",
     probes: Probes = 8,
     seed: int = 0,
-    batch: int = 8,
+    batch: int = 4,
     weights: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
+    store: SweepStore | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
     """What given changes of every row cost at a policy, which may be quantized already.
@@ -150,8 +177,12 @@ def change_costs(
         method: "jacobian" or "taylor".
         probes: number of Rademacher vectors, or "full".
         seed: of the probes.
-        batch: frames at a time; memory grows with it.
+        batch: frames at a time on each device; memory grows with it.
         weights: weight of each action dimension.
+        mesh: from `sharding.sweep_mesh`, which is also the default.
+        split_weights: split the policy's weights over the mesh's `channel` axis, too; for weights
+            that one device does not hold.
+        store: keeps finished items.
         progress: called with the frames done.
 
     Returns:
@@ -160,27 +191,87 @@ def change_costs(
     Raises:
         InputError: `probes` is unusable, the set is empty, or a cost is not finite.
     """
+    result = FrameMean()
+    for costs in frame_costs(
+        policy, calibration, index, constants, method=method, probes=probes, seed=seed, batch=batch,
+        weights=weights, mesh=mesh, split_weights=split_weights, store=store, progress=progress,
+    ):  # fmt: skip
+        result.add(costs)
+    return result.mean, result.standard_error
+
+
+def frame_costs(
+    policy: ModelPolicy,
+    calibration: Calibration,
+    index: ChannelIndex,
+    constants: Mapping[str, LayerConstants],
+    *,
+    method: str = "jacobian",
+    probes: Probes = 8,
+    seed: int = 0,
+    batch: int = 4,
+    weights: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
+    store: SweepStore | None = None,
+    progress: Progress = no_progress,
+) -> Iterator[Float[np.ndarray, "b C n"]]:
+    """The costs of given changes at each frame, batch by batch in the calibration set's order.
+
+    Arguments and errors as in `change_costs`; values are not checked for NaN.
+    """
     check_probes(probes)
-    mesh = data_mesh()
+    mesh = sharding.sweep_mesh() if mesh is None else mesh
     graphdef, state = nnx.split(policy.model)
     spec = ReverseSpec(graphdef, tuple(constants), CONTRACTIONS[method], probes, mesh)
-    options = len(next(iter(constants.values()))["changes"])
-    state, constants = replicate(mesh, (state, dict(constants)))
-    action_weights = None if weights is None else jnp.asarray(weights, jnp.float32)
-    result = FrameMean()
     size = batch_size(calibration.frames, batch, mesh)
+    items = NOTHING_KEPT
+    if store is not None:
+        items = store.sweep(
+            method=method, calibration=calibration.manifest["sha256"], frames=calibration.frames,
+            changes=digest_of(*(np.asarray(c["changes"]) for c in constants.values())),
+            probes=probes, seed=seed, batch=size, mesh=dict(mesh.shape), split=split_weights,
+            weights=None if weights is None else weights.tolist(),
+        )  # fmt: skip
+    options = len(next(iter(constants.values()))["changes"])
+    place = sharding.split_weights if split_weights else sharding.replicate
+    state = place(mesh, state)
+    constants = {path: _put(mesh, arrays) for path, arrays in constants.items()}
+    key = jax.random.key(seed)
+    action_weights = None if weights is None else jnp.asarray(weights, jnp.float32)
+    done = 0
     progress("sensitivity", 0, calibration.frames)
-    for item in frame_batches(policy, calibration, size, mesh):
-        costs = reverse_sweep(
-            spec, state, constants, item.inputs, item.frames, jax.random.key(seed), action_weights
-        )
-        frames = np.zeros((item.count, len(index), options), np.float32)
-        for layer, rows in index.items():
-            if layer.path in costs:
-                frames[:, rows] = np.swapaxes(np.asarray(costs[layer.path])[: item.count], 1, 2)
-        result.add(frames)
-        progress("sensitivity", result.frames, calibration.frames)
-    return result.mean, result.standard_error
+    for number, item in enumerate(frame_batches(policy, calibration, size, mesh)):
+
+        def sweep(item: FrameBatch = item) -> Float[np.ndarray, "b C n"]:
+            costs = reverse_sweep(
+                spec, state, constants, item.inputs, item.frames, key, action_weights
+            )
+            frames = np.zeros((item.count, len(index), options), np.float32)
+            for layer, rows in index.items():
+                if layer.path in costs:
+                    of_layer = sharding.to_host(costs[layer.path])[: item.count]
+                    frames[:, rows] = np.swapaxes(of_layer, 1, 2)
+            return frames
+
+        yield items.get(f"batch{number:06d}", sweep)
+        done += item.count
+        progress("sensitivity", done, calibration.frames)
+
+
+def _put(mesh: Mesh, constants: LayerConstants) -> LayerConstants:
+    specs = constant_specs(mesh, constants["changes"].shape[1])
+    return LayerConstants(
+        changes=sharding.put(mesh, constants["changes"], specs["changes"]),
+        mean=sharding.put(mesh, constants["mean"], specs["mean"]),
+    )
+
+
+def constant_specs(mesh: Mesh, channels: int) -> dict[str, PartitionSpec]:
+    """How a layer's constants lie on the mesh: rows split over `channel` if it divides them."""
+    divisible = channels % mesh.shape[sharding.CHANNEL_AXIS] == 0
+    rows = PartitionSpec(None, sharding.CHANNEL_AXIS) if divisible else PartitionSpec()
+    return {"changes": rows, "mean": PartitionSpec()}
 
 
 def _shift(quantizer: Quantizer, path: str, fan_in: int) -> Float[Array, " k"]:

@@ -1,12 +1,12 @@
 """`sensitivities`: every method behind one signature."""
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
@@ -31,6 +31,7 @@ from qvla_jax.sensitivity.joint import joint_factors
 from qvla_jax.sensitivity.probes import Probes, check_probes
 from qvla_jax.sensitivity.refined import refined_costs
 from qvla_jax.sensitivity.statistics import input_statistics
+from qvla_jax.sensitivity.store import SweepStore, digest_of
 from qvla_jax.sensitivity.table import SensitivityTable
 
 METHODS: Final = ("jacobian", "refined", "exact", "taylor", "input_hessian")
@@ -54,6 +55,9 @@ def sensitivities(
     statistics: InputStatistics | None = None,
     joint: bool = True,
     rules: LayerRules = DEFAULT_RULES,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
+    store: SweepStore | None = None,
     progress: Progress = no_progress,
 ) -> SensitivityTable:
     """What each output channel of each quantized layer costs under each option.
@@ -70,7 +74,7 @@ def sensitivities(
             refined and taylor).
         exact_share: forward passes that `refined` may take, as a share of those of `exact`.
         seed: of the probes.
-        batch: frames at a time; memory grows with it.
+        batch: frames at a time on each device; memory grows with it.
         action_weights: weight of each of the a action dimensions; None weighs all alike.
         quantizer: grid, rounding and bias correction of the quantizer that is costed, and that
             `quantize` then uses; `input_hessian` costs that of the released code.
@@ -79,6 +83,11 @@ def sensitivities(
         joint: also measure by how much joint errors exceed the sum of single ones
             (sensitivity.joint); not for input_hessian, whose costs have another unit.
         rules: which layers are quantized.
+        mesh: from `sharding.sweep_mesh`; None takes the devices of all processes, all of them along
+            `data`. Every process calls this function alike, and gets the same table.
+        split_weights: jacobian, refined and taylor split the policy's weights over the mesh's
+            `channel` axis, for weights that one device does not hold.
+        store: keeps finished items, so that a killed sweep goes on where it stopped.
         progress: called as it goes on.
 
     Returns:
@@ -88,7 +97,6 @@ def sensitivities(
         InputError: unknown method or option, unusable weights or probes, a weight or an activation
             that is NaN or infinite (weights are named by layer and channel), an empty set.
     """
-    started = time.perf_counter()
     if method not in METHODS:
         raise InputError(f"unknown sensitivity method {method!r}; choose from {', '.join(METHODS)}")
     bits = _check_bits(bits)
@@ -97,13 +105,20 @@ def sensitivities(
     layers = quantizable_layers(policy.model, rules)
     index = channel_index(layers)
     if statistics is None and quantizer.needs_statistics:
-        statistics = input_statistics(policy, calibration, index, seed=seed, progress=progress)
+        statistics = input_statistics(
+            policy, calibration, index, seed=seed, mesh=mesh, progress=progress
+        )
     bound = Quantizer(quantizer, statistics)
     bound.check(index)
     options = tuple(b for b in bits if b != SOURCE)
+    made_with = {**provenance(seed=seed), "policy": policy.fingerprint}
+    if store is not None:
+        store = store.knowing(
+            **made_with, quantizer=dataclasses.asdict(quantizer), statistics=_digest(statistics)
+        )
     costs, error = _costs(
         policy, calibration, layers, index, bound, method, options, probes, exact_share, seed,
-        batch, weights, progress,
+        batch, weights, mesh, split_weights, store, progress,
     )  # fmt: skip
     columns = [options.index(b) if b != SOURCE else len(options) for b in bits]
 
@@ -126,11 +141,9 @@ def sensitivities(
         standard_error=None if error is None else with_source(error),
         statistics=statistics,
         provenance={
-            **provenance(seed=seed),
-            "policy": policy.fingerprint,
+            **made_with,
             "calibration": calibration.manifest["sha256"],
             "settings": settings,
-            "seconds": time.perf_counter() - started,
         },
     )
     if not joint or method == "input_hessian":
@@ -152,28 +165,41 @@ def _costs(
     seed: int,
     batch: int | None,
     weights: np.ndarray | None,
+    mesh: Mesh | None,
+    split_weights: bool,
+    store: SweepStore | None,
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    size = batch or 8
+    size = batch or 4
     if method == "input_hessian":
         costs = input_hessian_costs(
-            policy, calibration, layers, index, bits=bits, batch=size, progress=progress
-        )
+            policy, calibration, layers, index, bits=bits, batch=size, mesh=mesh,
+            progress=progress,
+        )  # fmt: skip
         return costs, None
     if method == "exact":
         return exact_costs(
             policy, calibration, layers, index, quantizer, bits=bits, batch=size, weights=weights,
-            progress=progress,
+            mesh=mesh, store=store, progress=progress,
         )  # fmt: skip
     if method == "refined":
         return refined_costs(
             policy, calibration, layers, index, quantizer, bits=bits, probes=probes,
-            share=exact_share, seed=seed, batch=size, weights=weights, progress=progress,
+            share=exact_share, seed=seed, batch=size, weights=weights, mesh=mesh,
+            split_weights=split_weights, store=store, progress=progress,
         )  # fmt: skip
     return reverse_costs(
         policy, calibration, layers, index, quantizer, method=method, bits=bits, probes=probes,
-        seed=seed, batch=size, weights=weights, progress=progress,
+        seed=seed, batch=size, weights=weights, mesh=mesh, split_weights=split_weights, store=store,
+        progress=progress,
     )  # fmt: skip
+
+
+def _digest(statistics: InputStatistics | None) -> str | None:
+    if statistics is None:
+        return None
+    arrays = (*statistics.means.values(), *statistics.covariances.values())
+    return digest_of(*(np.asarray(array) for array in arrays))
 
 
 def _check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Probe vectors v with E[v v^T] = I over the entries of an action chunk."""
 
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from qvla_jax.errors import InputError
 
 # A number of Rademacher vectors, or every basis vector once.
 Probes: TypeAlias = int | Literal["full"]
+DEFAULT_PROBES: Final = 8
 
 
 def check_probes(probes: Probes) -> None:

@@ -19,6 +19,7 @@ from typing import Final
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from qvla_jax.array_typing import Bool, Float, Int
 from qvla_jax.errors import InputError
@@ -29,6 +30,7 @@ from qvla_jax.sensitivity.batches import Calibration, FirstFrames, ModelPolicy
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.jacobian import reverse_costs
 from qvla_jax.sensitivity.probes import Probes
+from qvla_jax.sensitivity.store import SweepStore
 from qvla_jax.sensitivity.strata import module_types
 
 # Pairs of each module type and bit-width that are probed before anything is decided.
@@ -51,8 +53,11 @@ def refined_costs(
     share: float,
     frames: int = 8,
     seed: int = 0,
-    batch: int = 8,
+    batch: int = 4,
     weights: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
+    store: SweepStore | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
     """Refined sensitivities of every channel, and their standard errors over frames.
@@ -69,8 +74,11 @@ def refined_costs(
             of the whole set.
         frames: frames of the exact probing.
         seed: of the probes and of the pilot.
-        batch: frames at a time.
+        batch: frames at a time on each device.
         weights: weight of each action dimension.
+        mesh: from `sharding.sweep_mesh`, which is also the default.
+        split_weights: of the first-order passes, as in `reverse_costs`.
+        store: keeps finished items.
         progress: called as it goes on.
 
     Raises:
@@ -84,7 +92,8 @@ def refined_costs(
     ) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
         return reverse_costs(
             policy, of, layers, index, quantizer, method="jacobian", bits=bits, probes=of_probes,
-            seed=seed, batch=batch, weights=weights, progress=progress,
+            seed=seed, batch=batch, weights=weights, mesh=mesh, split_weights=split_weights,
+            store=store, progress=progress,
         )  # fmt: skip
 
     costs, error = first_order(calibration, probes)
@@ -97,7 +106,7 @@ def refined_costs(
             if rows.size:
                 measured, _ = exact_costs(
                     policy, part, layers, index, quantizer, bits=(b,), rows=rows, batch=batch,
-                    weights=weights, progress=progress,
+                    weights=weights, mesh=mesh, store=store, progress=progress,
                 )  # fmt: skip
                 exact[rows, column] = measured[:, 0]
 

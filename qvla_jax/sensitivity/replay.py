@@ -13,9 +13,12 @@ from jax.sharding import Mesh, PartitionSpec
 from qvla_jax.array_typing import Array, Bool, Float, Int
 from qvla_jax.sensitivity.instrument import hook_layers, per_frame
 from qvla_jax.sensitivity.stages import replay_or_reuse, wrap_stages
-from qvla_jax.sharding import DATA_AXIS
+from qvla_jax.sharding import CHANNEL_AXIS, DATA_AXIS
 
 _EVERYWHERE, _SPLIT = PartitionSpec(), PartitionSpec(DATA_AXIS)
+# Partition specs stand where the arrays do.
+BY_CHANNEL: Any = PartitionSpec(CHANNEL_AXIS)
+_BY_BOTH: Any = PartitionSpec(CHANNEL_AXIS, DATA_AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +35,16 @@ class ReplaySpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Perturbations:
-    """p changes of one output channel each."""
+    """p changes of one output channel each, p / d for each of d devices along `channel`."""
 
     # Number of the perturbed layer in `ReplaySpec.paths`, and its output channel.
     layer: Int[Array, " p"]
     channel: Int[Array, " p"]
     # What is added to the channel's output, over the tokens of each frame, padded on the right.
     change: Float[Array, "p b T"]
+
+
+SPLIT_PERTURBATIONS = Perturbations(layer=BY_CHANNEL, channel=BY_CHANNEL, change=_BY_BOTH)
 
 
 @dataclasses.dataclass
@@ -97,7 +103,7 @@ def replay(
     state: Any,
     inputs: Any,
     outputs: Mapping[str, Array],
-    run: Mapping[str, Bool[Array, ""]],
+    run: Mapping[str, Bool[Array, " d"]],
     perturbations: Perturbations,
 ) -> Float[Array, "p b h a"]:
     """Action chunks under each perturbation, all of them in one batched pass.
@@ -107,18 +113,14 @@ def replay(
         state: the model's arrays.
         inputs: model inputs.
         outputs: of the unperturbed stages.
-        run: which stages have to run, for all these perturbations together.
+        run: which stages have to run for the perturbations of each device along `channel`.
         perturbations: the changes; no weight is copied for them.
     """
-    # Partition specs stand where the arrays do.
-    split: Any = PartitionSpec(None, DATA_AXIS)
-    whole: Any = _EVERYWHERE
-    changes = Perturbations(layer=whole, channel=whole, change=split)
     return jax.shard_map(
         functools.partial(_replay, spec),
         mesh=spec.mesh,
-        in_specs=(_EVERYWHERE, _SPLIT, _SPLIT, _EVERYWHERE, changes),
-        out_specs=PartitionSpec(None, DATA_AXIS),
+        in_specs=(_EVERYWHERE, _SPLIT, _SPLIT, BY_CHANNEL, SPLIT_PERTURBATIONS),
+        out_specs=_BY_BOTH,
         check_vma=False,
     )(state, inputs, outputs, run, perturbations)
 
@@ -128,9 +130,10 @@ def _replay(
     state: Any,
     inputs: Any,
     outputs: Mapping[str, Array],
-    run: Mapping[str, Bool[Array, ""]],
+    run: Mapping[str, Bool[Array, " 1"]],
     perturbations: Perturbations,
 ) -> Float[Array, "p b h a"]:
+    own = {path: flags[0] for path, flags in run.items()}
     number = {path: i for i, path in enumerate(spec.paths)}
     count = len(jax.tree.leaves(inputs)[0])
 
@@ -144,7 +147,7 @@ def _replay(
 
         model = nnx.merge(spec.graphdef, state)
         hook_layers(model, spec.paths, hook)
-        wrap_stages(model, spec.stages, replay_or_reuse(run, outputs))
+        wrap_stages(model, spec.stages, replay_or_reuse(own, outputs))
         with jax.default_matmul_precision("float32"):
             return model(inputs)
 

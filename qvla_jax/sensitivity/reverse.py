@@ -57,7 +57,10 @@ def reverse_sweep(
 ) -> dict[str, Float[Array, "b ..."]]:
     """The contraction of every layer that the model reaches, for every frame.
 
-    Frames are independent, so each device works on its share of the batch without communication.
+    Frames are independent, so devices along `data` work on their shares of the batch without
+    communication. Along `channel` the compiler partitions the program as `state` and `constants`
+    are: constants split over output channels split the contraction, weights that are split as well
+    need no more memory than their share.
 
     Args:
         spec: static description.
@@ -78,6 +81,7 @@ def reverse_sweep(
         mesh=spec.mesh,
         in_specs=(everywhere, everywhere, split, split, everywhere, everywhere),
         out_specs=split,
+        axis_names={DATA_AXIS},
         check_vma=False,
     )(state, constants, inputs, frames, key, weights)
 

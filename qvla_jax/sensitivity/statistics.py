@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
@@ -20,7 +21,7 @@ from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.statistics import InputStatistics
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
 from qvla_jax.sensitivity.reverse import FromCotangent, ReverseSpec, reverse_sweep
-from qvla_jax.sharding import data_mesh
+from qvla_jax.sharding import replicate, sweep_mesh, to_host
 
 # Variances up to this share of the second moment are rounding errors of its sums in float32.
 _ROUNDING: Final = 8 * float(np.finfo(np.float32).eps)
@@ -44,8 +45,9 @@ def input_statistics(
     calibration: Calibration,
     index: ChannelIndex,
     *,
-    batch: int = 8,
+    batch: int = 4,
     seed: int = 0,
+    mesh: Mesh | None = None,
     progress: Progress = no_progress,
 ) -> InputStatistics:
     """Moments of each layer's inputs over the calibration set's frames and tokens.
@@ -54,8 +56,9 @@ def input_statistics(
         policy: has `model` and `prepare`.
         calibration: the frames.
         index: the quantized layers.
-        batch: frames at a time; each holds a matrix [k + 1, k + 1] for every layer.
+        batch: frames at a time on each device; each holds a matrix [k + 1, k + 1] for every layer.
         seed: of the projection that finds out which tokens matter.
+        mesh: from `sharding.sweep_mesh`, which is also the default.
         progress: called with the frames done.
 
     Returns:
@@ -65,8 +68,9 @@ def input_statistics(
     Raises:
         InputError: the set is empty, or an input is NaN or infinite.
     """
-    mesh = data_mesh()
+    mesh = sweep_mesh() if mesh is None else mesh
     graphdef, state = nnx.split(policy.model)
+    state = replicate(mesh, state)
     spec = ReverseSpec(graphdef, index.paths, _moments_where_it_matters, 1, mesh)
     totals = {layer.path: np.zeros((layer.fan_in + 1,) * 2) for layer in index.layers}
     size, done = batch_size(calibration.frames, batch, mesh), 0
@@ -75,7 +79,7 @@ def input_statistics(
         sums = reverse_sweep(spec, state, {}, item.inputs, item.frames, jax.random.key(seed), None)
         for path, values in sums.items():
             # One after another, so that the batch size does not change the order of summation.
-            for frame in np.asarray(values)[: item.count]:
+            for frame in to_host(values)[: item.count]:
                 totals[path] += frame
         done += item.count
         progress("input statistics", done, calibration.frames)

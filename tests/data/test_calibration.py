@@ -15,6 +15,21 @@ from qvla_jax.data.sampling import interleave, spread, stratified
 from qvla_jax.errors import DatasetError, InputError
 
 
+def test_a_stride_takes_the_steps_at_which_a_policy_looks() -> None:
+    calibration = data.calibration_set("bundled", trajectories=3, stride=8)
+    dataset = data.RldsDataset(data.bundled_path(), "calibration")
+    steps: dict[int, list[int]] = {}
+    for episode, step in zip(
+        calibration.manifest["episodes"], calibration.manifest["steps"], strict=True
+    ):
+        steps.setdefault(episode, []).append(step)
+    assert len(steps) == 3
+    for episode in dataset.episodes(sorted(steps)):
+        assert sorted(steps[episode.id]) == list(range(0, len(episode), 8))
+    with pytest.raises(InputError, match="a stride goes with whole trajectories"):
+        data.calibration_set("bundled", frames=8, stride=8)
+
+
 def test_frames_are_spread_over_tasks_and_episodes() -> None:
     calibration = data.calibration_set("bundled", frames=128, seed=0)
     assert calibration.frames == len(calibration) == 128

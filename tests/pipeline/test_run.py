@@ -25,6 +25,7 @@ def test_every_file_is_there_and_nothing_half_written(content, config):
         files.CALIBRATION,
         files.SENSITIVITY,
         files.STATISTICS,
+        files.TIMES,
         "sensitivity_input_hessian.safetensors",
         files.VALIDATION,
         files.ALLOCATION,

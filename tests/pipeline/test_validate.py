@@ -15,6 +15,7 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.quantization import quantize
 from qvla_jax.report.study import study_tables
+from qvla_jax.sensitivity import sensitivities, spearman
 from qvla_jax.solvers import solve
 
 
@@ -23,6 +24,7 @@ def settings(config):
     return pipeline.ValidateConfig(
         model=config.model, out=config.out, channels=24, frames=3, eval_frames=5,
         methods=("taylor",), budgets=(9.0, 12.0), sizes=(6,), seeds=(0, 1),
+        trajectories=2,
     )  # fmt: skip
 
 
@@ -67,6 +69,25 @@ def test_the_run_s_own_calibration_set_has_no_regret(study):
     for row in study["stability"]:
         # The allocation is greedy, so that another's may be better by the last channel.
         assert all(value > -0.01 for value in row["regret"].values())
+
+
+def test_cumulative_ranks_are_those_of_the_trajectories_frames(study, settings):
+    """A sum over all frames of some trajectories orders channels as their mean does."""
+    found = study["cumulative"]
+    drawn = calibration_set("bundled", trajectories=2, stride=8, seed=0)
+    assert found["trajectories"] == len(set(drawn.manifest["episodes"])) == 2
+    assert found["frames"] == drawn.frames
+    policy, table = load_policy(settings.model), load_tables(settings.out)[0]
+    whole = sensitivities(
+        policy, drawn, probes=2, quantizer=table.settings, statistics=table.statistics, joint=False
+    )
+    for column, bits in enumerate(("0", "2", "4", "8")):
+        reached = table.costs.any(axis=1)
+        expected = spearman(whole.costs[reached, column], table.costs[reached, column])
+        assert found["spearman"][bits] == pytest.approx(expected, abs=1e-4)
+        least, median, largest = found["single"][bits]
+        assert -1 <= least <= median <= largest <= 1
+        assert 0 <= found["top"][bits] <= 1
 
 
 def test_kept_modules_are_measured_too(study):

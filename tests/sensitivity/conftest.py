@@ -43,8 +43,6 @@ def quantizer(index):
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-    """Runs the methods on a mesh of one device instead of two."""
-    mesh = Mesh(np.asarray(jax.local_devices()[:1]), ("data",))
-    for module in ("jacobian", "exact", "statistics", "input_hessian"):
-        monkeypatch.setattr(f"qvla_jax.sensitivity.{module}.data_mesh", lambda: mesh)
+def one_device():
+    """A mesh of one device instead of two."""
+    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1), ("data", "channel"))

@@ -7,6 +7,7 @@ from qvla_jax.models import get_module
 from qvla_jax.quantization import quantize
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.stages import downstream, stage_paths
+from qvla_jax.sharding import sweep_mesh
 
 from .toys import LLM, UNREACHED
 
@@ -49,10 +50,15 @@ def test_rows_block_and_batch_do_not_matter(policy, frames, layers, index, quant
     np.testing.assert_allclose(some, exact[rows], rtol=3e-3, atol=1e-10)
 
 
-@pytest.mark.usefixtures("one_device")
-def test_one_device_equals_two(policy, frames, layers, index, quantizer, exact):
-    single, _ = exact_costs(policy, frames, layers, index, quantizer, bits=BITS, batch=4, block=16)
-    np.testing.assert_allclose(single, exact, rtol=3e-3, atol=1e-10)
+def test_every_mesh_gives_the_same_bits(policy, frames, layers, index, quantizer, one_device):
+    def costs(mesh):
+        return exact_costs(
+            policy, frames, layers, index, quantizer, bits=BITS, batch=2, block=16, mesh=mesh
+        )
+
+    expected = costs(one_device)
+    for found in (costs(None), costs(sweep_mesh(channel=2))):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_layers_that_no_action_reads_cost_nothing(index, exact):

@@ -12,6 +12,7 @@ from qvla_jax.quantization.grid import on_grid
 from qvla_jax.quantization.layers import channel_index, quantizable_layers
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.jacobian import reverse_costs
+from qvla_jax.sharding import sweep_mesh
 
 from .toys import LLM, UNREACHED, ToyFrames, take_inputs
 
@@ -100,12 +101,14 @@ def test_probes_follow_the_seed_and_the_frame_alone(policy, frames, quantizer):
     assert not np.allclose(first, other, rtol=1e-2)
 
 
-@pytest.mark.usefixtures("one_device")
-def test_one_device_equals_two(policy, frames, quantizer, monkeypatch):
-    single, _ = costs_of(policy, frames, quantizer)
-    monkeypatch.undo()
-    double, _ = costs_of(policy, frames, quantizer)
-    np.testing.assert_allclose(single, double, rtol=1e-6, atol=1e-14)
+def test_every_mesh_gives_the_same_costs(policy, frames, quantizer, one_device):
+    expected, _ = costs_of(policy, frames, quantizer, mesh=one_device)
+    for channel, split in ((1, False), (2, False), (2, True)):
+        found, _ = costs_of(
+            policy, frames, quantizer, mesh=sweep_mesh(channel), split_weights=split
+        )
+        # Split weights are summed over in another order.
+        np.testing.assert_allclose(found, expected, rtol=1e-4 if split else 1e-6, atol=1e-12)
 
 
 def test_layers_that_no_action_reads_cost_nothing(policy, frames, index, quantizer):

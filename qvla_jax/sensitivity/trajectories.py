@@ -1,0 +1,79 @@
+"""Cumulative sensitivities: what a channel costs along a whole trajectory.
+
+    S[e, c, n] = sum over the steps t of trajectory e of || A_{c}^{(n)}(x_t) - A*(x_t) ||^2
+
+(QVLA, arXiv 2602.03782, sums its single-step sensitivity along a trajectory), each term to first
+order as in sensitivity.jacobian. The steps are those of the calibration set: with its `stride` the
+length of a chunk, those at which the policy looks.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qvla_jax.array_typing import Float
+from qvla_jax.errors import InputError
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+from qvla_jax.sensitivity.batches import Calibration, ModelPolicy
+from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
+from qvla_jax.sensitivity.probes import DEFAULT_PROBES, Probes
+from qvla_jax.sensitivity.table import SensitivityTable
+
+
+def trajectory_costs(
+    policy: ModelPolicy,
+    calibration: Calibration,
+    table: SensitivityTable,
+    *,
+    probes: Probes = DEFAULT_PROBES,
+    seed: int = 0,
+    batch: int = 4,
+    rules: LayerRules = DEFAULT_RULES,
+    progress: Progress = no_progress,
+) -> Float[np.ndarray, "e C n"]:
+    """S of every trajectory, for the channels, options and quantizer of a table.
+
+    Args:
+        policy: the full-precision policy.
+        calibration: the steps; its manifest's `episodes` names the trajectory of each.
+        table: whose channels are costed; it needs its statistics.
+        probes: number of Rademacher vectors, or "full".
+        seed: of the probes.
+        batch: frames at a time on each device.
+        rules: those of the table.
+        progress: called with the frames done.
+
+    Returns:
+        Trajectories in ascending order of their numbers; float64, 0 at 16 bits.
+
+    Raises:
+        InputError: the set does not say which trajectories its frames belong to, the table belongs
+            to other layers, or a cost is not finite.
+    """
+    episodes: Sequence[int] | None = calibration.manifest.get("episodes")
+    if episodes is None or len(episodes) != calibration.frames:
+        raise InputError("the calibration set does not name the trajectory of each of its frames")
+    layers = quantizable_layers(policy.model, rules)
+    if tuple(layers) != table.index.paths:
+        raise InputError("the table was made for other layers than this policy's")
+    _, place = np.unique(np.asarray(episodes), return_inverse=True)
+    sums = np.zeros((place.max() + 1, *table.costs.shape))
+    done = 0
+    # A change of zero costs nothing, so that 16 bits need no exception.
+    for costs in frame_costs(
+        policy,
+        calibration,
+        table.index,
+        layer_constants(layers, table.quantizer, table.bits),
+        probes=probes,
+        seed=seed,
+        batch=batch,
+        progress=progress,
+    ):
+        if not np.isfinite(costs).all():
+            raise InputError(f"calibration frames from {done}: a cost is NaN or infinite")
+        for frame in costs:
+            sums[place[done]] += frame
+            done += 1
+    return sums
