@@ -8,8 +8,9 @@ from qvla_jax import cli
 
 
 @pytest.mark.slow
-def test_a_public_directory_runs_from_calibration_to_report(references, tmp_path):
-    reference, policy, _ = references("openvla_tiny")
+@pytest.mark.parametrize("name", ["openvla_tiny", "univla_tiny"])
+def test_a_public_directory_runs_from_calibration_to_report(references, tmp_path, name):
+    reference, policy, _ = references(name)
     arguments = (
         f"run --model {reference.folder} --out {tmp_path} --frames 2 --probes 1 --validate 0 "
         "--baselines --eval-frames 2 --sweep --uniform-bits 4 --match-uniform --solvers "
