@@ -1,12 +1,16 @@
 """The linear layer of packed policies."""
 
+import itertools
+from collections.abc import Iterable, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qvla_jax import kernels
 from qvla_jax.array_typing import Array, Float
-from qvla_jax.models.surgery import named_modules
+from qvla_jax.models.llama import SAME_INPUT
+from qvla_jax.models.surgery import named_modules, replace_modules
 
 
 class PackedArrays(nnx.Variable):
@@ -18,6 +22,10 @@ class PackedLinear(nnx.Module):
 
     Patch embeddings are linear layers over flattened patches, so they are packed by it too. The
     weight is held in the arrangement of the platform's kernel and in no other.
+
+    Layers that take the same input hold the same joined weight (see `joint_layers`). Each computes
+    the whole product and takes its outputs; under `jit` these products are one, because XLA merges
+    equal calls with equal operands.
     """
 
     def __init__(
@@ -26,6 +34,8 @@ class PackedLinear(nnx.Module):
         *,
         activation_bits: int = 16,
         implementation: str | None = None,
+        joined: PackedArrays | None = None,
+        start: int = 0,
     ):
         """Arranges the weight for the kernel and puts it on the default device.
 
@@ -33,19 +43,69 @@ class PackedLinear(nnx.Module):
             weight: canonical weight.
             activation_bits: of `kernels.mixed_matmul`.
             implementation: None takes the best for the platform.
+            joined: a joined weight to be held instead, of which this one is a part ...
+            start: ... from this output on.
         """
-        prepared = kernels.prepare(weight, implementation)
-        self.arrays = PackedArrays(jax.tree.map(jnp.asarray, prepared))
+        self.arrays = arranged(weight, implementation) if joined is None else joined
         self.activation_bits = activation_bits
+        self.start, self.stop = start, start + weight.shape[0]
+        self.has_index = weight.index is not None
 
     def __call__(self, inputs: Float[Array, "*b k"]) -> Float[Array, "*b c"]:
         """Inputs [..., k] -> inputs w_hat^T + bias [..., c], in the dtype of the inputs."""
-        return kernels.mixed_matmul(inputs, self.arrays.get_value(), self.activation_bits)
+        y = kernels.mixed_matmul(inputs, self.arrays.get_value(), self.activation_bits)
+        return y[..., self.start : self.stop]
 
     @property
     def weight(self) -> kernels.PackedWeight:
-        """The canonical weight, on the host."""
-        return jax.device_get(kernels.canonical(self.arrays.get_value()))
+        """The canonical weight of this layer alone, on the host."""
+        held = jax.device_get(kernels.canonical(self.arrays.get_value()))
+        if self.stop - self.start == held.shape[0]:
+            return held
+        return kernels.part(held, self.start, self.stop, index=self.has_index)
+
+
+def arranged(weight: kernels.PackedWeight, implementation: str | None = None) -> PackedArrays:
+    """The weight as the kernel takes it, on the default device."""
+    return PackedArrays(jax.tree.map(jnp.asarray, kernels.prepare(weight, implementation)))
+
+
+def joint_layers(
+    weights: Sequence[kernels.PackedWeight],
+    *,
+    activation_bits: int = 16,
+    implementation: str | None = None,
+) -> list[PackedLinear]:
+    """Layers that take the same input and hold one weight, joined of theirs; see `PackedLinear`."""
+    joined = arranged(kernels.join(weights), implementation)
+    starts = itertools.accumulate((weight.shape[0] for weight in weights), initial=0)
+    return [
+        PackedLinear(weight, activation_bits=activation_bits, joined=joined, start=start)
+        for weight, start in zip(weights, starts, strict=False)
+    ]
+
+
+def replace_by_packed(
+    model: nnx.Module, weights: Iterable[tuple[str, kernels.PackedWeight]]
+) -> None:
+    """Puts packed layers in place of linear ones, in place.
+
+    Args:
+        model: any NNX module.
+        weights: dotted path and weight of each layer; neighbours that take the same input
+            (`models.llama.SAME_INPUT`) are joined where they can be.
+    """
+    for parent, group in itertools.groupby(weights, lambda item: item[0].rpartition(".")[0]):
+        found = {name.rpartition(".")[2]: weight for name, weight in group}
+        layers: dict[str, PackedLinear] = {}
+        for names in SAME_INPUT:
+            together = [found[name] for name in names if name in found]
+            if len(together) == len(names) and kernels.cannot_join(together) is None:
+                layers |= zip(names, joint_layers(together), strict=True)
+        for name in found.keys() - layers.keys():
+            layers[name] = PackedLinear(found[name])
+        prefix = f"{parent}." if parent else ""
+        replace_modules(model, {prefix + name: layer for name, layer in layers.items()})
 
 
 def packed_layers(model: nnx.Module) -> dict[str, PackedLinear]:

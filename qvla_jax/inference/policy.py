@@ -37,7 +37,7 @@ from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import specs
 from qvla_jax.inference.normalization import Normalizer
-from qvla_jax.inference.packed_linear import PackedLinear, packed_layers
+from qvla_jax.inference.packed_linear import packed_layers, replace_by_packed
 from qvla_jax.inference.processor import Processor
 from qvla_jax.inference.word_tokenizer import word_tokenizer
 from qvla_jax.models import (
@@ -46,7 +46,6 @@ from qvla_jax.models import (
     abstract_model,
     make_model,
     named_modules,
-    replace_modules,
 )
 from qvla_jax.provenance import package_versions
 
@@ -386,8 +385,9 @@ def _load_packed(path: Path) -> Policy:
                 f"{'no such layer' if expected is None else list(expected)}"
             )
     file.check_others()
-    for name in file.layers:
-        replace_modules(model, {name: PackedLinear(file.weight(name))})
+    # Neighbours in the model follow one another.
+    names = sorted(file.layers, key=lambda name: name.rpartition("."))
+    replace_by_packed(model, ((name, file.weight(name)) for name in names))
     assign_tensors(model, file.tensors, source=str(path))
     try:
         tokenizer = tokenizers.Tokenizer.from_str(file.tokenizer)

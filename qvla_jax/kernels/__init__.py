@@ -8,6 +8,7 @@ y = kernels.mixed_matmul(x, w)            # x w_hat^T + bias
 from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.codes import CodeMap
 from qvla_jax.kernels.dispatch import canonical, implementations, mixed_matmul, prepare
+from qvla_jax.kernels.joining import cannot_join, join, part
 from qvla_jax.kernels.packed import (
     SOURCE_DTYPES,
     PackedWeight,
@@ -22,11 +23,14 @@ __all__ = [
     "CodeMap",
     "PackedWeight",
     "Segment",
+    "cannot_join",
     "canonical",
     "dequantize",
     "implementations",
+    "join",
     "mixed_matmul",
     "pack",
+    "part",
     "prepare",
     "quantize_activations",
     "validate",

@@ -5,6 +5,7 @@ position that is not padding.
 """
 
 import dataclasses
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from qvla_jax.array_typing import Array, Bool, Float, Int
 from qvla_jax.config import LlamaConfig
 from qvla_jax.models.attention import attention
 from qvla_jax.models.linear import Linear
+
+# Layers of one module that take the same input.
+SAME_INPUT: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def rotary_angles(

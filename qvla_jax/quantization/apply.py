@@ -9,7 +9,6 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
-from qvla_jax.models.surgery import replace_modules
 from qvla_jax.quantization.bias import corrected_bias
 from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
@@ -91,12 +90,18 @@ def _quantize(
     # A copy with Variables of its own; arrays that do not change are shared.
     model = nnx.merge(*nnx.split(policy.model))
     copies = quantizable_layers(model, rules)
+    if packed:
+        # Behind quantization: kernels take grids and layouts from here.
+        from qvla_jax.inference.packed_linear import replace_by_packed
+
+        weights = (
+            (layer.path, _pack_layer(copies[layer.path], layer, chosen[rows], used, index=index))
+            for layer, rows in channels.items()
+        )
+        replace_by_packed(model, weights)
     for layer, rows in channels.items():
         linear, widths = copies[layer.path], chosen[rows]
-        if packed:
-            packed_linear = _pack_layer(linear, layer, widths, used, index=index)
-            replace_modules(model, {layer.path: packed_linear})
-        elif np.any(widths != SOURCE):
+        if not packed and np.any(widths != SOURCE):
             values, _, bias = _quantize_layer(linear, layer, widths, used)
             linear.kernel = nnx.Param(values.T)
             if bias is not None:
@@ -152,21 +157,17 @@ def quantize_uniform(
 def _pack_layer(
     linear: nnx.Linear, info: LayerInfo, bits: np.ndarray, quantizer: Quantizer, *, index: bool
 ) -> Any:
-    # Behind quantization: kernels take grids and layouts from here.
     from qvla_jax import kernels
-    from qvla_jax.inference.packed_linear import PackedLinear
 
     values, scales, bias = _quantize_layer(linear, info, bits, quantizer)
     # Exact: a code has 8 significant bits and a scale as many.
     codes = np.asarray(jnp.round(values / scales)).astype(np.int8)
     source = "bfloat16" if info.source_bytes == 2 else "float32"
     dtype = kernels.SOURCE_DTYPES[source]
-    return PackedLinear(
-        kernels.pack(
-            weight_rows(linear), bits, grid=quantizer.settings.grid, codes=codes, scales=scales,
-            bias=None if bias is None else np.asarray(bias).astype(dtype), source_dtype=source,
-            index=index,
-        )
+    return kernels.pack(
+        weight_rows(linear), bits, grid=quantizer.settings.grid, codes=codes, scales=scales,
+        bias=None if bias is None else np.asarray(bias).astype(dtype), source_dtype=source,
+        index=index,
     )  # fmt: skip
 
 
