@@ -7,7 +7,7 @@ PROOF_FACTOR ?= 20
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove-solvers bench-solvers bench-kernels lint types format clean
+.PHONY: help demo test prove-solvers bench-solvers bench-kernels sanitize lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -41,6 +41,15 @@ bench-solvers: $(VENV)/.core  ## Compare the allocators at 1.85 million channels
 
 bench-kernels: $(VENV)/.core  ## Time the packed product against others on one core (about 3 minutes)
 	$(BIN)/python benchmarks/kernels.py
+
+# The sanitizers' library must be the first that the interpreter loads; JAX and Python leak on purpose.
+sanitize: $(VENV)/.dev  ## Run the tests of the CPU kernel under ASan and UBSan (g++)
+	rm -rf build/sanitize
+	$(BIN)/python -m pip install --quiet --no-deps --target build/sanitize --config-settings=cmake.define.QVLA_SANITIZE=ON .
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	QVLA_CPU_LIBRARY=$(CURDIR)/build/sanitize/qvla_jax/kernels/_cpu.so \
+	  $(BIN)/python -m pytest --capture=no tests/kernels/test_cpu.py tests/kernels/test_matmul.py -k "not pallas"
 
 lint: $(VENV)/.dev types  ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -102,8 +102,9 @@ inline void quantize_row(const Row& row, int qmax, float* scale, int32_t* sums, 
     Ints sum = {};
     for (int i = begin; i < end; i += kLanes) {
       Floats q = load(row, i) * inverse;
-      q = q > top ? Floats{} + top : q;
-      q = q < -top ? Floats{} - top : q;
+      // So that NaN gets a code in range, too: its row has the scale NaN.
+      q = q < top ? q : Floats{} + top;
+      q = q > -top ? q : Floats{} - top;
       const Ints code = nearest(q);
       sum += code;
       put(i, code);

@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Final
@@ -70,10 +71,14 @@ class CpuWeight:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, registered with XLA; None, with one warning, if there is none."""
+    """The compiled kernel, registered with XLA; None, with one warning, if there is none.
+
+    The environment variable QVLA_CPU_LIBRARY names another one than the package's.
+    """
     # An editable installation keeps it apart from the sources, where an import would find it.
     spec = importlib.util.find_spec("qvla_jax.kernels._cpu")
     path = Path(__file__).with_name("_cpu.so") if spec is None else Path(spec.origin or "")
+    path = Path(os.environ.get("QVLA_CPU_LIBRARY") or path)
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
