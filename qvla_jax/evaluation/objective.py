@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float, Int
@@ -46,6 +47,7 @@ class ActionErrorObjective:
         table: SensitivityTable,
         *,
         batch: int = 64,
+        at_once: int = 1,
         rules: LayerRules = DEFAULT_RULES,
     ):
         """Quantizes every row under every option, and runs the full-precision policy.
@@ -55,6 +57,7 @@ class ActionErrorObjective:
             frames: frames to measure on. Never those that results are reported on.
             table: options, channels and quantizer.
             batch: frames at a time.
+            at_once: candidates that are vmapped; the others of a call follow one after another.
             rules: those of the table.
 
         Raises:
@@ -63,7 +66,7 @@ class ActionErrorObjective:
         """
         if table.provenance.get("policy", policy.fingerprint) != policy.fingerprint:
             raise InputError("the sensitivity table was measured on another policy")
-        self.policy, self.table = policy, table
+        self.policy, self.table, self._at_once = policy, table, at_once
         self._mesh = sharding.data_mesh()
         self._take(frames, batch)
         model = nnx.merge(*nnx.split(policy.model))
@@ -98,8 +101,25 @@ class ActionErrorObjective:
         return sum(count for _, count in self._inputs)
 
     def __call__(self, choices: Int[np.ndarray, "p C"]) -> Float[np.ndarray, " p"]:
-        """Mean squared chunk error of each candidate."""
-        return np.array([self.frame_errors(choice).mean() for choice in np.atleast_2d(choices)])
+        """Mean squared chunk error of each candidate; one call of the device for a batch of frames.
+
+        `at_once` candidates run side by side, each with a copy of the quantized weights.
+        """
+        choices = np.atleast_2d(choices)
+        chosen = self._chosen(choices)
+        graphdef, state = nnx.split(self._model)
+        spec, start = (graphdef, self._rules, self._mesh, self._at_once), 0
+        total = np.zeros(len(choices))
+        for inputs, count in self._inputs:
+            padded, _ = sharding.pad_batch(inputs, self._mesh.size)
+            reference = np.zeros((len(jax.tree.leaves(padded)[0]), *self.reference.shape[1:]))
+            reference[:count] = self.reference[start : start + count]
+            placed = sharding.shard_batch(self._mesh, (padded, reference.astype(np.float32)))
+            with jax.default_matmul_precision("float32"):
+                errors = _candidate_errors(spec, state, self.options, chosen, *placed)
+            total += np.asarray(errors, np.float64)[:, :count].sum(axis=1)
+            start += count
+        return total / self.frames
 
     def frame_errors(self, choice: Int[np.ndarray, " C"]) -> Float[np.ndarray, " N"]:
         """Squared chunk error of one candidate in each frame."""
@@ -108,9 +128,11 @@ class ActionErrorObjective:
 
     def select(self, choice: Int[np.ndarray, " C"]) -> dict[str, Layer]:
         """The quantized layers' arrays under a choice."""
+        return _select(self.options, self._chosen(choice))
+
+    def _chosen(self, choices: Int[np.ndarray, "*p C"]) -> dict[str, Int[Array, "*p c"]]:
         rows = {layer.path: rows for layer, rows in self.table.index.items()}
-        chosen = {path: jnp.asarray(choice[rows[path]], jnp.int32) for path in self.options}
-        return _select(self.options, chosen)
+        return {path: jnp.asarray(choices[..., rows[path]], jnp.int32) for path in self.options}
 
     def gradient(self, choice: Int[np.ndarray, " C"]) -> dict[str, Layer]:
         """Derivative of the error with respect to the quantized layers' arrays at a choice."""
@@ -177,6 +199,42 @@ def _select(options: dict[str, Layer], chosen: dict[str, Array]) -> dict[str, La
         )
 
     return {path: of_layer(path) for path in options}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _candidate_errors(
+    spec: tuple[nnx.GraphDef[Any], LayerRules, jax.sharding.Mesh, int],
+    state: nnx.State,
+    options: dict[str, Layer],
+    chosen: dict[str, Int[Array, "p c"]],
+    inputs: Any,
+    reference: Float[Array, "b h a"],
+) -> Float[Array, "p b"]:
+    """Squared chunk error of every candidate in every frame; each device takes its frames."""
+    graphdef, rules, mesh, at_once = spec
+
+    def of_frames(
+        state: nnx.State,
+        options: dict[str, Layer],
+        chosen: dict[str, Array],
+        inputs: Any,
+        reference: Array,
+    ) -> Array:
+        def of_candidate(chosen: dict[str, Array]) -> Array:
+            model = nnx.merge(graphdef, state)
+            put_layers(quantizable_layers(model, rules), _select(options, chosen))
+            return jnp.sum(jnp.square(model.actions(inputs) - reference), axis=(1, 2))
+
+        return jax.lax.map(of_candidate, chosen, batch_size=at_once)
+
+    whole, frames = PartitionSpec(), PartitionSpec(sharding.DATA_AXIS)
+    return jax.shard_map(
+        of_frames,
+        mesh=mesh,
+        in_specs=(whole, whole, whole, frames, frames),
+        out_specs=PartitionSpec(None, sharding.DATA_AXIS),
+        check_vma=False,
+    )(state, options, chosen, inputs, reference)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -59,8 +59,16 @@ def test_a_select_is_what_quantize_makes(policy, frames, table, objective, start
         chunks = predict(quantize(policy, bits, packed=False), frames, batch_size=6).chunks
         expected = action_errors(chunks, reference).action_sse_normalized
         assert error == pytest.approx(expected, rel=1e-3)
-    assert errors[2] == 0
+    assert errors[2] < 1e-6 * errors[0]
     assert objective.frames == 6
+    # Side by side and one after another are the same; so is a candidate alone.
+    side_by_side = copy.copy(objective)
+    side_by_side._at_once = 2
+    np.testing.assert_allclose(
+        side_by_side(np.stack([start, other, untouched]))[:2], errors[:2], rtol=1e-4
+    )
+    np.testing.assert_allclose(objective(other[None]), errors[1:2], rtol=1e-4)
+    np.testing.assert_allclose(objective.frame_errors(other).mean(), errors[1], rtol=1e-4)
 
 
 def test_the_gradient_is_that_of_the_measured_error(objective, start):
@@ -112,8 +120,8 @@ def test_costs_of_moves_predict_single_moves(frames, objective, table, start):
 def test_sequential_allocation_lowers_the_measured_error(frames, objective, table, start):
     problem = table.problem(budget_bits=9.0)
     found = allocate_sequentially(objective, frames, problem, rounds=4, probes=1)
-    assert found.start_error == pytest.approx(objective(start[None])[0])
-    assert found.error == pytest.approx(objective(found.choice[None])[0])
+    assert found.start_error == pytest.approx(objective(start[None])[0], rel=1e-3)
+    assert found.error == pytest.approx(objective(found.choice[None])[0], rel=1e-3)
     assert found.error < found.start_error
     assert problem.violation(found.choice) is None
     kept = allocate_sequentially(objective, frames, problem, rounds=0)
