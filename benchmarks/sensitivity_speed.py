@@ -1,0 +1,174 @@
+"""Sensitivities per second: this library against loops in PyTorch on the same frames.
+
+    pip install 'qvla-jax[parity]'
+    python benchmarks/sensitivity_speed.py
+
+A value is one channel at one bit-width. The loops run on a PyTorch twin of the policy with the same
+weights, whose actions are compared with the policy's before anything is timed:
+
+(a) perturb one output channel, run the model on all frames, measure the action's change;
+(b) the procedure of QVLA's released code: for each layer a pass over all frames that collects the
+    layer's input covariance, then its inverse and a proxy for each channel and bit-width.
+
+Times are wall clock, without compilation; (a) and `exact` are timed on channels drawn evenly over
+all layers, (b) on layers drawn evenly, and both are scaled up. Everything runs in turn in one
+process; on a busy machine compare the ratios.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import nn
+from torch_twin import Twin, twin_of
+
+from qvla_jax.data.calibration import calibration_set
+from qvla_jax.inference import load_policy
+from qvla_jax.models import ModelInputs
+from qvla_jax.quantization import Quantizer, QuantizerSettings
+from qvla_jax.quantization.layers import channel_index, quantizable_layers
+from qvla_jax.sensitivity import input_statistics
+from qvla_jax.sensitivity.batches import FirstFrames
+from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.input_hessian import inverse_factor_diagonal, proxy_costs
+from qvla_jax.sensitivity.jacobian import reverse_costs
+from qvla_jax.sharding import use_all_cpu_cores
+
+BITS = (0, 2, 4, 8)
+
+
+def torch_inputs(inputs: ModelInputs) -> tuple[torch.Tensor, ...]:
+    """Prepared inputs, as the twin takes them."""
+    arrays = (inputs.images, inputs.input_ids, inputs.prompt_length, inputs.proprio)
+    return tuple(torch.from_numpy(np.array(a)) for a in arrays)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall clock of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def perturb(twin: Twin, path: str, channel: int, row: np.ndarray, inputs: Any, base: Any) -> float:
+    """Loop (a), one turn: replace a row, run, put it back."""
+    weight = twin.get_submodule(path).weight
+    source = weight[channel].clone()
+    weight[channel] = torch.from_numpy(row)
+    change = twin(*inputs) - base
+    weight[channel] = source
+    return float(change.double().square().sum(dim=(1, 2)).mean())
+
+
+@torch.inference_mode()
+def released_proxy(twin: Twin, path: str, batches: list[Any]) -> np.ndarray:
+    """Loop (b), one layer: a pass over all frames, the inverse covariance, all channels."""
+    layer = twin.get_submodule(path)
+    total = torch.zeros(layer.in_features, layer.in_features)
+
+    def collect(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        x = arguments[0].reshape(-1, layer.in_features)
+        total.addmm_(x.T, x)
+
+    handle = layer.register_forward_pre_hook(collect)
+    for batch in batches:
+        twin(*batch)
+    handle.remove()
+    frames = sum(len(batch[0]) for batch in batches)
+    diagonal = inverse_factor_diagonal(2.0 / frames * total.numpy())
+    return proxy_costs(layer.weight.numpy(), diagonal, BITS)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="libero-mini")
+    parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=240, help="timed by exact")
+    parser.add_argument("--turns", type=int, default=40, help="of loop (a)")
+    parser.add_argument("--layers", type=int, default=8, help="timed by loop (b)")
+    arguments = parser.parse_args()
+    use_all_cpu_cores()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    policy = load_policy(arguments.model)
+    frames = calibration_set(frames=arguments.frames, horizon=policy.config.action_horizon)
+    layers = quantizable_layers(policy.model)
+    index = channel_index(layers)
+    quantizer = Quantizer(QuantizerSettings(), input_statistics(policy, frames, index))
+    values = len(index) * len(BITS)
+
+    twin = twin_of(policy)
+    (whole,) = (torch_inputs(policy.prepare(b)) for b in frames.batches(arguments.frames))
+    batches = [torch_inputs(policy.prepare(b)) for b in frames.batches(8)]
+    with torch.inference_mode():
+        base = twin(*whole)
+    expected = policy.infer_normalized(next(iter(frames.batches(arguments.frames))))
+    off = float(np.abs(base.numpy() - expected).max())
+    print(f"largest difference between the twin's actions and the policy's: {off:.1e}")
+    if off > 1e-3:
+        raise SystemExit("the twin is not the policy's twin")
+
+    few = FirstFrames(frames, min(8, frames.frames))
+    found: list[tuple[str, float, float]] = []
+
+    def first_order(label: str, probes: Any) -> None:
+        def run(of: Any) -> None:
+            reverse_costs(
+                policy, of, layers, index, quantizer, method="jacobian", bits=BITS, probes=probes
+            )
+
+        run(few)  # compiles
+        found.append((label, values, seconds(lambda: run(frames))))
+
+    rows = np.linspace(0, len(index) - 1, arguments.channels).astype(int)
+
+    def exact(of: Any) -> None:
+        exact_costs(policy, of, layers, index, quantizer, bits=BITS, rows=rows)
+
+    turns = np.linspace(0, len(index) - 1, arguments.turns).astype(int)
+    changed = {}
+    for row in turns:
+        path, channel = index.paths[index.layer_of[row]], int(index.channel[row])
+        weight = layers[path].kernel[...].T
+        change = np.asarray(quantizer.row_changes(path, weight, (4,)))[0, channel]
+        changed[path, channel] = np.asarray(weight[channel]) + change
+
+    def one_by_one() -> None:
+        for (path, channel), row in changed.items():
+            perturb(twin, path, channel, row, whole, base)
+
+    one_by_one()
+    found.append(("(a) PyTorch, one channel at a time", len(changed), seconds(one_by_one)))
+    exact(few)
+    found.append(("exact", len(rows) * len(BITS), seconds(lambda: exact(frames))))
+    first_order("jacobian, all probes", "full")
+    first_order("jacobian, 8 probes", 8)
+    chosen = [
+        index.layers[i] for i in np.linspace(0, len(index.layers) - 1, arguments.layers, dtype=int)
+    ]
+    released_proxy(twin, chosen[0].path, batches)
+    each = seconds(lambda: [released_proxy(twin, layer.path, batches) for layer in chosen])
+    whole_model = each / len(chosen) * len(index.layers)
+    found.append((f"(b) the release's proxy, {len(index.layers)} passes", values, whole_model))
+    found.append(("(a) again", len(changed), seconds(one_by_one)))
+
+    loops = {"(a)": found[0], "(b)": next(f for f in found if f[0].startswith("(b)"))}
+    print("| | values | seconds | values per second | over (a) | over (b) |\n" + "|---" * 6 + "|")
+    for label, count, took in found:
+        ratios = (count / took / (c / t) for _, c, t in loops.values())
+        print(
+            f"| {label} | {count:,} | {took:.1f} | {count / took:,.0f} | {next(ratios):,.1f} "
+            f"| {next(ratios):,.2f} |"
+        )
+    load = os.getloadavg()[0]
+    print(f"{arguments.frames} frames, {jax.local_device_count()} devices, load {load:.1f}")
+
+
+if __name__ == "__main__":
+    main()
