@@ -7,7 +7,7 @@ PROOF_FACTOR ?= 20
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove-solvers bench-solvers bench-kernels sanitize lint types format clean
+.PHONY: help demo test test-long prove-solvers bench-solvers bench-kernels sanitize lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -31,6 +31,9 @@ demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and rep
 
 test: $(VENV)/.dev  ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-long: $(VENV)/.dev  ## Run the tests that take minutes each
+	$(BIN)/python -m pytest -m long
 
 prove-solvers: $(VENV)/.dev  ## Check the allocators on thousands of small instances (3 CPU minutes)
 	QVLA_PROOF_FACTOR=$(PROOF_FACTOR) $(BIN)/python -m pytest -n auto -rP $(addprefix tests/solvers/test_, \

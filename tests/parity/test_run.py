@@ -7,7 +7,7 @@ import pytest
 from qvla_jax import cli
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["openvla_tiny", "univla_tiny"])
 def test_a_public_directory_runs_from_calibration_to_report(references, tmp_path, name):
     reference, policy, _ = references(name)

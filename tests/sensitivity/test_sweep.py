@@ -58,6 +58,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_bytes(tmp_path, one_device)
     assert resumed == saved(tmp_path / "another", "uninterrupted")
 
 
+@pytest.mark.long
 def test_two_processes_one_of_them_killed_give_the_table_of_one_device(tmp_path, one_device):
     store, tables = tmp_path / "store", tmp_path / "tables"
 
