@@ -33,10 +33,11 @@ from qvla_jax.models import ModelInputs
 from qvla_jax.quantization import Quantizer, QuantizerSettings
 from qvla_jax.quantization.layers import channel_index, quantizable_layers
 from qvla_jax.sensitivity import input_statistics
+from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import FirstFrames
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.input_hessian import inverse_factor_diagonal, proxy_costs
-from qvla_jax.sensitivity.jacobian import reverse_costs
+from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sharding import use_all_cpu_cores
 
 BITS = (0, 2, 4, 8)
@@ -119,9 +120,8 @@ def main() -> None:
 
     def first_order(label: str, probes: Any) -> None:
         def run(of: Any) -> None:
-            reverse_costs(
-                policy, of, layers, index, quantizer, method="jacobian", bits=BITS, probes=probes
-            )
+            constants = layer_constants(layers, quantizer, BITS)
+            mean_over_frames(frame_costs(policy, of, index, constants, probes=probes))
 
         run(few)  # compiles
         found.append((label, values, seconds(lambda: run(frames))))

@@ -26,8 +26,9 @@ from qvla_jax.array_typing import Float, Int
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation.objective import ActionErrorObjective
 from qvla_jax.progress import Progress, no_progress
+from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import Calibration
-from qvla_jax.sensitivity.jacobian import LayerConstants, change_costs
+from qvla_jax.sensitivity.jacobian import LayerConstants, frame_costs
 from qvla_jax.sensitivity.probes import Probes
 from qvla_jax.solvers import AllocationProblem, SearchResult, solve
 from qvla_jax.solvers.blackbox import Search
@@ -151,12 +152,9 @@ def move_costs(
         constants[layer.path] = LayerConstants(
             changes=jnp.swapaxes(moved, 1, 2), mean=jnp.asarray(mean, jnp.float32)
         )
-    square, _ = change_costs(
-        objective.policy.replace(model=objective.model(choice)),
-        frames,
-        objective.table.index,
-        constants,
-        probes=probes,
-        seed=seed,
+    policy = objective.policy.replace(model=objective.model(choice))
+    index = objective.table.index
+    square, _ = mean_over_frames(
+        frame_costs(policy, frames, index, constants, probes=probes, seed=seed)
     )
     return square

@@ -1,5 +1,7 @@
 """Means over frames, with their standard errors, in a fixed order of summation."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from qvla_jax.array_typing import Float
@@ -24,19 +26,11 @@ class FrameMean:
         Raises:
             InputError: a value is NaN or infinite.
         """
-        if not np.isfinite(values).all():
-            raise InputError(
-                f"calibration frame {self._first_bad(values)}: the forward or backward pass gave "
-                "NaN or infinite values; check the policy's weights and the observation"
-            )
+        check_finite(values, first=self.frames)
         for value in values.astype(np.float64):
             self._sum = self._sum + value
             self._squares = self._squares + value * value
             self.frames += 1
-
-    def _first_bad(self, values: np.ndarray) -> int:
-        finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-        return self.frames + int(np.flatnonzero(~finite)[0])
 
     @property
     def mean(self) -> Float[np.ndarray, "..."]:
@@ -50,3 +44,35 @@ class FrameMean:
             return np.zeros_like(self._sum)
         variance = np.maximum(self._squares / self.frames - self.mean**2, 0.0)
         return np.sqrt(variance / (self.frames - 1))
+
+
+def mean_over_frames(
+    batches: Iterable[Float[np.ndarray, "b ..."]],
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """The mean over the frames of all batches, and its standard error, float64.
+
+    Raises:
+        InputError: a value is NaN or infinite.
+    """
+    result = FrameMean()
+    for values in batches:
+        result.add(values)
+    return result.mean, result.standard_error
+
+
+def check_finite(values: Float[np.ndarray, "b ..."], *, first: int) -> None:
+    """Refuses values that are not numbers.
+
+    Args:
+        values: one for each frame.
+        first: the first one's frame in the calibration set.
+
+    Raises:
+        InputError: a value is NaN or infinite; it names the frame.
+    """
+    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if not finite.all():
+        raise InputError(
+            f"calibration frame {first + int(np.flatnonzero(~finite)[0])}: the forward or backward "
+            "pass gave NaN or infinite values; check the policy's weights and the observation"
+        )

@@ -132,7 +132,7 @@ def input_hessian_costs(
     mesh: Mesh | None = None,
     progress: Progress = no_progress,
 ) -> Float[np.ndarray, "C n"]:
-    """The proxy of all channels. Arguments as in `reverse_costs`."""
+    """The proxy of all channels. Arguments as in `exact_costs`."""
     hessians = input_hessians(
         policy, calibration, layers, batch=batch, mesh=mesh, progress=progress
     )

@@ -28,7 +28,6 @@ from qvla_jax.array_typing import Array, Float
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.quantizer import Quantizer
-from qvla_jax.sensitivity.accumulate import FrameMean
 from qvla_jax.sensitivity.batches import (
     Calibration,
     FrameBatch,
@@ -77,67 +76,6 @@ def isotropic_change(x: Float[Array, "b T k"], constants: LayerConstants) -> Fro
 CONTRACTIONS: dict[str, Contraction] = {"jacobian": action_change, "taylor": isotropic_change}
 
 
-def reverse_costs(
-    policy: ModelPolicy,
-    calibration: Calibration,
-    layers: Mapping[str, nnx.Linear],
-    index: ChannelIndex,
-    quantizer: Quantizer,
-    *,
-    method: str,
-    bits: tuple[int, ...],
-    probes: Probes,
-    seed: int = 0,
-    batch: int = 4,
-    weights: np.ndarray | None = None,
-    mesh: Mesh | None = None,
-    split_weights: bool = False,
-    store: SweepStore | None = None,
-    progress: Progress = no_progress,
-) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
-    """Sensitivities of every channel for every one of `bits`, and their standard errors.
-
-    Args:
-        policy: the full-precision policy.
-        calibration: frames x.
-        layers: path -> layer in the order of `index`.
-        index: the channels.
-        quantizer: the one whose changes are costed.
-        method: "jacobian" or "taylor".
-        bits: options, without 16.
-        probes: number of Rademacher vectors, or "full".
-        seed: of the probes.
-        batch: frames at a time on each device; memory grows with it.
-        weights: weight of each action dimension.
-        mesh: from `sharding.sweep_mesh`, which is also the default.
-        split_weights: split the policy's weights over the mesh's `channel` axis, too; for weights
-            that one device does not hold.
-        store: keeps finished items.
-        progress: called with the frames done.
-
-    Returns:
-        Mean over frames and its standard error, float64. Zero for layers that no action reads.
-
-    Raises:
-        InputError: `probes` is unusable, the set is empty, or a cost is not finite.
-    """
-    return change_costs(
-        policy,
-        calibration,
-        index,
-        layer_constants(layers, quantizer, bits),
-        method=method,
-        probes=probes,
-        seed=seed,
-        batch=batch,
-        weights=weights,
-        mesh=mesh,
-        split_weights=split_weights,
-        store=store,
-        progress=progress,
-    )
-
-
 def layer_constants(
     layers: Mapping[str, nnx.Linear], quantizer: Quantizer, bits: tuple[int, ...]
 ) -> dict[str, LayerConstants]:
@@ -149,55 +87,6 @@ def layer_constants(
         )
         for path, layer in layers.items()
     }
-
-
-def change_costs(
-    policy: ModelPolicy,
-    calibration: Calibration,
-    index: ChannelIndex,
-    constants: Mapping[str, LayerConstants],
-    *,
-    method: str = "jacobian",
-    probes: Probes = 8,
-    seed: int = 0,
-    batch: int = 4,
-    weights: np.ndarray | None = None,
-    mesh: Mesh | None = None,
-    split_weights: bool = False,
-    store: SweepStore | None = None,
-    progress: Progress = no_progress,
-) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
-    """What given changes of every row cost at a policy, which may be quantized already.
-
-    Args:
-        policy: where the derivatives are taken.
-        calibration: frames x.
-        index: the channels.
-        constants: path -> changes of the rows and mean input, in the order of `index`.
-        method: "jacobian" or "taylor".
-        probes: number of Rademacher vectors, or "full".
-        seed: of the probes.
-        batch: frames at a time on each device; memory grows with it.
-        weights: weight of each action dimension.
-        mesh: from `sharding.sweep_mesh`, which is also the default.
-        split_weights: split the policy's weights over the mesh's `channel` axis, too; for weights
-            that one device does not hold.
-        store: keeps finished items.
-        progress: called with the frames done.
-
-    Returns:
-        Mean over frames and its standard error, float64. Zero for layers that no action reads.
-
-    Raises:
-        InputError: `probes` is unusable, the set is empty, or a cost is not finite.
-    """
-    result = FrameMean()
-    for costs in frame_costs(
-        policy, calibration, index, constants, method=method, probes=probes, seed=seed, batch=batch,
-        weights=weights, mesh=mesh, split_weights=split_weights, store=store, progress=progress,
-    ):  # fmt: skip
-        result.add(costs)
-    return result.mean, result.standard_error
 
 
 def frame_costs(
@@ -216,9 +105,32 @@ def frame_costs(
     store: SweepStore | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[Float[np.ndarray, "b C n"]]:
-    """The costs of given changes at each frame, batch by batch in the calibration set's order.
+    """What given changes of every row cost at each frame, batch by batch in the set's order.
 
-    Arguments and errors as in `change_costs`; values are not checked for NaN.
+    `accumulate.mean_over_frames` makes sensitivities of them.
+
+    Args:
+        policy: where the derivatives are taken; it may be quantized already.
+        calibration: frames x.
+        index: the channels.
+        constants: path -> changes of the rows and mean input, in the order of `index`: those of
+            `layer_constants`, or of moves between options.
+        method: "jacobian" or "taylor".
+        probes: number of Rademacher vectors, or "full".
+        seed: of the probes.
+        batch: frames at a time on each device; memory grows with it.
+        weights: weight of each action dimension.
+        mesh: from `sharding.sweep_mesh`, which is also the default.
+        split_weights: split the policy's weights over the mesh's `channel` axis, too; for weights
+            that one device does not hold.
+        store: keeps finished items.
+        progress: called with the frames done.
+
+    Returns:
+        Costs of batch after batch, which may be NaN; zero for layers that no action reads.
+
+    Raises:
+        InputError: `probes` is unusable, or the set is empty.
     """
     check_probes(probes)
     mesh = sharding.sweep_mesh() if mesh is None else mesh

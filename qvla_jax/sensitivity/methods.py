@@ -23,10 +23,11 @@ from qvla_jax.quantization.layers import (
 from qvla_jax.quantization.layout import option_sizes
 from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
 from qvla_jax.quantization.statistics import InputStatistics
+from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.input_hessian import input_hessian_costs
-from qvla_jax.sensitivity.jacobian import reverse_costs
+from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.joint import joint_factors
 from qvla_jax.sensitivity.probes import Probes, check_probes
 from qvla_jax.sensitivity.refined import refined_costs
@@ -188,10 +189,13 @@ def _costs(
             share=exact_share, seed=seed, batch=size, weights=weights, mesh=mesh,
             split_weights=split_weights, store=store, progress=progress,
         )  # fmt: skip
-    return reverse_costs(
-        policy, calibration, layers, index, quantizer, method=method, bits=bits, probes=probes,
-        seed=seed, batch=size, weights=weights, mesh=mesh, split_weights=split_weights, store=store,
-        progress=progress,
+    constants = layer_constants(layers, quantizer, bits)
+    return mean_over_frames(
+        frame_costs(
+            policy, calibration, index, constants, method=method, probes=probes, seed=seed,
+            batch=size, weights=weights, mesh=mesh, split_weights=split_weights, store=store,
+            progress=progress,
+        )
     )  # fmt: skip
 
 

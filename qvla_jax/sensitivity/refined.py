@@ -26,9 +26,10 @@ from qvla_jax.errors import InputError
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.quantizer import Quantizer
+from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import Calibration, FirstFrames, ModelPolicy
 from qvla_jax.sensitivity.exact import exact_costs
-from qvla_jax.sensitivity.jacobian import reverse_costs
+from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.probes import Probes
 from qvla_jax.sensitivity.store import SweepStore
 from qvla_jax.sensitivity.strata import module_types
@@ -77,7 +78,7 @@ def refined_costs(
         batch: frames at a time on each device.
         weights: weight of each action dimension.
         mesh: from `sharding.sweep_mesh`, which is also the default.
-        split_weights: of the first-order passes, as in `reverse_costs`.
+        split_weights: of the first-order passes, as in `jacobian.frame_costs`.
         store: keeps finished items.
         progress: called as it goes on.
 
@@ -86,14 +87,17 @@ def refined_costs(
     """
     check_share(share)
     part = FirstFrames(calibration, min(frames, calibration.frames))
+    constants = layer_constants(layers, quantizer, bits)
 
     def first_order(
         of: Calibration, of_probes: Probes
     ) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
-        return reverse_costs(
-            policy, of, layers, index, quantizer, method="jacobian", bits=bits, probes=of_probes,
-            seed=seed, batch=batch, weights=weights, mesh=mesh, split_weights=split_weights,
-            store=store, progress=progress,
+        return mean_over_frames(
+            frame_costs(
+                policy, of, index, constants, probes=of_probes, seed=seed, batch=batch,
+                weights=weights, mesh=mesh, split_weights=split_weights, store=store,
+                progress=progress,
+            )
         )  # fmt: skip
 
     costs, error = first_order(calibration, probes)

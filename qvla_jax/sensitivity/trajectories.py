@@ -15,6 +15,7 @@ from qvla_jax.array_typing import Float
 from qvla_jax.errors import InputError
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+from qvla_jax.sensitivity.accumulate import check_finite
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.probes import DEFAULT_PROBES, Probes
@@ -71,8 +72,7 @@ def trajectory_costs(
         batch=batch,
         progress=progress,
     ):
-        if not np.isfinite(costs).all():
-            raise InputError(f"calibration frames from {done}: a cost is NaN or infinite")
+        check_finite(costs, first=done)
         for frame in costs:
             sums[place[done]] += frame
             done += 1

@@ -10,8 +10,9 @@ from qvla_jax.errors import InputError
 from qvla_jax.models import get_module
 from qvla_jax.quantization.grid import on_grid
 from qvla_jax.quantization.layers import channel_index, quantizable_layers
+from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.exact import exact_costs
-from qvla_jax.sensitivity.jacobian import reverse_costs
+from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sharding import sweep_mesh
 
 from .toys import LLM, UNREACHED, ToyFrames, take_inputs
@@ -21,8 +22,10 @@ BITS = (0, 2, 4, 8)
 
 def costs_of(policy, frames, quantizer, **kwargs):
     layers = quantizable_layers(policy.model)
-    settings = {"method": "jacobian", "bits": BITS, "probes": "full"} | kwargs
-    return reverse_costs(policy, frames, layers, channel_index(layers), quantizer, **settings)
+    settings = {"method": "jacobian", "probes": "full"} | kwargs
+    constants = layer_constants(layers, quantizer, settings.pop("bits", BITS))
+    costs = frame_costs(policy, frames, channel_index(layers), constants, **settings)
+    return mean_over_frames(costs)
 
 
 def directional_costs(policy, frames, quantizer, path):

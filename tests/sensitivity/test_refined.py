@@ -5,8 +5,9 @@ import pytest
 
 from qvla_jax.errors import InputError
 from qvla_jax.sensitivity import refined as module
+from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.exact import exact_costs
-from qvla_jax.sensitivity.jacobian import reverse_costs
+from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.refined import refined_costs
 
 BITS = (0, 2, 4, 8)
@@ -19,10 +20,10 @@ def exact(policy, frames, layers, index, quantizer):
 
 @pytest.fixture(scope="module")
 def first_order(policy, frames, layers, index, quantizer):
-    return reverse_costs(
-        policy, frames, layers, index, quantizer, method="jacobian", bits=BITS, probes="full",
-        batch=4,
-    )[0]  # fmt: skip
+    constants = layer_constants(layers, quantizer, BITS)
+    return mean_over_frames(frame_costs(policy, frames, index, constants, probes="full", batch=4))[
+        0
+    ]
 
 
 def refined(policy, calibration, layers, index, quantizer, **settings):
@@ -38,10 +39,10 @@ def test_the_whole_budget_gives_exact_costs(policy, frames, layers, index, quant
 
 def test_a_linear_policy_needs_no_correction(linear_policy, frames, layers, index, quantizer):
     costs = refined(linear_policy, frames, layers, index, quantizer, share=0.2)
-    expected, _ = reverse_costs(
-        linear_policy, frames, layers, index, quantizer, method="jacobian", bits=BITS,
-        probes="full", batch=4,
-    )  # fmt: skip
+    constants = layer_constants(layers, quantizer, BITS)
+    expected, _ = mean_over_frames(
+        frame_costs(linear_policy, frames, index, constants, probes="full", batch=4)
+    )
     np.testing.assert_allclose(costs, expected, rtol=2e-2, atol=1e-10)
 
 
