@@ -23,7 +23,6 @@ import ml_dtypes
 import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Array, Float
-from qvla_jax.kernels import reference
 from qvla_jax.kernels.codes import CodeMap, array_module, pack_words, unpack_words
 from qvla_jax.kernels.packed import SOURCE_DTYPES, PackedWeight, Segment
 from qvla_jax.quantization.grid import SOURCE
@@ -218,11 +217,6 @@ def matmul(
         max_threads=np.int64(max_threads),
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], c)
-
-
-def transposed(dy: Float[Array, "*m c"], w: CpuWeight) -> Float[Array, "*m k"]:
-    """dy w_hat through the reference: gradients are no part of inference."""  # noqa: D403
-    return reference.transposed(dy, reference.prepare(canonical(w)))
 
 
 def _stored_bits(segment: Segment) -> int:

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from qvla_jax.array_typing import AnyArray, Array, Float
-from qvla_jax.kernels import planes, reference, tiles
+from qvla_jax.kernels import planes, tiles
 from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.batching import over_rows
 from qvla_jax.kernels.codes import WORD_BITS
@@ -84,11 +84,6 @@ def matmul(x: Float[Array, "*m k"], w: GpuWeight, activation_bits: int) -> Float
     """See `reference`; x is bfloat16 or float32."""
     run = functools.partial(_rows, activation_bits=activation_bits)
     return over_rows(run)(x, w)
-
-
-def transposed(dy: Float[Array, "*m c"], w: GpuWeight) -> Float[Array, "*m k"]:
-    """dy w_hat through the reference: gradients are no part of inference."""  # noqa: D403
-    return reference.transposed(dy, reference.prepare(canonical(w)))
 
 
 def _rows(x: Float[Array, "m k"], w: GpuWeight, activation_bits: int) -> Float[Array, "m c"]:

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qvla_jax.array_typing import AnyArray, Array, Float, Int32
-from qvla_jax.kernels import planes, reference, tiles
+from qvla_jax.kernels import planes, tiles
 from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.batching import over_rows
 from qvla_jax.kernels.codes import WORD_BITS, array_module
@@ -358,8 +358,3 @@ def _merge(y: Any, here: Any, sums: Any, window: Array, wanted: Array, bias: Any
         )
         result = jnp.where(inside, (found + bias[:, here]).astype(y.dtype), result)
     y[:, here] = result
-
-
-def transposed(dy: Float[Array, "*m c"], w: TpuWeight) -> Float[Array, "*m k"]:
-    """dy w_hat through the reference: gradients are no part of inference."""  # noqa: D403
-    return reference.transposed(dy, reference.prepare(canonical(w)))

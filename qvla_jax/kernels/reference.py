@@ -79,9 +79,8 @@ def matmul(
     return y.astype(x.dtype)
 
 
-def transposed(dy: Float[Array, "*m c"], prepared: ReferenceWeight) -> Float[Array, "*m k"]:
-    """Dy w_hat: the gradient with respect to the activations."""
-    w = prepared.weight
+def transposed(dy: Float[Array, "*m c"], w: PackedWeight) -> Float[Array, "*m k"]:
+    """Dy w_hat: the gradient with respect to the activations, for every implementation."""
     if not w.segments:
         return jnp.zeros((*dy.shape[:-1], w.shape[1]), dy.dtype)
     kept = dy if w.index is None else dy[..., jnp.asarray(w.index)]
