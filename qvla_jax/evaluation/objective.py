@@ -6,7 +6,7 @@ candidate is a select. That takes n times the memory of the quantized weights: s
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import jax
@@ -57,7 +57,7 @@ class ActionErrorObjective:
             frames: frames to measure on. Never those that results are reported on.
             table: options, channels and quantizer.
             batch: frames at a time.
-            at_once: candidates that are vmapped; the others of a call follow one after another.
+            at_once: candidates that are vmapped, each with a copy of the quantized weights.
             rules: those of the table.
 
         Raises:
@@ -68,17 +68,21 @@ class ActionErrorObjective:
             raise InputError("the sensitivity table was measured on another policy")
         self.policy, self.table, self._at_once = policy, table, at_once
         self._mesh = sharding.data_mesh()
-        self._take(frames, batch)
         model = nnx.merge(*nnx.split(policy.model))
         layers = quantizable_layers(model, rules)
         self.options = {
             layer.path: self._all_options(layers[layer.path], layer.path, layer.source_bytes)
             for layer in table.index.layers
         }
-        for path in self.options:
-            layers[path].bias = nnx.Param(self.options[path]["bias"][0])
-            layers[path].use_bias = True
+        self._source = {
+            path: Layer(
+                kernel=layers[path].kernel[...].astype(jnp.float32), bias=_plain_bias(layers[path])
+            )
+            for path in self.options
+        }
+        put_layers(layers, self._source)
         self._model, self._rules = model, rules
+        self._take(frames, batch)
 
     def on(self, frames: Calibration, *, batch: int = 64) -> "ActionErrorObjective":
         """The same allocations measured on other frames; the quantized rows are shared."""
@@ -93,7 +97,8 @@ class ActionErrorObjective:
             self._inputs.append(sharding.pad_batch(prepared, min(batch, frames.frames)))
         if not self._inputs:
             raise InputError("there are no frames to measure on")
-        self.reference = self._chunks(self.policy)
+        # By the same program as the candidates: equal rounding on both sides.
+        self.reference = self._chunks([self._source] * self._at_once)[0]
 
     @property
     def frames(self) -> int:
@@ -101,38 +106,28 @@ class ActionErrorObjective:
         return sum(count for _, count in self._inputs)
 
     def __call__(self, choices: Int[np.ndarray, "p C"]) -> Float[np.ndarray, " p"]:
-        """Mean squared chunk error of each candidate; one call of the device for a batch of frames.
+        """Mean squared chunk error of each candidate."""
+        return self.frame_errors(choices).mean(axis=1)
 
-        `at_once` candidates run side by side, each with a copy of the quantized weights.
+    def frame_errors(self, choices: Int[np.ndarray, "p C"]) -> Float[np.ndarray, "p N"]:
+        """Squared chunk error of each candidate in each frame.
+
+        `at_once` candidates make one call of the device for a batch of frames, whatever p is: a
+        candidate's error does not hang on which others it came with.
         """
-        choices = np.atleast_2d(choices)
-        chosen = self._chosen(choices)
-        graphdef, state = nnx.split(self._model)
-        spec, start = (graphdef, self._rules, self._mesh, self._at_once), 0
-        total = np.zeros(len(choices))
-        for inputs, count in self._inputs:
-            padded, _ = sharding.pad_batch(inputs, self._mesh.size)
-            reference = np.zeros((len(jax.tree.leaves(padded)[0]), *self.reference.shape[1:]))
-            reference[:count] = self.reference[start : start + count]
-            placed = sharding.shard_batch(self._mesh, (padded, reference.astype(np.float32)))
-            with jax.default_matmul_precision("float32"):
-                errors = _candidate_errors(spec, state, self.options, chosen, *placed)
-            total += np.asarray(errors, np.float64)[:, :count].sum(axis=1)
-            start += count
-        return total / self.frames
-
-    def frame_errors(self, choice: Int[np.ndarray, " C"]) -> Float[np.ndarray, " N"]:
-        """Squared chunk error of one candidate in each frame."""
-        change = self._chunks(self.policy.replace(model=self.model(choice))).astype(np.float64)
-        return np.sum((change - self.reference) ** 2, axis=(1, 2))
+        padded, count = sharding.pad_batch(np.atleast_2d(choices), self._at_once)
+        found = [
+            self._chunks([self.select(c) for c in padded[start : start + self._at_once]])
+            for start in range(0, len(padded), self._at_once)
+        ]
+        change = np.concatenate(found)[:count].astype(np.float64) - self.reference
+        return np.sum(change**2, axis=(2, 3))
 
     def select(self, choice: Int[np.ndarray, " C"]) -> dict[str, Layer]:
         """The quantized layers' arrays under a choice."""
-        return _select(self.options, self._chosen(choice))
-
-    def _chosen(self, choices: Int[np.ndarray, "*p C"]) -> dict[str, Int[Array, "*p c"]]:
         rows = {layer.path: rows for layer, rows in self.table.index.items()}
-        return {path: jnp.asarray(choices[..., rows[path]], jnp.int32) for path in self.options}
+        chosen = {path: jnp.asarray(choice[rows[path]], jnp.int32) for path in self.options}
+        return _select(self.options, chosen)
 
     def gradient(self, choice: Int[np.ndarray, " C"]) -> dict[str, Layer]:
         """Derivative of the error with respect to the quantized layers' arrays at a choice."""
@@ -158,8 +153,17 @@ class ActionErrorObjective:
         put_layers(quantizable_layers(model, self._rules), self.select(choice))
         return model
 
-    def _chunks(self, policy: Policy) -> Float[np.ndarray, "N h a"]:
-        return np.concatenate([policy.run(inputs)[:count] for inputs, count in self._inputs])
+    def _chunks(self, networks: Sequence[dict[str, Layer]]) -> Float[np.ndarray, "p N h a"]:
+        """Action chunks of `at_once` networks, given by their quantized layers' arrays."""
+        arrays = jax.tree.map(lambda *each: jnp.stack(each), *networks)
+        graphdef, state = nnx.split(self._model)
+        spec, found = (graphdef, self._rules, self._mesh), []
+        for inputs, count in self._inputs:
+            padded, _ = sharding.pad_batch(inputs, self._mesh.size)
+            placed = sharding.shard_batch(self._mesh, padded)
+            with jax.default_matmul_precision("float32"):
+                found.append(np.asarray(_forward(spec, state, arrays, placed))[:, :count])
+        return np.concatenate(found, axis=1)
 
     def _all_options(self, linear: nnx.Linear, path: str, source_bytes: int) -> Layer:
         """What `quantize` makes of a layer's rows and biases, for each option."""
@@ -168,7 +172,7 @@ class ActionErrorObjective:
         changes = quantizer.row_changes(path, weight, self.table.bits)
         rows = weight.astype(jnp.float32)[None] + changes
         old = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
-        plain = jnp.zeros(len(weight), jnp.float32) if old is None else old
+        plain = _plain_bias(linear)
         mean = quantizer.mean(path)
         biases = []
         for bits, row in zip(self.table.bits, rows, strict=True):
@@ -186,6 +190,13 @@ def put_layers(layers: Mapping[str, nnx.Linear], arrays: Mapping[str, Layer]) ->
     for path, layer in arrays.items():
         layers[path].kernel = nnx.Param(layer["kernel"])
         layers[path].bias = nnx.Param(layer["bias"])
+        layers[path].use_bias = True
+
+
+def _plain_bias(linear: nnx.Linear) -> Float[Array, " c"]:
+    if linear.bias is None:
+        return jnp.zeros(linear.kernel.shape[1], jnp.float32)
+    return linear.bias[...].astype(jnp.float32)
 
 
 @jax.jit
@@ -202,39 +213,31 @@ def _select(options: dict[str, Layer], chosen: dict[str, Array]) -> dict[str, La
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _candidate_errors(
-    spec: tuple[nnx.GraphDef[Any], LayerRules, jax.sharding.Mesh, int],
+def _forward(
+    spec: tuple[nnx.GraphDef[Any], LayerRules, jax.sharding.Mesh],
     state: nnx.State,
-    options: dict[str, Layer],
-    chosen: dict[str, Int[Array, "p c"]],
+    arrays: dict[str, Layer],
     inputs: Any,
-    reference: Float[Array, "b h a"],
-) -> Float[Array, "p b"]:
-    """Squared chunk error of every candidate in every frame; each device takes its frames."""
-    graphdef, rules, mesh, at_once = spec
+) -> Float[Array, "p b h a"]:
+    """Each device takes its share of the frames, as in `Policy.run`."""
+    graphdef, rules, mesh = spec
 
-    def of_frames(
-        state: nnx.State,
-        options: dict[str, Layer],
-        chosen: dict[str, Array],
-        inputs: Any,
-        reference: Array,
-    ) -> Array:
-        def of_candidate(chosen: dict[str, Array]) -> Array:
+    def actions(state: nnx.State, arrays: dict[str, Layer], inputs: Any) -> Array:
+        def of_candidate(arrays: dict[str, Layer]) -> Array:
             model = nnx.merge(graphdef, state)
-            put_layers(quantizable_layers(model, rules), _select(options, chosen))
-            return jnp.sum(jnp.square(model.actions(inputs) - reference), axis=(1, 2))
+            put_layers(quantizable_layers(model, rules), arrays)
+            return model.actions(inputs)
 
-        return jax.lax.map(of_candidate, chosen, batch_size=at_once)
+        return jax.vmap(of_candidate)(arrays)
 
-    whole, frames = PartitionSpec(), PartitionSpec(sharding.DATA_AXIS)
+    whole = PartitionSpec()
     return jax.shard_map(
-        of_frames,
+        actions,
         mesh=mesh,
-        in_specs=(whole, whole, whole, frames, frames),
+        in_specs=(whole, whole, PartitionSpec(sharding.DATA_AXIS)),
         out_specs=PartitionSpec(None, sharding.DATA_AXIS),
         check_vma=False,
-    )(state, options, chosen, inputs, reference)
+    )(state, arrays, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -100,7 +100,7 @@ def measure_solvers(
     def measured(choice: Int[np.ndarray, " C"]) -> tuple[float, Float[np.ndarray, " N"]]:
         key = choice.astype(np.int16).tobytes()
         if key not in known:
-            known[key] = float(objective(choice[None])[0]), judge.frame_errors(choice)
+            known[key] = float(objective(choice[None])[0]), judge.frame_errors(choice)[0]
         return known[key]
 
     records: list[dict[str, Any]] = []

@@ -7,18 +7,16 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
-from flax import nnx
 
 from qvla_jax import cli, pipeline
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation import action_errors, predict
-from qvla_jax.evaluation.objective import ActionErrorObjective, put_layers
+from qvla_jax.evaluation.objective import ActionErrorObjective
 from qvla_jax.evaluation.sequential import allocate_sequentially, gradient_costs, move_costs
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.measure_solvers import FILE, MeasureSolversConfig
 from qvla_jax.quantization import quantize
-from qvla_jax.quantization.layers import quantizable_layers
 from qvla_jax.solvers import solve
 
 
@@ -59,16 +57,14 @@ def test_a_select_is_what_quantize_makes(policy, frames, table, objective, start
         chunks = predict(quantize(policy, bits, packed=False), frames, batch_size=6).chunks
         expected = action_errors(chunks, reference).action_sse_normalized
         assert error == pytest.approx(expected, rel=1e-3)
-    assert errors[2] < 1e-6 * errors[0]
+    assert errors[2] == 0
     assert objective.frames == 6
-    # Side by side and one after another are the same; so is a candidate alone.
-    side_by_side = copy.copy(objective)
-    side_by_side._at_once = 2
-    np.testing.assert_allclose(
-        side_by_side(np.stack([start, other, untouched]))[:2], errors[:2], rtol=1e-4
-    )
-    np.testing.assert_allclose(objective(other[None]), errors[1:2], rtol=1e-4)
-    np.testing.assert_allclose(objective.frame_errors(other).mean(), errors[1], rtol=1e-4)
+    # A candidate's error does not hang on the others of its call; side by side is the same.
+    np.testing.assert_array_equal(objective(other[None]), errors[1:2])
+    side_by_side = ActionErrorObjective(policy, frames, table, batch=4, at_once=2)
+    beside = side_by_side(np.stack([start, other, untouched]))
+    np.testing.assert_allclose(beside[:2], errors[:2], rtol=1e-3)
+    assert beside[2] == 0
 
 
 def test_the_gradient_is_that_of_the_measured_error(objective, start):
@@ -80,12 +76,9 @@ def test_the_gradient_is_that_of_the_measured_error(objective, start):
         direction = np.sign(slope) * rng.random(slope.shape)
 
         def error(step: float, name=name, direction=direction) -> float:
-            model = objective.model(start)
             moved = here[path][name] + (step * direction).astype(np.float32)
-            layers = quantizable_layers(model)
-            put_layers(layers, {path: {**here[path], name: moved}})
-            chunks = objective.policy.replace(model=nnx.merge(*nnx.split(model)))
-            change = objective._chunks(chunks).astype(np.float64) - objective.reference
+            arrays = {**here, path: {**here[path], name: moved}}
+            change = objective._chunks([arrays])[0].astype(np.float64) - objective.reference
             return float(np.mean(np.sum(change**2, axis=(1, 2))))
 
         # A change of about 2 % each way: beyond rounding, and still straight.
@@ -120,8 +113,8 @@ def test_costs_of_moves_predict_single_moves(frames, objective, table, start):
 def test_sequential_allocation_lowers_the_measured_error(frames, objective, table, start):
     problem = table.problem(budget_bits=9.0)
     found = allocate_sequentially(objective, frames, problem, rounds=4, probes=1)
-    assert found.start_error == pytest.approx(objective(start[None])[0], rel=1e-3)
-    assert found.error == pytest.approx(objective(found.choice[None])[0], rel=1e-3)
+    assert found.start_error == pytest.approx(objective(start[None])[0])
+    assert found.error == pytest.approx(objective(found.choice[None])[0])
     assert found.error < found.start_error
     assert problem.violation(found.choice) is None
     kept = allocate_sequentially(objective, frames, problem, rounds=0)
