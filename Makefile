@@ -22,8 +22,10 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
+# openpi-client asks for numpy < 2, and works with newer ones.
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev,rlds]'
+	$(BIN)/python -m pip install --quiet --no-deps 'openpi-client>=0.1.2'
 	@touch $@ $(VENV)/.core
 
 demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and report (about 5 minutes)

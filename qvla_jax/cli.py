@@ -77,6 +77,13 @@ def _train() -> tuple[type[Any], Callable[[Any], None]]:
     return TrainConfig, commands.train
 
 
+def _serve() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands
+    from qvla_jax.serving import ServeConfig
+
+    return ServeConfig, commands.serve
+
+
 def _import() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands
 
@@ -190,6 +197,10 @@ COMMANDS = {
     ),
     "train": Command(
         "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train
+    ),
+    "serve": Command(
+        "serve a policy to robots, as openpi and OpenVLA do",
+        "qvla serve --policy runs/mini/policy.qvla", _serve,
     ),
     "inspect": Command(
         "list what a policy or a .qvla file holds: parameters, bytes, channels, bits",

@@ -1,9 +1,11 @@
 """What the subcommands do: run a stage with progress bars, then say what came out."""
 
 import collections
+import contextlib
 import dataclasses
 import platform
 import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from qvla_jax.progress import ProgressBars
 from qvla_jax.report.page import size_text
 from qvla_jax.report.study import study_tables
 from qvla_jax.report.svg import number
+from qvla_jax.serving.config import ServeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -331,6 +334,33 @@ def train(config: Any) -> None:
 
     with ProgressBars() as progress:
         behaviour_cloning(config, progress=progress)
+
+
+def serve(config: ServeConfig) -> None:
+    """Serves a policy until it is told to stop."""
+    import jax.numpy as jnp
+
+    from qvla_jax.inference import load_policy
+    from qvla_jax.serving import serve as run_server
+
+    config.read_token()  # whatever is wrong with it shall not take the time of loading
+    if config.token_file is None and config.host not in ("127.0.0.1", "::1", "localhost"):
+        print(
+            f"qvla: warning: everybody who reaches {config.host} can use this policy; --token-file "
+            "names the token that clients have to send",
+            file=sys.stderr,
+        )
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(ProgressBars())
+
+        def ready(text: str) -> None:
+            stack.close()  # the bars
+            print(text, flush=True)
+
+        policy = load_policy(
+            config.policy, unnorm_key=config.unnorm_key, dtype=jnp.dtype(config.dtype)
+        )
+        run_server(policy, config, progress=progress, ready=ready)
 
 
 def inspect(config: InspectConfig) -> None:

@@ -25,3 +25,7 @@ class DatasetError(InputError):
 
 class BudgetError(InputError):
     """No allocation fits the requested budget."""
+
+
+class PolicyError(QvlaError):
+    """A policy that is being served failed, or its actions are not finite."""

@@ -45,7 +45,7 @@ def resize_lanczos3(
     return np.clip(np.round(resized), 0, 255).astype(np.uint8)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)  # cameras have few sizes, clients of a server any number
 def _lanczos3(source: int, target: int) -> Float[np.ndarray, "target source"]:
     """Weights of every source pixel in every target pixel; rows sum to 1."""
     scale = source / target

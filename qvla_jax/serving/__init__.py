@@ -1,0 +1,33 @@
+"""A policy that robots can call: the openpi websocket protocol and OpenVLA's REST, on one port.
+
+    qvla serve --policy FILE.qvla
+
+A message is decoded (`msgpack_numpy`, `json_numpy`), checked and prepared (`observations`), joins a
+batch (`batching`) and is answered (`websocket`, `rest`); `server` opens and closes the port. What
+needs the extra `serve` is imported only where it is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from qvla_jax.serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from qvla_jax.serving.server import PolicyServer as PolicyServer
+    from qvla_jax.serving.server import serve as serve
+
+__all__ = ["PolicyServer", "ServeConfig", "serve"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs the extra on first use."""
+    if name not in ("PolicyServer", "serve"):
+        raise AttributeError(f"module 'qvla_jax.serving' has no attribute {name!r}")
+    try:
+        from qvla_jax.serving import server
+    except ModuleNotFoundError as error:
+        from qvla_jax.errors import QvlaError
+
+        raise QvlaError(
+            f"serving needs {error.name}, which is not there; pip install 'qvla-jax[serve]'"
+        ) from error
+    return getattr(server, name)

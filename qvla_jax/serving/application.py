@@ -1,0 +1,94 @@
+"""Who is let in, and which request goes where."""
+
+import functools
+import hmac
+from http import HTTPStatus
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from qvla_jax.serving import rest
+from qvla_jax.serving.service import Service
+from qvla_jax.serving.websocket import Websockets
+
+# How a token is announced: by openpi's client, and by most others.
+_SCHEMES = ("api-key", "bearer")
+_HEALTH = "/healthz"
+
+
+def make_application(service: Service, websockets: Websockets) -> web.Application:
+    """The routes of both protocols behind the checks of who asks.
+
+    Args:
+        service: what answers.
+        websockets: its connections by openpi's protocol.
+    """
+    application = web.Application(
+        middlewares=[_guard(service)], client_max_size=service.config.max_message
+    )
+
+    async def root(request: web.Request) -> web.StreamResponse:
+        if not web.WebSocketResponse().can_prepare(request):
+            text = "clients of openpi connect here with a websocket; others POST to /act"
+            return rest.failure(HTTPStatus.UPGRADE_REQUIRED, text)
+        return await websockets(request)
+
+    async def health(request: web.Request) -> web.Response:
+        if service.closing or service.stalled:
+            return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text="unavailable\n")
+        return web.Response(text="OK\n")
+
+    async def stats(request: web.Request) -> web.Response:
+        return web.json_response({**service.metadata(), **service.counters.to_dict()})
+
+    application.router.add_get("/", root)
+    application.router.add_post("/act", functools.partial(rest.act, service))
+    application.router.add_get(_HEALTH, health)
+    application.router.add_get("/stats", stats)
+
+    return application
+
+
+def _guard(service: Service) -> Middleware:
+    counters = service.counters
+
+    def turned_away(status: HTTPStatus, text: str) -> web.Response:
+        counters.turned_away += 1
+        response = rest.failure(status, text)
+        response.force_close()  # and whatever it still sends is not read
+        return response
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == _HEALTH:
+            return await handler(request)
+        # Robots are no browsers; a web page that somebody opens shall not reach their policy.
+        if hdrs.ORIGIN in request.headers:
+            return turned_away(HTTPStatus.FORBIDDEN, "browsers are not served")
+        if service.token is not None and not _knows(service.token, request):
+            response = turned_away(
+                HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key TOKEN"
+            )
+            response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+            return response
+        if service.closing:
+            return turned_away(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down")
+        if counters.clients >= service.config.max_clients:
+            return turned_away(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"{counters.clients} clients are served already; try again later",
+            )
+        counters.clients += 1
+        try:
+            return await handler(request)
+        finally:
+            counters.clients -= 1
+
+    return guard
+
+
+def _knows(token: str, request: web.Request) -> bool:
+    scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    # In constant time, so that the answer does not tell how much of it was right.
+    same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
+    return same and scheme.lower() in _SCHEMES

@@ -1,0 +1,211 @@
+"""Observations of concurrent clients, answered together in one call of the policy.
+
+Batches are padded to a few fixed sizes, for all of which the policy is compiled beforehand. The
+policy runs in one thread of its own, so that the connections stay alive meanwhile; what arrives
+while it runs makes the next batch.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from qvla_jax import sharding
+from qvla_jax.array_typing import Float
+from qvla_jax.errors import PolicyError
+from qvla_jax.inference import Policy
+from qvla_jax.models import ModelInputs
+from qvla_jax.progress import Progress, no_progress, track
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the policy says to one observation, and how long it took.
+
+    Attributes:
+        actions: un-normalized, as `Policy.infer` returns them.
+        history: for UniVLA, what the next observation of the episode gives as `history`.
+        queue_ms: from the prepared observation to the start of the call.
+        infer_ms: of the call, which the whole batch shares.
+        batch: observations in it.
+    """
+
+    actions: Float[np.ndarray, "h a"]
+    history: str | None
+    queue_ms: float
+    infer_ms: float
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Waiting:
+    inputs: ModelInputs
+    since: float
+    answer: asyncio.Future[Answer]
+
+
+def batch_sizes(largest: int, devices: int) -> tuple[int, ...]:
+    """The sizes that batches are padded to: powers of two times the devices, up to `largest`.
+
+    The last one is the first that holds `largest`.
+    """
+    sizes = [devices]
+    while sizes[-1] < largest:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
+
+
+class Batcher:
+    """Collects requests and runs the policy on them.
+
+    Attributes:
+        sizes: what batches are padded to.
+        busy_since: when the call that is running began (`time.monotonic`), or None.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_batch: int,
+        window: float,
+        observe: Callable[[Answer], None] = lambda answer: None,
+    ) -> None:
+        """Prepares; `warm_up` and `start` follow.
+
+        Args:
+            policy: what answers.
+            max_batch: most observations in one call.
+            window: seconds to wait for others after the first one.
+            observe: is told of every answer.
+        """
+        self.sizes = batch_sizes(max_batch, sharding.data_mesh().size)
+        self.busy_since: float | None = None
+        self._policy = policy
+        self._max_batch = max_batch
+        self._window = window
+        self._observe = observe
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "qvla-policy")
+        self._loop: asyncio.Task[None] | None = None
+
+    def warm_up(self, *, progress: Progress = no_progress) -> None:
+        """Compiles the policy for every batch size.
+
+        Raises:
+            PolicyError: it returns NaN or infinite actions already now.
+        """
+        inputs = self._policy.prepare(
+            {
+                key: [value] if isinstance(value, str) else value[None]
+                for key, value in self._policy.fake_observation().items()
+            }
+        )
+        for size in track(self.sizes, len(self.sizes), "compile", progress):
+            actions, _ = self._thread.submit(self._call, [inputs] * size).result()
+            if not np.isfinite(actions).all():
+                raise PolicyError("the policy returns NaN or infinite actions; nothing to serve")
+
+    def start(self) -> None:
+        """Begins to answer, on the running event loop."""
+        self._loop = asyncio.create_task(self._answer_all())
+
+    async def __call__(self, inputs: ModelInputs) -> Answer:
+        """Answers one prepared observation (a batch of one).
+
+        Raises:
+            PolicyError: the policy failed, or its actions are not finite.
+        """
+        answer = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(_Waiting(inputs, time.monotonic(), answer))
+        return await answer
+
+    async def stop(self) -> None:
+        """Ends; requests that still wait are told so."""
+        if self._loop is not None:
+            self._loop.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._loop
+        while not self._queue.empty():
+            _fail([self._queue.get_nowait()], PolicyError("the server is shutting down"))
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _answer_all(self) -> None:
+        while True:
+            batch = await self._collect()
+            try:
+                # Nobody waits for those that have been cancelled: their clients are gone.
+                if batch := [waiting for waiting in batch if not waiting.answer.done()]:
+                    await self._answer(batch)
+            except asyncio.CancelledError:
+                _fail(batch, PolicyError("the server is shutting down"))
+                raise
+            except Exception as error:
+                logger.exception("the policy failed on a batch of %d", len(batch))
+                _fail(batch, PolicyError(f"the policy failed ({type(error).__name__})"))
+
+    async def _collect(self) -> list[_Waiting]:
+        batch = [await self._queue.get()]
+        deadline = asyncio.get_running_loop().time() + self._window
+        while len(batch) < self._max_batch:
+            if not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+                continue
+            try:
+                async with asyncio.timeout_at(deadline):
+                    batch.append(await self._queue.get())
+            except TimeoutError:
+                break
+        return batch
+
+    async def _answer(self, batch: Sequence[_Waiting]) -> None:
+        self.busy_since = start = time.monotonic()
+        try:
+            actions, histories = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._call, [waiting.inputs for waiting in batch]
+            )
+        finally:
+            self.busy_since = None
+        seconds = time.monotonic() - start
+        for waiting, chunk, history in zip(batch, actions, histories, strict=True):
+            if not np.isfinite(chunk).all():
+                logger.error("the policy returned NaN or infinite actions")
+                _fail([waiting], PolicyError("the policy returned NaN or infinite actions"))
+                continue
+            answer = Answer(
+                actions=chunk,
+                history=history,
+                queue_ms=1e3 * (start - waiting.since),
+                infer_ms=1e3 * seconds,
+                batch=len(batch),
+            )
+            if not waiting.answer.done():
+                waiting.answer.set_result(answer)
+                self._observe(answer)
+
+    def _call(
+        self, inputs: Sequence[ModelInputs]
+    ) -> tuple[Float[np.ndarray, "b h a"], Sequence[str | None]]:
+        """Runs the policy on a padded batch; in the thread."""
+        size = next(size for size in self.sizes if size >= len(inputs))
+        stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves), *inputs)
+        padded, count = sharding.pad_batch(stacked, size)
+        histories: Sequence[str | None] = [None] * count
+        if self._policy.config.latent_action is not None:
+            padded = self._policy.complete(padded)
+            histories = self._policy.processor.history(padded)[:count]
+        return self._policy.unnormalize_actions(self._policy.run(padded)[:count]), histories
+
+
+def _fail(batch: Sequence[_Waiting], error: PolicyError) -> None:
+    for waiting in batch:
+        if not waiting.answer.done():
+            waiting.answer.set_exception(error)

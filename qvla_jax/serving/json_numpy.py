@@ -1,0 +1,112 @@
+"""The REST messages: JSON, numpy arrays as objects with base64 data, dtype and shape.
+
+The format is that of the package json-numpy, which OpenVLA's clients use. Arrays are cut out of a
+message before its JSON is parsed, so that parsing, whose lists and strings can take many times the
+bytes they come from, only ever sees a small text.
+"""
+
+import base64
+import binascii
+import json
+import re
+from typing import Any, Final
+
+import numpy as np
+
+from qvla_jax.errors import InputError
+from qvla_jax.serving.arrays import DTYPES, MAX_CONTAINERS, checked_array
+
+# Longest JSON without its arrays, in bytes.
+MAX_JSON: Final = 64 * 1024
+# The data of an array: quotes are escaped where JSON is inside a string of JSON. Within other text
+# they never are alike on both sides of the key.
+_DATA: Final = re.compile(rb'(\\?")__numpy__\1 *: *\1([A-Za-z0-9+/=]*)\1')
+
+
+class _Arrays:
+    """The data of a message's arrays, cut out of it."""
+
+    def __init__(self, message: bytes) -> None:
+        self._message = memoryview(message)
+        self._places: dict[int, tuple[int, int]] = {}
+        self.json = _DATA.sub(self._cut, message)
+
+    def _cut(self, match: re.Match[bytes]) -> bytes:
+        number = len(self._places)
+        if number == MAX_CONTAINERS:
+            raise InputError(f"message: more than {MAX_CONTAINERS} arrays")
+        self._places[number] = match.span(2)
+        return b"%b__numpy__%b: %d" % (match[1], match[1], number)
+
+    def hook(self, value: dict[str, Any]) -> Any:
+        """Puts an array in the place of an object that stands for it."""
+        if "__numpy__" not in value:
+            return value
+        number = value["__numpy__"]
+        place = self._places.pop(number, None) if type(number) is int else None
+        if place is None:
+            raise InputError("message: __numpy__: expected the array's bytes in base64")
+        try:
+            data = binascii.a2b_base64(self._message[slice(*place)], strict_mode=True)
+        except binascii.Error as error:
+            raise InputError(f"message: __numpy__: no base64 ({error})") from error
+        return checked_array(data, value.get("dtype"), value.get("shape"))
+
+    def check_used(self) -> None:
+        """Raises an `InputError` where text only looked like an array."""
+        if self._places:
+            raise InputError("message: __numpy__ where no array can be")
+
+
+def decode(message: bytes) -> tuple[dict[str, Any], bool]:
+    """The body of a request -> its object, and whether it was encoded twice.
+
+    `{"encoded": TEXT}` holds the object as JSON once more, for clients without json-numpy.
+
+    Raises:
+        InputError: not JSON, not an object, or beyond the limits.
+    """
+    arrays = _Arrays(message)
+    if len(arrays.json) > MAX_JSON:
+        raise InputError(
+            f"message: {len(arrays.json)} bytes of JSON without the arrays, expected at most "
+            f"{MAX_JSON}; send images and state as json-numpy does"
+        )
+    content = _parse(arrays, arrays.json)
+    twice = "encoded" in content
+    if twice:
+        if len(content) > 1 or not isinstance(content["encoded"], str):
+            raise InputError("message: 'encoded' must be text, and stand alone")
+        content = _parse(arrays, content["encoded"])
+    arrays.check_used()
+    return content, twice
+
+
+def _parse(arrays: _Arrays, text: str | bytes) -> dict[str, Any]:
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        content = json.loads(text, object_hook=arrays.hook, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"message: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError("message: expected an object with arrays and text")
+    return content
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def encode(content: Any) -> str:
+    """Arrays, numbers, text, lists and objects -> JSON."""
+    return json.dumps(content, default=_array)
+
+
+def _array(value: Any) -> dict[str, Any]:
+    if not isinstance(value, np.ndarray) or value.dtype.str not in DTYPES:
+        raise TypeError(f"no message holds {type(value).__name__}")
+    return {
+        "__numpy__": base64.b64encode(value.tobytes()).decode(),
+        "dtype": value.dtype.str,
+        "shape": value.shape,
+    }

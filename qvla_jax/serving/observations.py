@@ -1,0 +1,125 @@
+"""From what robots send to what the policy takes."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from qvla_jax.array_typing import UInt8
+from qvla_jax.errors import InputError
+from qvla_jax.inference import Policy
+from qvla_jax.inference.processor import CAMERA_KEYS
+from qvla_jax.models import ModelInputs
+
+# Our names, and those of openpi's LIBERO example, of OpenVLA and of OpenVLA-OFT.
+NAMES: Final[Mapping[str, tuple[str, ...]]] = {
+    "image": ("image", "observation/image", "full_image"),
+    "wrist_image": ("wrist_image", "observation/wrist_image"),
+    "state": ("state", "observation/state"),
+    "instruction": ("instruction", "prompt"),
+    "history": ("history",),
+}
+# Characters of an instruction. The tokenizer has the last word, but reads all of it first.
+MAX_INSTRUCTION: Final = 2000
+
+
+class ObservationReader:
+    """Checks the messages of clients and prepares them for one policy."""
+
+    def __init__(self, policy: Policy, *, max_image_side: int) -> None:
+        """Fixes what is asked for.
+
+        Args:
+            policy: whose processor prepares them.
+            max_image_side: of raw images, in pixels.
+        """
+        self._policy = policy
+        self._max_image_side = max_image_side
+        self._cameras = CAMERA_KEYS[: policy.config.num_images]
+
+    def __call__(self, message: Mapping[str, Any]) -> ModelInputs:
+        """One observation -> model inputs with a batch of one.
+
+        Args:
+            message: `image` and, for two cameras, `wrist_image` u8[H, W, 3]; `state`, p finite
+                numbers, where the policy takes them; `instruction`; each under one of its `NAMES`.
+                Other entries are ignored.
+
+        Raises:
+            InputError: an entry is missing, has the wrong type, shape or dtype, or is too large.
+        """
+        config = self._policy.config
+        key = message.get("unnorm_key")
+        if key is not None and key not in self._policy.statistics:
+            raise InputError(
+                f"unnorm_key {str(key)[:60]!r}: this policy has "
+                f"{', '.join(self._policy.statistics)}"
+            )
+        if key is not None and key != self.unnorm_key:
+            raise InputError(
+                f"unnorm_key {key!r}: this server un-normalizes with {self.unnorm_key!r}"
+            )
+        batch: dict[str, Any] = {
+            camera: self._image(camera, _entry(message, camera))[None] for camera in self._cameras
+        }
+        if config.proprio_dim:
+            batch["state"] = _state(_entry(message, "state"))[None]
+        batch["instruction"] = [_text("instruction", _entry(message, "instruction"))]
+        if config.latent_action is not None and "history" in message:
+            batch["history"] = [_text("history", message["history"])]
+        return self._policy.prepare(batch)
+
+    @property
+    def unnorm_key(self) -> str:
+        """The entry of the statistics that actions are un-normalized with."""
+        return self._policy.config.unnorm_key or next(iter(self._policy.statistics))
+
+    def _image(self, name: str, image: Any) -> UInt8[np.ndarray, "H W 3"]:
+        if not isinstance(image, np.ndarray):
+            raise InputError(f"{name}: expected an array, got {type(image).__name__}")
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(
+                f"{name}: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
+            )
+        if not all(1 <= side <= self._max_image_side for side in image.shape[:2]):
+            raise InputError(
+                f"{name}: {image.shape[0]} x {image.shape[1]} pixels, expected 1 to "
+                f"{self._max_image_side} on each side"
+            )
+        return image
+
+
+def _entry(message: Mapping[str, Any], name: str) -> Any:
+    found = [alias for alias in NAMES[name] if alias in message]
+    if len(found) > 1:
+        raise InputError(f"observation has {' and '.join(found)}, which mean the same")
+    if not found:
+        held = ", ".join(sorted(message)[:16]) or "nothing"
+        raise InputError(f"observation has no {' or '.join(NAMES[name])}; it holds: {held[:300]}")
+    return message[found[0]]
+
+
+def _state(value: Any) -> np.ndarray:
+    if isinstance(value, list) and all(type(v) in (int, float) for v in value):
+        try:
+            value = np.asarray(value, np.float64)
+        except OverflowError as error:
+            raise InputError(f"state: {error}") from error
+    if not isinstance(value, np.ndarray):
+        raise InputError(f"state: expected an array, got {type(value).__name__}")
+    if value.ndim != 1 or value.dtype.kind not in "fiu":
+        raise InputError(f"state: expected numbers [p], got {value.dtype} {list(value.shape)}")
+    with np.errstate(over="ignore"):  # becomes inf, which the processor refuses
+        return value.astype(np.float32)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{name}: expected text, got {type(value).__name__}")
+    if len(value) > MAX_INSTRUCTION:
+        raise InputError(f"{name}: {len(value)} characters, expected at most {MAX_INSTRUCTION}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: holds half a character ({error.reason})") from error
+    return value

@@ -1,0 +1,68 @@
+"""OpenVLA's REST: POST /act with an observation in JSON, arrays as json-numpy writes them.
+
+What the clients of OpenVLA's and OpenVLA-OFT's `vla-scripts/deploy.py` expect: the body of the
+reply is the action itself, an array [a] of a policy that decides one step at a time, a list of such
+arrays of a policy with chunks; twice encoded where the request was. Times go into the header
+Server-Timing. Errors have a status and say what is wrong, where the reference replies "error".
+"""
+
+import asyncio
+from http import HTTPStatus
+
+import numpy as np
+from aiohttp import web
+
+from qvla_jax.array_typing import Float
+from qvla_jax.errors import InputError, PolicyError
+from qvla_jax.serving import json_numpy
+from qvla_jax.serving.service import Service
+
+
+async def act(service: Service, request: web.Request) -> web.Response:
+    """Answers one observation."""
+    limit = service.config.max_message
+    if (request.content_length or 0) > limit:
+        return too_large(limit)
+    try:
+        async with asyncio.timeout(service.config.io_timeout):
+            body = await request.read()
+    except TimeoutError:
+        text = f"the request did not arrive within {service.config.io_timeout:g} s"
+        return failure(HTTPStatus.REQUEST_TIMEOUT, text)
+    except web.HTTPRequestEntityTooLarge:
+        return too_large(limit)
+    twice = False
+
+    def decode(body: bytes) -> dict[str, object]:
+        nonlocal twice
+        content, twice = json_numpy.decode(body)
+        return content
+
+    try:
+        answer = await service.answer(decode, body)
+    except InputError as error:
+        return failure(HTTPStatus.BAD_REQUEST, str(error))
+    except PolicyError as error:
+        return failure(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+    return web.json_response(
+        text=action_text(answer.actions, twice=twice),
+        headers={
+            "Server-Timing": f"queue;dur={answer.queue_ms:.3f}, infer;dur={answer.infer_ms:.3f}"
+        },
+    )
+
+
+def action_text(actions: Float[np.ndarray, "h a"], *, twice: bool = False) -> str:
+    """The body of a reply: one action as an array, a chunk as a list of them."""
+    text = json_numpy.encode(actions[0] if len(actions) == 1 else list(actions))
+    return json_numpy.encode(text) if twice else text
+
+
+def failure(status: HTTPStatus, text: str) -> web.Response:
+    """A reply that says what is wrong."""
+    return web.json_response({"error": text}, status=status)
+
+
+def too_large(limit: int) -> web.Response:
+    """A reply to a message beyond the limit."""
+    return failure(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request is larger than {limit} bytes")

@@ -1,0 +1,169 @@
+"""The port: opened once the policy is compiled, closed once it has answered."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+from aiohttp import web
+
+from qvla_jax.errors import InputError
+from qvla_jax.inference import Policy
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.serving.application import make_application
+from qvla_jax.serving.config import ServeConfig
+from qvla_jax.serving.service import Service
+from qvla_jax.serving.websocket import Websockets
+
+# Connections beyond the clients that are served: to be told so, and for health checks.
+_SPARE: Final = 16
+
+
+class _Refusal(asyncio.Protocol):
+    """Closes a connection at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+class PolicyServer:
+    """Serves a policy while used as an asynchronous context manager.
+
+    async with PolicyServer(policy, ServeConfig(port=0)) as server:
+        print(server.port)
+
+    Raises (on entering):
+        InputError: the address cannot be listened on.
+        PolicyError: the policy returns NaN or infinite actions.
+    """
+
+    def __init__(
+        self, policy: Policy, config: ServeConfig, *, progress: Progress = no_progress
+    ) -> None:
+        """Reads the token; nothing runs yet.
+
+        Args:
+            policy: what answers.
+            config: its `policy`, `unnorm_key` and `dtype` are not looked at.
+            progress: of compiling.
+        """
+        self._config = config
+        self._progress = progress
+        self._service = Service(policy, config, token=config.read_token())
+        self._websockets = Websockets(self._service)
+        self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        assert self._listener is not None
+        return self._listener.sockets[0].getsockname()[1]
+
+    @property
+    def service(self) -> Service:
+        """What answers."""
+        return self._service
+
+    async def __aenter__(self) -> Self:
+        """Compiles the policy for every batch size, then opens the port."""
+        config = self._config
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(
+            None, lambda: self._service.batcher.warm_up(progress=self._progress)
+        )
+        self._service.batcher.start()
+        self._runner = web.AppRunner(
+            make_application(self._service, self._websockets),
+            access_log=None,
+            # Closes connections that send no whole request header, and idle ones.
+            keepalive_timeout=config.io_timeout,
+            # A request whose client has gone needs no answer.
+            handler_cancellation=True,
+            # What is not read after a refusal; compressed bodies are not accepted at all.
+            lingering_time=1.0,
+            auto_decompress=False,
+            # By then all are answered, or out of time.
+            shutdown_timeout=1.0,
+        )
+        await self._runner.setup()
+        try:
+            self._listener = await loop.create_server(
+                self._connect, config.host, config.port, backlog=config.max_clients
+            )
+        except (OSError, OverflowError, UnicodeError) as error:
+            await self._stop()
+            raise InputError(
+                f"cannot listen on {config.host} port {config.port} ({error}); choose another "
+                "--port or --host"
+            ) from error
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the port, lets requests under way be answered, then closes the connections."""
+        assert self._listener is not None
+        self._listener.close()
+        # Before aiohttp stops: it no longer reads then, and would cut off what is under way.
+        self._service.closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.shutdown_timeout):
+                await self._websockets.close()
+                while self._service.counters.clients:
+                    await asyncio.sleep(0.01)
+        await self._stop()
+
+    async def _stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self._service.stop()
+
+    def _connect(self) -> asyncio.BaseProtocol:
+        assert self._runner is not None
+        server = self._runner.server
+        limit = self._config.max_clients + _SPARE
+        if server is None or len(server.connections) >= limit:
+            self._service.counters.turned_away += 1
+            return _Refusal()
+        return server()
+
+
+def serve(
+    policy: Policy,
+    config: ServeConfig,
+    *,
+    progress: Progress = no_progress,
+    ready: Callable[[str], None] = print,
+) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        policy: what answers.
+        config: how.
+        progress: of compiling.
+        ready: is told in one line where the server listens, once it does.
+
+    Raises:
+        InputError: the address cannot be listened on, or the token file not be read.
+        PolicyError: the policy returns NaN or infinite actions.
+    """
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        async with PolicyServer(policy, config, progress=progress) as server:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            ready(
+                f"Serving {policy.config.name} at ws://{host}:{server.port} (openpi) and "
+                f"http://{host}:{server.port}/act (OpenVLA)"
+            )
+            await stop.wait()
+
+    asyncio.run(run())

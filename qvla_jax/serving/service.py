@@ -1,0 +1,106 @@
+"""What both protocols share: from a message to an answer."""
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from qvla_jax import __version__
+from qvla_jax.errors import InputError, PolicyError
+from qvla_jax.inference import Policy
+from qvla_jax.inference.processor import CAMERA_KEYS
+from qvla_jax.serving.batching import Answer, Batcher
+from qvla_jax.serving.config import ServeConfig
+from qvla_jax.serving.counters import Counters
+from qvla_jax.serving.observations import ObservationReader
+
+logger = logging.getLogger(__name__)
+
+Message = TypeVar("Message")
+# A call of the policy that takes longer than this is no longer waited for by health checks.
+_STALLED = 60.0
+
+
+class Service:
+    """A policy and the settings it is served under.
+
+    Attributes:
+        closing: no new requests are taken.
+    """
+
+    def __init__(self, policy: Policy, config: ServeConfig, *, token: str | None = None) -> None:
+        """Prepares; the batcher is warmed up and started by the server."""
+        self.policy = policy
+        self.config = config
+        self.token = token
+        self.closing = False
+        self.counters = Counters()
+        self.batcher = Batcher(
+            policy,
+            max_batch=config.max_batch,
+            window=1e-3 * config.batch_window_ms,
+            observe=self.counters.observe,
+        )
+        self._read = ObservationReader(policy, max_image_side=config.max_image_side)
+        self._threads = concurrent.futures.ThreadPoolExecutor(
+            min(4, os.cpu_count() or 1), "qvla-prepare"
+        )
+
+    async def answer(
+        self, decode: Callable[[Message], Mapping[str, Any]], message: Message
+    ) -> Answer:
+        """Decodes, checks, prepares and answers one message.
+
+        Args:
+            decode: from the message to its entries; runs in a thread, as all preparation does.
+            message: as it came.
+
+        Raises:
+            InputError: the message is at fault.
+            PolicyError: the policy is, or the server; the reason is in the log.
+        """
+        try:
+            inputs = await asyncio.get_running_loop().run_in_executor(
+                self._threads, lambda: self._read(decode(message))
+            )
+            return await self.batcher(inputs)
+        except InputError:
+            self.counters.refused += 1
+            raise
+        except PolicyError:
+            self.counters.failed += 1
+            raise
+        except Exception as error:
+            self.counters.failed += 1
+            logger.exception("an observation could not be prepared")
+            raise PolicyError(f"the server failed ({type(error).__name__})") from error
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a call of the policy has been running for too long."""
+        since = self.batcher.busy_since
+        return since is not None and time.monotonic() - since > _STALLED
+
+    def metadata(self) -> dict[str, Any]:
+        """What clients are told on connecting: what to send, what they get."""
+        config = self.policy.config
+        cameras = list(CAMERA_KEYS[: config.num_images])
+        return {
+            "server": f"qvla_jax {__version__}",
+            "policy": config.name,
+            "quantized": self.policy.quantization is not None,
+            "unnorm_key": self._read.unnorm_key,
+            "images": cameras,
+            "state_dim": config.proprio_dim,
+            "action_horizon": config.action_horizon,
+            "action_dim": config.action_dim,
+            "max_batch": self.config.max_batch,
+        }
+
+    async def stop(self) -> None:
+        """Ends the batcher and the threads."""
+        await self.batcher.stop()
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,82 @@
+"""What robots send is prepared as `Policy.infer` does it, or refused by name."""
+
+import numpy as np
+import pytest
+
+from qvla_jax.errors import InputError
+from qvla_jax.inference import images
+from qvla_jax.serving.observations import ObservationReader
+
+
+@pytest.fixture
+def read(policy):
+    return ObservationReader(policy, max_image_side=64)
+
+
+def test_names_of_other_projects_mean_the_same(policy, read):
+    own = policy.fake_observation()
+    expected = read(own)
+    openpi = {
+        "observation/image": own["image"],
+        "observation/wrist_image": own["wrist_image"],
+        "observation/state": own["state"].astype(np.float64),
+        "prompt": own["instruction"],
+        "something/else": np.zeros(3),
+    }
+    oft = {
+        "full_image": own["image"],
+        "wrist_image": own["wrist_image"],
+        "state": own["state"].tolist(),
+        "instruction": own["instruction"],
+        "unnorm_key": "libero_spatial",
+    }
+    for other in (openpi, oft):
+        found = read(other)
+        for a, b in zip(vars(found).values(), vars(expected).values(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+IMAGE = np.zeros((32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": None}, "observation has no image or observation/image or full_image; it holds:"),
+        ({"full_image": IMAGE}, "image and full_image, which mean the same"),
+        ({"image": "red"}, "image: expected an array, got str"),
+        (
+            {"image": np.zeros((32, 32, 3), np.float32)},
+            "image: expected uint8 .H, W, 3., got float",
+        ),
+        ({"image": np.zeros((3, 32, 32), np.uint8)}, r"image: expected uint8 .* \[3, 32, 32\]"),
+        ({"image": np.zeros((65, 32, 3), np.uint8)}, "image: 65 x 32 pixels, expected 1 to 64"),
+        ({"image": np.zeros((0, 32, 3), np.uint8)}, "image: 0 x 32 pixels"),
+        ({"wrist_image": None}, "observation has no wrist_image or observation/wrist_image"),
+        ({"state": None}, "observation has no state"),
+        ({"state": np.zeros(7)}, r"state: expected \[b, 8\], got \[1, 7\]"),
+        ({"state": np.zeros((1, 8))}, r"state: expected numbers \[p\], got float64 \[1, 8\]"),
+        ({"state": np.zeros(8, bool)}, r"state: expected numbers \[p\], got bool"),
+        ({"state": [0.0] * 7 + ["x"]}, "state: expected an array, got list"),
+        ({"state": [0.0] * 7 + [10**400]}, "state: "),
+        ({"state": np.full(8, np.nan)}, "state: holds NaN or inf"),
+        ({"state": np.full(8, 1e300)}, "state: holds NaN or inf"),
+        ({"instruction": None}, "observation has no instruction or prompt"),
+        ({"instruction": 3}, "instruction: expected text, got int"),
+        ({"instruction": "x" * 2001}, "instruction: 2001 characters"),
+        ({"instruction": "bowl " * 100}, "tokens, the policy takes at most 24"),
+        ({"instruction": "\ud800"}, "instruction: holds half a character"),
+        ({"unnorm_key": "bridge"}, "unnorm_key 'bridge': this policy has libero_spatial"),
+    ],
+)
+def test_unusable_observations_are_refused_by_name(policy, read, change, message):
+    observation = {**policy.fake_observation(), **change}
+    observation = {key: value for key, value in observation.items() if value is not None}
+    with pytest.raises(InputError, match=message):
+        read(observation)
+
+
+def test_images_of_many_sizes_leave_nothing_behind():
+    for side in range(1, 40):
+        images.resize_lanczos3(np.zeros((side, 1, 3), np.uint8), 8)
+    assert images._lanczos3.cache_info().currsize <= 16
