@@ -28,6 +28,9 @@ class ServeConfig:
     token_file: Path | None = None
     # Statistics entry that un-normalizes the actions, where a public directory holds several.
     unnorm_key: str | None = None
+    # Gripper entry of the actions: the policy's own (of OpenVLA policies 1 opens, 0 closes), or as
+    # LIBERO's environments take it (-1 opens, +1 closes).
+    gripper: Literal["policy", "libero"] = "policy"
     # Of the weights in memory.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Most observations in one call of the policy.

@@ -2,13 +2,17 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from qvla_jax import __version__
+from qvla_jax.data.libero.environment import libero_action
 from qvla_jax.errors import InputError, PolicyError
 from qvla_jax.inference import Policy
 from qvla_jax.inference.processor import CAMERA_KEYS
@@ -66,7 +70,7 @@ class Service:
             inputs = await asyncio.get_running_loop().run_in_executor(
                 self._threads, lambda: self._read(decode(message))
             )
-            return await self.batcher(inputs)
+            answer = await self.batcher(inputs)
         except InputError:
             self.counters.refused += 1
             raise
@@ -77,6 +81,10 @@ class Service:
             self.counters.failed += 1
             logger.exception("an observation could not be prepared")
             raise PolicyError(f"the server failed ({type(error).__name__})") from error
+        if self.config.gripper == "libero":
+            steps = np.stack([libero_action(step) for step in answer.actions])
+            answer = dataclasses.replace(answer, actions=steps.astype(np.float32))
+        return answer
 
     @property
     def stalled(self) -> bool:
@@ -95,6 +103,7 @@ class Service:
             "unnorm_key": self._read.unnorm_key,
             "images": cameras,
             "state_dim": config.proprio_dim,
+            "gripper": self.config.gripper,
             "action_horizon": config.action_horizon,
             "action_dim": config.action_dim,
             "max_batch": self.config.max_batch,

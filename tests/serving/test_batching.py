@@ -5,10 +5,15 @@ import dataclasses
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from qvla_jax.config import LatentActionConfig, preset
 from qvla_jax.errors import PolicyError
 from qvla_jax.inference import Policy
 from qvla_jax.inference import policy as policy_module
+from qvla_jax.inference.policy import make_policy
+from qvla_jax.inference.word_tokenizer import word_tokenizer
+from qvla_jax.models import make_model
 from qvla_jax.serving.batching import Batcher, batch_sizes
 
 
@@ -114,6 +119,27 @@ def test_a_policy_without_finite_actions_is_not_served(policy):
     hopeless = Hopeless(**{f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)})
     with pytest.raises(PolicyError, match="nothing to serve"):
         Batcher(hopeless, max_batch=2, window=0.0).warm_up()
+
+
+def test_latent_tokens_come_back_as_the_history_of_the_next_call():
+    config = dataclasses.replace(
+        preset("tiny-test"),
+        decoding="latents",
+        latent_action=LatentActionConfig(embed_dim=16, num_heads=2, mlp_dim=24),
+        action_horizon=2,
+        proprio_dim=0,
+        num_images=1,
+        unnorm_key="x",
+    )
+    statistics = {"x": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
+    model = make_model(config, rngs=nnx.Rngs(0))
+    univla = make_policy(config, model, word_tokenizer(), statistics, source="x")
+    found = answers(univla, [0, 1, 2])
+    completed = [univla.complete(inputs_of(univla, seed)) for seed in (0, 1, 2)]
+    for answer, inputs in zip(found, completed, strict=True):
+        assert [answer.history] == univla.processor.history(inputs)
+        alone = univla.unnormalize_actions(univla.run(inputs)[0])
+        np.testing.assert_allclose(answer.actions, alone, atol=2e-5)
 
 
 def test_requests_that_wait_when_the_server_stops_are_told_so(policy):

@@ -320,6 +320,16 @@ def test_the_health_check_needs_no_token_and_all_else_does(policy, tmp_path):
             assert client.infer(openpi_observation(policy))["actions"].shape == (8, 7)
 
 
+def test_grippers_can_be_as_libero_takes_them(policy):
+    with running(policy, gripper="libero") as server, openpi_client(server) as client:
+        assert client.get_server_metadata()["gripper"] == "libero"
+        found = client.infer(openpi_observation(policy))["actions"]
+    own = policy.infer(policy.fake_observation())
+    np.testing.assert_allclose(found[:, :-1], own[:, :-1], atol=2e-5)
+    np.testing.assert_array_equal(found[:, -1], np.where(own[:, -1] > 0.5, -1.0, 1.0))
+    assert found.dtype == np.float32
+
+
 def test_one_client_too_many_is_turned_away(policy):
     with running(policy, max_clients=2) as server, websocket(server), websocket(server) as second:
         with pytest.raises(InvalidStatus, match="503"), websocket(server):
