@@ -205,8 +205,9 @@ def test_a_policy_of_single_steps_replies_with_one_action_as_openvla_does():
         (b"{", 400, "not readable as JSON"),
         (b"{}", 400, "observation has no image"),
         (b"x" * (2**18 + 1), 413, "larger than 262144 bytes"),
-        (gzip.compress(b"{}"), 400, "not readable as JSON"),
+        (gzip.compress(b"{}", mtime=0), 400, "not readable as JSON"),
     ],
+    ids=["half", "empty", "too large", "compressed"],
 )
 def test_an_unusable_request_is_an_error(policy, server, body, status, message):
     headers = {"Content-Encoding": "gzip"} if body.startswith(b"\x1f") else {}
@@ -318,6 +319,24 @@ def test_the_health_check_needs_no_token_and_all_else_does(policy, tmp_path):
             pass
         with openpi_client(server, api_key=TOKEN) as client:
             assert client.infer(openpi_observation(policy))["actions"].shape == (8, 7)
+
+
+def test_websockets_that_say_nothing_are_closed(policy):
+    with running(policy, idle_timeout=0.1) as server, websocket(server) as connection:
+        with pytest.raises(ConnectionClosed) as caught:
+            connection.recv(PATIENCE)
+        assert caught.value.rcvd.code == 1001
+        assert "idle" in caught.value.rcvd.reason
+
+
+def test_the_health_check_sees_a_policy_that_hangs(server):
+    batcher = server.service.batcher
+    batcher.busy_since = time.monotonic() - 1000
+    try:
+        assert requests.get(url(server, "/healthz"), timeout=PATIENCE).status_code == 503
+    finally:
+        batcher.busy_since = None
+    assert requests.get(url(server, "/healthz"), timeout=PATIENCE).status_code == 200
 
 
 def test_grippers_can_be_as_libero_takes_them(policy):
