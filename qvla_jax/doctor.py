@@ -72,7 +72,7 @@ def checks() -> Iterator[Check]:
     yield mujoco()
     yield from opengl()
     yield package("PyAV (videos)", ("av",), "libero")
-    yield package("websockets (serving)", ("websockets",), "serve")
+    yield package("aiohttp (serving)", ("aiohttp",), "serve")
 
 
 def python() -> Check:
