@@ -7,7 +7,7 @@ PROOF_FACTOR ?= 20
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long prove-solvers bench-solvers bench-kernels sanitize lint types format clean
+.PHONY: help demo test test-long test-aarch64 prove-solvers bench-solvers bench-kernels sanitize lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -37,6 +37,9 @@ test: $(VENV)/.dev  ## Run the tests
 test-long: $(VENV)/.dev  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m long
 
+test-aarch64: $(VENV)/.dev  ## Cross-compile the CPU kernel for 64-bit ARM and check it in an emulator (g++-aarch64-linux-gnu, qemu-user)
+	$(BIN)/python -m pytest -m long tests/kernels/test_native.py -k aarch64
+
 prove-solvers: $(VENV)/.dev  ## Check the allocators on thousands of small instances (3 CPU minutes)
 	QVLA_PROOF_FACTOR=$(PROOF_FACTOR) $(BIN)/python -m pytest -n auto -rP $(addprefix tests/solvers/test_, \
 	  proofs.py solvers.py resources.py alignment.py front.py verification.py demotion.py)
@@ -49,8 +52,9 @@ bench-kernels: $(VENV)/.core  ## Time the packed product against others on one c
 
 # The sanitizers' library must be the first that the interpreter loads; JAX and Python leak on purpose.
 sanitize: $(VENV)/.dev  ## Run the tests of the CPU kernel under ASan and UBSan (g++)
+	$(BIN)/python -m pytest -m long tests/kernels/test_native.py -k sanitized
 	rm -rf build/sanitize
-	$(BIN)/python -m pip install --quiet --no-deps --target build/sanitize --config-settings=cmake.define.QVLA_SANITIZE=ON .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/sanitize --config-settings=cmake.define.QVLA_SANITIZE='address,undefined' .
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	QVLA_CPU_LIBRARY=$(CURDIR)/build/sanitize/qvla_jax/kernels/_cpu.so \

@@ -523,8 +523,8 @@ void multiply_integer(const Job& job) {
 
 }  // namespace
 
-const Kernel kAvx512 = {
-    "avx512", float_bytes, integer_bytes, prepare_float, prepare_integer, multiply_float,
+const Kernel QVLA_KERNEL = {
+    QVLA_KERNEL_NAME, float_bytes, integer_bytes, prepare_float, prepare_integer, multiply_float,
     multiply_integer,
 };
 

@@ -1,7 +1,6 @@
 // The XLA custom call: checks its operands, prepares x, and shares the work over XLA's threads.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -15,35 +14,6 @@ namespace ffi = xla::ffi;
 
 namespace qvla {
 namespace {
-
-bool supported(const Kernel& kernel) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (&kernel == &kAvx512)
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq");
-  if (&kernel == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return true;
-}
-
-// The best kernel of this processor, or the one that QVLA_CPU_KERNEL names if it can run.
-const Kernel& choose() {
-  static const Kernel* const chosen = [] {
-    const Kernel* const all[] = {
-#if defined(__x86_64__)
-        &kAvx512, &kAvx2,
-#endif
-        &kPortable};
-    const char* const wanted = std::getenv("QVLA_CPU_KERNEL");
-    for (const Kernel* kernel : all)
-      if (supported(*kernel) && (!wanted || !*wanted || !std::strcmp(wanted, kernel->name)))
-        return kernel;
-    return &kPortable;
-  }();
-  return *chosen;
-}
 
 // Runs f(0) ... f(n - 1) on this thread and on XLA's. This thread works too and waits only for
 // items that a running thread has taken, so a pool whose threads all sit here goes on.
@@ -154,7 +124,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w
     return invalid("the index names a channel that is not there");
   if (!rows) return ffi::Error::Success();
 
-  const Kernel& kernel = choose();
+  const Kernel& kernel = chosen_kernel();
   int64_t threads = std::max<int64_t>(1, pool.num_threads());
   if (max_threads > 0) threads = std::min(threads, max_threads);
 
@@ -278,6 +248,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qvla_matmul, qvla::matmul,
                                   .Attr<int64_t>("activation_bits")
                                   .Attr<int64_t>("max_threads"));
 
-extern "C" const char* qvla_kernel_name() { return qvla::choose().name; }
+extern "C" const char* qvla_kernel_name() { return qvla::chosen_kernel().name; }
 
 #pragma GCC visibility pop

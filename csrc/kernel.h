@@ -12,6 +12,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace qvla {
 
@@ -67,6 +68,16 @@ extern const Kernel kPortable;
 #if defined(__x86_64__)
 extern const Kernel kAvx2;
 extern const Kernel kAvx512;
+#elif defined(__aarch64__)
+extern const Kernel kNeon;
+extern const Kernel kNeonDot;   // products of four 8-bit integers
+extern const Kernel kNeonBf16;  // ... and of two bfloat16 numbers
 #endif
+
+// Kernels that this processor can run, best first; the last is kPortable.
+std::vector<const Kernel*> runnable_kernels();
+
+// The best of them, or the one that QVLA_CPU_KERNEL names.
+const Kernel& chosen_kernel();
 
 }  // namespace qvla

@@ -94,9 +94,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def instruction_set() -> str | None:
-    """The path that runs here, "avx512", "avx2" or "portable"; None without a compiled kernel.
+    """The path that runs here, as csrc/select.cpp names it; None without a compiled kernel.
 
-    The environment variable QVLA_CPU_KERNEL chooses a lower one.
+    On x86-64 "avx512" (with VNNI and BF16), "avx2" or "portable"; on 64-bit ARM "neon_bf16" (with
+    SDOT and BFDOT), "neon_dot" (with SDOT), "neon" or "portable". The environment variable
+    QVLA_CPU_KERNEL chooses a lower one.
     """
     loaded = library()
     return None if loaded is None else loaded.qvla_kernel_name().decode()

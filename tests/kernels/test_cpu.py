@@ -131,11 +131,19 @@ for group in (None, 48):
 """
 
 
+# Every processor runs the rest of a list from one of its entries on.
+INSTRUCTION_SETS = (
+    ("avx512", "avx2", "portable"),
+    ("neon_bf16", "neon_dot", "neon", "portable"),
+)
+
+
 @needs_kernel
-@pytest.mark.parametrize("name", ["avx2", "portable"])
+@pytest.mark.parametrize("name", ["avx2", "neon_dot", "neon", "portable"])
 def test_lower_instruction_sets(name):
-    if name == "avx2" and cpu.instruction_set() == "portable":
-        pytest.skip("this processor has no AVX2")
+    best = cpu.instruction_set()
+    if not any(name in names[names.index(best) :] for names in INSTRUCTION_SETS if best in names):
+        pytest.skip(f"a processor with {best} does not run {name}")
     result = subprocess.run(
         [sys.executable, "-c", LOWER.format(name=name)],
         env={**os.environ, "QVLA_CPU_KERNEL": name},

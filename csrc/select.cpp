@@ -1,0 +1,62 @@
+// Which kernel runs: what the processor says it can do, and what the environment asks for.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace qvla {
+namespace {
+
+bool supported(const Kernel& kernel) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (&kernel == &kAvx512)
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+  if (&kernel == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__aarch64__)
+  bool dot = false, bfloat16 = false;
+#if defined(__linux__)
+  // HWCAP_ASIMDDP and HWCAP2_BF16 of the kernel's interface, which older headers do not name.
+  dot = getauxval(AT_HWCAP) >> 20 & 1;
+  bfloat16 = getauxval(AT_HWCAP2) >> 14 & 1;
+#endif
+  if (&kernel == &kNeonDot) return dot;
+  if (&kernel == &kNeonBf16) return dot && bfloat16;
+#endif
+  (void)kernel;
+  return true;
+}
+
+}  // namespace
+
+std::vector<const Kernel*> runnable_kernels() {
+  std::vector<const Kernel*> found;
+  for (const Kernel* kernel : {
+#if defined(__x86_64__)
+           &kAvx512, &kAvx2,
+#elif defined(__aarch64__)
+           &kNeonBf16, &kNeonDot, &kNeon,
+#endif
+           &kPortable})
+    if (supported(*kernel)) found.push_back(kernel);
+  return found;
+}
+
+const Kernel& chosen_kernel() {
+  static const Kernel* const chosen = [] {
+    const char* const wanted = std::getenv("QVLA_CPU_KERNEL");
+    const std::vector<const Kernel*> all = runnable_kernels();
+    for (const Kernel* kernel : all)
+      if (!wanted || !*wanted || !std::strcmp(wanted, kernel->name)) return kernel;
+    return all.back();
+  }();
+  return *chosen;
+}
+
+}  // namespace qvla
