@@ -17,12 +17,14 @@ from qvla_jax.kernels.packed import (
     validate,
 )
 from qvla_jax.kernels.packing import pack
+from qvla_jax.kernels.sharded import ShardedWeight, shard
 
 __all__ = [
     "SOURCE_DTYPES",
     "CodeMap",
     "PackedWeight",
     "Segment",
+    "ShardedWeight",
     "cannot_join",
     "canonical",
     "dequantize",
@@ -33,5 +35,6 @@ __all__ = [
     "part",
     "prepare",
     "quantize_activations",
+    "shard",
     "validate",
 ]

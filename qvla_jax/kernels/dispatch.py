@@ -49,6 +49,8 @@ _MODULES: Final[dict[str, str]] = {
     "pallas_tpu": "qvla_jax.kernels.pallas_tpu",
     "pallas_gpu": "qvla_jax.kernels.pallas_gpu",
 }
+# Arrangements whose products are made of others' products, and have their gradients.
+_COMPOSED: Final[dict[str, str]] = {"sharded": "qvla_jax.kernels.sharded"}
 # Platform (`jax.default_backend()`) -> the implementations to try, best first.
 _PREFERRED: Final[dict[str, tuple[str, ...]]] = {
     "cpu": ("cpu",),
@@ -97,8 +99,8 @@ def mixed_matmul(
 
     Args:
         x: activations, bfloat16 or float32, any number of leading axes.
-        w: a `PackedWeight`, or what `prepare` made of one. A canonical weight is rearranged by
-            every call, so prepare those that are used more than once.
+        w: a `PackedWeight`, or what `prepare` or `shard` made of one. A canonical weight is
+            rearranged by every call, so prepare those that are used more than once.
         activation_bits: 16 takes x as it is, 8 and 4 round it to integers row by row.
         implementation: "reference" or another of `implementations()`; None takes the one that `w`
             was prepared for, or else the best for the platform.
@@ -123,6 +125,8 @@ def mixed_matmul(
         name = w.implementation
         if implementation not in (None, name):
             raise InputError(f"the weight was prepared for {name!r}, not for {implementation!r}")
+        if name in _COMPOSED:
+            return _backend(name).matmul(x, w, activation_bits)
     return _matmul(x, w, activation_bits, name)
 
 
@@ -160,4 +164,4 @@ def _choose(w: PackedWeight, implementation: str | None) -> str:
 
 
 def _backend(name: str) -> Any:
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module((_MODULES | _COMPOSED)[name])

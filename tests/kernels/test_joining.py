@@ -13,14 +13,14 @@ from qvla_jax.kernels.packed import validate
 from .weights import random_weight
 
 
-def make(c, k, bits, seed, group=None, **settings_):
+def make(c, k, bits, seed, group=None, dtype=np.float32, **settings_):
     # Codes do not matter here, and finding good ones takes long.
     rng = np.random.default_rng(seed)
     codes = 2 * rng.integers(-2, 2, (c, k)) + 1
     scales = np.ones((c, 1 if group is None else -(-k // group)), np.float32)
     widths = rng.choice(bits, c)
     return kernels.pack(
-        random_weight(c, k, seed), widths, group, codes=codes, scales=scales, **settings_
+        random_weight(c, k, seed, dtype), widths, group, codes=codes, scales=scales, **settings_
     )
 
 
