@@ -80,6 +80,11 @@ def sweep_mesh(channel: int = 1) -> Mesh:
     return Mesh(devices.reshape(-1, channel), (DATA_AXIS, CHANNEL_AXIS))
 
 
+def one_device_mesh() -> Mesh:
+    """Returns a mesh of the first local device, with the axes of `sweep_mesh`."""
+    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1), (DATA_AXIS, CHANNEL_AXIS))
+
+
 def join_processes(coordinator: str, processes: int, process: int) -> None:
     """Joins the processes of a sweep, before the first use of a device.
 

@@ -6,6 +6,7 @@ by the tensors in use and not by the file.
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,6 +86,13 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def release_pages(array: Any) -> None:
+    """Takes a mapped tensor out of resident memory; it is read again when it is used again."""
+    mapping = getattr(array, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class ShardedTensors(Mapping[str, np.ndarray]):

@@ -23,7 +23,7 @@ import safetensors.numpy
 from flax import nnx
 
 from qvla_jax.atomic import atomic_path
-from qvla_jax.checkpoints.tensor_files import TensorFile
+from qvla_jax.checkpoints.tensor_files import TensorFile, release_pages
 from qvla_jax.errors import CheckpointError
 from qvla_jax.models.surgery import path_string
 
@@ -103,6 +103,7 @@ def assign_tensors(
     *,
     source: Source,
     sharding: jax.sharding.Sharding | None = None,
+    mapped: bool = False,
 ) -> None:
     """Fills the parameters of `model` from public tensors, read and placed one at a time.
 
@@ -113,19 +114,28 @@ def assign_tensors(
         tensors: public name -> tensor.
         source: the file that errors name, or a function of the tensor's name.
         sharding: of every parameter; None puts it on the default device.
+        mapped: leave the parameters in their files, in the files' dtypes: numpy arrays that are
+            read whenever they are used.
     """
-    for variable, value in flax_tensors(model, tensors, source=source):
+    for variable, value in flax_tensors(model, tensors, source=source, cast=not mapped):
         # Not an assignment into an array: an abstract model has none yet.
-        variable.set_value(jax.device_put(jnp.asarray(value), sharding))
+        if mapped:
+            variable.set_value(value)
+            release_pages(value)
+        else:
+            variable.set_value(jax.device_put(jnp.asarray(value), sharding))
 
 
 def flax_tensors(
-    model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: Source
+    model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: Source, cast: bool = True
 ) -> Iterator[tuple[nnx.Variable, np.ndarray]]:
-    """Each parameter with its value in Flax's layout and the parameter's dtype, one at a time."""
+    """Each parameter with its value in Flax's layout, one at a time.
+
+    The value has the parameter's dtype or, without `cast`, the tensor's.
+    """
     convert = through_flax(model, tensors, source=source)
     for name, _, variable in _parameters(model):
-        _, value = convert(name, variable.dtype)
+        _, value = convert(name, variable.dtype if cast else None)
         yield variable, value
 
 

@@ -315,6 +315,7 @@ def load_policy(
     center_crop: bool | None = None,
     dtype: Any = None,
     sharding: jax.sharding.Sharding | None = None,
+    mapped: bool = False,
 ) -> Policy:
     """Loads a policy; weights are read, cast and placed one at a time.
 
@@ -331,12 +332,21 @@ def load_policy(
         dtype: of the weights in memory, float32 if left out. bfloat16 halves them; arithmetic stays
             in float32.
         sharding: of every weight; None puts it on the default device.
+        mapped: for public directories, leave the weights in their files, in the files' dtypes.
+            They are checked once and read again whenever they are used: for streamed sweeps of
+            policies that do not fit into memory, not for inference.
 
     Raises:
-        InputError: neither a preset nor a directory; the message lists close matches.
+        InputError: neither a preset nor a directory; the message lists close matches. Or `mapped`
+            with weights that are in no public directory, or with `dtype` or `sharding`.
         CheckpointError: a file of the directory is missing or broken.
     """
     folder = Path(source)
+    if mapped and (not is_huggingface(folder) or dtype is not None or sharding is not None):
+        raise InputError(
+            f"{folder}: only the weights of a public directory can stay in their files, in their "
+            "own dtypes and on no device"
+        )
     if folder.suffix == SUFFIX and not folder.is_dir():
         return _load_packed(folder)
     if not folder.is_dir():
@@ -350,7 +360,7 @@ def load_policy(
         public = _read_public(folder, unnorm_key, num_images, center_crop)
         model = abstract_model(public.config, dtype=dtype)
         tensors = PublicTensors(folder)
-        assign_tensors(model, tensors, source=tensors.file_of, sharding=sharding)
+        assign_tensors(model, tensors, source=tensors.file_of, sharding=sharding, mapped=mapped)
         return public.replace(model=model)
     config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
     model = abstract_model(config, dtype=dtype)

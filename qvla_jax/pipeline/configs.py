@@ -59,6 +59,10 @@ class SensitivityConfig(StageConfig):
     channel_devices: int = 1
     # Split the policy's weights over the channel axis, too (jacobian, refined, taylor).
     split_weights: bool = False
+    # Leave the weights of a public directory in their files, and let them visit one device a stage
+    # at a time: for policies that do not fit into memory. Needs `--validate 0` and no baselines;
+    # rounding is to nearest, and joint factors are not measured.
+    streamed: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "probes", "validate_frames", "channel_devices")

@@ -15,7 +15,7 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
 from qvla_jax.progress import Progress, no_progress, prefixed
-from qvla_jax.quantization import option_sizes, policy_index
+from qvla_jax.quantization import QuantizerSettings, option_sizes, policy_index
 from qvla_jax.sensitivity import (
     METHODS,
     SensitivityTable,
@@ -57,7 +57,8 @@ def sensitivity(
     files.check_folder(config.out)
     check_methods(config)
     calibration = load_calibration(config.out) if calibration is None else calibration
-    policy = load_policy(config.model) if policy is None else policy
+    if policy is None:
+        policy = load_policy(config.model, mapped=config.streamed)
     mesh = sharding.sweep_mesh(config.channel_devices)
     store = SweepStore(config.out / files.SWEEP)
     tables: dict[str, SensitivityTable] = {}
@@ -76,6 +77,10 @@ def sensitivity(
             statistics=tables[config.method].statistics if tables else None,
             mesh=mesh,
             split_weights=config.split_weights,
+            streamed=config.streamed,
+            joint=not config.streamed,
+            # Error feedback needs covariances, [k, k] for every layer.
+            quantizer=QuantizerSettings(rounding="nearest" if config.streamed else "feedback"),
             store=store,
             progress=prefixed(progress, method),
         )
@@ -103,6 +108,8 @@ def check_methods(config: SensitivityConfig) -> None:
     Raises:
         InputError: One is unknown; the message suggests close ones.
     """
+    if config.streamed and (config.validate or config.baselines):
+        raise InputError("a streamed sweep takes --validate 0 and --baselines without a name")
     for method in (config.method, *config.baselines):
         if method not in METHODS:
             close = difflib.get_close_matches(method, METHODS, n=2)

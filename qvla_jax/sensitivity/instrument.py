@@ -49,26 +49,30 @@ def hook_layers(model: nnx.Module, paths: Iterable[str], hook: Hook) -> None:
     replace_modules(model, {p: HookedLinear(get_module(model, p), p, once) for p in paths})
 
 
-def hooked_forward(
-    graphdef: nnx.GraphDef[Any], state: Any, inputs: Any, paths: Iterable[str], hook: Hook
-) -> Float[Array, "b h a"]:
-    """The model's output with `hook` on the layers at `paths`; traceable.
+def hooked_call(
+    graphdef: nnx.GraphDef[Any],
+    state: Any,
+    args: tuple[Any, ...],
+    paths: Iterable[str],
+    hook: Hook,
+) -> Float[Array, "b ..."]:
+    """A module's output with `hook` on the layers at `paths`; traceable.
 
     Args:
-        graphdef: from `nnx.split(model)`.
+        graphdef: from `nnx.split(module)`; a whole policy's network, or a part of it.
         state: from the same split.
-        inputs: what the model takes.
+        args: what the module takes.
         paths: dotted paths of linear layers.
         hook: called once for each of these layers that the forward pass reaches.
     """
-    model = nnx.merge(graphdef, state)
-    hook_layers(model, paths, hook)
+    module: Any = nnx.merge(graphdef, state)
+    hook_layers(module, paths, hook)
     with jax.default_matmul_precision("float32"):
-        return model(inputs)
+        return module(*args)
 
 
 def layer_outputs(
-    graphdef: nnx.GraphDef[Any], state: Any, inputs: Any, paths: Iterable[str]
+    graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...], paths: Iterable[str]
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of each layer's output, without computing anything.
 
@@ -81,7 +85,7 @@ def layer_outputs(
         shapes[path] = jax.ShapeDtypeStruct(y.shape, y.dtype)
         return y
 
-    jax.eval_shape(lambda s, i: hooked_forward(graphdef, s, i, paths, record), state, inputs)
+    jax.eval_shape(lambda s, a: hooked_call(graphdef, s, a, paths, record), state, args)
     return shapes
 
 

@@ -14,7 +14,8 @@ the h a basis vectors as probes the expectation over v is exact.
 E_v sum_t g[t, c]^2 || w_hat - w ||^2, which knows nothing of the inputs.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypedDict
 
 import jax
@@ -25,6 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
+from qvla_jax.checkpoints.tensor_files import release_pages
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.quantizer import Quantizer
@@ -37,7 +39,8 @@ from qvla_jax.sensitivity.batches import (
 )
 from qvla_jax.sensitivity.probes import Probes, check_probes
 from qvla_jax.sensitivity.reverse import Contraction, FromCotangent, ReverseSpec, reverse_sweep
-from qvla_jax.sensitivity.store import NOTHING_KEPT, SweepStore, digest_of
+from qvla_jax.sensitivity.store import NOTHING_KEPT, Items, SweepStore, digest_of
+from qvla_jax.sensitivity.streaming import streamed_sweep
 
 
 class LayerConstants(TypedDict):
@@ -149,24 +152,119 @@ def frame_costs(
     place = sharding.split_weights if split_weights else sharding.replicate
     state = place(mesh, state)
     constants = {path: _put(mesh, arrays) for path, arrays in constants.items()}
+    sweep = functools.partial(reverse_sweep, spec, state, constants)
+    yield from _over_batches(
+        sweep, policy, calibration, index, options, size, mesh, seed, weights, items, progress
+    )
+
+
+def streamed_frame_costs(
+    policy: ModelPolicy,
+    calibration: Calibration,
+    layers: Mapping[str, nnx.Linear],
+    index: ChannelIndex,
+    quantizer: Quantizer,
+    *,
+    bits: tuple[int, ...],
+    method: str = "jacobian",
+    probes: Probes = 8,
+    seed: int = 0,
+    batch: int = 1,
+    weights: np.ndarray | None = None,
+    store: SweepStore | None = None,
+    progress: Progress = no_progress,
+) -> Iterator[Float[np.ndarray, "b C n"]]:
+    """As `frame_costs` of a quantizer, while weights visit one device a stage at a time.
+
+    What the quantizer makes of a layer is computed when its turn has come, in every batch.
+
+    Args:
+        policy: its weights may lie on the host or in files.
+        calibration: frames x.
+        layers: the policy's, by path, in the order of `index`.
+        index: the channels.
+        quantizer: the costed one.
+        bits: options below 16.
+        method: "jacobian" or "taylor".
+        probes: number of Rademacher vectors, or "full".
+        seed: of the probes.
+        batch: frames at a time; the inputs of all stages are kept for them.
+        weights: weight of each action dimension.
+        store: keeps finished items; it knows policy and quantizer.
+        progress: called with the frames done.
+
+    Raises:
+        InputError: see `frame_costs`; or a layer is part of no stage.
+    """
+    check_probes(probes)
+    mesh = sharding.one_device_mesh()
+    graphdef, state = nnx.split(policy.model)
+    spec = ReverseSpec(graphdef, tuple(layers), CONTRACTIONS[method], probes, mesh)
+    size = batch_size(calibration.frames, batch, mesh)
+    items = NOTHING_KEPT
+    if store is not None:
+        items = store.sweep(
+            method=method, calibration=calibration.manifest["sha256"], frames=calibration.frames,
+            streamed=True, bits=bits, probes=probes, seed=seed, batch=size,
+            weights=None if weights is None else weights.tolist(),
+        )  # fmt: skip
+    sweep = functools.partial(streamed_sweep, spec, state, _OnDemand(layers, quantizer, bits))
+    yield from _over_batches(
+        sweep, policy, calibration, index, len(bits), size, mesh, seed, weights, items, progress
+    )
+
+
+class _OnDemand(Mapping[str, LayerConstants]):
+    """`layer_constants`, computed whenever a layer's are asked for."""
+
+    def __init__(
+        self, layers: Mapping[str, nnx.Linear], quantizer: Quantizer, bits: tuple[int, ...]
+    ):
+        self._layers, self._quantizer, self._bits = layers, quantizer, bits
+
+    def __getitem__(self, path: str) -> LayerConstants:
+        layer = self._layers[path]
+        constants = layer_constants({path: layer}, self._quantizer, self._bits)[path]
+        release_pages(layer.kernel[...])
+        return constants
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def _over_batches(
+    sweep: Callable[..., dict[str, Array]],
+    policy: ModelPolicy,
+    calibration: Calibration,
+    index: ChannelIndex,
+    options: int,
+    size: int,
+    mesh: Mesh,
+    seed: int,
+    weights: np.ndarray | None,
+    items: Items,
+    progress: Progress,
+) -> Iterator[Float[np.ndarray, "b C n"]]:
+    """What a sweep finds in batch after batch, in channel order, finished items kept."""
     key = jax.random.key(seed)
     action_weights = None if weights is None else jnp.asarray(weights, jnp.float32)
     done = 0
     progress("sensitivity", 0, calibration.frames)
     for number, item in enumerate(frame_batches(policy, calibration, size, mesh)):
 
-        def sweep(item: FrameBatch = item) -> Float[np.ndarray, "b C n"]:
-            costs = reverse_sweep(
-                spec, state, constants, item.inputs, item.frames, key, action_weights
-            )
+        def costs(item: FrameBatch = item) -> Float[np.ndarray, "b C n"]:
+            found = sweep(item.inputs, item.frames, key, action_weights)
             frames = np.zeros((item.count, len(index), options), np.float32)
             for layer, rows in index.items():
-                if layer.path in costs:
-                    of_layer = sharding.to_host(costs[layer.path])[: item.count]
+                if layer.path in found:
+                    of_layer = sharding.to_host(found[layer.path])[: item.count]
                     frames[:, rows] = np.swapaxes(of_layer, 1, 2)
             return frames
 
-        yield items.get(f"batch{number:06d}", sweep)
+        yield items.get(f"batch{number:06d}", costs)
         done += item.count
         progress("sensitivity", done, calibration.frames)
 

@@ -27,11 +27,16 @@ from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.input_hessian import input_hessian_costs
-from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
+from qvla_jax.sensitivity.jacobian import (
+    CONTRACTIONS,
+    frame_costs,
+    layer_constants,
+    streamed_frame_costs,
+)
 from qvla_jax.sensitivity.joint import joint_factors
 from qvla_jax.sensitivity.probes import Probes, check_probes
 from qvla_jax.sensitivity.refined import refined_costs
-from qvla_jax.sensitivity.statistics import input_statistics
+from qvla_jax.sensitivity.statistics import input_statistics, streamed_means
 from qvla_jax.sensitivity.store import SweepStore, digest_of
 from qvla_jax.sensitivity.table import SensitivityTable
 
@@ -58,6 +63,7 @@ def sensitivities(
     rules: LayerRules = DEFAULT_RULES,
     mesh: Mesh | None = None,
     split_weights: bool = False,
+    streamed: bool = False,
     store: SweepStore | None = None,
     progress: Progress = no_progress,
 ) -> SensitivityTable:
@@ -88,6 +94,9 @@ def sensitivities(
             `data`. Every process calls this function alike, and gets the same table.
         split_weights: jacobian, refined and taylor split the policy's weights over the mesh's
             `channel` axis, for weights that one device does not hold.
+        streamed: jacobian and taylor let the weights visit one device a stage at a time, for
+            policies with `load_policy(..., mapped=True)` that do not fit into memory. Neither
+            joint factors nor error feedback: they need more than the means of the inputs.
         store: keeps finished items, so that a killed sweep goes on where it stopped.
         progress: called as it goes on.
 
@@ -105,10 +114,17 @@ def sensitivities(
     weights = _check_weights(action_weights, policy.config.action_dim)
     layers = quantizable_layers(policy.model, rules)
     index = channel_index(layers)
+    if streamed:
+        _check_streamed(policy, method, quantizer, joint)
     if statistics is None and quantizer.needs_statistics:
-        statistics = input_statistics(
-            policy, calibration, index, seed=seed, mesh=mesh, progress=progress
-        )
+        if streamed:
+            statistics = streamed_means(
+                policy, calibration, index, batch=batch or 1, seed=seed, progress=progress
+            )
+        else:
+            statistics = input_statistics(
+                policy, calibration, index, seed=seed, mesh=mesh, progress=progress
+            )
     bound = Quantizer(quantizer, statistics)
     bound.check(index)
     options = tuple(b for b in bits if b != SOURCE)
@@ -119,7 +135,7 @@ def sensitivities(
         )
     costs, error = _costs(
         policy, calibration, layers, index, bound, method, options, probes, exact_share, seed,
-        batch, weights, mesh, split_weights, store, progress,
+        batch, weights, mesh, split_weights, streamed, store, progress,
     )  # fmt: skip
     columns = [options.index(b) if b != SOURCE else len(options) for b in bits]
 
@@ -168,9 +184,18 @@ def _costs(
     weights: np.ndarray | None,
     mesh: Mesh | None,
     split_weights: bool,
+    streamed: bool,
     store: SweepStore | None,
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray | None]:
+    if streamed:
+        return mean_over_frames(
+            streamed_frame_costs(
+                policy, calibration, layers, index, quantizer, bits=bits, method=method,
+                probes=probes, seed=seed, batch=batch or 1, weights=weights, store=store,
+                progress=progress,
+            )
+        )  # fmt: skip
     size = batch or 4
     if method == "input_hessian":
         costs = input_hessian_costs(
@@ -197,6 +222,22 @@ def _costs(
             progress=progress,
         )
     )  # fmt: skip
+
+
+def _check_streamed(policy: Policy, method: str, quantizer: QuantizerSettings, joint: bool) -> None:
+    """What a streamed sweep can do, before anything is measured."""
+    if method not in CONTRACTIONS:
+        raise InputError(f"streamed sweeps know {' and '.join(CONTRACTIONS)}, not {method}")
+    if policy.config.decoding != "l1":
+        raise InputError(
+            f"streamed sweeps serve policies with a regression head; {policy.config.name} decodes "
+            "tokens, for which its weights have to be in memory"
+        )
+    if quantizer.rounding != "nearest" or joint:
+        raise InputError(
+            "streamed sweeps measure means of the inputs only: pass joint=False and a quantizer "
+            'with rounding="nearest"'
+        )
 
 
 def _digest(statistics: InputStatistics | None) -> str | None:

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax.array_typing import Array, Float, Int
-from qvla_jax.sensitivity.instrument import hooked_forward, layer_outputs, per_frame
+from qvla_jax.sensitivity.instrument import hooked_call, layer_outputs, per_frame
 from qvla_jax.sensitivity.probes import Probes, probe_vectors
 from qvla_jax.sharding import DATA_AXIS
 
@@ -96,7 +96,7 @@ def _sweep(
     weights: Float[Array, " a"] | None,
 ) -> dict[str, Float[Array, "b ..."]]:
     count = frames.shape[0]
-    shapes = layer_outputs(spec.graphdef, state, inputs, spec.paths)
+    shapes = layer_outputs(spec.graphdef, state, (inputs,), spec.paths)
 
     def forward(perturbations: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         seen: dict[str, Array] = {}
@@ -105,7 +105,7 @@ def _sweep(
             seen[path] = x
             return y + perturbations[path]
 
-        return hooked_forward(spec.graphdef, state, inputs, tuple(shapes), hook), seen
+        return hooked_call(spec.graphdef, state, (inputs,), tuple(shapes), hook), seen
 
     zeros = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes.items()}
     action, pull_back, seen = jax.vjp(forward, zeros, has_aux=True)
@@ -119,10 +119,10 @@ def _sweep(
 
     vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
     vectors = vectors.astype(action.dtype)
-    return _sum_in_blocks(of_probe, vectors, spec.block)
+    return sum_in_blocks(of_probe, vectors, spec.block)
 
 
-def _sum_in_blocks(function: Callable[[Array], Any], vectors: Array, block: int) -> Any:
+def sum_in_blocks(function: Callable[[Array], Any], vectors: Array, block: int) -> Any:
     """Sum of `function` over the first axis, `block` entries at a time."""
     block = max(d for d in range(1, min(block, len(vectors)) + 1) if len(vectors) % d == 0)
 

@@ -21,7 +21,8 @@ from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.statistics import InputStatistics
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
 from qvla_jax.sensitivity.reverse import FromCotangent, ReverseSpec, reverse_sweep
-from qvla_jax.sharding import replicate, sweep_mesh, to_host
+from qvla_jax.sensitivity.streaming import streamed_sweep
+from qvla_jax.sharding import one_device_mesh, replicate, sweep_mesh, to_host
 
 # Variances up to this share of the second moment are rounding errors of its sums in float32.
 _ROUNDING: Final = 8 * float(np.finfo(np.float32).eps)
@@ -36,6 +37,17 @@ def _moments_where_it_matters(x: Float[Array, "b T k"], constants: None) -> From
         matters = jnp.any(g != 0, axis=-1, keepdims=True)
         kept = jnp.where(matters, extended, 0)
         return jnp.matmul(jnp.swapaxes(kept, 1, 2), kept, precision=jax.lax.Precision.HIGHEST)
+
+    return of_cotangent
+
+
+def _sums_where_it_matters(x: Float[Array, "b T k"], constants: None) -> FromCotangent:
+    """Per frame: sums of x and of 1 over the tokens that matter, side by side."""
+    del constants
+    extended = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+
+    def of_cotangent(g: Float[Array, "b T c"]) -> Float[Array, "b k+1"]:
+        return jnp.sum(extended, axis=1, where=jnp.any(g != 0, axis=-1, keepdims=True))
 
     return of_cotangent
 
@@ -87,8 +99,7 @@ def input_statistics(
     covariances: dict[str, np.ndarray] = {}
     last: str | None = None
     for path, total in totals.items():
-        if not np.isfinite(total).all():
-            raise InputError(f"{path}: its inputs are NaN or infinite on the calibration set")
+        _check_finite(path, total)
         if last is not None and np.array_equal(total, totals[last]):
             means[path], covariances[path] = means[last], covariances[last]
             continue
@@ -102,3 +113,54 @@ def input_statistics(
         last = path
     made_from = {"calibration": calibration.manifest["sha256"], "seed": seed}
     return InputStatistics(means, covariances, made_from)
+
+
+def streamed_means(
+    policy: ModelPolicy,
+    calibration: Calibration,
+    index: ChannelIndex,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> InputStatistics:
+    """The means of `input_statistics` while weights visit one device a stage at a time.
+
+    Args:
+        policy: its weights may lie on the host or in files.
+        calibration: the frames.
+        index: the quantized layers.
+        batch: frames at a time.
+        seed: of the projection that finds out which tokens matter.
+        progress: called with the frames done.
+
+    Returns:
+        Means in float64, without covariances.
+
+    Raises:
+        InputError: see `input_statistics`; or a layer is part of no stage.
+    """
+    mesh = one_device_mesh()
+    graphdef, state = nnx.split(policy.model)
+    spec = ReverseSpec(graphdef, index.paths, _sums_where_it_matters, 1, mesh)
+    totals = {layer.path: np.zeros(layer.fan_in + 1) for layer in index.layers}
+    size, done = batch_size(calibration.frames, batch, mesh), 0
+    progress("input statistics", 0, calibration.frames)
+    for item in frame_batches(policy, calibration, size, mesh):
+        sums = streamed_sweep(spec, state, {}, item.inputs, item.frames, jax.random.key(seed), None)
+        for path, values in sums.items():
+            for frame in to_host(values)[: item.count]:
+                totals[path] += frame
+        done += item.count
+        progress("input statistics", done, calibration.frames)
+    for path, total in totals.items():
+        _check_finite(path, total)
+    means = {path: total[:-1] / max(total[-1], 1.0) for path, total in totals.items()}
+    return InputStatistics(
+        means, made_from={"calibration": calibration.manifest["sha256"], "seed": seed}
+    )
+
+
+def _check_finite(path: str, total: np.ndarray) -> None:
+    if not np.isfinite(total).all():
+        raise InputError(f"{path}: its inputs are NaN or infinite on the calibration set")

@@ -1,0 +1,229 @@
+"""The reverse sweep with weights that visit the device one stage at a time.
+
+The network's stages (patch embeddings, transformer blocks, projectors) run one after the other,
+each compiled by itself, and only their inputs are kept. On the way back a stage's weights are read
+again, its forward pass is run again, and its layers' inputs and cotangents are contracted before
+the next stage's weights are touched. What stands between stages (embeddings, norms, the head) runs
+as it does in the model's own code. With weights in files (`load_policy(..., mapped=True)`) a 7B
+policy needs the memory of its largest stage.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.custom_batching import custom_vmap
+
+from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.checkpoints.tensor_files import release_pages
+from qvla_jax.errors import InputError
+from qvla_jax.sensitivity.instrument import hooked_call, layer_outputs, per_frame
+from qvla_jax.sensitivity.probes import probe_vectors
+from qvla_jax.sensitivity.reverse import Contraction, ReverseSpec, sum_in_blocks
+from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
+
+
+def streamed_sweep(
+    spec: ReverseSpec,
+    state: Any,
+    constants: Mapping[str, Any],
+    inputs: Any,
+    frames: Int[Array, " b"],
+    key: Array,
+    weights: Float[Array, " a"] | None,
+) -> dict[str, Float[Array, "b ..."]]:
+    """As `reverse.reverse_sweep`, on one device.
+
+    Args:
+        spec: static description; its mesh is not used.
+        state: the model's arrays, on the device, on the host or in files.
+        constants: path -> the contraction's arrays for this layer, asked for once when the layer's
+            turn has come.
+        inputs: model inputs, [b, ...].
+        frames: number of each frame in the calibration set.
+        key: PRNG key of the sweep.
+        weights: weight of each action dimension; None weighs all alike.
+
+    Returns:
+        Path -> contraction, summed over the probes. Layers that the forward pass never reaches
+        are absent.
+
+    Raises:
+        InputError: a layer is part of no stage.
+    """
+    stages = stage_paths(nnx.merge(spec.graphdef, state))
+    layers = {s: tuple(p for p in spec.paths if p.startswith(f"{s}.")) for s in stages}
+    if outside := set(spec.paths).difference(*layers.values()):
+        raise InputError(
+            f"{sorted(outside)[0]} is part of no block, patch embedding or projector; streamed "
+            "sweeps measure those only: exclude it"
+        )
+    tape = _Tape(spec.contraction, layers, constants, frames.shape[0])
+
+    def run(token: Float[Array, ""]) -> Float[Array, "b h a"]:
+        model: Any = nnx.merge(spec.graphdef, state)
+        wrap_stages(model, stages, functools.partial(tape.call, token))
+        return model(inputs)
+
+    with jax.default_matmul_precision("float32"):
+        action, pull_back = jax.vjp(run, jnp.zeros((), jnp.float32))
+        vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
+        jax.vmap(pull_back)(vectors.astype(action.dtype))
+    return tape.found
+
+
+@dataclasses.dataclass
+class _Tape:
+    """Runs stages, and contracts their layers' cotangents on the way back."""
+
+    contraction: Contraction
+    layers: Mapping[str, tuple[str, ...]]  # stage -> its layers
+    constants: Mapping[str, Any]
+    frames: int
+    found: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    def call(self, token: Float[Array, ""], path: str, inner: nnx.Module, *args: Any) -> Array:
+        """One stage; see `stages.wrap_stages`.
+
+        Args:
+            token: what the whole pass is differentiated by, so that the first stages are, too.
+            path: the stage.
+            inner: its module.
+            args: its arguments.
+        """
+        graphdef, state = nnx.split(inner)
+        leaves, tree = jax.tree.flatten(args)
+        floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        fixed = [None if i in floats else x for i, x in enumerate(leaves)]
+        stage = _Stage(graphdef, tree, tuple(floats))
+
+        def forward(values: list[Array]) -> Array:
+            y = _run(stage, state, fixed, values)
+            _release(state)
+            return y
+
+        def backward(values: list[Array], cotangents: Float[Array, "s ..."]) -> list[Array]:
+            layers = self.layers[path]
+            inside = tuple(layer.removeprefix(f"{path}.") for layer in layers)
+            seen, at_outputs, at_inputs = _pull_back(
+                stage, inside, state, fixed, values, cotangents
+            )
+            _release(state)
+            for layer, name in zip(layers, inside, strict=True):
+                self.found[layer] = _contract(
+                    self.contraction, self.frames, self.constants.get(layer), seen.pop(name),
+                    at_outputs.pop(name),
+                )  # fmt: skip
+            # Nothing is left to be computed when the next stage's weights are read.
+            jax.block_until_ready(self.found)
+            return at_inputs
+
+        return _pulled_back_together(forward, backward)(token, [leaves[i] for i in floats])
+
+
+def _pulled_back_together(
+    function: Callable[[list[Array]], Array],
+    backward: Callable[[list[Array], Float[Array, "s ..."]], list[Array]],
+) -> Callable[[Float[Array, ""], list[Array]], Array]:
+    """A function whose `backward` gets the cotangents of all probes at once, outside any trace.
+
+    Differentiation and `vmap` run eagerly here, so that the batching rule of the transposed
+    function sees arrays.
+    """
+
+    @jax.custom_vjp
+    def step(token: Array, values: list[Array]) -> Array:
+        del token
+        return function(values)
+
+    def forward(token: Array, values: list[Array]) -> tuple[Array, list[Array]]:
+        return step(token, values), values
+
+    def transposed(values: list[Array], cotangent: Array) -> tuple[Array, list[Array]]:
+        @custom_vmap
+        def pull(cotangent: Array) -> list[Array]:  # for its shapes alone
+            del cotangent
+            return [jnp.zeros_like(v) for v in values]
+
+        @pull.def_vmap
+        def pull_all(
+            probes: int, batched: list[bool], cotangents: Array
+        ) -> tuple[list[Array], list[bool]]:
+            if not batched[0]:
+                cotangents = jnp.broadcast_to(cotangents, (probes, *cotangents.shape))
+            return backward(values, cotangents), [True] * len(values)
+
+        return jnp.zeros((), jnp.float32), pull(cotangent)
+
+    step.defvjp(forward, transposed)
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """What a stage's compiled functions depend on beside arrays: equal blocks share them."""
+
+    graphdef: nnx.GraphDef[Any]
+    tree: Any  # of the arguments
+    floats: tuple[int, ...]  # which of the arguments' leaves are differentiated
+
+    def arguments(self, fixed: list[Any], values: list[Array]) -> tuple[Any, ...]:
+        """The stage's arguments from those that are differentiated and the others."""
+        leaves = list(fixed)
+        for place, value in zip(self.floats, values, strict=True):
+            leaves[place] = value
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(stage: _Stage, state: Any, fixed: list[Any], values: list[Array]) -> Array:
+    return hooked_call(stage.graphdef, state, stage.arguments(fixed, values), (), lambda _, x, y: y)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pull_back(
+    stage: _Stage,
+    layers: tuple[str, ...],
+    state: Any,
+    fixed: list[Any],
+    values: list[Array],
+    cotangents: Float[Array, "s ..."],
+) -> tuple[dict[str, Array], dict[str, Array], list[Array]]:
+    """Inputs of the stage's layers, and cotangents of their outputs and of the stage's inputs."""
+    shapes = layer_outputs(stage.graphdef, state, stage.arguments(fixed, values), layers)
+
+    def forward(perturbations: dict[str, Array], values: list[Array]) -> tuple[Array, Any]:
+        seen: dict[str, Array] = {}
+
+        def hook(path: str, x: Array, y: Array) -> Array:
+            seen[path] = x
+            return y + perturbations[path]
+
+        arguments = stage.arguments(fixed, values)
+        return hooked_call(stage.graphdef, state, arguments, tuple(shapes), hook), seen
+
+    zeros = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes.items()}
+    _, pull_back, seen = jax.vjp(forward, zeros, values, has_aux=True)
+    at_outputs, at_inputs = jax.vmap(pull_back)(cotangents)
+    return seen, at_outputs, at_inputs
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _contract(
+    contraction: Contraction,
+    count: int,
+    constants: Any,
+    x: Float[Array, "B t k"],
+    g: Float[Array, "s B t c"],
+) -> Float[Array, "b ..."]:
+    of_cotangent = contraction(per_frame(x, count), constants)
+    return sum_in_blocks(lambda one: of_cotangent(per_frame(one, count)), g, 1)
+
+
+def _release(state: Any) -> None:
+    for leaf in jax.tree.leaves(state):
+        release_pages(leaf)

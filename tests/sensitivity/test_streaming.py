@@ -1,0 +1,90 @@
+"""Streamed sweeps against sweeps with all weights on the device."""
+
+import numpy as np
+import pytest
+
+from qvla_jax import load_policy
+from qvla_jax.data import calibration_set
+from qvla_jax.errors import InputError
+from qvla_jax.inference.policy import random_policy
+from qvla_jax.quantization import QuantizerSettings, policy_index
+from qvla_jax.quantization.layers import LayerRules
+from qvla_jax.sensitivity import SweepStore, input_statistics, sensitivities
+from qvla_jax.sensitivity.statistics import streamed_means
+
+NEAREST = QuantizerSettings(rounding="nearest")
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return calibration_set("bundled", frames=3, seed=0)
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    """A public directory with the weights of a random policy."""
+    folder = tmp_path_factory.mktemp("public") / "policy"
+    random_policy("tiny-test").export(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(public, calibration):
+    return sensitivities(
+        load_policy(public), calibration, quantizer=NEAREST, joint=False, probes=2, seed=1
+    )
+
+
+def test_mapped_weights_visited_a_stage_at_a_time_give_the_same_table(
+    public, whole, calibration, tmp_path
+):
+    policy = load_policy(public, mapped=True)
+    kernel = policy.model.language_model.model.layers[0].mlp.up_proj.kernel[...]
+    assert isinstance(kernel, np.memmap)
+    store = SweepStore(tmp_path)
+    arguments = dict(
+        quantizer=NEAREST, joint=False, probes=2, seed=1, streamed=True, batch=2, store=store
+    )
+    streamed = sensitivities(policy, calibration, **arguments)
+    assert streamed.index == whole.index
+    for path, mean in whole.statistics.means.items():
+        np.testing.assert_allclose(streamed.statistics.means[path], mean, rtol=1e-4, atol=1e-5)
+    again = sensitivities(
+        policy, calibration, **{**arguments, "statistics": whole.statistics, "store": None}
+    )
+    np.testing.assert_allclose(again.costs, whole.costs, rtol=1e-4, atol=1e-9 * whole.costs.max())
+    assert len(list(tmp_path.glob("*/batch*.npy"))) == 2
+    resumed = sensitivities(policy, calibration, **arguments)
+    np.testing.assert_array_equal(resumed.costs, streamed.costs)
+
+
+def test_means_are_those_of_the_pass_that_measures_covariances(calibration):
+    policy = random_policy("tiny-test")
+    index = policy_index(policy)
+    expected = input_statistics(policy, calibration, index, seed=3)
+    found = streamed_means(policy, calibration, index, seed=3, batch=2)
+    for path, mean in expected.means.items():
+        np.testing.assert_allclose(found.means[path], mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "exact"}, "streamed sweeps know jacobian and taylor"),
+        ({"joint": True}, "joint=False"),
+        ({"quantizer": QuantizerSettings()}, 'rounding="nearest"'),
+        (
+            {"rules": LayerRules(include=(r"language_model\.", r"action_head\."))},
+            "exclude it",
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_refused(calibration, arguments, message):
+    settings = {"quantizer": NEAREST, "joint": False, "streamed": True, **arguments}
+    with pytest.raises(InputError, match=message):
+        sensitivities(random_policy("tiny-test"), calibration, **settings)
+
+
+def test_only_public_directories_are_mapped():
+    with pytest.raises(InputError, match="public directory"):
+        load_policy("libero-mini", mapped=True)
