@@ -140,8 +140,9 @@ class Batcher:
 
     async def _answer_all(self) -> None:
         while True:
-            batch = await self._collect()
+            batch: list[_Waiting] = []
             try:
+                await self._collect(batch)
                 # Nobody waits for those that have been cancelled: their clients are gone.
                 if batch := [waiting for waiting in batch if not waiting.answer.done()]:
                     await self._answer(batch)
@@ -152,8 +153,9 @@ class Batcher:
                 logger.exception("the policy failed on a batch of %d", len(batch))
                 _fail(batch, PolicyError(f"the policy failed ({type(error).__name__})"))
 
-    async def _collect(self) -> list[_Waiting]:
-        batch = [await self._queue.get()]
+    async def _collect(self, batch: list[_Waiting]) -> None:
+        """Fills an empty batch, in place: what is in it is not lost when this is cancelled."""
+        batch.append(await self._queue.get())
         deadline = asyncio.get_running_loop().time() + self._window
         while len(batch) < self._max_batch:
             if not self._queue.empty():
@@ -164,7 +166,6 @@ class Batcher:
                     batch.append(await self._queue.get())
             except TimeoutError:
                 break
-        return batch
 
     async def _answer(self, batch: Sequence[_Waiting]) -> None:
         self.busy_since = start = time.monotonic()

@@ -49,16 +49,7 @@ class ObservationReader:
             InputError: an entry is missing, has the wrong type, shape or dtype, or is too large.
         """
         config = self._policy.config
-        key = message.get("unnorm_key")
-        if key is not None and key not in self._policy.statistics:
-            raise InputError(
-                f"unnorm_key {str(key)[:60]!r}: this policy has "
-                f"{', '.join(self._policy.statistics)}"
-            )
-        if key is not None and key != self.unnorm_key:
-            raise InputError(
-                f"unnorm_key {key!r}: this server un-normalizes with {self.unnorm_key!r}"
-            )
+        self._check_statistics(message.get("unnorm_key"))
         batch: dict[str, Any] = {
             camera: self._image(camera, _entry(message, camera))[None] for camera in self._cameras
         }
@@ -68,6 +59,14 @@ class ObservationReader:
         if config.latent_action is not None and "history" in message:
             batch["history"] = [_text("history", message["history"])]
         return self._policy.prepare(batch)
+
+    def _check_statistics(self, key: Any) -> None:
+        """Checks the statistics that a client asks for, which a server cannot change."""
+        if key is None or (isinstance(key, str) and key == self.unnorm_key):
+            return
+        raise InputError(
+            f"unnorm_key {str(key)[:60]!r}: this server un-normalizes with {self.unnorm_key!r}"
+        )
 
     @property
     def unnorm_key(self) -> str:

@@ -20,17 +20,10 @@ from qvla_jax.serving.service import Service
 
 async def act(service: Service, request: web.Request) -> web.Response:
     """Answers one observation."""
-    limit = service.config.max_message
-    if (request.content_length or 0) > limit:
-        return too_large(limit)
-    try:
-        async with asyncio.timeout(service.config.io_timeout):
-            body = await request.read()
-    except TimeoutError:
-        text = f"the request did not arrive within {service.config.io_timeout:g} s"
-        return failure(HTTPStatus.REQUEST_TIMEOUT, text)
-    except web.HTTPRequestEntityTooLarge:
-        return too_large(limit)
+    body = await _body(service, request)
+    if isinstance(body, web.Response):
+        service.counters.refused += 1
+        return body
     twice = False
 
     def decode(body: bytes) -> dict[str, object]:
@@ -52,6 +45,24 @@ async def act(service: Service, request: web.Request) -> web.Response:
     )
 
 
+async def _body(service: Service, request: web.Request) -> bytes | web.Response:
+    """The body of a request, or the reply to one that is too large or too slow."""
+    limit, seconds = service.config.max_message, service.config.io_timeout
+    too_large = failure(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request is larger than {limit} bytes"
+    )
+    if (request.content_length or 0) > limit:
+        return too_large
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.read()
+    except TimeoutError:
+        text = f"the request did not arrive within {seconds:g} s"
+        return failure(HTTPStatus.REQUEST_TIMEOUT, text)
+    except web.HTTPRequestEntityTooLarge:
+        return too_large
+
+
 def action_text(actions: Float[np.ndarray, "h a"], *, twice: bool = False) -> str:
     """The body of a reply: one action as an array, a chunk as a list of them."""
     text = json_numpy.encode(actions[0] if len(actions) == 1 else list(actions))
@@ -61,8 +72,3 @@ def action_text(actions: Float[np.ndarray, "h a"], *, twice: bool = False) -> st
 def failure(status: HTTPStatus, text: str) -> web.Response:
     """A reply that says what is wrong."""
     return web.json_response({"error": text}, status=status)
-
-
-def too_large(limit: int) -> web.Response:
-    """A reply to a message beyond the limit."""
-    return failure(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request is larger than {limit} bytes")

@@ -69,8 +69,10 @@ class Websockets:
             if message.type is WSMsgType.BINARY:
                 reply = await self._reply(message.data, last)
             elif message.type is WSMsgType.TEXT:
+                self._service.counters.refused += 1
                 reply = "expected an observation in msgpack, got text"
-            else:  # closed, or closed by aiohttp for a broken or oversized frame
+            else:  # closed, by aiohttp where a frame is broken or too large
+                self._service.counters.refused += message.type is WSMsgType.ERROR
                 return
             await self._send(socket, reply)
             last = time.monotonic() - start

@@ -6,12 +6,12 @@ import threading
 
 import numpy as np
 
-from qvla_jax.serving import PolicyServer, ServeConfig
-
 
 @contextlib.contextmanager
 def running(policy, **settings):
     """Serves in a thread; yields the server and its event loop."""
+    from qvla_jax.serving import PolicyServer, ServeConfig
+
     config = ServeConfig(**{"port": 0, "max_batch": 4, **settings})
     ready, box = threading.Event(), {}
 

@@ -156,6 +156,19 @@ def test_requests_that_wait_when_the_server_stops_are_told_so(policy):
     assert "shutting down" in str(asyncio.run(main())[0])
 
 
+def test_requests_that_wait_for_company_when_the_server_stops_are_told_so(policy):
+    async def main():
+        batcher = Batcher(policy, max_batch=4, window=60.0)
+        batcher.start()
+        waiting = asyncio.ensure_future(batcher(inputs_of(policy, 0)))
+        while not waiting.done():
+            await asyncio.sleep(0.01)
+            await batcher.stop()
+        return await asyncio.gather(waiting, return_exceptions=True)
+
+    assert "shutting down" in str(asyncio.run(main())[0])
+
+
 def test_requests_that_were_given_up_are_not_computed(policy):
     calls = []
 

@@ -16,6 +16,8 @@ msgpack = pytest.importorskip("msgpack")
 
 from qvla_jax.serving import json_numpy, msgpack_numpy  # noqa: E402
 
+from .checks import CHECKS  # noqa: E402
+
 arrays = hnp.arrays(
     st.sampled_from(list(DTYPES.values())), hnp.array_shapes(min_dims=0, max_dims=4, max_side=5)
 )
@@ -56,12 +58,14 @@ def allocated(function, message):
     return peak, None
 
 
+@CHECKS
 @given(observations)
 def test_messages_of_the_openpi_client_are_read(observation):
     theirs = pytest.importorskip("openpi_client.msgpack_numpy")
     same(msgpack_numpy.decode(theirs.packb(observation)), observation)
 
 
+@CHECKS
 @given(observations)
 def test_the_openpi_client_reads_our_messages(observation):
     theirs = pytest.importorskip("openpi_client.msgpack_numpy")
@@ -74,6 +78,7 @@ def test_numpy_scalars_of_the_openpi_client_are_read():
     assert msgpack_numpy.decode(theirs.packb(sent)) == {"a": 0.5, "b": -3, "c": True}
 
 
+@CHECKS
 @given(observations, st.booleans())
 def test_messages_of_json_numpy_are_read(observation, twice):
     theirs = pytest.importorskip("json_numpy")
@@ -85,6 +90,7 @@ def test_messages_of_json_numpy_are_read(observation, twice):
     assert was_twice == twice
 
 
+@CHECKS
 @given(observations)
 def test_json_numpy_reads_our_messages(observation):
     theirs = pytest.importorskip("json_numpy")
@@ -109,6 +115,7 @@ def test_text_that_looks_like_an_array_stays_text_or_is_refused(text, twice):
     assert found == {"instruction": text} or "__numpy__" in str(found)
 
 
+@CHECKS
 @given(st.binary(max_size=200))
 @example(b"\xdd\xff\xff\xff\xff")
 @example(b"\x91" * 2000)
@@ -136,6 +143,7 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
+@CHECKS
 @given(ODD, ODD, ODD)
 @example(b"", "<f4", [0, 2**62, 2**62])
 @example(b"\0" * 8, "|O", [1])
@@ -198,6 +206,7 @@ def test_json_allocates_no_more_than_the_message_and_a_few_megabytes(body):
     assert peak < len(body) + 4 * 2**20
 
 
+@CHECKS
 @given(st.data())
 def test_one_changed_byte_ends_in_a_map_or_in_one_error(data):
     content = {"image": np.zeros((2, 3, 3), np.uint8), "state": np.zeros(8, np.float32)}

@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from qvla_jax.errors import InputError
 from qvla_jax.inference import images
-from qvla_jax.serving.observations import ObservationReader
+from qvla_jax.serving.observations import NAMES, ObservationReader
+
+from .checks import CHECKS
 
 
 @pytest.fixture
@@ -66,7 +71,10 @@ IMAGE = np.zeros((32, 32, 3), np.uint8)
         ({"instruction": "x" * 2001}, "instruction: 2001 characters"),
         ({"instruction": "bowl " * 100}, "tokens, the policy takes at most 24"),
         ({"instruction": "\ud800"}, "instruction: holds half a character"),
-        ({"unnorm_key": "bridge"}, "unnorm_key 'bridge': this policy has libero_spatial"),
+        (
+            {"unnorm_key": "bridge"},
+            "unnorm_key 'bridge': this server un-normalizes with",
+        ),
     ],
 )
 def test_unusable_observations_are_refused_by_name(policy, read, change, message):
@@ -74,6 +82,34 @@ def test_unusable_observations_are_refused_by_name(policy, read, change, message
     observation = {key: value for key, value in observation.items() if value is not None}
     with pytest.raises(InputError, match=message):
         read(observation)
+
+
+ODD = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+    st.binary(max_size=9),
+    st.lists(st.integers() | st.floats() | st.none(), max_size=9),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    hnp.arrays(hnp.scalar_dtypes(), hnp.array_shapes(min_dims=0, max_dims=4, max_side=9)),
+)
+KEYS = [*(alias for aliases in NAMES.values() for alias in aliases), "unnorm_key", "other"]
+
+
+@CHECKS
+@given(st.dictionaries(st.sampled_from(KEYS), ODD, max_size=3), st.sets(st.sampled_from(KEYS)))
+def test_entries_of_any_kind_end_in_inputs_or_in_one_error(policy, odd, missing):
+    read = ObservationReader(policy, max_image_side=64)
+    message = {**policy.fake_observation(), **odd}
+    message = {key: value for key, value in message.items() if key in odd or key not in missing}
+    try:
+        inputs = read(message)
+    except InputError as error:
+        # What a client sent is not sent back to it at length.
+        assert len(str(error)) < 1000  # noqa: PT017
+    else:
+        assert inputs.images.shape == (1, 2, 32, 32, 3)  # as warmed up
+        assert inputs.input_ids.shape == (1, policy.config.max_prompt_tokens)
+        assert inputs.proprio.shape == (1, 8)
+        assert np.isfinite(inputs.proprio).all()
 
 
 def test_images_of_many_sizes_leave_nothing_behind():

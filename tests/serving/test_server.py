@@ -42,7 +42,7 @@ TOKEN = "0123456789abcdef-robot"
 
 @pytest.fixture(scope="module")
 def server(policy):
-    with running(policy, max_message_mib=0.25, max_image_side=64, io_timeout=1.0) as server:
+    with running(policy, max_message_mib=0.25, max_image_side=64) as server:
         yield server
 
 
@@ -271,9 +271,10 @@ def test_many_clients_of_both_kinds_each_get_their_own_answers(policy, server):
     assert stats["answered"] >= 32
 
 
-def test_slow_clients_are_cut_off_and_hold_nobody_up(policy, server):
+def test_slow_clients_are_cut_off_and_hold_nobody_up(policy):
     head = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
     with (
+        running(policy, io_timeout=2.0) as server,
         socket.create_connection(("127.0.0.1", server.port)) as silent,
         socket.create_connection(("127.0.0.1", server.port)) as half_header,
         socket.create_connection(("127.0.0.1", server.port)) as half_body,
