@@ -5,7 +5,8 @@
     calibration = data.calibration_set("bundled", frames=128, seed=0)
 
 Names are loaded when they are first used: importing this package reads nothing and imports neither
-TensorFlow Datasets nor JAX. `qvla_jax.data.libero` turns LIBERO demonstrations into RLDS.
+TensorFlow Datasets nor JAX. `qvla_jax.data.open_x` says how each public data set is read,
+`qvla_jax.data.libero` turns LIBERO demonstrations into RLDS.
 """
 
 import importlib
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from qvla_jax.data.episode import Episode as Episode
     from qvla_jax.data.episode import Frame as Frame
     from qvla_jax.data.rlds import RldsDataset as RldsDataset
-    from qvla_jax.data.rlds import RldsKeys as RldsKeys
     from qvla_jax.data.samples import bundled_path as bundled_path
     from qvla_jax.data.statistics import DatasetStatistics as DatasetStatistics
     from qvla_jax.data.statistics import dataset_statistics as dataset_statistics
@@ -28,7 +28,6 @@ _LAZY = {
     "Episode": "episode",
     "Frame": "episode",
     "RldsDataset": "rlds",
-    "RldsKeys": "rlds",
     "bundled_path": "samples",
     "calibration_set": "calibration",
     "dataset_statistics": "statistics",
@@ -40,7 +39,6 @@ __all__ = [
     "Episode",
     "Frame",
     "RldsDataset",
-    "RldsKeys",
     "bundled_path",
     "calibration_set",
     "dataset_statistics",

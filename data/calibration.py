@@ -1,39 +1,43 @@
 """Calibration sets: observations drawn by a seed, named by a manifest, rebuilt from it exactly."""
 
-import hashlib
+import itertools
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, TypeAlias
 
 import numpy as np
 
 from qvla_jax.array_typing import Float32, NpArray
 from qvla_jax.atomic import write_json
-from qvla_jax.data import standardize
-from qvla_jax.data.episode import EncodedEpisode, decode_images, next_steps
-from qvla_jax.data.rlds import RldsDataset
+from qvla_jax.data.drawing import Pool, draw, look
+from qvla_jax.data.episode import EncodedEpisode, decode_each, next_steps
+from qvla_jax.data.manifest import (
+    FORMAT,
+    check_manifest,
+    episodes_by_source,
+    manifest_hash,
+)
+from qvla_jax.data.open_x.spec import DatasetSpec
+from qvla_jax.data.records import split_names
+from qvla_jax.data.rlds import RldsDataset, find_version
 from qvla_jax.data.samples import bundled_path
-from qvla_jax.data.sampling import interleave, spread, stratified
+from qvla_jax.data.sampling import apportion
 from qvla_jax.errors import DatasetError, InputError
+from qvla_jax.progress import Progress, no_progress
 
 DEFAULT_FRAMES: Final = 128
+# Most episodes of each data set that are looked at.
+DEFAULT_EPISODES: Final = 512
 BUNDLED: Final = "bundled"
-_FORMAT: Final = 1
-# What the manifest's hash covers: everything that decides what the set holds, not where it lies.
-_HASHED: Final = (
-    "format",
-    "dataset",
-    "version",
-    "split",
-    "standardization",
-    "horizon",
-    "episodes",
-    "steps",
-    "files",
-)
+# What is calibrated on if no split is named: the first that there is.
+_SPLITS: Final = ("calibration", "train")
 
+Source: TypeAlias = str | PathLike[str]
 Batch = dict[str, Any]
 
 
@@ -49,7 +53,8 @@ class CalibrationSet:
     """
 
     manifest: Mapping[str, Any]
-    _episodes: Mapping[int, EncodedEpisode]
+    # By the place of their data set among the sources, and their id.
+    _episodes: Mapping[tuple[int, int], EncodedEpisode]
 
     @property
     def frames(self) -> int:
@@ -64,17 +69,73 @@ class CalibrationSet:
         """The sha256 that names the set."""
         return self.manifest["sha256"]
 
+    @property
+    def episode_keys(self) -> list[tuple[int, int]]:
+        """Of each frame, the place of its data set among the sources and its episode's id."""
+        return list(zip(self.manifest["datasets"], self.manifest["episodes"], strict=True))
+
     def batches(self, size: int) -> Iterator[Batch]:
         """Yields batches of ``size`` frames; the last one may be smaller.
 
-        A batch is what `Policy.infer_normalized` takes: image and wrist_image u8[b, H, W, 3], state
-        f32[b, p], instruction (list of str); and also actions f32[b, h, a] (standardized, not
-        normalized), episode i64[b], step i64[b].
+        A batch is what `Policy.infer_normalized` takes: image and wrist_image u8[b, H, W, 3] (a
+        list of u8[H, W, 3] where data sets differ in size), state f32[b, p], instruction (list of
+        str); and also actions f32[b, h, a] (standardized, not normalized), episode i64[b], step
+        i64[b]. A mixture has wrist_image and state only if all its data sets have them, and state
+        only if they are of one length.
         """
         if size < 1:
             raise InputError(f"batch size must be at least 1, got {size}")
         for start in range(0, self.frames, size):
             yield self._batch(slice(start, start + size))
+
+    def describe(self) -> dict[str, Any]:
+        """Names the set for reports; where the data lie is left out."""
+        sources, manifest = self.manifest["sources"], self.manifest
+
+        def joined(key: str) -> str:
+            return ", ".join(dict.fromkeys(source[key] for source in sources))
+
+        return {
+            **{key: joined(key) for key in ("dataset", "version", "split")},
+            **{key: manifest[key] for key in ("frames", "seed")},
+            "episodes": manifest["trajectories"],
+            "hash": self.hash,
+        }
+
+    def shares_data_with(self, other: "CalibrationSet") -> bool:
+        """Tells whether both sets draw from a split of one data set, in one file at least."""
+
+        def files(drawn: CalibrationSet) -> set[tuple[str, ...]]:
+            return {
+                (source["dataset"], source["version"], source["split"], *file)
+                for source in drawn.manifest["sources"]
+                for file in source["files"].items()
+            }
+
+        return not files(self).isdisjoint(files(other))
+
+    def redraw(
+        self,
+        *,
+        frames: int | None = None,
+        trajectories: int | None = None,
+        stride: int = 1,
+        seed: int = 0,
+        horizon: int | None = None,
+    ) -> "CalibrationSet":
+        """Draws another set from the same data; arguments are those of `calibration_set`."""
+        sources = self.manifest["sources"]
+        return _drawn(
+            [(_open(source), source["source"], source["weight"]) for source in sources],
+            frames=frames,
+            trajectories=trajectories,
+            stride=stride,
+            seed=seed,
+            horizon=self.manifest["horizon"] if horizon is None else horizon,
+            max_episodes=self.manifest["max_episodes"],
+            balance=False,
+            progress=no_progress,
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the manifest; `from_manifest` reads it."""
@@ -82,13 +143,13 @@ class CalibrationSet:
 
     @classmethod
     def from_manifest(
-        cls, manifest: str | Path | Mapping[str, Any], *, source: str | Path | None = None
+        cls, manifest: str | Path | Mapping[str, Any], *, source: Source | None = None
     ) -> Self:
         """Rebuilds exactly the set that a manifest names.
 
         Args:
           manifest: A manifest or the path of one.
-          source: Where the data lie, if no longer where the manifest says.
+          source: Where the data lie, if no longer where the manifest says; for one data set.
 
         Raises:
           DatasetError: The manifest was altered, or the data are not those it was drawn from.
@@ -101,50 +162,66 @@ class CalibrationSet:
                 raise DatasetError(f"{where}: cannot be read as JSON ({error})") from error
         else:
             where, tree = "manifest", manifest
-        _check_manifest(tree, where)
-        dataset = RldsDataset(_resolve(source or tree["source"]), tree["split"])
-        found, expected = dataset.file_hashes(), tree["files"]
-        if found != expected:
-            changed = sorted(
-                name for name in {*found, *expected} if found.get(name) != expected.get(name)
-            )
-            raise DatasetError(
-                f"{where}: the data at {dataset.path} are not those it was drawn from (differing: "
-                f"{', '.join(changed)}); restore them or draw a new calibration set"
-            )
-        return cls(tree, _load(dataset, tree["episodes"]))
+        check_manifest(tree, where)
+        if source is not None and len(tree["sources"]) > 1:
+            raise InputError(f"{where}: a mixture; its data sets cannot all lie at {source}")
+        datasets = [_open(entry, source) for entry in tree["sources"]]
+        drawn = episodes_by_source(tree)
+        for place, (entry, dataset) in enumerate(zip(tree["sources"], datasets, strict=True)):
+            found, expected = dataset.file_hashes(drawn[place]), entry["files"]
+            if found != expected:
+                changed = sorted(
+                    name for name in {*found, *expected} if found.get(name) != expected.get(name)
+                )
+                raise DatasetError(
+                    f"{where}: the data at {dataset.path} are not those it was drawn from "
+                    f"(differing: {', '.join(changed)}); restore them or draw a new calibration set"
+                )
+        return cls(tree, _load(datasets, drawn))
 
     def _batch(self, rows: slice) -> Batch:
-        ids, steps = self.manifest["episodes"][rows], self.manifest["steps"][rows]
-        pairs = [(self._episodes[i], t) for i, t in zip(ids, steps, strict=True)]
-        batch: Batch = {"image": decode_images(e.image[t] for e, t in pairs)}
-        # A data set has these for all its episodes or for none.
-        if wrist := [e.wrist_image[t] for e, t in pairs if e.wrist_image is not None]:
-            batch["wrist_image"] = decode_images(wrist)
-        if state := [e.episode.state[t] for e, t in pairs if e.episode.state is not None]:
-            batch["state"] = np.stack(state)
-        batch["instruction"] = [e.episode.instruction for e, _ in pairs]
-        batch["actions"] = np.stack([self._actions(e, t) for e, t in pairs])
-        batch["episode"] = np.asarray(ids, np.int64)
-        batch["step"] = np.asarray(steps, np.int64)
+        pairs = list(zip(self.episode_keys[rows], self.manifest["steps"][rows], strict=True))
+        found = [(self._episodes[key], step) for key, step in pairs]
+        batch: Batch = {"image": decode_each([e.image[t] for e, t in found])}
+        if self._common["wrist_image"]:
+            wrist = [e.wrist_image[t] for e, t in found if e.wrist_image is not None]
+            batch["wrist_image"] = decode_each(wrist)
+        if self._common["state"]:
+            states = [(e.episode.state, t) for e, t in found]
+            batch["state"] = np.stack([state[t] for state, t in states if state is not None])
+        batch["instruction"] = [e.episode.instruction for e, _ in found]
+        batch["actions"] = np.stack([self._actions(e.episode.action, t) for e, t in found])
+        batch["episode"] = np.asarray([episode for (_, episode), _ in pairs], np.int64)
+        batch["step"] = np.asarray([step for _, step in pairs], np.int64)
         return batch
 
-    def _actions(self, encoded: EncodedEpisode, step: int) -> Float32[NpArray, "h a"]:
-        transform = standardize.get(self.manifest["standardization"])
-        actions = transform(encoded.episode).action
+    @cached_property
+    def _common(self) -> Mapping[str, bool]:
+        """Whether all data sets have a part, so that every batch of the set has it."""
+        episodes = self._episodes.values()
+        states = {None if (s := e.episode.state) is None else s.shape[1] for e in episodes}
+        return {
+            "wrist_image": all(e.wrist_image is not None for e in episodes),
+            "state": len(states) == 1 and None not in states,
+        }
+
+    def _actions(self, actions: Float32[NpArray, "t 7"], step: int) -> Float32[NpArray, "h 7"]:
         return actions[next_steps(np.asarray([step]), len(actions), self.manifest["horizon"])[0]]
 
 
 def calibration_set(
-    source: str | Path = BUNDLED,
+    source: Source | Mapping[str, float] = BUNDLED,
     *,
     frames: int | None = None,
-    trajectories: int | None = None,
+    trajectories: int | Literal["all"] | None = None,
     stride: int = 1,
     seed: int = 0,
-    split: str = "calibration",
+    split: str | None = None,
     horizon: int = 8,
-    standardization: str = "libero",
+    spec: DatasetSpec | str | None = None,
+    max_episodes: int = DEFAULT_EPISODES,
+    balance: bool = False,
+    progress: Progress = no_progress,
 ) -> CalibrationSet:
     """Draws a calibration set.
 
@@ -152,103 +229,180 @@ def calibration_set(
     its length. The draw depends on the data, the seed and the arguments alone.
 
     Args:
-      source: "bundled", or an RLDS directory.
+      source: "bundled", an RLDS directory, the address of one (gs://...), or several of these with
+        their weights: each gets a share of the frames in proportion.
       frames: Number of frames. Without it, every frame of the trajectories drawn; without either,
         128 frames.
-      trajectories: Draw from this many episodes only; by default from all.
+      trajectories: Draw from this many episodes only; by default from all, "all" also takes all
+        their frames.
       stride: Without `frames`, take every `stride`-th step of each trajectory, from the first on:
         where a policy that executes chunks of that length would look.
       seed: Seed of the draw.
-      split: Split to draw from.
+      split: Split to draw from; left out, "calibration" where there is one, else "train".
       horizon: Number of actions of the expert with each frame.
-      standardization: Name in `standardize.STANDARDIZATIONS`, for those actions.
+      spec: How a data set is read, if not as its name says; see `RldsDataset`.
+      max_episodes: Most episodes of each data set to look at (see `drawing.look`), but where all
+        are asked for.
+      balance: Multiply weights by the number of frames that each data set has, as the public
+        training code does; see `open_x.mixture_below`.
+      progress: Called with the episodes looked at.
 
     Raises:
       DatasetError: The data cannot be read, or hold fewer frames or trajectories than asked for.
     """
     for name, value in (
         ("frames", frames),
-        ("trajectories", trajectories),
+        ("trajectories", None if trajectories == "all" else trajectories),
         ("horizon", horizon),
         ("stride", stride),
+        ("max_episodes", max_episodes),
     ):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     if stride > 1 and frames is not None:
         raise InputError("a stride goes with whole trajectories: give `trajectories`, not `frames`")
-    standardize.get(standardization)
     if frames is None and trajectories is None and stride == 1:
         frames = DEFAULT_FRAMES
-    dataset = RldsDataset(_resolve(source), split)
-    tasks: dict[str, list[int]] = {}
-    lengths: dict[int, int] = {}
-    for encoded in dataset.encoded_episodes():
-        episode = encoded.episode
-        tasks.setdefault(episode.instruction, []).append(episode.id)
-        lengths[episode.id] = len(episode)
-    rng = np.random.default_rng(seed)
-    groups = [rng.permutation(ids) for _, ids in sorted(tasks.items())]
-    chosen = interleave([groups[i] for i in rng.permutation(len(groups))])
-    if trajectories is not None:
-        if trajectories > len(chosen):
-            raise DatasetError(
-                f"{dataset.path}: {trajectories} trajectories asked for, split {split!r} has "
-                f"{len(chosen)}"
-            )
-        chosen = chosen[:trajectories]
-    steps = {i: range(0, lengths[i], stride) for i in chosen}
-    available = sum(map(len, steps.values()))
-    if frames is None:
-        frames = available
-    if frames > available:
-        raise DatasetError(
-            f"{dataset.path}: {frames} frames asked for, {len(chosen)} episodes of split {split!r} "
-            f"have {available}"
+    if trajectories == "all":
+        trajectories, max_episodes = None, sys.maxsize
+    weights = source if isinstance(source, Mapping) else {str(source): 1.0}
+    if not weights or any(not 0 < weight < np.inf for weight in weights.values()):
+        raise InputError(f"weights of data sets must be positive, got {dict(weights)}")
+    opened = []
+    for place, weight in weights.items():
+        path = _resolve(place)
+        dataset = RldsDataset(path, split or _default_split(path), spec=spec)
+        name = place if place == BUNDLED else _absolute(dataset)
+        opened.append((dataset, name, weight))
+    return _drawn(
+        opened,
+        frames=frames,
+        trajectories=trajectories,
+        stride=stride,
+        seed=seed,
+        horizon=horizon,
+        max_episodes=max_episodes,
+        balance=balance,
+        progress=progress,
+    )
+
+
+def _drawn(
+    opened: Sequence[tuple[RldsDataset, str, float]],
+    *,
+    frames: int | None,
+    trajectories: int | None,
+    stride: int,
+    seed: int,
+    horizon: int,
+    max_episodes: int,
+    balance: bool,
+    progress: Progress,
+) -> CalibrationSet:
+    total = sum(min(len(dataset), max_episodes) for dataset, _, _ in opened)
+    done = itertools.count(1)
+    progress("calibrate", 0, total)
+    pools = [
+        look(
+            dataset,
+            max_episodes=max_episodes,
+            stride=stride,
+            seed=seed,
+            seen=lambda: progress("calibrate", next(done), total),
         )
-    counts = spread(frames, np.asarray([len(steps[i]) for i in chosen]))
-    pairs = [
-        (i, steps[i][place])
-        for i, count in zip(chosen, counts.tolist(), strict=True)
-        for place in stratified(len(steps[i]), count, rng)
+        for dataset, _, _ in opened
     ]
-    pairs = [pairs[i] for i in rng.permutation(len(pairs))]
-    manifest = {
-        "format": _FORMAT,
-        "dataset": dataset.name,
-        "version": dataset.version,
-        "source": source if source == BUNDLED else str(dataset.path.resolve()),
-        "split": split,
+    progress("calibrate", total, total)
+    weights = [
+        weight * (pool.split_frames if balance else 1.0)
+        for pool, (_, _, weight) in zip(pools, opened, strict=True)
+    ]
+    frame_shares = _shares(frames, weights, pools, [pool.frames for pool in pools], "frames")
+    trajectory_shares = _shares(
+        trajectories, weights, pools, [pool.episodes for pool in pools], "trajectories"
+    )
+    rng = np.random.default_rng(seed)
+    rows: list[tuple[int, int, int]] = []
+    sources: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    kept: list[RldsDataset] = []
+    for pool, (dataset, name, _), weight, some, few in zip(
+        pools, opened, weights, frame_shares, trajectory_shares, strict=True
+    ):
+        if some == 0 or few == 0:
+            left_out.append(dataset.name)
+            continue
+        pairs = draw(pool, frames=some, trajectories=few, rng=rng)
+        kept.append(dataset)
+        rows += [(len(sources), episode, step) for episode, step in pairs]
+        sources.append(
+            {
+                "dataset": dataset.name,
+                "version": dataset.version,
+                "source": name,
+                "split": dataset.split,
+                "weight": weight,
+                "spec": dataset.spec.to_json(),
+                "files": dataset.file_hashes([episode for episode, _ in pairs]),
+            }
+        )
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "sources": sources,
+        "left_out": left_out,
         "seed": seed,
-        "standardization": standardization,
         "horizon": horizon,
-        "frames": frames,
-        "trajectories": len({i for i, _ in pairs}),
-        "episodes": [i for i, _ in pairs],
-        "steps": [step for _, step in pairs],
-        "files": dataset.file_hashes(),
+        "max_episodes": max_episodes,
+        "frames": len(rows),
+        "trajectories": len({row[:2] for row in rows}),
+        "datasets": [row[0] for row in rows],
+        "episodes": [row[1] for row in rows],
+        "steps": [row[2] for row in rows],
     }
-    manifest["sha256"] = _hash(manifest)
-    return CalibrationSet(manifest, _load(dataset, manifest["episodes"]))
+    manifest["sha256"] = manifest_hash(manifest)
+    return CalibrationSet(manifest, _load(kept, episodes_by_source(manifest)))
 
 
-def _resolve(source: str | Path) -> Path:
-    return bundled_path() if source == BUNDLED else Path(source)
+def _shares(
+    total: int | None,
+    weights: Sequence[float],
+    pools: Sequence[Pool],
+    capacity: Sequence[int],
+    what: str,
+) -> Sequence[int | None]:
+    """What of ``total`` each data set gives; a single one gives all (`draw` says what it lacks)."""
+    if total is None or len(pools) == 1:
+        return [total] * len(pools)
+    if total > sum(capacity):
+        raise DatasetError(f"{total} {what} asked for, the episodes looked at have {sum(capacity)}")
+    return apportion(total, weights, capacity).tolist()
 
 
-def _load(dataset: RldsDataset, ids: Sequence[int]) -> dict[int, EncodedEpisode]:
-    return {e.episode.id: e for e in dataset.encoded_episodes(sorted(set(ids)))}
+def _open(entry: Mapping[str, Any], source: Source | None = None) -> RldsDataset:
+    spec = DatasetSpec.from_json(entry["spec"], f"manifest: {entry['dataset']}")
+    return RldsDataset(_resolve(source or entry["source"]), entry["split"], spec=spec)
 
 
-def _hash(manifest: Mapping[str, Any]) -> str:
-    content = {key: manifest[key] for key in _HASHED}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _resolve(source: Source) -> Source:
+    return bundled_path() if source == BUNDLED else source
 
 
-def _check_manifest(manifest: Any, where: str) -> None:
-    needed = (*_HASHED, "source", "sha256")
-    if not isinstance(manifest, Mapping) or any(key not in manifest for key in needed):
-        raise DatasetError(f"{where}: not a calibration manifest; expected {', '.join(needed)}")
-    if manifest["format"] != _FORMAT:
-        raise DatasetError(f"{where}: format {manifest['format']}, this version reads {_FORMAT}")
-    if manifest["sha256"] != _hash(manifest):
-        raise DatasetError(f"{where}: its content does not fit its sha256; it was altered")
+def _absolute(dataset: RldsDataset) -> str:
+    path = dataset.path
+    return str(path) if "://" in str(path) else str(path.resolve())
+
+
+def _default_split(source: Source) -> str:
+    names = split_names(find_version(source))
+    return next((name for name in _SPLITS if name in names), _SPLITS[-1])
+
+
+def _load(
+    datasets: Sequence[RldsDataset], ids: Sequence[Sequence[int]]
+) -> dict[tuple[int, int], EncodedEpisode]:
+    return {
+        (place, encoded.episode.id): encoded
+        for place, (dataset, each) in enumerate(zip(datasets, ids, strict=True))
+        for encoded in dataset.encoded_episodes(each)
+    }

@@ -1,11 +1,11 @@
 """What the readers yield: whole episodes, and single frames with the expert's next actions."""
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,8 @@ class Episode:
     Attributes:
       id: Position of the episode in its split, whatever the process or the order of reading.
       instruction: The task in words, as stored.
-      action: As stored; see `qvla_jax.data.standardize` for the convention that policies use.
+      action: Translation (3), rotation (3) and gripper, 1 for open and 0 for closed; the data set's
+        specification (`qvla_jax.data.open_x`) says what the first six mean.
       metadata: The episode's metadata as stored, text decoded.
     """
 
@@ -32,7 +33,7 @@ class Episode:
     wrist_image: UInt8[NpArray, "t height width 3"] | None
     state: Float32[NpArray, "t p"] | None
     joint_state: Float32[NpArray, "t j"] | None
-    action: Float32[NpArray, "t a"]
+    action: Float32[NpArray, "t 7"]
     reward: Float32[NpArray, " t"]
     discount: Float32[NpArray, " t"]
     is_terminal: Bool[NpArray, " t"]
@@ -54,9 +55,6 @@ class Episode:
         )
 
 
-Transform: TypeAlias = Callable[[Episode], Episode]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Frame:
     """One observation and the expert's next ``h`` actions, the last repeated past the end."""
@@ -67,7 +65,7 @@ class Frame:
     image: UInt8[NpArray, "height width 3"] | None
     wrist_image: UInt8[NpArray, "height width 3"] | None
     state: Float32[NpArray, " p"] | None
-    actions: Float32[NpArray, "h a"]
+    actions: Float32[NpArray, "h 7"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +93,15 @@ def decode_images(files: Iterable[bytes | NpArray]) -> UInt8[NpArray, "t height 
     Pictures that a data set stores as plain arrays are passed through.
     """
     return np.stack(list(_pool().map(_decode_image, files)))
+
+
+def decode_each(
+    files: Iterable[bytes | NpArray],
+) -> UInt8[NpArray, "b height width 3"] | list[UInt8[NpArray, "height width 3"]]:
+    """As `decode_images`, but a list where the pictures differ in size."""
+    images = list(_pool().map(_decode_image, files))
+    same = len({image.shape for image in images}) == 1
+    return np.stack(images) if same else images
 
 
 @cache

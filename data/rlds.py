@@ -1,41 +1,25 @@
-"""Reads RLDS data sets: episodes and frames as numpy, the same from either file format.
+"""Reads RLDS data sets: episodes and frames in our standard, the same from either file format.
 
-Images are decoded here and not by TensorFlow, so that array_record and TFRecord give the same
-pixels, and a reader that wants actions only decodes none.
+Which features they are taken from is what the data set's specification says
+(`qvla_jax.data.open_x`). Images are decoded here and not by TensorFlow, so that array_record and
+TFRecord give the same pixels, and a reader that wants actions only decodes none.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
+from os import PathLike
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from qvla_jax.array_typing import Int64, NpArray
-from qvla_jax.data.episode import EncodedEpisode, Episode, Frame, Transform
+from qvla_jax.data import open_x
+from qvla_jax.data.episode import EncodedEpisode, Episode, Frame
+from qvla_jax.data.open_x.spec import DatasetSpec
+from qvla_jax.data.open_x.standardize import check_features, standardize
 from qvla_jax.data.records import INFO_FILE, SplitRecords
-from qvla_jax.errors import DatasetError, InputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class RldsKeys:
-    """Where a data set keeps what an `Episode` holds: paths inside a step, None for absent.
-
-    The defaults are those of the public modified_libero_rlds sets.
-    """
-
-    image: str = "observation/image"
-    wrist_image: str | None = "observation/wrist_image"
-    state: str | None = "observation/state"
-    joint_state: str | None = "observation/joint_state"
-    action: str = "action"
-    instruction: str = "language_instruction"
-
-    def required(self) -> list[str]:
-        """The paths that a data set must have; ``joint_state`` is taken where it is there."""
-        keys = (self.image, self.wrist_image, self.state, self.action, self.instruction)
-        return [key for key in keys if key is not None]
+from qvla_jax.errors import DatasetError, InputError, QvlaError
 
 
 class RldsDataset:
@@ -44,31 +28,33 @@ class RldsDataset:
     Attributes:
       path: The directory of the version (with dataset_info.json).
       name: Name of the data set, ``version`` its version, ``split`` the split read.
+      spec: How its steps are read.
       episode_ids: Positions in the split of the episodes that this process reads.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | PathLike[str],
         split: str = "train",
         *,
-        keys: RldsKeys | None = None,
-        transform: Transform | None = None,
+        spec: DatasetSpec | str | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
         """Opens a data set; nothing but its description is read.
 
         Args:
-          path: The directory of one version, or a parent with only one data set below it.
+          path: The directory of one version, or a parent with only one data set below it; or the
+            address of one, such as gs://gresearch/robotics/taco_play/0.1.0.
           split: A split's name; no slices.
-          keys: Where the data set keeps its parts; modified_libero_rlds's places by default.
-          transform: Applied to each episode, for instance `standardize.libero`.
+          spec: How to read it: a specification, the name of one, or the name of a JSON file with
+            one. Left out, it is found by the data set's name.
           process_index: Which share to read: episodes ``process_index``, ``+ process_count``, ...
           process_count: Number of shares.
 
         Raises:
-          DatasetError: No data set there, no such split, or keys missing.
+          DatasetError: No data set there, no such split, no specification known, or the data set
+            does not fit it.
         """
         if not 0 <= process_index < process_count:
             raise InputError(f"process_index {process_index} is not in [0, {process_count})")
@@ -76,17 +62,26 @@ class RldsDataset:
         self._records = SplitRecords(self.path, split)
         self.name, self.version = self._records.name, self._records.version
         self.split, self.num_episodes = split, self._records.num_episodes
-        self._keys = keys or RldsKeys()
-        self._transform = transform
-        available = self._records.features
-        missing = [key for key in self._keys.required() if key not in available]
-        if missing:
-            raise DatasetError(
-                f"{self.path}: steps lack {', '.join(missing)}; they have "
-                f"{', '.join(sorted(available))}. Pass RldsKeys that fit this data set."
-            )
-        self._has_joints = self._keys.joint_state in available
+        self.spec = self._find_spec() if spec is None else open_x.load(spec)
+        try:
+            check_features(self.spec, self._records.shapes())
+        except DatasetError as error:
+            raise DatasetError(f"{self.path}: {error}") from error
         self.episode_ids = np.arange(process_index, self.num_episodes, process_count)
+
+    def _find_spec(self) -> DatasetSpec:
+        names = [self._records.spec_name(), self.name, self.path.parent.name]
+        found = (open_x.find(name) for name in names if name)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None:
+            close = open_x.close_names(self.name)
+            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+            raise DatasetError(
+                f"{self.path}: there is no spec for a data set {self.name!r}{hint}. If it has the "
+                "layout of one that there is, name that (--spec, such as libero); else write one "
+                "as a JSON file and name the file. docs/data.md shows how."
+            )
+        return spec
 
     def __len__(self) -> int:
         """Number of episodes that this process reads."""
@@ -99,7 +94,7 @@ class RldsDataset:
         images: bool = True,
         seed: int | None = None,
     ) -> Iterator[Episode]:
-        """Yields episodes in the order given.
+        """Yields episodes in the order given, but those of which their spec leaves no step.
 
         Args:
           indices: Ids of episodes (positions in the split); by default those of this process.
@@ -110,8 +105,7 @@ class RldsDataset:
           DatasetError: An id is out of range, or a file is damaged.
         """
         for encoded in self.encoded_episodes(indices, seed=seed):
-            episode = encoded.decode() if images else encoded.episode
-            yield episode if self._transform is None else self._transform(episode)
+            yield encoded.decode() if images else encoded.episode
 
     def frames(
         self,
@@ -149,7 +143,7 @@ class RldsDataset:
         *,
         seed: int | None = None,
     ) -> Iterator[EncodedEpisode]:
-        """Yields episodes with their images undecoded and without the transform."""
+        """Yields episodes with their images undecoded."""
         ids = self.episode_ids if indices is None else np.asarray(indices, np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_episodes):
             raise DatasetError(
@@ -159,72 +153,85 @@ class RldsDataset:
         if seed is not None:
             ids = np.random.default_rng(seed).permutation(ids)
         for index, example in zip(ids.tolist(), self._records.examples(ids), strict=True):
-            yield self._to_episode(index, example)
+            encoded = self._to_episode(index, example)
+            if encoded is not None:
+                yield encoded
+
+    def sample_ids(self, count: int, *, seed: int) -> Int64[NpArray, " e"]:
+        """Ids of ``count`` of this process's episodes from few files, drawn; all if no more.
+
+        A set that is read over the network costs its files, not its episodes.
+        """
+        if len(self.episode_ids) <= count:
+            return self.episode_ids
+        # A stream of its own: the draws that follow do not depend on whether this one is made.
+        rng = np.random.default_rng([seed, 2])
+        starts = self._records.file_starts
+        place = np.searchsorted(starts, self.episode_ids, side="right")
+        groups = [self.episode_ids[place == p] for p in rng.permutation(np.unique(place))]
+        return np.sort(np.concatenate(groups)[:count])
 
     @cached_property
     def lengths(self) -> Mapping[int, int]:
         """Number of steps of each episode that this process reads (reads them all once)."""
         return {e.episode.id: len(e.episode) for e in self.encoded_episodes()}
 
-    def file_hashes(self) -> dict[str, str]:
-        """The sha256 of each file of the split, by name: its whole content is read."""
-        return self._records.file_hashes()
+    def file_hashes(self, ids: Sequence[int] | None = None) -> dict[str, str]:
+        """The sha256 of each file that holds some of the episodes, by name; by default of all."""
+        every = np.arange(self.num_episodes) if ids is None else np.asarray(ids, np.int64)
+        return self._records.file_hashes(every)
 
     def fingerprint(self) -> str:
         """A quick hash of the split: descriptions, file sizes, and both ends of every file."""
         return self._records.fingerprint()
 
-    def _to_episode(self, index: int, example: Mapping[str, Any]) -> EncodedEpisode:
-        steps, keys = example["steps"], self._keys
+    def _to_episode(self, index: int, example: Mapping[str, Any]) -> EncodedEpisode | None:
+        steps = example["steps"]
         if not steps:
             raise DatasetError(f"{self.path}: episode {index} of {self.split!r} has no steps")
-
-        def column(key: str | None) -> list[Any] | None:
-            return None if key is None else [_lookup(step, key) for step in steps]
-
-        def floats(key: str | None) -> NpArray | None:
-            values = column(key)
-            return None if values is None else np.asarray(values, np.float32)
-
-        def optional(key: str, default: float) -> NpArray:
-            values = [step.get(key, default) for step in steps]
-            return np.asarray(values, np.float32)
-
-        episode = Episode(
-            id=index,
-            instruction=_text(_lookup(steps[0], keys.instruction)),
-            image=None,
-            wrist_image=None,
-            state=floats(keys.state),
-            joint_state=floats(keys.joint_state) if self._has_joints else None,
-            action=np.asarray(column(keys.action), np.float32),
-            reward=optional("reward", 0.0),
-            discount=optional("discount", 1.0),
-            is_terminal=np.asarray([step.get("is_terminal", False) for step in steps], np.bool_),
-            metadata=_plain(example.get("episode_metadata", {})),
-        )
-        return EncodedEpisode(
-            episode=episode,
-            image=column(keys.image) or [],
-            wrist_image=column(keys.wrist_image),
-        )
+        try:
+            return standardize(
+                self.spec,
+                partial(self._records.values, steps),
+                len(steps),
+                episode_id=index,
+                metadata=_plain(example.get("episode_metadata", {})),
+                available=self._records.features,
+            )
+        except DatasetError as error:
+            raise DatasetError(
+                f"{self.path}: episode {index} of {self.split!r}: {error}"
+            ) from error
 
 
-def find_version(path: str | Path) -> Path:
+def find_version(path: str | PathLike[str]) -> epath.Path:
     """The directory with dataset_info.json at ``path``, or the only one up to two levels below.
 
     Raises:
-      DatasetError: There is none, or more than one.
+      DatasetError: There is none, or more than one, or it cannot be reached.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise DatasetError(f"{path}: no such directory; expected an RLDS data set")
-    for pattern in (INFO_FILE, f"*/{INFO_FILE}", f"*/*/{INFO_FILE}"):
-        found = sorted(match.parent for match in path.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise DatasetError(f"{path}: several data sets, name one: {', '.join(map(str, found))}")
+    path = epath.Path(path)
+    try:
+        if (path / INFO_FILE).exists():
+            return path
+        if not path.is_dir():
+            raise DatasetError(f"{path}: no such directory; expected an RLDS data set")
+        for pattern in (f"*/{INFO_FILE}", f"*/*/{INFO_FILE}"):
+            found = sorted(match.parent for match in path.glob(pattern))
+            if len(found) == 1:
+                return found[0]
+            if found:
+                names = ", ".join(map(str, found))
+                raise DatasetError(f"{path}: several data sets, name one: {names}")
+    except QvlaError:
+        raise
+    except Exception as error:
+        # Whatever the library behind an address raises.
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DatasetError(
+            f"{path}: cannot be reached ({first}). An address such as gs:// needs TensorFlow "
+            "(pip install 'qvla-jax[rlds]') and the network; a copy on disk needs neither."
+        ) from error
     raise DatasetError(f"{path}: no {INFO_FILE} in it or below; not an RLDS data set")
 
 
@@ -233,17 +240,6 @@ def _mixed(episodes: list[Episode], horizon: int, rng: np.random.Generator) -> I
     for index in rng.permutation(len(where)):
         episode, step = where[index]
         yield episode.frame(step, horizon)
-
-
-def _lookup(step: Mapping[str, Any], key: str) -> Any:
-    value: Any = step
-    for part in key.split("/"):
-        value = value[part]
-    return value
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _plain(value: Any) -> Any:

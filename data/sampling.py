@@ -27,6 +27,37 @@ def spread(total: int, capacity: Int64[NpArray, " e"]) -> Int64[NpArray, " e"]:
     return counts
 
 
+def apportion(
+    total: int, weights: Sequence[float], capacity: Sequence[int]
+) -> Int64[NpArray, " e"]:
+    """Shares ``total`` out in proportion to ``weights``, by largest remainders.
+
+    What exceeds a capacity goes to the others, in proportion to theirs.
+
+    Args:
+      total: At most the sum of ``capacity``.
+      weights: Positive.
+      capacity: Most that each can take.
+    """
+    shares = np.asarray(weights, np.float64)
+    limits = np.asarray(capacity, np.int64)
+    counts = np.zeros(len(limits), np.int64)
+    while True:
+        fixed = (counts == limits) & (counts > 0) | (limits == 0)
+        left = total - int(counts[fixed].sum())
+        quotas = np.where(fixed, 0.0, shares)
+        quotas = left * quotas / max(quotas.sum(), np.finfo(np.float64).tiny)
+        full = ~fixed & (quotas >= limits)
+        if not full.any():
+            break
+        counts[full] = limits[full]
+    counts[~fixed] = np.floor(quotas[~fixed]).astype(np.int64)
+    remainders = np.where(fixed, -1.0, quotas - np.floor(quotas))
+    for place in np.argsort(-remainders, kind="stable")[: total - int(counts.sum())]:
+        counts[place] += 1
+    return counts
+
+
 def stratified(length: int, count: int, rng: np.random.Generator) -> Int64[NpArray, " f"]:
     """Draws ``count`` different steps, one from each of as many equal stretches of ``length``."""
     edges = np.arange(count + 1) * length // max(count, 1)

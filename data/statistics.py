@@ -4,6 +4,7 @@ The JSON is laid out as the ``dataset_statistics.json`` of OpenVLA's checkpoints
 reads the other's. Everything is computed in float64 over all steps.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -15,8 +16,8 @@ import numpy as np
 
 from qvla_jax.array_typing import Bool, Float, Float64, NpArray
 from qvla_jax.atomic import write_json
-from qvla_jax.data import standardize
 from qvla_jax.data.episode import Episode
+from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import DatasetError
 
@@ -177,7 +178,11 @@ class DatasetStatistics:
 
 
 def dataset_statistics(
-    path: str | Path, split: str = "train", *, standardization: str = "libero", cache: bool = True
+    path: str | Path,
+    split: str = "train",
+    *,
+    spec: DatasetSpec | str | None = None,
+    cache: bool = True,
 ) -> DatasetStatistics:
     """Statistics of a split, from the cache if the data are still those it was computed from.
 
@@ -187,21 +192,24 @@ def dataset_statistics(
     Args:
       path: RLDS directory.
       split: The split that a policy is trained on.
-      standardization: Name in `standardize.STANDARDIZATIONS`.
+      spec: How the data set is read, if not as its name says; see `RldsDataset`.
       cache: Whether to read and write the cache.
     """
-    dataset = RldsDataset(path, split, transform=standardize.get(standardization))
+    dataset = RldsDataset(path, split, spec=spec)
     content = dataset.fingerprint()
-    fingerprint = f"{_VERSION} {standardization} {content}"
-    name = f"dataset_statistics_{split}_{standardization}.json"
-    folders = (dataset.path, user_cache() / f"{dataset.name}-{content[:16]}")
+    read_as = json.dumps(dataset.spec.to_json(), sort_keys=True)
+    fingerprint = f"{_VERSION} {hashlib.sha256(read_as.encode()).hexdigest()} {content}"
+    name = f"dataset_statistics_{split}_{dataset.spec.name}.json"
+    folders = [user_cache() / f"{dataset.name}-{content[:16]}"]
+    if "://" not in str(dataset.path):
+        folders.insert(0, Path(dataset.path))
     if cache:
         for folder in folders:
             cached = _read_cache(folder / name, dataset.name, fingerprint)
             if cached is not None:
                 return cached
     computed = DatasetStatistics.of(dataset.name, dataset.episodes(images=False))
-    for folder in folders if cache else ():
+    for folder in folders if cache else []:
         try:
             tree = computed.to_json()
             tree[dataset.name]["fingerprint"] = fingerprint

@@ -179,9 +179,19 @@ def calibrate(config: pipeline.CalibrateConfig) -> None:
     """Draws the calibration frames."""
     with ProgressBars() as progress:
         drawn = pipeline.calibrate(config, progress=progress)
+    sources = drawn.manifest["sources"]
+    for place, source in enumerate(sources if len(sources) > 1 else ()):
+        steps = [episode for at, episode in drawn.episode_keys if at == place]
+        _say(
+            f"{source['dataset']} ({source['split']}): {len(steps)} frames of {len(set(steps))} "
+            "episodes"
+        )
+    if left_out := drawn.manifest["left_out"]:
+        _say(f"Too small a share for a frame: {', '.join(left_out)}")
+    found = drawn.describe()
+    name = f"{found['dataset']}, {found['split']}" if len(sources) == 1 else "all"
     _say(
-        f"{drawn.frames} frames of {drawn.manifest['trajectories']} episodes "
-        f"({drawn.manifest['dataset']}, {drawn.manifest['split']}): "
+        f"{drawn.frames} frames of {found['episodes']} episodes ({name}): "
         f"{config.out / files.CALIBRATION}"
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from qvla_jax.data.libero.recorded import Recording
+from qvla_jax.data.records import SPEC_KEY
 from qvla_jax.errors import DatasetError
 
 
@@ -225,6 +226,8 @@ class LiberoRlds(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=features.FeaturesDict(
                 {"steps": features.Dataset(step), "episode_metadata": metadata}
             ),
+            # Whatever the data set's name, it is read as LIBERO's.
+            metadata=tfds.core.MetadataDict({SPEC_KEY: "libero"}),
             # Written in the order given: tasks by name, episodes by seed.
             disable_shuffling=True,
         )

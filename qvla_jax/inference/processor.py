@@ -30,9 +30,10 @@ class Processor:
         """A batch of observations -> model inputs (numpy).
 
         Args:
-            batch: `image` and, for two cameras, `wrist_image` u8[b, H, W, 3]; `state` f32[b, p]
-                where the policy takes proprio; `instruction`, b strings; `history`, b strings that
-                `history` made of the call before, may stand for UniVLA. Other keys are ignored.
+            batch: `image` and, for two cameras, `wrist_image` u8[b, H, W, 3], or a sequence of
+                u8[H, W, 3] of any sizes; `state` f32[b, p] where the policy takes proprio;
+                `instruction`, b strings; `history`, b strings that `history` made of the call
+                before, may stand for UniVLA. Other keys are ignored.
             preprocessed: the images are what the reference's processor receives (resized and
                 cropped uint8); only its own resize to the towers' size is left to do.
 
@@ -132,17 +133,20 @@ class Processor:
         return texts
 
     def _images(
-        self, key: str, images: np.ndarray, preprocessed: bool
+        self, key: str, images: Sequence[np.ndarray] | np.ndarray, preprocessed: bool
     ) -> UInt8[np.ndarray, "b H W 3"]:
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise InputError(
-                f"{key}: expected uint8 [b, H, W, 3], got {images.dtype} {list(images.shape)}"
-            )
         config = self.config
-        if config.image_chain == "openvla" and not preprocessed:
-            images = np.stack([reference_chain(i, center_crop=config.center_crop) for i in images])
-        return np.stack([resize_bicubic(i, config.image_size) for i in images])
+        prepared = []
+        for image in map(np.asarray, images):
+            if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+                raise InputError(
+                    f"{key}: expected uint8 [H, W, 3] for each frame, got {image.dtype} "
+                    f"{list(image.shape)}"
+                )
+            if config.image_chain == "openvla" and not preprocessed:
+                image = reference_chain(image, center_crop=config.center_crop)
+            prepared.append(resize_bicubic(image, config.image_size))
+        return np.stack(prepared)
 
 
 def _require(batch: Mapping[str, Any], key: str) -> Any:

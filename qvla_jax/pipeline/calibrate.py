@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qvla_jax.data import open_x
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import CalibrateConfig
@@ -12,19 +13,25 @@ def calibrate(config: CalibrateConfig, *, progress: Progress = no_progress) -> C
     """Draws the calibration set and writes its manifest.
 
     Raises:
-        DatasetError: The data set lacks a key, or has fewer frames than asked for.
+        InputError: There is no such mixture or specification.
+        DatasetError: A data set is missing, lacks a key, or has fewer frames than asked for.
     """
     files.check_folder(config.out)
-    progress("calibrate", 0, 1)
+    source: str | dict[str, float] = config.weights or config.dataset
+    if config.mixture is not None:
+        source = open_x.mixture_below(config.mixture, config.dataset)
     drawn = calibration_set(
-        config.dataset,
+        source,
         frames=config.frames,
         seed=config.seed,
         split=config.split,
         horizon=config.horizon,
+        spec=config.spec,
+        max_episodes=config.max_episodes,
+        balance=config.mixture is not None,
+        progress=progress,
     )
     drawn.save(config.out / files.CALIBRATION)
-    progress("calibrate", 1, 1)
     return drawn
 
 

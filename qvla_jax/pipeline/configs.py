@@ -23,17 +23,32 @@ class StageConfig:
 class CalibrateConfig(StageConfig):
     """Draws the calibration frames and writes their manifest, calibration.json."""
 
-    # "bundled", or the directory of an RLDS data set.
+    # "bundled", the directory of an RLDS data set, or its address (gs://...); with --mixture, the
+    # folder or address below which the mixture's data sets lie.
     dataset: str = "bundled"
-    # Split to calibrate on.
-    split: str = "calibration"
+    # A mixture of Open-X by name, such as oxe_magic_soup_plus: weights times frames of each set.
+    mixture: str | None = None
+    # Several data sets instead of one: DIRECTORY SHARE, any number of pairs; shares of the frames.
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    # How the data set is read: a data set's name, or a JSON file; left out, by its own name.
+    spec: str | None = None
+    # Split to calibrate on; left out, "calibration" where there is one, else "train".
+    split: str | None = None
+    # Most episodes of each data set to look at; of larger ones only some files are read.
+    max_episodes: int = 512
     # Frames to draw. Few frames overfit: 8 cost a factor of 10 to 60 in held-out error.
     frames: int = 128
     # Actions of the expert that go with each frame; must be the policy's.
     horizon: int = 8
 
     def __post_init__(self) -> None:
-        _positive(self, "frames", "horizon")
+        _positive(self, "frames", "horizon", "max_episodes")
+        if self.weights and (self.mixture is not None or self.dataset != "bundled"):
+            raise InputError("--weights name the data sets: no --dataset or --mixture beside them")
+        if self.mixture is not None and self.spec is not None:
+            raise InputError("the sets of a --mixture are read by their names: no --spec beside it")
+        if self.mixture is not None and self.dataset == "bundled":
+            raise InputError("--mixture needs the folder of its data sets: --dataset FOLDER")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +120,10 @@ class HeldoutConfig(StageConfig):
 
     # A policy that ships with the package, or a directory that holds one.
     model: str = "libero-mini"
-    # "bundled", or the directory of an RLDS data set.
+    # "bundled", the directory of an RLDS data set, or its address (gs://...).
     eval_dataset: str = "bundled"
+    # How it is read: a data set's name, or a JSON file; left out, by its own name.
+    eval_spec: str | None = None
     # Split to evaluate on; must not be the one that was calibrated on.
     eval_split: str = "heldout"
     # Frames to draw from it; 0 takes all of them.

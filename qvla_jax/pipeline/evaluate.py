@@ -11,8 +11,6 @@ import numpy as np
 from qvla_jax.atomic import write_json
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
-from qvla_jax.data.rlds import RldsDataset
-from qvla_jax.data.samples import bundled_path
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation import Predictions, action_errors, predict
 from qvla_jax.inference import Policy, load_policy
@@ -125,7 +123,7 @@ def evaluate(
             "quantized_weights": index.num_weights,
         },
         "packed": describe_packed(config.out / files.POLICY, allocations.chosen, difference),
-        "heldout": describe_frames(heldout),
+        "heldout": heldout.describe(),
         "chosen": allocations.chosen.name,
         "methods": entries,
         "seconds": time.perf_counter() - started,
@@ -162,17 +160,15 @@ def describe_packed(path: Path, chosen: Allocation, difference: float) -> dict[s
 
 def heldout_set(config: HeldoutConfig, *, horizon: int) -> CalibrationSet:
     """Draws the evaluation frames, or takes all of the split."""
-    trajectories = None
-    if config.eval_frames < 1:
-        source = bundled_path() if config.eval_dataset == "bundled" else config.eval_dataset
-        trajectories = len(RldsDataset(source, config.eval_split))
+    everything = config.eval_frames < 1
     return calibration_set(
         config.eval_dataset,
-        frames=config.eval_frames if config.eval_frames > 0 else None,
-        trajectories=trajectories,
+        frames=None if everything else config.eval_frames,
+        trajectories="all" if everything else None,
         seed=config.seed,
         split=config.eval_split,
         horizon=horizon,
+        spec=config.eval_spec,
     )
 
 
@@ -180,24 +176,14 @@ def check_disjoint(calibration: CalibrationSet, heldout: CalibrationSet) -> None
     """Refuses to evaluate on the frames that were calibrated on.
 
     Raises:
-        InputError: Both sets are of the same split of the same data.
+        InputError: Both sets draw from the same files.
     """
-    keys = ("dataset", "version", "split", "files")
-    if all(calibration.manifest[key] == heldout.manifest[key] for key in keys):
+    if calibration.shares_data_with(heldout):
+        found = heldout.describe()
         raise InputError(
-            f"split {heldout.manifest['split']!r} of {heldout.manifest['dataset']} was calibrated "
-            "on; evaluate on another one (--eval-split)"
+            f"split {found['split']!r} of {found['dataset']} was calibrated on; evaluate on "
+            "another one (--eval-split)"
         )
-
-
-def describe_frames(frames: CalibrationSet) -> dict[str, Any]:
-    """Names a set of frames for reports; where the data lie is left out."""
-    keys = ("dataset", "version", "split", "frames", "seed")
-    return {
-        **{key: frames.manifest[key] for key in keys},
-        "episodes": frames.manifest["trajectories"],
-        "hash": frames.hash,
-    }
 
 
 def count_parameters(policy: Policy) -> int:

@@ -15,7 +15,7 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import EvaluateConfig
-from qvla_jax.pipeline.evaluate import check_disjoint, describe_frames, heldout_set
+from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.solvers import AllocationProblem, evolve, local_search, relax, solve
@@ -144,7 +144,7 @@ def measure_solvers(
         "version": 1,
         "made_from": files.made_from(table),
         "calibration_frames": calibration.frames,
-        "heldout": describe_frames(heldout),
+        "heldout": heldout.describe(),
         "allocations": records,
         "provenance": provenance(seed=config.seed),
     }

@@ -11,7 +11,7 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import ReportConfig
-from qvla_jax.pipeline.evaluate import EVALUATION_KIND, describe_frames
+from qvla_jax.pipeline.evaluate import EVALUATION_KIND
 from qvla_jax.pipeline.sensitivity import load_seconds, load_validation
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.report import SensitivityMap, render
@@ -55,7 +55,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         "model": evaluation["model"],
         "packed": evaluation["packed"],
         "budget": {"bits_per_weight": chosen.budget_bits, "bytes": chosen.budget_bytes},
-        "calibration": describe_frames(calibration),
+        "calibration": calibration.describe(),
         "heldout": evaluation["heldout"],
         "sensitivity": {"method": tables[0].method, "bits": list(tables[0].bits)},
         "validation": None if validation is None else summarize(validation),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qvla_jax.atomic import write_json
-from qvla_jax.data.calibration import CalibrationSet, calibration_set
+from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
@@ -150,12 +150,8 @@ def _stability(
     rows = []
     for frames in config.sizes:
         for seed in config.seeds:
-            drawn = calibration_set(
-                calibration.manifest["source"],
-                frames=frames,
-                seed=seed,
-                split=calibration.manifest["split"],
-                horizon=policy.config.action_horizon,
+            drawn = calibration.redraw(
+                frames=frames, seed=seed, horizon=policy.config.action_horizon
             )
             other = sensitivities(
                 policy, drawn, method=table.method, bits=table.bits,
@@ -198,13 +194,8 @@ def _cumulative(
     (least, median and largest rank correlation).
     """
     horizon = policy.config.action_horizon
-    drawn = calibration_set(
-        calibration.manifest["source"],
-        trajectories=config.trajectories,
-        stride=horizon,
-        seed=config.seed,
-        split=calibration.manifest["split"],
-        horizon=horizon,
+    drawn = calibration.redraw(
+        trajectories=config.trajectories, stride=horizon, seed=config.seed, horizon=horizon
     )
     sums = trajectory_costs(
         policy, drawn, table, probes=table.provenance["settings"]["probes"] or DEFAULT_PROBES,

@@ -37,7 +37,8 @@ def trajectory_costs(
 
     Args:
         policy: the full-precision policy.
-        calibration: the steps; its manifest's `episodes` names the trajectory of each.
+        calibration: the steps; its manifest's `datasets` and `episodes` name the trajectory of
+            each.
         table: whose channels are costed; it needs its statistics.
         probes: number of Rademacher vectors, or "full".
         seed: of the probes.
@@ -58,7 +59,8 @@ def trajectory_costs(
     layers = quantizable_layers(policy.model, rules)
     if tuple(layers) != table.index.paths:
         raise InputError("the table was made for other layers than this policy's")
-    _, place = np.unique(np.asarray(episodes), return_inverse=True)
+    datasets = calibration.manifest.get("datasets", [0] * len(episodes))
+    _, place = np.unique(np.stack([datasets, episodes]), axis=1, return_inverse=True)
     sums = np.zeros((place.max() + 1, *table.costs.shape))
     done = 0
     # A change of zero costs nothing, so that 16 bits need no exception.

@@ -18,7 +18,6 @@ from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import write_json
 from qvla_jax.config import preset
-from qvla_jax.data import standardize
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.statistics import dataset_statistics
 from qvla_jax.errors import InputError
@@ -87,17 +86,14 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
         DatasetError: the data set cannot be read.
     """
     architecture = preset(config.model)
-    transform = standardize.get(config.standardization)
     train_sets = [
-        RldsDataset(path, config.train_split, transform=transform)
+        RldsDataset(path, config.train_split, spec=config.spec)
         for path in (config.data, *config.more_data)
     ]
-    heldout_set = RldsDataset(config.data, config.heldout_split, transform=transform)
+    heldout_set = RldsDataset(config.data, config.heldout_split, spec=config.spec)
     fingerprints = [data.fingerprint() for data in train_sets]
     claim_folder(config, fingerprints)
-    statistics = dataset_statistics(
-        config.data, config.train_split, standardization=config.standardization
-    )
+    statistics = dataset_statistics(config.data, config.train_split, spec=config.spec)
     model = make_model(architecture, rngs=nnx.Rngs(config.seed))
     if config.initial_policy is not None:
         initial = load_policy(config.initial_policy)

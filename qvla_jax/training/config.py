@@ -34,8 +34,8 @@ class TrainConfig:
     train_split: str = "train"
     # Split to measure on.
     heldout_split: str = "heldout"
-    # How raw actions and proprio become the policy's, by name.
-    standardization: str = "libero"
+    # How the data sets are read: a data set's name, or a JSON file; left out, by their names.
+    spec: str | None = None
     # Seed of the random weights, the order of the frames and the augmentations.
     seed: int = 0
     # Steps in all.

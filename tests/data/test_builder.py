@@ -37,7 +37,10 @@ def test_round_trip(built: Path, demo_files: list[Path]) -> None:
     for episode in [*train.episodes(), *heldout.episodes()]:
         demo = demos[identity(episode)]
         seen.add(identity(episode))
-        np.testing.assert_array_equal(episode.action, demo.actions.astype(np.float32))
+        expected = demo.actions.astype(np.float32)
+        np.testing.assert_array_equal(episode.action[:, :6], expected[:, :6])
+        # The raw label is -1 for open and +1 for closed.
+        np.testing.assert_array_equal(episode.action[:, 6] == 1, expected[:, 6] == -1)
         np.testing.assert_array_equal(episode.state, demo.proprio)
         np.testing.assert_array_equal(episode.joint_state, demo.joint_state)
         assert episode.instruction == demo.instruction

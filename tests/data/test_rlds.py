@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvla_jax import data
-from qvla_jax.data import standardize
 from qvla_jax.data.episode import next_steps
 from qvla_jax.errors import DatasetError, InputError, QvlaError
 
@@ -60,7 +59,7 @@ def test_episode_has_the_shapes_and_types_it_promises(heldout: data.RldsDataset)
     assert episode.joint_state.shape == (t, 7)
     assert episode.action.shape == (t, 7)
     assert episode.action.dtype == episode.state.dtype == np.float32
-    assert set(np.unique(episode.action[:, 6])) == {-1.0, 1.0}
+    assert set(np.unique(episode.action[:, 6])) == {0.0, 1.0}
     assert episode.instruction.startswith("pick up the black bowl")
     assert episode.reward.tolist() == [0.0] * (t - 1) + [1.0]
     assert episode.is_terminal.tolist() == [False] * (t - 1) + [True]
@@ -136,22 +135,6 @@ def test_process_index_is_checked() -> None:
         data.RldsDataset(data.bundled_path(), "heldout", process_index=2, process_count=2)
 
 
-def test_transform_is_applied() -> None:
-    dataset = data.RldsDataset(data.bundled_path(), "heldout", transform=standardize.libero)
-    (episode,) = dataset.episodes([0], images=False)
-    assert set(np.unique(episode.action[:, 6])) == {0.0, 1.0}
-
-
-def test_standardized_gripper_is_one_for_open() -> None:
-    raw = np.zeros((3, 7), np.float32)
-    raw[:, 6] = [-1.0, 0.0, 1.0]
-    standardized = standardize.libero_actions(raw)
-    assert standardized[:, 6].tolist() == [1.0, 1.0, 0.0]
-    assert standardized.dtype == np.float32
-    with pytest.raises(InputError, match="no standardization 'bridge'; there are libero, none"):
-        standardize.get("bridge")
-
-
 def test_a_parent_directory_is_resolved_if_unambiguous(copy: Path, tmp_path: Path) -> None:
     nested = tmp_path / "root" / "libero_spatial" / "1.0.0"
     nested.parent.mkdir(parents=True)
@@ -175,7 +158,7 @@ def test_missing_keys_are_listed_beside_those_there_are(
     copy: Path, edit_json: Callable[[Path, str, str], None]
 ) -> None:
     edit_json(copy / "features.json", '"wrist_image"', '"hand_image"')
-    with pytest.raises(DatasetError, match=r"lack observation/wrist_image; .*hand_image"):
+    with pytest.raises(DatasetError, match=r"lack observation/wrist_image, .*hand_image"):
         data.RldsDataset(copy, "heldout")
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qvla_jax import data
-from qvla_jax.data import standardize
 from qvla_jax.data import statistics as statistics_module
 from qvla_jax.data.statistics import ArrayStatistics
 from qvla_jax.errors import DatasetError
@@ -30,7 +29,7 @@ def cache_of(folder: Path) -> Path:
 
 
 def test_they_are_numpys_in_float64() -> None:
-    dataset = data.RldsDataset(data.bundled_path(), "heldout", transform=standardize.libero)
+    dataset = data.RldsDataset(data.bundled_path(), "heldout")
     episodes = list(dataset.episodes(images=False))
     statistics = data.dataset_statistics(data.bundled_path(), "heldout", cache=False)
     actions = np.concatenate([e.action for e in episodes]).astype(np.float64)

@@ -144,7 +144,7 @@ def test_policy_keeps_failures_and_the_label_stays_the_experts(collect):
     episodes = read(collected.folder, "train")
     assert {bool(e.metadata["success"]) for e in episodes} == {True, False}
     for episode in episodes:
-        assert (episode.action == 1).all()
+        assert (episode.action == [1, 1, 1, 1, 1, 1, 0]).all()  # Closed.
         assert episode.metadata["label_differs"]
         assert (episode.metadata["policy"], episode.metadata["noise_sigma"]) == ("mini", 0)
         assert episode.reward[-1] == episode.metadata["success"]

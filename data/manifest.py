@@ -1,0 +1,51 @@
+"""Calibration manifests: what they hold, the hash that names them, and their checks."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from qvla_jax.errors import DatasetError
+
+FORMAT: Final = 2
+# What the manifest's hash covers: everything that decides what the set holds, not where it lies.
+_HASHED: Final = ("format", "horizon", "datasets", "episodes", "steps")
+_HASHED_SOURCE: Final = ("dataset", "version", "split", "spec", "files")
+
+
+def episodes_by_source(manifest: Mapping[str, Any]) -> list[list[int]]:
+    """Ids of the episodes drawn from each source."""
+    ids: list[set[int]] = [set() for _ in manifest["sources"]]
+    for place, episode in zip(manifest["datasets"], manifest["episodes"], strict=True):
+        ids[place].add(episode)
+    return [sorted(each) for each in ids]
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """The sha256 over all that decides what a set holds."""
+    content = {key: manifest[key] for key in _HASHED}
+    content["sources"] = [
+        {key: source[key] for key in _HASHED_SOURCE} for source in manifest["sources"]
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_manifest(manifest: Any, where: str) -> None:
+    """Checks a manifest that was read; ``where`` names it.
+
+    Raises:
+      DatasetError: It is none, of another format, or was altered.
+    """
+    if isinstance(manifest, Mapping) and manifest.get("format", FORMAT) != FORMAT:
+        raise DatasetError(
+            f"{where}: format {manifest['format']}, this version reads {FORMAT}; draw the set again"
+        )
+    needed = (*_HASHED, "sources", "sha256", "max_episodes")
+    if not isinstance(manifest, Mapping) or any(key not in manifest for key in needed):
+        raise DatasetError(f"{where}: not a calibration manifest; expected {', '.join(needed)}")
+    per_source = (*_HASHED_SOURCE, "source", "weight")
+    for source in manifest["sources"]:
+        if not isinstance(source, Mapping) or any(key not in source for key in per_source):
+            raise DatasetError(f"{where}: a source lacks one of {', '.join(per_source)}")
+    if manifest["sha256"] != manifest_hash(manifest):
+        raise DatasetError(f"{where}: its content does not fit its sha256; it was altered")

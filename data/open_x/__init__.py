@@ -1,0 +1,32 @@
+"""Open-X Embodiment: what each data set stores and what it means, and one way to our standard.
+
+    spec = open_x.get("bridge_orig")          # or read from a JSON file, or made: DatasetSpec(...)
+    open_x.MIXTURES["oxe_magic_soup_plus"]    # weights of OpenVLA's training mixture
+
+`qvla_jax.data.RldsDataset` finds the specification by the data set's name. docs/data.md says how to
+add one.
+"""
+
+from qvla_jax.data.open_x.mixtures import MIXTURES as MIXTURES
+from qvla_jax.data.open_x.mixtures import below as mixture_below
+from qvla_jax.data.open_x.mixtures import get as mixture
+from qvla_jax.data.open_x.spec import ActionSpec as ActionSpec
+from qvla_jax.data.open_x.spec import DatasetSpec as DatasetSpec
+from qvla_jax.data.open_x.specs import SPECS as SPECS
+from qvla_jax.data.open_x.specs import close_names as close_names
+from qvla_jax.data.open_x.specs import find as find
+from qvla_jax.data.open_x.specs import get as get
+from qvla_jax.data.open_x.specs import load as load
+
+__all__ = [
+    "MIXTURES",
+    "SPECS",
+    "ActionSpec",
+    "DatasetSpec",
+    "close_names",
+    "find",
+    "get",
+    "load",
+    "mixture",
+    "mixture_below",
+]

@@ -1,0 +1,97 @@
+"""Where numbers lie in a step: a feature's path, and which of its entries.
+
+    "action[0:3]"                 the first three entries of the feature "action"
+    "observation/state[-1:]"      the last one
+    "action/world_vector"         all of them
+
+The bounds are those of a Python slice, but must lie inside the feature. In shapes, ``t`` counts the
+steps of an episode and ``d`` columns.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self, TypeAlias
+
+import numpy as np
+
+from qvla_jax.array_typing import Float64, NpArray
+from qvla_jax.errors import DatasetError, InputError
+
+# Columns side by side; None is one column of zeros.
+Columns: TypeAlias = tuple[str | None, ...]
+# The values of a feature, one for each step.
+Values: TypeAlias = Callable[[str], Sequence[Any]]
+
+_PATTERN: Final = re.compile(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?")
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A feature and a slice of its entries; see the module's examples."""
+
+    path: str
+    start: int | None = None
+    stop: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads the notation.
+
+        Raises:
+          InputError: It is none.
+        """
+        match = _PATTERN.fullmatch(text)
+        if match is None:
+            raise InputError(
+                f"columns {text!r}: expected a path, or a path and a slice: state[0:6]"
+            )
+        path, start, stop = match.groups()
+        return cls(path, None if start is None else int(start), None if stop is None else int(stop))
+
+    def __str__(self) -> str:
+        if self.start is None and self.stop is None:
+            return self.path
+        start, stop = ("" if bound is None else bound for bound in (self.start, self.stop))
+        return f"{self.path}[{start}:{stop}]"
+
+    def width(self, size: int) -> int:
+        """Number of entries taken from a feature of ``size``.
+
+        Raises:
+          DatasetError: A bound lies outside, or nothing is left between them.
+        """
+        taken = len(range(size)[self.start : self.stop])
+        outside = [b for b in (self.start, self.stop) if b is not None and not -size <= b <= size]
+        if outside or not taken:
+            raise DatasetError(f"{self}: {self.path} has only {size} entries")
+        return taken
+
+    def of(self, values: Sequence[Any]) -> Float64[NpArray, "t d"]:
+        """The entries, of every step; scalars are features of one entry."""
+        array = np.asarray(values, np.float64)
+        if array.ndim > 2:
+            raise DatasetError(f"{self}: expected a vector in each step, found {array.shape[1:]}")
+        array = array.reshape(len(values), -1)
+        self.width(array.shape[1])
+        return array[:, self.start : self.stop]
+
+
+def paths(columns: Columns) -> list[str]:
+    """The features that columns are taken from."""
+    return [Entries.parse(text).path for text in columns if text is not None]
+
+
+def width(columns: Columns, sizes: Mapping[str, int]) -> int:
+    """Number of columns, given how many entries each feature has."""
+    entries = [None if text is None else Entries.parse(text) for text in columns]
+    return sum(1 if one is None else one.width(sizes[one.path]) for one in entries)
+
+
+def numbers(columns: Columns, values: Values, steps: int) -> Float64[NpArray, "t d"]:
+    """The columns, side by side, of ``steps`` steps."""
+    parts = [np.zeros((steps, 0))]
+    for text in columns:
+        entries = None if text is None else Entries.parse(text)
+        parts.append(np.zeros((steps, 1)) if entries is None else entries.of(values(entries.path)))
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,167 @@
+"""The form of a data set's specification."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from qvla_jax.data.open_x.columns import Columns, Entries
+from qvla_jax.data.open_x.encodings import (
+    CONSTANT_GRIPPERS,
+    GripperEncoding,
+    Movement,
+    RotationEncoding,
+)
+from qvla_jax.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSpec:
+    """Where an action's parts lie and what they mean.
+
+    Attributes:
+      translation: Three columns; see `qvla_jax.data.open_x.columns`.
+      rotation: As many columns as its encoding stores.
+      rotation_encoding: euler (angles), axis_angle (axis times angle), quaternion (x, y, z, w), or
+        none, where the data set has no rotations.
+      gripper: One column; none with an encoding that is always the same.
+      gripper_encoding: Which numbers mean open; see `encodings.GRIPPERS`.
+      movement: What translation and rotation are. delta: a change of the end effector's pose for
+        one step, in the units of the data set's controller. velocity: the like per time. reached:
+        poses, whose differences from one step to the next are the action (the last step has none).
+        absolute: target poses, left as they are, as the public checkpoints were trained on them.
+    """
+
+    translation: Columns
+    rotation: Columns = ()
+    rotation_encoding: RotationEncoding = "euler"
+    gripper: Columns = ()
+    gripper_encoding: GripperEncoding
+    movement: Movement = "delta"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """How the steps of a data set become ours: images, instruction, proprio and 7-d action.
+
+    Features are named by their paths in a step, such as "observation/image".
+
+    Attributes:
+      name: Of the data set.
+      image: Feature of the main camera; for sets with a camera at the gripper only, that one.
+      wrist_image: Feature of a camera at the gripper beside the main one.
+      instruction: Feature with the task in words: text, or the numbers of its characters.
+      action: See `ActionSpec`.
+      proprio: Columns of the robot's state; none where the set has no proprio.
+      joint_state: Columns of the joint angles (rad), taken where the data set has them.
+      control_hz: Steps for each second.
+      skip_first: Steps at the beginning that are left out.
+      aliases: Other names that the data set goes by.
+      notes: What to know before using it.
+    """
+
+    name: str
+    image: str
+    wrist_image: str | None = None
+    instruction: str
+    action: ActionSpec
+    proprio: Columns = ()
+    joint_state: Columns = ()
+    control_hz: float
+    skip_first: int = 0
+    aliases: tuple[str, ...] = field(default_factory=tuple)
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        action, where = self.action, f"spec {self.name!r}"
+        for name, value, known in (
+            ("gripper_encoding", action.gripper_encoding, typing.get_args(GripperEncoding)),
+            ("rotation_encoding", action.rotation_encoding, typing.get_args(RotationEncoding)),
+            ("movement", action.movement, typing.get_args(Movement)),
+        ):
+            if value not in known:
+                raise InputError(f"{where}: {name} {value!r}{suggestion(value, known)}")
+        constant = action.gripper_encoding in CONSTANT_GRIPPERS
+        if constant == bool(action.gripper):
+            expected = "takes no columns" if constant else "needs a column"
+            raise InputError(f"{where}: gripper_encoding {action.gripper_encoding!r} {expected}")
+        if action.movement == "reached" and action.rotation_encoding not in ("euler", "none"):
+            raise InputError(f"{where}: reached poses need Euler angles (rotation_encoding euler)")
+        if self.skip_first < 0 or not self.control_hz > 0:
+            raise InputError(f"{where}: skip_first must not be negative, control_hz positive")
+        for text in self.columns():
+            Entries.parse(text)
+
+    def columns(self) -> list[str]:
+        """All columns that the data set must have."""
+        action = self.action
+        groups = (action.translation, action.rotation, action.gripper, self.proprio)
+        return [text for group in groups for text in group if text is not None]
+
+    def features(self) -> list[str]:
+        """The features that the data set must have."""
+        single = [self.image, self.wrist_image, self.instruction]
+        columns = [Entries.parse(text).path for text in self.columns()]
+        return list(dict.fromkeys([path for path in single if path is not None] + columns))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain lists and strings; what has its default is left out."""
+        return _plain(self)
+
+    @classmethod
+    def from_json(cls, tree: Any, where: str) -> Self:
+        """Inverse of `to_json`; ``where`` begins the message of the InputError it may raise."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("action"), Mapping):
+            raise InputError(f"{where}: expected an object with the fields of DatasetSpec")
+        action = ActionSpec(**_arguments(ActionSpec, tree["action"], f"{where}: action"))
+        return cls(**{**_arguments(cls, tree, where), "action": action})
+
+
+def suggestion(name: Any, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: close matches, and all there are."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    return f" is not known{hint}; there are {', '.join(known)}"
+
+
+_LISTS: Final = ("translation", "rotation", "gripper", "proprio", "joint_state", "aliases")
+_TYPES: Final = {"control_hz": (int, float), "skip_first": int, "action": Mapping}
+
+
+def _plain(spec: Any) -> dict[str, Any]:
+    tree = {}
+    for item in dataclasses.fields(spec):
+        value = getattr(spec, item.name)
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        if isinstance(value, ActionSpec):
+            tree[item.name] = _plain(value)
+        elif value != default:
+            tree[item.name] = list(value) if isinstance(value, tuple) else value
+    return tree
+
+
+def _arguments(kind: type, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    for name in tree:
+        if name not in fields:
+            raise InputError(f"{where}: field {name!r}{suggestion(name, fields)}")
+    missing = dataclasses.MISSING
+    needed = [n for n, f in fields.items() if f.default is missing and f.default_factory is missing]
+    if lacking := [name for name in needed if name not in tree]:
+        raise InputError(f"{where}: lacks {', '.join(lacking)}")
+    arguments = {}
+    for name, value in tree.items():
+        if name in _LISTS:
+            fits = isinstance(value, list) and all(v is None or isinstance(v, str) for v in value)
+            value = tuple(value) if fits else value
+        else:
+            fits = isinstance(value, _TYPES.get(name, str))
+        if not fits:
+            raise InputError(f"{where}: {name}: {value!r} is not of the kind that is needed there")
+        arguments[name] = value
+    return arguments
