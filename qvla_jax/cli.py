@@ -108,6 +108,12 @@ def _compare_solvers() -> tuple[type[Any], Callable[[Any], None]]:
     return pipeline.CompareSolversConfig, commands.compare_solvers
 
 
+def _quantize_by_methods() -> tuple[type[Any], Callable[[Any], None]]:
+    from qvla_jax import commands, pipeline
+
+    return pipeline.MethodConfig, commands.quantize_by_methods
+
+
 def _measure_solvers() -> tuple[type[Any], Callable[[Any], None]]:
     from qvla_jax import commands, pipeline
 
@@ -159,6 +165,13 @@ COMMANDS = {
         "pack the weights at the chosen bits into one file",
         "qvla quantize --model libero-mini --out runs/mini",
         _stage("quantize"),
+        {
+            "--method": Command(
+                "quantize by a published method, such as GPTQ",
+                "qvla quantize --method gptq-w4 rtn-w4-g128 --model libero-mini --out runs/mini",
+                _quantize_by_methods,
+            )
+        },
     ),
     "evaluate": Command(
         "measure the action error on held-out frames, or with --sim the success in LIBERO",

@@ -285,6 +285,14 @@ def quantize(config: pipeline.QuantizeConfig) -> None:
     show_packed(config.out / files.POLICY)
 
 
+def quantize_by_methods(config: pipeline.MethodConfig) -> None:
+    """Quantizes by published methods."""
+    with ProgressBars() as progress:
+        written = pipeline.quantize_by_methods(config, progress=progress)
+    for path in written.values():
+        show_packed(path)
+
+
 def pack(config: PackConfig) -> None:
     """Packs a policy at one bit-width."""
     from qvla_jax.inference import load_policy

@@ -19,6 +19,7 @@ from qvla_jax.pipeline.configs import (
 )
 from qvla_jax.pipeline.evaluate import count_parameters, evaluate
 from qvla_jax.pipeline.measure_solvers import MeasureSolversConfig, measure_solvers
+from qvla_jax.pipeline.methods import MethodConfig, quantize_by_methods
 from qvla_jax.pipeline.quantize import quantize
 from qvla_jax.pipeline.report import report
 from qvla_jax.pipeline.run import run
@@ -33,6 +34,7 @@ __all__ = [
     "CompareSolversConfig",
     "EvaluateConfig",
     "MeasureSolversConfig",
+    "MethodConfig",
     "QuantizeConfig",
     "ReportConfig",
     "RunConfig",
@@ -46,6 +48,7 @@ __all__ = [
     "load_calibration",
     "measure_solvers",
     "quantize",
+    "quantize_by_methods",
     "report",
     "run",
     "sensitivity",

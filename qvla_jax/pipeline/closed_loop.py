@@ -58,7 +58,8 @@ class ClosedLoopConfig:
     out: Path
     # A policy; repeat the option to compare others with the first one. MODEL@4 is the model rounded
     # to 4 bits, MODEL@RUN the allocation of the folder RUN, which `qvla run` wrote, MODEL@RUN:3.5
-    # and MODEL@RUN:uniform4 those at other budgets, "expert" the scripted expert.
+    # and MODEL@RUN:uniform4 those at other budgets, MODEL@RUN:gptq-w4 what `qvla quantize --method
+    # gptq-w4` left there, "expert" the scripted expert.
     policy: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     # Episodes of each task, from the initial states 0, 1, ...
     episodes_per_task: int = 10

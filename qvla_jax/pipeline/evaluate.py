@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 
 from qvla_jax.atomic import write_json
+from qvla_jax.baselines import check_setting, title
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation import Predictions, action_errors, predict
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import EvaluateConfig, HeldoutConfig
-from qvla_jax.pipeline.quantize import load_packed
+from qvla_jax.pipeline.methods import load_method, method_files
+from qvla_jax.pipeline.quantize import load_packed, packed_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import (
@@ -86,7 +89,8 @@ def evaluate(
     difference = 0.0
     feedback = Quantizer(UNIFORM_FEEDBACK, table.statistics)
     packed = load_packed(config.out / files.POLICY, allocations)
-    total = 1 + 2 * len(config.uniform_bits) + len(allocations.items)
+    methods = method_files(config.out)
+    total = 1 + 2 * len(config.uniform_bits) + len(allocations.items) + len(methods)
     progress("evaluate", 0, total)
     reference = predict(policy, held, batch_size=config.eval_batch)
     entries = [_full_entry(index, reference)]
@@ -109,6 +113,11 @@ def evaluate(
         entries.append(
             _entry(index, allocation, predictions, reference, solver=solver, execution=execution)
         )
+    for path in methods:
+        progress("evaluate", len(entries), total)
+        other = load_method(path, allocations.made_from)
+        predictions = predict(unpacked(policy, other), held)
+        entries.append(_method_entry(index, path, other, predictions, reference))
     progress("evaluate", total, total)
     evaluation = {
         "format": EVALUATION_KIND,
@@ -229,6 +238,32 @@ def _feedback_entry(
         "label": f"uniform, error feedback (GPTQ), {bits} bits",
         "series": "uniform, error feedback (GPTQ)",
         "family": "baseline",
+    }
+
+
+def _method_entry(
+    index: ChannelIndex,
+    path: Path,
+    packed: Policy,
+    candidate: Predictions,
+    reference: Predictions,
+) -> dict[str, Any]:
+    """A published method (`qvla quantize --method`)."""
+    setting = check_setting(path.stem)
+    series = title(setting)
+    found = packed_bits(packed)
+    return {
+        "method": setting.name,
+        "label": f"{series}, {setting.bits:g} bits",
+        "series": series,
+        "family": "baseline",
+        "requested_bits": setting.bits,
+        **_stored(
+            index,
+            PackedFile(path).packed_bytes,
+            np.concatenate([found[path] for path in index.paths]),
+        ),
+        **_measured(candidate, reference),
     }
 
 

@@ -20,6 +20,8 @@ SWEEP = "sweep"
 VALIDATION = "validation.json"
 ALLOCATION = "allocation.safetensors"
 POLICY = "policy.qvla"
+# Packed policies of other methods.
+METHODS = "methods"
 EVALUATION = "evaluation.json"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"

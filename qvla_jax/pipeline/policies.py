@@ -2,8 +2,9 @@
 
 After the `@` comes a bit-width (uniform round-to-nearest) or the folder of a run, whose chosen
 allocation is applied with the quantizer that it was made for, in float32 on exactly the values of
-the grids; `runs/x:3.5` and `runs/x:uniform4` are the run's allocations at another budget. A `.qvla`
-file, such as the run's own policy.qvla, runs from its packed weights.
+the grids; `runs/x:3.5` and `runs/x:uniform4` are the run's allocations at another budget, and
+`runs/x:gptq-w4` is what `qvla quantize --method gptq-w4` left there. A `.qvla` file, such as the
+run's own policy.qvla, runs from its packed weights.
 """
 
 import re
@@ -11,8 +12,10 @@ from pathlib import Path
 
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
+from qvla_jax.pipeline.methods import is_method, load_method, method_file
 from qvla_jax.quantization import quantize, quantize_uniform
 
 
@@ -31,12 +34,15 @@ def load_named_policy(name: str) -> Policy:
     folder, budget = _folder_and_budget(quantized)
     if not folder.is_dir():
         raise InputError(f"{name}: {quantized!r} is neither a bit-width nor the folder of a run")
+    made_from = {"policy fingerprint": policy.fingerprint}
+    if is_method(budget):
+        return unpacked(policy, load_method(method_file(folder, budget), made_from))
     path = folder / files.ALLOCATION
     allocations = Allocations.load(path)
     files.check_same(
         path,
         allocations.made_from,
-        {"policy fingerprint": policy.fingerprint},
+        made_from,
         remedy="name the policy that the run was made with",
     )
     table = load_tables(folder)[0]

@@ -1,0 +1,110 @@
+"""Published quantizers as rows to compare with: one packed file for each in `RUN/methods`."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qvla_jax.baselines import check_setting, input_moments, quantize_by
+from qvla_jax.baselines.registry import METHODS, Moments
+from qvla_jax.checkpoints.packed_file import SUFFIX
+from qvla_jax.errors import InputError
+from qvla_jax.inference import Policy, load_policy
+from qvla_jax.pipeline import files
+from qvla_jax.pipeline.calibrate import load_calibration
+from qvla_jax.pipeline.configs import StageConfig
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.quantization import policy_index
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodConfig(StageConfig):
+    """Quantizes by published methods, on the folder's calibration frames; writes methods/NAME.qvla.
+
+    `qvla evaluate` and `qvla report` then list them beside the folder's allocations, and
+    MODEL@RUN:NAME names them in `qvla evaluate --sim`.
+    """
+
+    # METHOD-wBITS, then aBITS for activations and -gGROUP for groups of inputs where wanted:
+    # gptq-w4, rtn-w4-g128. Several share the pass over the calibration frames.
+    method: tuple[str, ...]
+    # A policy that ships with the package, or a directory that holds one.
+    model: str = "libero-mini"
+
+    def __post_init__(self) -> None:
+        if not self.method:
+            raise InputError(f"--method: name at least one of {', '.join(METHODS)}, with its bits")
+        for name in self.method:
+            check_setting(name)
+
+
+def quantize_by_methods(
+    config: MethodConfig, *, policy: Policy | None = None, progress: Progress = no_progress
+) -> dict[str, Path]:
+    """Quantizes and saves.
+
+    Args:
+        config: Settings.
+        policy: The full-precision policy, if it is loaded already.
+        progress: Called as it goes on.
+
+    Returns:
+        The file of each method.
+
+    Raises:
+        InputError: There is no calibration manifest, a name is wrong, or the policy is quantized.
+    """
+    policy = load_policy(config.model) if policy is None else policy
+    calibration = load_calibration(config.out)
+    settings = {name: check_setting(name) for name in config.method}
+    moments: Moments | None = None
+    if any(METHODS[setting.method].needs_moments for setting in settings.values()):
+        moments = input_moments(policy, calibration, policy_index(policy), progress=progress)
+    written = {}
+    for setting in settings.values():
+        quantized = quantize_by(
+            policy, calibration, setting.name, moments=moments, progress=progress
+        )
+        written[setting.name] = method_file(config.out, setting.name)
+        written[setting.name].parent.mkdir(parents=True, exist_ok=True)
+        quantized.save(written[setting.name])
+    return written
+
+
+def method_file(folder: Path, name: str) -> Path:
+    """Where a method's policy lies in a run's folder."""
+    return folder / files.METHODS / f"{name}{SUFFIX}"
+
+
+def is_method(name: str) -> bool:
+    """Whether a name has the form of a method's, right or wrong."""
+    return re.search(r"-w\d", name) is not None
+
+
+def method_files(folder: Path) -> list[Path]:
+    """The files of all methods in a run's folder."""
+    return sorted((folder / files.METHODS).glob(f"*{SUFFIX}"))
+
+
+def load_method(path: Path, made_from: Mapping[str, Any]) -> Policy:
+    """Loads a method's packed policy.
+
+    Args:
+        path: The file.
+        made_from: What it has to be made from: `policy fingerprint`, and `calibration hash`, which
+            is not looked at where a method uses no calibration frames.
+
+    Raises:
+        InputError: It is missing, damaged, or was made from something else.
+    """
+    command = f"`qvla quantize --method {path.stem} --out {path.parent.parent}`"
+    if not path.is_file():
+        raise InputError(f"{path}: missing; {command} writes it")
+    packed = load_policy(path)
+    found = packed.quantization or {}
+    expected = dict(made_from)
+    if found.get("calibration hash") is None:
+        expected.pop("calibration hash", None)
+    files.check_same(path, found, expected, remedy=f"run {command} again")
+    return packed

@@ -1,0 +1,125 @@
+"""Every row end to end: packed, counted, saved, loaded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qvla_jax
+from qvla_jax import kernels
+from qvla_jax.baselines import METHODS, check_setting, quantize_by
+from qvla_jax.checkpoints.packed_file import PackedFile
+from qvla_jax.errors import InputError
+from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.unpacking import unpacked
+from qvla_jax.quantization import LayerRules, policy_index, row_bytes
+from qvla_jax.sensitivity.instrument import hooked_forward
+
+# A width or group for each method, so that together they cover what files hold.
+ROWS = ("rtn-w8", "rtn-w4-g16", "gptq-w3")
+# Few layers, with and without biases, joined and alone: qwix's GPTQ runs input by input.
+RULES = LayerRules(
+    include=(
+        r"language_model\.model\.layers\.0\.self_attn\.",
+        r"vision_backbone\.featurizer\.blocks\.0\.attn\.proj",
+    )
+)
+
+
+def test_there_is_a_row_of_every_method():
+    assert {check_setting(name).method for name in ROWS} == set(METHODS)
+
+
+def test_moments_are_those_of_the_inputs(policy, calibration, moments):
+    index = policy_index(policy)
+    seen: dict[str, list[np.ndarray]] = {path: [] for path in index.paths}
+
+    def hook(path, x, y):
+        seen[path].append(np.asarray(x, np.float64).reshape(-1, x.shape[-1]))
+        return y
+
+    graphdef, state = nnx.split(policy.model)
+    for batch in calibration.batches(5):
+        inputs = jax.tree.map(jnp.asarray, policy.prepare(batch))
+        hooked_forward(graphdef, state, inputs, index.paths, hook)
+    assert set(moments) == set(index.paths)
+    for path, own in moments.items():
+        x = np.concatenate(seen[path])
+        scale = np.sqrt(np.mean(x**2, axis=0))
+        np.testing.assert_allclose(
+            own.hessian / len(x), x.T @ x / len(x), atol=1e-4 * np.outer(scale, scale).max()
+        )
+        np.testing.assert_allclose(own.mean_magnitude, np.abs(x).mean(axis=0), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(own.largest, np.abs(x).max(axis=0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_runs_from_its_file_and_stores_what_is_counted(
+    policy, calibration, moments, name, tmp_path
+):
+    setting = check_setting(name)
+    quantized = quantize_by(policy, calibration, name, moments=moments, rules=RULES)
+    path = tmp_path / f"{name}.qvla"
+    quantized.save(path)
+    loaded = qvla_jax.load_policy(path)
+    assert loaded.quantization["method"] == name
+    assert loaded.quantization["policy fingerprint"] == policy.fingerprint
+
+    index = policy_index(policy, RULES)
+    counted = sum(
+        layer.out_features
+        * row_bytes(
+            layer.fan_in,
+            int(setting.bits),
+            bias=layer.has_bias,
+            permuted=False,
+            source_bytes=layer.source_bytes,
+            group=setting.group,
+        )
+        for layer in index.layers
+    )
+    assert PackedFile(path).packed_bytes == counted
+
+    observation = policy.fake_observation()
+    full = policy.infer(observation)
+    ran = loaded.infer(observation)
+    error = np.abs(ran - full).max()
+    assert error > 0
+    np.testing.assert_allclose(
+        unpacked(policy, loaded).infer(observation), ran, atol=max(2e-3, 0.2 * error)
+    )
+
+
+def test_layers_that_no_forward_pass_reaches_are_rounded_to_nearest(policy, calibration, moments):
+    path, other = policy_index(policy, RULES).paths[:2]
+    without = {name: own for name, own in moments.items() if name != path}
+    found, plain = (
+        packed_layers(quantize_by(policy, calibration, name, moments=without, rules=RULES).model)
+        for name in ("gptq-w3", "rtn-w3")
+    )
+    assert jax.tree.all(jax.tree.map(np.array_equal, found[path].weight, plain[path].weight))
+    assert not np.array_equal(
+        kernels.dequantize(found[other].weight), kernels.dequantize(plain[other].weight)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gptq", "expected METHOD-wBITS"),
+        ("gptk-w4", "did you mean gptq"),
+        ("gptq-w5", r"weights of \(2, 3, 4, 8\) bits"),
+        ("gptq-w4a8", "leaves activations at 16 bits"),
+        ("rtn-w4-g100", "multiple of 16"),
+    ],
+)
+def test_wrong_names_are_refused(policy, calibration, name, message):
+    with pytest.raises(InputError, match=message):
+        quantize_by(policy, calibration, name)
+
+
+def test_a_quantized_policy_is_refused(policy, calibration):
+    quantized = quantize_by(policy, calibration, "rtn-w4", rules=RULES)
+    with pytest.raises(InputError, match="quantized already"):
+        quantize_by(quantized, calibration, "rtn-w4")
