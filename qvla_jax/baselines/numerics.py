@@ -84,8 +84,9 @@ def how_to_quantize(bits: int, group: int | None) -> HowToQuantize:
     native: dict[int, Any] = {8: jnp.int8, 4: jnp.int4}
     if bits not in WIDTHS:
         raise InputError(f"no grid here has {bits} bits; choose from {WIDTHS}")
+    qtype: Any = native.get(bits) or _SyntheticType(f"int{bits}")
     return HowToQuantize(
-        qtype=native.get(bits) or _SyntheticType(f"int{bits}"),
+        qtype=qtype,
         channelwise_axes=(0,),
         tiled_axes={} if group is None else {1: group},
     )
