@@ -34,7 +34,7 @@ from qvla_jax.data.libero.simulator import (
 from qvla_jax.errors import InputError, QvlaError
 
 if TYPE_CHECKING:  # Simulator processes need no JAX, which these annotations import.
-    from qvla_jax.array_typing import Float, Float64, NpArray
+    from qvla_jax.array_typing import Float, Float64, Int, NpArray
 
 WAIT_STEPS: Final = 10
 # Stands still with an open gripper.
@@ -42,6 +42,8 @@ NO_OPERATION: Final = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 # How far (m) a drawn start may leave the region of the official ones, and how often to draw.
 _MARGIN: Final = 0.015
 _MAX_DRAWS: Final = 100
+# Standard deviation (rad) of the arm's joints at the start of an episode.
+_ARM_NOISE: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -206,23 +208,31 @@ class LiberoEnvironment:
             self.state = self._env.step(list(NO_OPERATION))[0]
 
     def _draw_start(self, seed: int, wait: int) -> None:
-        """Draws objects and fixtures, each from a draw of its own, as official episodes have them.
+        """Draws objects, fixtures and the arm, as official episodes have them.
 
-        Some draws interpenetrate and fling objects away; whatever leaves the region of the official
+        Objects and fixtures come from a draw each; angles of the arm's joints are normal about its
+        home position, robosuite's default, which LIBERO's own resets leave out. Some draws interpenetrate and fling objects away; whatever leaves the region of the official
         initial states is drawn again.
         """
         box = self._official_box()
         for draw in range(_MAX_DRAWS):
             first, second = np.random.SeedSequence([seed, draw]).generate_state(2) >> 1
             self._draw(int(first))
-            objects = self.flattened()
+            start = self.flattened()
+            start[self._arm] += np.random.default_rng([seed, draw]).normal(0.0, _ARM_NOISE, 7)
             self._draw(int(second))
-            self.restore(objects)
+            self.restore(start)
             self._settle(wait)
             state = self.flattened()[box.entries]
             if (state >= box.low).all() and (state <= box.high).all():
                 return
         raise QvlaError(f"{self.name}: seed {seed} gives no start within {_MAX_DRAWS} draws")
+
+    @property
+    def _arm(self) -> "Int[NpArray, ' 7']":
+        """Where the flattened state has the angles of the arm's joints."""
+        joints = [self._model.joint(name).id for name in self._env.robots[0].robot_joints]
+        return 1 + self._model.jnt_qposadr[joints]  # The state starts with the time.
 
     def _official_box(self) -> "_Box":
         if self._box is None:
