@@ -129,6 +129,13 @@ def rollout(state, seed):
         environment.step(action)
     return start, fixtures, environment.flattened()
 
+def arms(states):
+    found = []
+    for number, state in enumerate(states):
+        environment.reset(state, seed=number, wait=0)
+        found.append(environment.joints())
+    return np.stack(found)
+
 with LiberoEnvironment("libero_spatial", 4) as environment:
     one = rollout(3, 7)
     other = rollout(5, 1)
@@ -138,7 +145,10 @@ with LiberoEnvironment("libero_spatial", 4) as environment:
         environment.reset(50, seed=0)
     except InputError as error:
         message = str(error)
+    official, drawn = arms(range(50)), arms([None] * 20)
     out = {
+        "arm_mean": float(np.abs(drawn.mean(0) - official.mean(0)).max()),
+        "arm_joints": float((drawn - drawn.mean(0)).std() / (official - official.mean(0)).std()),
         "same": all(np.array_equal(a, b) for a, b in zip(one[::2], again[::2])),
         "fixtures_same": all(np.array_equal(one[1][k], again[1][k]) for k in one[1]),
         "fixtures_other": any(not np.array_equal(one[1][k], other[1][k]) for k in one[1]),
@@ -172,4 +182,7 @@ def test_short_episodes_repeat_exactly_whatever_ran_between(tmp_path: Path) -> N
     assert found["instruction"].startswith("pick up the black bowl in the top drawer")
     assert found["shapes"] == [[128, 128, 3], [128, 128, 3], [8]]
     assert min(found["spread"]) > 10
+    # Drawn starts have the arm where official ones have it, and spread as much.
+    assert found["arm_mean"] < 0.02
+    assert 0.8 < found["arm_joints"] < 1.2
     assert "initial states run from 0 to 49, got 50" in found["message"]
