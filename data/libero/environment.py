@@ -211,8 +211,9 @@ class LiberoEnvironment:
         """Draws objects, fixtures and the arm, as official episodes have them.
 
         Objects and fixtures come from a draw each; angles of the arm's joints are normal about its
-        home position, robosuite's default, which LIBERO's own resets leave out. Some draws interpenetrate and fling objects away; whatever leaves the region of the official
-        initial states is drawn again.
+        home position, robosuite's default, which LIBERO's own resets leave out. Some draws
+        interpenetrate and fling objects away; whatever leaves the region of the official initial
+        states is drawn again.
         """
         box = self._official_box()
         for draw in range(_MAX_DRAWS):
