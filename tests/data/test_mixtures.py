@@ -248,3 +248,57 @@ def test_an_address_that_cannot_be_reached_is_one_error(monkeypatch: pytest.Monk
     message = r"gs://bucket/set: cannot be reached \(could not resolve host\).*qvla-jax\[rlds\]"
     with pytest.raises(DatasetError, match=message):
         data.calibration_set("gs://bucket/set", frames=1)
+
+
+# The documentation.
+
+DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+
+
+def test_the_commands_in_the_docs_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On synthetic sets where the docs have real ones, the whole training mixture included."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("taco_play", "bridge_orig", "toto"):
+        sets.write(Path("data"), name, lengths=(70, 70))
+    for name in open_x.mixture("oxe_magic_soup_plus"):
+        sets.write(Path("data/open_x"), name, lengths=(25, 5))
+    example = DOCS.split("```json\n")[1].split("```")[0]
+    Path("my_robot.json").write_text(example)
+    structure = sets.Structure(
+        {
+            "action": "f4[8]",
+            "language_instruction": "text",
+            "observation": {
+                "front_camera": "image",
+                "hand_camera": "image",
+                "joints": "f4[7]",
+                "gripper": "f4[1]",
+            },
+        },
+        {},
+    )
+    sets.write(Path("data"), "my_robot", structure=structure, lengths=(70, 70))
+    commands = [line.split() for line in DOCS.splitlines() if line.startswith("    qvla ")]
+    run = [command[1:] for command in commands if "gs://" not in " ".join(command)]
+    assert len(run) == len(commands) - 1 == 4
+    for command in run:
+        assert main(command) == 0, command
+    assert "toto (train): 43 frames" in capsys.readouterr().out
+    soup = pipeline.load_calibration(Path("runs/soup"))
+    assert soup.frames == 512
+    # All sets but Bridge have 30 frames; those of weight 2 and more give them all.
+    drawn, weights = shares(soup), open_x.mixture("oxe_magic_soup_plus")
+    assert set(drawn) == set(weights) - set(soup.manifest["left_out"])
+    ones = [count for name, count in drawn.items() if weights[name] == 1 and name != "bridge_orig"]
+    assert max(ones) - min(ones) <= 1
+    assert {drawn[name] for name, weight in weights.items() if weight >= 2} == {30}
+    assert drawn["droid"] == pytest.approx(0.06 * min(ones), abs=1)
+    (batch, *_) = soup.batches(64)
+    assert batch["actions"].shape == (64, 8, 7)
+    code = DOCS.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    # RT-X is a part of the mixture that lies there.
+    exec(code, names)
+    assert names["calibration"].frames == 128
