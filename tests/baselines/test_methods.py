@@ -13,7 +13,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.quantization import LayerRules, policy_index, row_bytes
-from qvla_jax.sensitivity.instrument import hooked_forward
+from qvla_jax.sensitivity.instrument import hooked_call
 
 # A width or group for each method, so that together they cover what files hold.
 ROWS = ("rtn-w8", "rtn-w4-g16", "gptq-w3")
@@ -43,7 +43,7 @@ def test_moments_are_those_of_the_inputs(policy, calibration, moments):
     graphdef, state = nnx.split(policy.model)
     for batch in calibration.batches(5):
         inputs = jax.tree.map(jnp.asarray, policy.prepare(batch))
-        hooked_forward(graphdef, state, inputs, index.paths, hook)
+        hooked_call(graphdef, state, (inputs,), index.paths, hook)
     assert set(moments) == set(index.paths)
     for path, own in moments.items():
         x = np.concatenate(seen[path])
