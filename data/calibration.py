@@ -3,7 +3,7 @@
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -19,8 +19,8 @@ from qvla_jax.data.episode import EncodedEpisode, decode_each, next_steps
 from qvla_jax.data.manifest import (
     FORMAT,
     check_manifest,
-    episodes_by_source,
     manifest_hash,
+    steps_by_source,
 )
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.records import split_names
@@ -45,8 +45,9 @@ Batch = dict[str, Any]
 class CalibrationSet:
     """Observations with the expert's next actions, in a fixed order.
 
-    Frames come in random order, so that the first few are already spread over tasks. Images stay
-    encoded until a batch is asked for: 512 whole trajectories fit into memory.
+    Frames come in random order, so that the first few are already spread over tasks. Images of
+    other steps are not kept, and stay encoded until a batch is asked for: 512 whole trajectories
+    fit into memory.
 
     Attributes:
       manifest: What the set holds, ready for JSON; ``manifest["sha256"]`` names it.
@@ -166,9 +167,9 @@ class CalibrationSet:
         if source is not None and len(tree["sources"]) > 1:
             raise InputError(f"{where}: a mixture; its data sets cannot all lie at {source}")
         datasets = [_open(entry, source) for entry in tree["sources"]]
-        drawn = episodes_by_source(tree)
+        drawn = steps_by_source(tree)
         for place, (entry, dataset) in enumerate(zip(tree["sources"], datasets, strict=True)):
-            found, expected = dataset.file_hashes(drawn[place]), entry["files"]
+            found, expected = dataset.file_hashes(list(drawn[place])), entry["files"]
             if found != expected:
                 changed = sorted(
                     name for name in {*found, *expected} if found.get(name) != expected.get(name)
@@ -361,7 +362,7 @@ def _drawn(
         "steps": [row[2] for row in rows],
     }
     manifest["sha256"] = manifest_hash(manifest)
-    return CalibrationSet(manifest, _load(kept, episodes_by_source(manifest)))
+    return CalibrationSet(manifest, _load(kept, steps_by_source(manifest)))
 
 
 def _shares(
@@ -399,10 +400,10 @@ def _default_split(source: Source) -> str:
 
 
 def _load(
-    datasets: Sequence[RldsDataset], ids: Sequence[Sequence[int]]
+    datasets: Sequence[RldsDataset], drawn: Sequence[Mapping[int, Collection[int]]]
 ) -> dict[tuple[int, int], EncodedEpisode]:
     return {
-        (place, encoded.episode.id): encoded
-        for place, (dataset, each) in enumerate(zip(datasets, ids, strict=True))
-        for encoded in dataset.encoded_episodes(each)
+        (place, encoded.episode.id): encoded.only(steps[encoded.episode.id])
+        for place, (dataset, steps) in enumerate(zip(datasets, drawn, strict=True))
+        for encoded in dataset.encoded_episodes(list(steps))
     }

@@ -1,7 +1,7 @@
 """What the readers yield: whole episodes, and single frames with the expert's next actions."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -75,6 +75,15 @@ class EncodedEpisode:
     episode: Episode
     image: Sequence[bytes | NpArray]
     wrist_image: Sequence[bytes | NpArray] | None
+
+    def only(self, steps: Collection[int]) -> "EncodedEpisode":
+        """The same with the images of some steps alone; those of the others are empty."""
+
+        def kept(files: Sequence[bytes | NpArray]) -> list[bytes | NpArray]:
+            return [file if step in steps else b"" for step, file in enumerate(files)]
+
+        wrist = None if self.wrist_image is None else kept(self.wrist_image)
+        return replace(self, image=kept(self.image), wrist_image=wrist)
 
     def decode(self) -> Episode:
         """Decodes both cameras."""

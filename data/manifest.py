@@ -13,12 +13,13 @@ _HASHED: Final = ("format", "horizon", "datasets", "episodes", "steps")
 _HASHED_SOURCE: Final = ("dataset", "version", "split", "spec", "files")
 
 
-def episodes_by_source(manifest: Mapping[str, Any]) -> list[list[int]]:
-    """Ids of the episodes drawn from each source."""
-    ids: list[set[int]] = [set() for _ in manifest["sources"]]
-    for place, episode in zip(manifest["datasets"], manifest["episodes"], strict=True):
-        ids[place].add(episode)
-    return [sorted(each) for each in ids]
+def steps_by_source(manifest: Mapping[str, Any]) -> list[dict[int, set[int]]]:
+    """Of each source the episodes drawn, in ascending order, and of each of these the steps."""
+    drawn: list[dict[int, set[int]]] = [{} for _ in manifest["sources"]]
+    keys = ("datasets", "episodes", "steps")
+    for place, episode, step in sorted(zip(*(manifest[key] for key in keys), strict=True)):
+        drawn[place].setdefault(episode, set()).add(step)
+    return drawn
 
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:

@@ -224,6 +224,19 @@ def test_a_set_is_read_as_the_public_code_reads_it(
         assert (0 if episode.state is None else episode.state.shape[1]) == PROPRIO[name]
 
 
+@pytest.mark.parametrize("name", ["kuka", "droid"])
+def test_either_file_format_reads_the_same(
+    name: str, written: Callable[[str], tuple[Path, list]], tmp_path: Path
+) -> None:
+    """Open-X is published as TFRecord; kuka's tensors are compressed."""
+    folder, _ = sets.write(tmp_path, name, file_format="tfrecord")
+    one, other = (data.RldsDataset(path).episodes() for path in (written(name)[0], folder))
+    for a, b in zip(one, other, strict=True):
+        for key in ("image", "wrist_image", "state", "action"):
+            np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
+        assert a.instruction == b.instruction
+
+
 # Values worked out by hand from the description of the public transforms.
 
 
