@@ -48,8 +48,8 @@ def use_all_cpu_cores() -> int:
     return cores
 
 
-def wait_for_slow_devices(seconds: int = 3600) -> None:
-    """How long CPU devices wait for each other, unless `XLA_FLAGS` has a word on it.
+def wait_for_slow_devices(seconds: int = 600) -> None:
+    """How long CPU devices wait for each other at a collective, unless `XLA_FLAGS` has a word on it.
 
     Must run before the first use of a device; afterwards it changes nothing.
     """

@@ -143,6 +143,10 @@ class ActionErrorObjective:
             real = (np.arange(size) < count).astype(np.float32)
             with jax.default_matmul_precision("float32"):
                 part = _gradient(spec, state, selected, placed, jnp.asarray(target), real)
+            # The gradients of the devices' shares are summed by a collective. XLA's CPU client
+            # deadlocks if one device waits there while the other's queue (32 programs) fills up
+            # with additions.
+            jax.block_until_ready(part)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
             start += count
         return jax.tree.map(lambda g: g / self.frames, total)
