@@ -49,7 +49,7 @@ def use_all_cpu_cores() -> int:
 
 
 def wait_for_slow_devices(seconds: int = 600) -> None:
-    """How long CPU devices wait for each other at a collective, unless `XLA_FLAGS` has a word on it.
+    """Sets how long CPU devices wait for each other, unless `XLA_FLAGS` says so already.
 
     Must run before the first use of a device; afterwards it changes nothing.
     """
