@@ -51,13 +51,14 @@ bench-kernels: $(VENV)/.core  ## Time the packed product against others on one c
 	$(BIN)/python benchmarks/kernels.py
 
 # The sanitizers' library must be the first that the interpreter loads; JAX and Python leak on purpose.
-sanitize: $(VENV)/.dev  ## Run the tests of the CPU kernel under ASan and UBSan (g++)
-	$(BIN)/python -m pytest -m long tests/kernels/test_native.py -k sanitized
-	rm -rf build/sanitize
-	$(BIN)/python -m pip install --quiet --no-deps --target build/sanitize --config-settings=cmake.define.QVLA_SANITIZE='address,undefined' .
+sanitize: $(VENV)/.dev  ## Run the checks and tests of the CPU kernel under ASan and UBSan (g++, cmake)
+	cmake -S csrc -B build/sanitize -DCMAKE_CXX_COMPILER=g++ -DQVLA_SANITIZE='address,undefined' \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build build/sanitize --target check_kernels _cpu
+	UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/check_kernels 3000
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	QVLA_CPU_LIBRARY=$(CURDIR)/build/sanitize/qvla_jax/kernels/_cpu.so \
+	QVLA_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
 	  $(BIN)/python -m pytest --capture=no tests/kernels/test_cpu.py tests/kernels/test_matmul.py -k "not pallas"
 
 lint: $(VENV)/.dev types  ## Check style, formatting and types

@@ -300,6 +300,54 @@ void panel_float(const Job& job, int tile) {
            : panel_rows_float<kRowBlock, false>(job, tile, panel);
 }
 
+// Weights in float32 meet the numbers whose halves x is, widened.
+template <int MR, bool SPLIT>
+void wide_rows(const Job& job, int tile, int row) {
+  constexpr int kOrder[4] = {0, 2, 1, 3};  // of the inputs of a quad in x
+  const auto widened = [](const uint8_t* at) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  };
+  const uint8_t* words = job.words + tile * tile_bytes(32, job.k);
+  __m512 total[MR];
+#pragma GCC unroll 12
+  for (int m = 0; m < MR; ++m) total[m] = bias_of(job, tile);
+  for (int g = 0, k = 0; g < job.groups; ++g) {
+    __m512 sum[MR];
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m) sum[m] = _mm512_setzero_ps();
+    for (const int end = group_end(job, g); k < end; k += kLanes) {
+      alignas(64) float x[MR][kLanes];
+#pragma GCC unroll 12
+      for (int m = 0; m < MR; ++m) {
+        const uint8_t* const at = job.x + (row + m) * job.stride + 2 * k;
+        __m512 value = widened(at);
+        if constexpr (SPLIT) value = _mm512_add_ps(value, widened(at + half_row(job.k)));
+        _mm512_store_ps(x[m], value);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i, words += kBlock) {
+        const __m512 w = _mm512_loadu_ps(words);
+#pragma GCC unroll 12
+        for (int m = 0; m < MR; ++m)
+          sum[m] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[m][(i & ~3) + kOrder[i & 3]]), sum[m]);
+      }
+    }
+    const __m512 scale = scale_of(job, tile, g);
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m) total[m] = _mm512_fmadd_ps(sum[m], scale, total[m]);
+  }
+  for (int m = 0; m < MR && row + m < job.rows; ++m) store(job, row + m, tile, total[m]);
+}
+
+void all_wide(const Job& job) {
+  for (int tile = 0; tile < job.tiles; ++tile) {
+    if (job.rows == 1) job.split ? wide_rows<1, true>(job, tile, 0) : wide_rows<1, false>(job, tile, 0);
+    else for (int row = 0; row < job.rows; row += 8)
+      job.split ? wide_rows<8, true>(job, tile, row) : wide_rows<8, false>(job, tile, row);
+  }
+}
+
 template <int BITS>
 void all_float(const Job& job) {
   int done = 0;
@@ -329,6 +377,7 @@ void multiply_float(const Job& job) {
     case 4: return all_float<4>(job);
     case 8: return all_float<8>(job);
     case 16: return all_float<16>(job);
+    case 32: return all_wide(job);
   }
 }
 

@@ -104,13 +104,13 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w
   if (segments.size() % 4) return invalid("segments");
   for (size_t i = 0; i < segments.size(); i += 4) {
     const int64_t bits = segments[i];
-    if ((bits != 2 && bits != 4 && bits != 8 && bits != 16) || segments[i + 3] < 1)
+    if ((bits != 2 && bits != 4 && bits != 8 && bits != 16 && bits != 32) || segments[i + 3] < 1)
       return invalid("segments");
     parts.push_back({static_cast<int>(bits), static_cast<int>(segments[i + 1]),
                      static_cast<int>(segments[i + 2]), segments[i + 3]});
     tiles += segments[i + 3];
     bytes += segments[i + 3] * tile_bytes(static_cast<int>(bits), static_cast<int>(padded));
-    (bits == 16 || activation_bits == 16 ? exact : integers) = true;
+    (bits >= 16 || activation_bits == 16 ? exact : integers) = true;
   }
   const auto count = [](const auto& buffer) { return static_cast<int64_t>(buffer.element_count()); };
   if (count(words) != bytes || count(scales) != tiles * groups * kLanes ||
@@ -186,7 +186,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w
   const int64_t element = y_half ? 2 : 4;
   parallel(pool, threads, static_cast<int64_t>(items.size()), [&](int64_t i) {
     const Item& item = items[i];
-    const bool whole = activation_bits == 16 || item.segment->bits == 16;
+    const bool whole = activation_bits == 16 || item.segment->bits >= 16;
     Job job;
     job.words = item.words;
     job.bits = item.segment->bits;

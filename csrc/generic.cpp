@@ -52,7 +52,7 @@ void prepare_float(const Row& row, bool, uint8_t* out) {
 
 template <int BITS, int M>
 void tile_float(const Job& job, int tile, int row) {
-  constexpr int kPlanes = BITS == 16 ? 1 : 8 / BITS;
+  constexpr int kPlanes = BITS >= 16 ? 1 : 8 / BITS;
   const float* x[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) x[m] = reinterpret_cast<const float*>(job.x + (row + m) * job.stride);
@@ -70,7 +70,11 @@ void tile_float(const Job& job, int tile, int row) {
       for (int m = 0; m < M; ++m) sum[m] = Floats8{};
       for (const int end = group_end(job, g); k < end; words += kBlock) {
         const Words8 block = load_block(words);
-        if constexpr (BITS == 16) {
+        if constexpr (BITS == 32) {
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) sum[m] += (Floats8)block * x[m][k];
+          ++k;
+        } else if constexpr (BITS == 16) {
           // Blocks alternate between the inputs (0, 2) and (1, 3) of a quad.
           const int at = (k & ~3) + ((k & 2) >> 1);
           const Floats8 low = (Floats8)(block << 16), high = (Floats8)(block & 0xffff0000u);
@@ -118,6 +122,7 @@ void multiply_float(const Job& job) {
     case 4: return all_float<4>(job);
     case 8: return all_float<8>(job);
     case 16: return all_float<16>(job);
+    case 32: return all_float<32>(job);
   }
 }
 

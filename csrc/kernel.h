@@ -5,6 +5,7 @@
 //
 //    2, 4, 8 bits: byte j of the word holds the inputs 4 p + j in its bits [p b, (p + 1) b)
 //   16 bits:       bfloat16 pairs; the inputs of a quad (0, 1, 2, 3) are the words (0, 2), (1, 3)
+//   32 bits:       one float32 number
 //
 // so that byte planes meet four consecutive inputs (int8 products of 4), and 16-bit words the pairs
 // (0, 2) and (1, 3) of a quad (bfloat16 products of 2). Codes are unsigned; code u stands for

@@ -127,6 +127,7 @@ struct Pairs {
 // Quad P of a step as bfloat16 pairs.
 template <int BITS, int P>
 INLINE inline Pairs pairs_of(const uint8x16_t* block, const Tables& tables) {
+  static_assert(BITS <= 16, "wider weights are not pairs");
   if constexpr (BITS == 16) {
     return {vreinterpretq_bf16_u8(block[0]), vreinterpretq_bf16_u8(block[1])};
   } else if constexpr (BITS == 8) {
@@ -167,7 +168,8 @@ struct FloatProduct {
   // sums += quads of x from input k on, times the blocks of a step.
   INLINE inline void step(float32x4_t (&sum)[M][Q], const uint8x16_t (&block)[Q][kStepBlocks<BITS>],
                           int k) const {
-    each<kStepQuads<BITS>>([&](auto p) INLINE {
+    if constexpr (BITS == 32) wide_step(sum, block, k);
+    else each<kStepQuads<BITS>>([&](auto p) INLINE {
       Pairs w[Q];
       each<Q>([&](auto q) INLINE { w[q] = pairs_of<BITS, p>(block[q], tables); });
       const auto meet = [&](ptrdiff_t behind) INLINE {
@@ -182,6 +184,25 @@ struct FloatProduct {
       };
       meet(0);
       if (low) meet(low);
+    });
+  }
+
+  // Weights in float32 meet the numbers whose halves x is, widened.
+  INLINE inline void wide_step(float32x4_t (&sum)[M][Q],
+                               const uint8x16_t (&block)[Q][kStepBlocks<BITS>], int k) const {
+    each<M>([&](auto m) INLINE {
+      const auto widened = [](const uint8_t* at) INLINE {
+        return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(at)), 16));
+      };
+      float32x4_t quad = widened(x[m] + 2 * k);
+      if (low) quad = vaddq_f32(quad, widened(x[m] + low + 2 * k));
+      each<4>([&](auto j) INLINE {
+        constexpr int kOrder[4] = {0, 2, 1, 3};
+        each<Q>([&](auto q) INLINE {
+          const float32x4_t w = vreinterpretq_f32_u8(block[q][j]);
+          sum[m][q] = vfmaq_laneq_f32(sum[m][q], w, quad, kOrder[j]);
+        });
+      });
     });
   }
 };
@@ -202,7 +223,9 @@ void prepare_float(const Row& row, bool, uint8_t* out) {
 // Input J of quad P of a step, four channels, without the multiplier.
 template <int BITS, int P, int J>
 INLINE inline float32x4_t weight_of(const uint8x16_t* block, float32x4_t shift) {
-  if constexpr (BITS == 16) {
+  if constexpr (BITS == 32) {
+    return vreinterpretq_f32_u8(block[J]);
+  } else if constexpr (BITS == 16) {
     // Words hold the inputs (0, 2) and (1, 3).
     const uint32x4_t word = vreinterpretq_u32_u8(block[J & 1]);
     return vreinterpretq_f32_u32(J < 2 ? vshlq_n_u32(word, 16)
@@ -295,6 +318,7 @@ void multiply_float(const Job& job) {
     case 4: return all_float<4>(job);
     case 8: return all_float<8>(job);
     case 16: return all_float<16>(job);
+    case 32: return all_float<32>(job);
   }
 }
 

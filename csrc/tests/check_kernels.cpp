@@ -67,7 +67,7 @@ struct Case {
   int padded() const { return (k + kInputs - 1) / kInputs * kInputs; }
   int groups() const { return group ? (k + group - 1) / group : 1; }
   int step() const { return group ? group : padded(); }
-  bool whole() const { return activation_bits == 16 || bits == 16; }
+  bool whole() const { return activation_bits == 16 || bits >= 16; }
 
   std::string name() const {
     char text[256];
@@ -82,10 +82,10 @@ struct Case {
 
 Case draw(Random& random) {
   Case c;
-  c.bits = one_of(random, {2, 4, 8, 16});
+  c.bits = one_of(random, {2, 4, 8, 16, 32});
   const bool odd = c.bits == 2 && uniform(random, 0, 1);
   c.multiplier = odd ? 2 : 1;
-  c.offset = odd ? -3 : c.bits == 16 ? 0 : -(1 << (c.bits - 1));
+  c.offset = odd ? -3 : c.bits >= 16 ? 0 : -(1 << (c.bits - 1));
   c.tiles = one_of(random, {0, 1, 1, 2, 3, 4, 5, 7, 9});
   c.rows = uniform(random, 0, 2) ? uniform(random, 0, 14) : one_of(random, {23, 24, 25, 40, 61, 97});
   c.k = uniform(random, 0, 1) ? uniform(random, 0, 40)
@@ -100,10 +100,14 @@ Case draw(Random& random) {
 
 // Where a tile has the code of a lane's input: byte and bit within the tile, as kernel.h says.
 void place(int bits, int lane, int i, ptrdiff_t* byte, int* bit) {
+  *bit = 0;
+  if (bits == 32) {
+    *byte = static_cast<ptrdiff_t>(i) * kBlock + 4 * lane;
+    return;
+  }
   if (bits == 16) {
     const int quad = i / 4, j = i % 4;
     *byte = static_cast<ptrdiff_t>(2 * quad + (j & 1)) * kBlock + 4 * lane + (j & 2);
-    *bit = 0;
     return;
   }
   const int inputs = 32 / bits, within = i % inputs;
@@ -131,7 +135,11 @@ bool run(const Kernel& kernel, const Case& c, Random& random) {
       place(c.bits, lane % kLanes, i, &byte, &bit);
       byte += lane / kLanes * size;
       double value;
-      if (c.bits == 16) {
+      if (c.bits == 32) {
+        const float number = normal(random);
+        std::memcpy(words.data() + byte, &number, 4);
+        value = number;
+      } else if (c.bits == 16) {
         const uint16_t half = narrowed(normal(random));
         std::memcpy(words.data() + byte, &half, 2);
         value = widened(half);
@@ -145,7 +153,7 @@ bool run(const Kernel& kernel, const Case& c, Random& random) {
   }
   Buffer<float> scales(static_cast<size_t>(lanes) * groups, 4), bias(lanes, 4);
   for (int i = 0; i < lanes * groups; ++i)
-    scales[i] = c.bits == 16 ? 1.0f : 0.01f + std::fabs(normal(random));
+    scales[i] = c.bits >= 16 ? 1.0f : 0.01f + std::fabs(normal(random));
   for (int i = 0; i < lanes; ++i) bias[i] = normal(random);
 
   // Lanes in some order of channels, in runs now and then; some lanes have none, and channels lack.

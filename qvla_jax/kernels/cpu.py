@@ -1,8 +1,9 @@
 """The CPU kernel: an XLA custom call in C++ (csrc/), with a path for each instruction set.
 
 Weights are arranged in tiles of 16 output channels, as csrc/kernel.h describes them; 3-bit codes
-are held in 4 bits, and rows and inputs are padded to whole tiles and blocks, so a prepared weight
-takes somewhat more than the file. Outputs are stored through the index by the kernel itself.
+are held in 4 bits, float16 and float32 rows in float32, and rows and inputs are padded to whole
+tiles and blocks, so a prepared weight takes somewhat more than the file. Outputs are stored through
+the index by the kernel itself.
 
 bfloat16 activations meet the weights as they are. float32 ones count as the sum of two bfloat16
 numbers where the processor multiplies those (about 2^-17 relative), and in float32 elsewhere.
@@ -24,13 +25,21 @@ import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.kernels.codes import CodeMap, array_module, pack_words, unpack_words
-from qvla_jax.kernels.packed import SOURCE_DTYPES, PackedWeight, Segment
+from qvla_jax.kernels.packed import (
+    SOURCE_DTYPES,
+    PackedWeight,
+    Segment,
+    source_values,
+    source_words,
+)
 from qvla_jax.quantization.grid import SOURCE
 
 _TARGET: Final = "qvla_matmul"
 _LANES: Final = 16
 # k is padded to a multiple: a block of 2-bit codes.
 _INPUTS: Final = 16
+# Bits of tiles that hold float32 numbers: rows of 16 bits whose source is not bfloat16.
+_WIDE: Final = 32
 # Order of the inputs of a quad in 16-bit tiles; its own inverse.
 _QUAD: Final = (0, 2, 1, 3)
 
@@ -108,8 +117,7 @@ def supports(w: PackedWeight) -> str | None:
     """Why this implementation cannot run the weight; None if it can."""
     if library() is None:
         return "the package was installed without its CPU kernel"
-    if w.source_dtype != "bfloat16" and any(s.bits == SOURCE for s in w.segments):
-        return f"rows of 16 bits must be bfloat16, not {w.source_dtype}"
+    del w
     return None
 
 
@@ -127,7 +135,7 @@ def prepare(w: PackedWeight) -> CpuWeight:
         part = index[start : start + segment.rows]
         start += segment.rows
         extra = -segment.rows % _LANES
-        words.append(_tiles(segment, packed, w.shape[1], extra))
+        words.append(_tiles(segment, packed, w.shape[1], extra, w.source_dtype))
         own = xp.ones((segment.rows, groups)) if segment.bits == SOURCE else xp.asarray(own)
         padded = xp.pad(own.astype(np.float32), ((0, extra), (0, 0)))
         scales.append(padded.reshape(-1, _LANES, groups).transpose(0, 2, 1).reshape(-1))
@@ -162,8 +170,8 @@ def canonical(w: CpuWeight) -> PackedWeight:
     byte = tile = 0
     for segment in w.segments:
         tiles = -(-segment.rows // _LANES)
-        size = tiles * _tile_bytes(segment, k)
-        words.append(_untiled(segment, w.words[byte : byte + size], k))
+        size = tiles * _tile_bytes(segment, k, w.source_dtype)
+        words.append(_untiled(segment, w.words[byte : byte + size], k, w.source_dtype))
         part = w.scales[tile * groups * _LANES : (tile + tiles) * groups * _LANES]
         part = part.reshape(tiles, groups, _LANES).transpose(0, 2, 1).reshape(-1, groups)
         part = part[: segment.rows].astype(ml_dtypes.bfloat16)
@@ -210,7 +218,9 @@ def matmul(
         jax.ShapeDtypeStruct((flat.shape[0], c), x.dtype),
         vmap_method="expand_dims",
     )
-    segments = [(_stored_bits(s), *_stored_map(s), -(-s.rows // _LANES)) for s in w.segments]
+    segments = [
+        (_stored_bits(s, w.source_dtype), *_stored_map(s), -(-s.rows // _LANES)) for s in w.segments
+    ]
     y = call(
         flat, w.words, w.scales, w.bias, w.index, w.pruned, w.pruned_bias,
         segments=np.asarray(segments, np.int64).reshape(-1),
@@ -221,7 +231,9 @@ def matmul(
     return y.reshape(*x.shape[:-1], c)
 
 
-def _stored_bits(segment: Segment) -> int:
+def _stored_bits(segment: Segment, source_dtype: str) -> int:
+    if segment.bits == SOURCE:
+        return SOURCE if source_dtype == "bfloat16" else _WIDE
     return 4 if segment.bits == 3 else segment.bits
 
 
@@ -230,13 +242,20 @@ def _stored_map(segment: Segment) -> CodeMap:
     return CodeMap(1, -8) if segment.bits == 3 else segment.code_map
 
 
-def _tile_bytes(segment: Segment, k: int) -> int:
-    return -(-k // _INPUTS) * _INPUTS * _LANES * _stored_bits(segment) // 8
+def _tile_bytes(segment: Segment, k: int, source_dtype: str) -> int:
+    return -(-k // _INPUTS) * _INPUTS * _LANES * _stored_bits(segment, source_dtype) // 8
 
 
-def _tiles(segment: Segment, words: AnyArray, k: int, extra_rows: int) -> AnyArray:
+def _tiles(
+    segment: Segment, words: AnyArray, k: int, extra_rows: int, source_dtype: str
+) -> AnyArray:
     """Canonical words of a segment -> bytes of its tiles."""
-    xp, bits = array_module(words), _stored_bits(segment)
+    xp, bits = array_module(words), _stored_bits(segment, source_dtype)
+    if bits == _WIDE:
+        numbers = xp.pad(
+            source_values(words, k, source_dtype), ((0, extra_rows), (0, -k % _INPUTS))
+        )
+        return _bytes_of(numbers.reshape(-1, _LANES, numbers.shape[1]).transpose(0, 2, 1))
     codes = unpack_words(words, segment.bits, k)
     if segment.bits == 3:
         codes = codes + xp.uint8(4)
@@ -253,12 +272,17 @@ def _tiles(segment: Segment, words: AnyArray, k: int, extra_rows: int) -> AnyArr
     return word.transpose(0, 2, 1, 3).reshape(-1)
 
 
-def _untiled(segment: Segment, tiles: AnyArray, k: int) -> AnyArray:
+def _untiled(segment: Segment, tiles: AnyArray, k: int, source_dtype: str) -> AnyArray:
     """Inverse of `_tiles`."""
-    xp, bits = array_module(tiles), _stored_bits(segment)
+    xp, bits = array_module(tiles), _stored_bits(segment, source_dtype)
     padded = -(-k // _INPUTS) * _INPUTS
+    if bits == _WIDE:
+        numbers = _elements_of(tiles, np.float32).reshape(-1, padded, _LANES).transpose(0, 2, 1)
+        return _source_words(numbers.reshape(-1, padded)[: segment.rows, :k], source_dtype)
     if bits == SOURCE:
-        pairs = _halves_of(tiles).reshape(-1, padded // 2, _LANES, 2).transpose(0, 2, 1, 3)
+        pairs = (
+            _elements_of(tiles, np.uint16).reshape(-1, padded // 2, _LANES, 2).transpose(0, 2, 1, 3)
+        )
         codes = pairs.reshape(-1, _LANES, padded // 4, 4)[..., np.asarray(_QUAD)]
     else:
         planes = 8 // bits
@@ -271,16 +295,28 @@ def _untiled(segment: Segment, tiles: AnyArray, k: int) -> AnyArray:
     return pack_words(codes, segment.bits)
 
 
-def _bytes_of(halves: AnyArray) -> AnyArray:
-    if isinstance(halves, jax.Array):
-        return jax.lax.bitcast_convert_type(halves, jnp.uint8).reshape(-1)
-    return np.ascontiguousarray(halves.astype("<u2")).view(np.uint8).reshape(-1)
+def _bytes_of(elements: AnyArray) -> AnyArray:
+    """Little-endian bytes, as both are on every processor that has a kernel."""
+    if isinstance(elements, jax.Array):
+        return jax.lax.bitcast_convert_type(elements, jnp.uint8).reshape(-1)
+    return np.ascontiguousarray(elements).view(np.uint8).reshape(-1)
 
 
-def _halves_of(data: AnyArray) -> AnyArray:
+def _elements_of(data: AnyArray, dtype: Any) -> AnyArray:
+    """Inverse of `_bytes_of`."""
     if isinstance(data, jax.Array):
-        return jax.lax.bitcast_convert_type(data.reshape(-1, 2), jnp.uint16)
-    return np.ascontiguousarray(data).view("<u2").astype(np.uint16)
+        return jax.lax.bitcast_convert_type(data.reshape(-1, np.dtype(dtype).itemsize), dtype)
+    return np.ascontiguousarray(data).view(dtype)
+
+
+def _source_words(numbers: AnyArray, source_dtype: str) -> AnyArray:
+    """Words of 16-bit rows, as `packed.source_words` makes them on the host."""
+    values = numbers.astype(SOURCE_DTYPES[source_dtype])
+    if isinstance(values, jax.Array):
+        kind = jnp.uint32 if source_dtype == "float32" else jnp.uint16
+        bits = jax.lax.bitcast_convert_type(values, kind)
+        return bits if source_dtype == "float32" else pack_words(bits, SOURCE)
+    return source_words(values, source_dtype)
 
 
 def _mark(xp: Any, index: AnyArray, c: int) -> AnyArray:

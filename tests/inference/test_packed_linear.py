@@ -16,10 +16,10 @@ from qvla_jax.inference.packed_linear import (
 from qvla_jax.kernels import cpu
 
 
-def weights(rng, k=40):
+def weights(rng, k=40, bits=(0, 2, 4, 8)):
     return [
         kernels.pack(
-            rng.normal(size=(c, k)).astype(np.float32), rng.choice([0, 2, 4, 8], c), 16
+            rng.normal(size=(c, k)).astype(np.float32), rng.choice(bits, c), 16
         )
         for c in (24, 8, 17)
     ]  # fmt: skip
@@ -39,7 +39,9 @@ def test_each_layer_gives_what_it_gives_alone(layers):
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernel")
-def test_layers_of_one_input_are_one_call(layers):
+@pytest.mark.parametrize("bits", [(0, 2, 4, 8), (4, 16)], ids=["quantized", "float32 rows"])
+def test_layers_of_one_input_are_one_call(bits):
+    layers = joint_layers(weights(np.random.default_rng(0), bits=bits), activation_bits=8)
     graphdef, state = nnx.split(nnx.List(layers))
 
     def run(state, x):
