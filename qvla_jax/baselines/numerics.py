@@ -31,11 +31,16 @@ WIDTHS: Final = (2, 3, 4, 8)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedRows:
-    """Rows on a symmetric grid: w_hat[c, i] = scales[c, i // group] codes[c, i]."""
+    """Rows on a symmetric grid: w_hat[c, i] = scales[c, i // group] codes[c, i].
+
+    They multiply inputs x[i] input_scale[i].
+    """
 
     codes: Int8[np.ndarray, "c k"]
     # float32 that bfloat16 holds exactly; ceil(k / group) of them for each row.
     scales: Float[np.ndarray, "c g"]
+    # Factor of each input, likewise; None: 1.
+    input_scale: Float[np.ndarray, " k"] | None = None
 
 
 class _SyntheticType:
@@ -121,3 +126,22 @@ def nearest(weight: Float[Array, "c k"], bits: int, group: int | None) -> Quanti
             tiled_axes=how.tiled_axes,
         )
     return taken(array, weight.shape[1])
+
+
+def nearest_scaled(
+    weight: Float[Array, "c k"],
+    multiplier: Float[np.ndarray, " k"],
+    bits: int,
+    group: int | None,
+) -> QuantizedRows:
+    """Round to nearest of w / m, for inputs that will be multiplied by m.
+
+    Args:
+        weight: source rows.
+        multiplier: m, positive; rounded to bfloat16, as it is stored, before it is used.
+        bits: 2, 3, 4 or 8.
+        group: inputs that share a scale; None: the whole row.
+    """
+    stored = np.asarray(multiplier).astype(ml_dtypes.bfloat16).astype(np.float32)
+    rows = nearest(weight.astype(jnp.float32) / jnp.asarray(stored)[None], bits, group)
+    return dataclasses.replace(rows, input_scale=stored)

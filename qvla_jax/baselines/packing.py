@@ -1,7 +1,7 @@
 """Rows that a method quantized -> a policy that runs from packed weights."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,41 +19,38 @@ from qvla_jax.quantization.layers import LayerRules, quantizable_layers, weight_
 def packed_policy(
     policy: Policy,
     index: ChannelIndex,
-    rows: Iterable[tuple[LayerInfo, QuantizedRows]],
+    rows: Iterable[QuantizedRows],
     setting: Setting,
     *,
     rules: LayerRules,
-    calibration: str | None,
+    made_with: Mapping[str, Any],
 ) -> Policy:
     """A copy of the policy whose quantized layers hold these codes and scales.
 
     Args:
         policy: the full-precision policy.
         index: its quantized layers.
-        rows: for each of them, in the index's order.
-        setting: what made them.
+        rows: of each of them, in the index's order.
+        setting: what made them; its activation bits are those of every layer.
         rules: that `index` was made by.
-        calibration: hash of the calibration set; None where none was used.
+        made_with: what the file's header says beside the method's name and the policy.
     """
     model = nnx.merge(*nnx.split(policy.model))
     linears = quantizable_layers(model, rules)
     assert tuple(linears) == index.paths
-    weights = (
-        (layer.path, _packed(linears[layer.path], layer, own, setting)) for layer, own in rows
-    )
-    replace_by_packed(model, weights)
+    weights, inputs = {}, {}
+    for layer, own in zip(index.layers, rows, strict=True):
+        weights[layer.path] = _packed(linears[layer.path], layer, own, setting)
+        inputs[layer.path] = kernels.LayerInputs(setting.activation_bits, own.input_scale)
+    replace_by_packed(model, weights.items(), inputs)
     return dataclasses.replace(
-        policy, model=model, quantization=description(policy, setting, calibration)
+        policy, model=model, quantization=described(policy, setting, made_with)
     )
 
 
-def description(policy: Policy, setting: Setting, calibration: str | None) -> dict[str, Any]:
+def described(policy: Policy, setting: Setting, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """What the file's header says about the quantization."""
-    return {
-        "method": setting.name,
-        "policy fingerprint": policy.fingerprint,
-        "calibration hash": calibration,
-    }
+    return {"method": setting.name, "policy fingerprint": policy.fingerprint, **made_with}
 
 
 def _packed(

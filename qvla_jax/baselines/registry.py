@@ -5,22 +5,22 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from flax import nnx
-
 from qvla_jax.array_typing import Array, Float
+from qvla_jax.baselines.awq import awq
 from qvla_jax.baselines.gptq import gptq
+from qvla_jax.baselines.job import Job, Moments, layer_by_layer
 from qvla_jax.baselines.moments import InputMoments, input_moments
 from qvla_jax.baselines.numerics import WIDTHS, QuantizedRows, nearest
-from qvla_jax.baselines.packing import packed_policy
+from qvla_jax.baselines.qvla import qvla_paper, qvla_released
 from qvla_jax.baselines.settings import Setting
+from qvla_jax.baselines.smoothquant import smoothquant_policy
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
+from qvla_jax.kernels.activations import ACTIVATION_BITS
 from qvla_jax.kernels.packed import GROUP_MULTIPLE
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization import DEFAULT_RULES, LayerRules, policy_index, quantizable_layers
+from qvla_jax.quantization import DEFAULT_RULES, LayerRules, policy_index
 from qvla_jax.sensitivity.batches import Calibration
-
-Moments = Mapping[str, InputMoments]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,85 +32,61 @@ class Method:
         make: Applies it.
         needs_moments: Whether it reads the layers' input moments.
         grouped: Whether groups of inputs may have scales of their own.
+        allocates: Whether bits are a budget, which may be broken.
+        rounds_activations: Whether it is one for rounded activations alone.
     """
 
     title: str
-    make: Callable[["Job"], Policy]
+    make: Callable[[Job], Policy]
     needs_moments: bool = False
     grouped: bool = False
+    allocates: bool = False
+    rounds_activations: bool = False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a method works on."""
+def _rtn(job: Job) -> Policy:
+    bits, group = int(job.setting.bits), job.setting.group
 
-    policy: Policy
-    calibration: Calibration
-    setting: Setting
-    rules: LayerRules
-    # Empty where the method reads none.
-    moments: Moments
-    progress: Progress
+    def rows(weight: Float[Array, "c k"], moments: InputMoments | None) -> QuantizedRows:
+        del moments
+        return nearest(weight, bits, group)
+
+    return layer_by_layer(job, rows, made_with={"calibration hash": None})
 
 
-Rows = Callable[[Float[Array, "c k"], InputMoments | None, Setting], QuantizedRows]
+def _gptq(job: Job) -> Policy:
+    bits, group = int(job.setting.bits), job.setting.group
+
+    def rows(weight: Float[Array, "c k"], moments: InputMoments | None) -> QuantizedRows:
+        if moments is None:
+            return nearest(weight, bits, group)
+        return gptq(weight, moments.hessian, bits, group)
+
+    return layer_by_layer(job, rows)
 
 
-def _layer_by_layer(rows: Rows, *, calibrated: bool = True) -> Callable[[Job], Policy]:
-    """A method that looks at one layer at a time.
+def _awq(job: Job) -> Policy:
+    bits, group = int(job.setting.bits), job.setting.group
 
-    Layers that the forward pass never reaches have no moments; they are rounded to nearest, as in
-    qwix.
-    """
+    def rows(weight: Float[Array, "c k"], moments: InputMoments | None) -> QuantizedRows:
+        if moments is None:
+            return nearest(weight, bits, group)
+        return awq(weight, moments.mean_magnitude, bits, group)
 
-    def make(job: Job) -> Policy:
-        index = policy_index(job.policy, job.rules)
-        layers: dict[str, nnx.Linear] = quantizable_layers(job.policy.model, job.rules)
-
-        def each():
-            for done, layer in enumerate(index.layers):
-                job.progress(job.setting.name, done, len(index.layers))
-                weight = layers[layer.path].kernel[...].T
-                yield layer, rows(weight, job.moments.get(layer.path), job.setting)
-            job.progress(job.setting.name, len(index.layers), len(index.layers))
-
-        return packed_policy(
-            job.policy,
-            index,
-            each(),
-            job.setting,
-            rules=job.rules,
-            calibration=job.calibration.manifest["sha256"] if calibrated else None,
-        )
-
-    return make
-
-
-def _nearest_rows(
-    weight: Float[Array, "c k"], moments: InputMoments | None, setting: Setting
-) -> QuantizedRows:
-    del moments
-    return nearest(weight, int(setting.bits), setting.group)
-
-
-def _gptq_rows(
-    weight: Float[Array, "c k"], moments: InputMoments | None, setting: Setting
-) -> QuantizedRows:
-    if moments is None:
-        return _nearest_rows(weight, None, setting)
-    return gptq(weight, moments.hessian, int(setting.bits), setting.group)
+    return layer_by_layer(job, rows)
 
 
 METHODS: Final[Mapping[str, Method]] = {
-    "rtn": Method(
-        title="round to nearest (qwix)",
-        make=_layer_by_layer(_nearest_rows, calibrated=False),
-        grouped=True,
+    "rtn": Method(title="round to nearest (qwix)", make=_rtn, grouped=True),
+    "smoothquant": Method(
+        title="SmoothQuant (qwix)", make=smoothquant_policy, needs_moments=True, grouped=True,
+        rounds_activations=True,
     ),
-    "gptq": Method(
-        title="GPTQ (qwix)", make=_layer_by_layer(_gptq_rows), needs_moments=True, grouped=True
-    ),
-}
+    "awq": Method(title="AWQ (qwix)", make=_awq, needs_moments=True, grouped=True),
+    "gptq": Method(title="GPTQ (qwix)", make=_gptq, needs_moments=True, grouped=True),
+    "qvla": Method(title="QVLA, as the paper describes it", make=qvla_paper, allocates=True),
+    "qvla-released": Method(title="QVLA, as released", make=qvla_released, allocates=True),
+}  # fmt: skip
 
 
 def check_setting(name: str) -> Setting:
@@ -125,10 +101,14 @@ def check_setting(name: str) -> Setting:
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(METHODS)}"
         raise InputError(f"unknown method {setting.method!r} in {name!r}; {hint}")
     method = METHODS[setting.method]
-    if setting.bits not in WIDTHS:
+    if method.allocates and not 0 < setting.bits <= 16:
+        raise InputError(f"{name}: a budget lies above 0 and at most 16 bits for each weight")
+    if not method.allocates and setting.bits not in WIDTHS:
         raise InputError(f"{name}: {setting.method} has weights of {WIDTHS} bits")
-    if setting.activation_bits != 16:
-        raise InputError(f"{name}: {setting.method} leaves activations at 16 bits")
+    if setting.activation_bits not in ACTIVATION_BITS:
+        raise InputError(f"{name}: activations have {ACTIVATION_BITS} bits")
+    if method.rounds_activations and setting.activation_bits == 16:
+        raise InputError(f"{name}: {setting.method} rounds activations: give a8 or a4")
     if setting.group is not None and not method.grouped:
         raise InputError(f"{name}: {setting.method} has one scale for each channel")
     if setting.group is not None and (setting.group < 1 or setting.group % GROUP_MULTIPLE):
@@ -137,9 +117,10 @@ def check_setting(name: str) -> Setting:
 
 
 def title(setting: Setting) -> str:
-    """The row for people, without its bits."""
+    """The row for people, without the bits of its weights."""
     group = "" if setting.group is None else f", groups of {setting.group}"
-    return METHODS[setting.method].title + group
+    bits = setting.activation_bits
+    return METHODS[setting.method].title + group + ("" if bits == 16 else f", A{bits}")
 
 
 def quantize_by(
@@ -163,6 +144,7 @@ def quantize_by(
 
     Raises:
         InputError: the name is wrong, the set is empty, or a weight or input is not finite.
+        BudgetError: the budget of a method that allocates is below what can be stored.
     """
     setting = check_setting(name)
     method = METHODS[setting.method]

@@ -18,6 +18,7 @@ import numpy as np
 from qvla_jax import kernels
 from qvla_jax.checkpoints.tensor_files import TensorFile, write_file
 from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.kernels.activations import ACTIVATION_BITS
 from qvla_jax.kernels.codes import CodeMap, num_words
 from qvla_jax.kernels.packed import GROUP_MULTIPLE, SOURCE_DTYPES, WIDTHS
 from qvla_jax.quantization.grid import SOURCE
@@ -25,15 +26,17 @@ from qvla_jax.quantization.layout import source_bytes
 
 SUFFIX: Final = ".qvla"
 _KIND: Final = "qvla_jax.packed_policy"
-_VERSION: Final = 1
+# 2 where a layer scales or rounds its inputs, which readers of version 1 would not do.
+_VERSION, _VERSION_WITH_INPUTS = 1, 2
 _TOKENIZER: Final = "tokenizer.json"
-_FIELDS: Final = ("words", "scales", "index", "bias")
+_FIELDS: Final = ("words", "scales", "index", "bias", "input_scale")
 
 
 def write_packed(
     path: Path,
     *,
     layers: Mapping[str, kernels.PackedWeight],
+    inputs: Mapping[str, kernels.LayerInputs],
     tensors: Mapping[str, np.ndarray],
     tokenizer: str,
     header: Mapping[str, Any],
@@ -43,24 +46,30 @@ def write_packed(
     Args:
         path: ends in `.qvla`.
         layers: packed weight of each quantized layer, on the host.
+        inputs: what each of them does to its inputs.
         tensors: all other parameters under their public names; each is stored in the narrowest
             type that holds it exactly.
         tokenizer: its JSON.
         header: JSON object: `config`, `statistics`, `quantization`, `packages`.
     """
     content: dict[str, np.ndarray] = {}
-    table = []
+    table, version = [], _VERSION
     for name, weight in layers.items():
         arrays = _flat(weight)
-        content |= {f"{name}.{field}": array for field, array in arrays.items()}
         entry = _describe(name, weight)
+        if not (own := inputs[name]).is_plain:
+            version = _VERSION_WITH_INPUTS
+            entry |= {"activation_bits": own.activation_bits, "input_scale": own.scale is not None}
+            if own.scale is not None:
+                arrays["input_scale"] = own.scale.astype(ml_dtypes.bfloat16)
+        content |= {f"{name}.{field}": array for field, array in arrays.items()}
         table.append({**entry, "sha256": _digest(entry, arrays)})
     others = {name: _narrow(tensor) for name, tensor in tensors.items()}
     others[_TOKENIZER] = np.frombuffer(tokenizer.encode(), np.uint8)
     text = json.dumps(
         {
             "kind": _KIND,
-            "version": _VERSION,
+            "version": version,
             **header,
             "layers": table,
             "sha256": _digest("others", others),
@@ -86,6 +95,8 @@ class LayerEntry:
     index: bool
     bias: str | None
     sha256: str
+    activation_bits: int = 16
+    input_scale: bool = False
 
     def __post_init__(self) -> None:
         rows = sum(segment.rows for segment in self.segments)
@@ -95,6 +106,8 @@ class LayerEntry:
             raise ValueError(f"dtypes {self.source_dtype!r} and {self.bias!r}")
         if self.group is not None and (self.group < 1 or self.group % GROUP_MULTIPLE):
             raise ValueError(f"group {self.group}")
+        if self.activation_bits not in ACTIVATION_BITS:
+            raise ValueError(f"activation bits {self.activation_bits}")
         if any(s.bits not in WIDTHS or s.rows < 1 for s in self.segments):
             raise ValueError(f"segments {[(s.bits, s.rows) for s in self.segments]}")
 
@@ -114,7 +127,8 @@ class LayerEntry:
         return cls(
             path=str(raw["path"]), shape=(c, k), segments=tuple(segments), group=group,
             source_dtype=raw["source_dtype"], index=bool(raw["index"]), bias=raw["bias"],
-            sha256=str(raw["sha256"]),
+            sha256=str(raw["sha256"]), activation_bits=raw.get("activation_bits", 16),
+            input_scale=bool(raw.get("input_scale", False)),
         )  # fmt: skip
 
     @property
@@ -144,6 +158,8 @@ class LayerEntry:
             specs["index"] = (np.dtype(np.uint16), (sum(s.rows for s in self.segments),))
         if self.bias is not None:
             specs["bias"] = (np.dtype(SOURCE_DTYPES[self.bias]), (self.shape[0],))
+        if self.input_scale:
+            specs["input_scale"] = (np.dtype(ml_dtypes.bfloat16), (self.shape[1],))
         return specs
 
     @property
@@ -169,10 +185,10 @@ class PackedFile:
         try:
             self.header: dict[str, Any] = json.loads(text)
             kind, version = self.header["kind"], self.header["version"]
-            if kind != _KIND or version != _VERSION:
+            if kind != _KIND or version not in (_VERSION, _VERSION_WITH_INPUTS):
                 raise CheckpointError(
                     f"{path}: {kind!r} of version {version!r}; this library reads {_KIND!r} of "
-                    f"version {_VERSION}"
+                    f"versions {_VERSION} and {_VERSION_WITH_INPUTS}"
                 )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: no packed policy ({error!r})") from error
@@ -211,6 +227,19 @@ class PackedFile:
         except InputError as error:
             raise CheckpointError(str(error)) from error
         return weight
+
+    def inputs(self, name: str) -> kernels.LayerInputs:
+        """What a layer does to its inputs.
+
+        Raises:
+            CheckpointError: the input scale is not positive and finite.
+        """
+        entry = self.layers[name]
+        scale = self._file[f"{name}.input_scale"] if entry.input_scale else None
+        try:
+            return kernels.LayerInputs(entry.activation_bits, scale)
+        except InputError as error:
+            raise CheckpointError(f"{self.path}: {name}: {error}") from error
 
     @property
     def tensors(self) -> Mapping[str, np.ndarray]:

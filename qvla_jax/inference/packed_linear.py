@@ -1,10 +1,12 @@
 """The linear layer of packed policies."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 from flax import nnx
 
 from qvla_jax import kernels
@@ -33,6 +35,7 @@ class PackedLinear(nnx.Module):
         weight: kernels.PackedWeight,
         *,
         activation_bits: int = 16,
+        input_scale: Float[np.ndarray, " k"] | None = None,
         implementation: str | None = None,
         joined: PackedArrays | None = None,
         start: int = 0,
@@ -42,19 +45,33 @@ class PackedLinear(nnx.Module):
         Args:
             weight: canonical weight.
             activation_bits: of `kernels.mixed_matmul`.
+            input_scale: factor of each input, before it is rounded; None: 1.
             implementation: None takes the best for the platform.
             joined: a joined weight to be held instead, of which this one is a part ...
             start: ... from this output on.
         """
         self.arrays = arranged(weight, implementation) if joined is None else joined
         self.activation_bits = activation_bits
+        self.input_scale = (
+            None
+            if input_scale is None
+            else PackedArrays(jnp.asarray(input_scale.astype(ml_dtypes.bfloat16)))
+        )
         self.start, self.stop = start, start + weight.shape[0]
         self.has_index = weight.index is not None
 
     def __call__(self, inputs: Float[Array, "*b k"]) -> Float[Array, "*b c"]:
         """Inputs [..., k] -> inputs w_hat^T + bias [..., c], in the dtype of the inputs."""
+        if self.input_scale is not None:
+            inputs = scale_inputs(inputs, self.input_scale.get_value())
         y = kernels.mixed_matmul(inputs, self.arrays.get_value(), self.activation_bits)
         return y[..., self.start : self.stop]
+
+    @property
+    def inputs(self) -> kernels.LayerInputs:
+        """What happens to the inputs before the product, on the host."""
+        scale = None if self.input_scale is None else jax.device_get(self.input_scale.get_value())
+        return kernels.LayerInputs(self.activation_bits, scale)
 
     @property
     def weight(self) -> kernels.PackedWeight:
@@ -63,6 +80,12 @@ class PackedLinear(nnx.Module):
         if self.stop - self.start == held.shape[0]:
             return held
         return kernels.part(held, self.start, self.stop, index=self.has_index)
+
+
+def scale_inputs(x: Float[Array, "*b k"], scale: Float[Array, " k"]) -> Float[Array, "*b k"]:
+    """Every input times its factor, in float32, in the dtype of the inputs."""
+    factor = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def arranged(weight: kernels.PackedWeight, implementation: str | None = None) -> PackedArrays:
@@ -86,7 +109,9 @@ def joint_layers(
 
 
 def replace_by_packed(
-    model: nnx.Module, weights: Iterable[tuple[str, kernels.PackedWeight]]
+    model: nnx.Module,
+    weights: Iterable[tuple[str, kernels.PackedWeight]],
+    inputs: Mapping[str, kernels.LayerInputs] | None = None,
 ) -> None:
     """Puts packed layers in place of linear ones, in place.
 
@@ -94,17 +119,28 @@ def replace_by_packed(
         model: any NNX module.
         weights: dotted path and weight of each layer; neighbours that take the same input
             (`models.llama.SAME_INPUT`) are joined where they can be.
+        inputs: what layers do to their inputs, by path; those left out take them as they are.
     """
+    given = inputs or {}
     for parent, group in itertools.groupby(weights, lambda item: item[0].rpartition(".")[0]):
         found = {name.rpartition(".")[2]: weight for name, weight in group}
+        prefix = f"{parent}." if parent else ""
+        own = {name: given.get(prefix + name, kernels.LayerInputs()) for name in found}
         layers: dict[str, PackedLinear] = {}
         for names in SAME_INPUT:
             together = [found[name] for name in names if name in found]
-            if len(together) == len(names) and kernels.cannot_join(together) is None:
-                layers |= zip(names, joint_layers(together), strict=True)
+            if len(together) < len(names) or kernels.cannot_join(together) is not None:
+                continue
+            bits = {own[name].activation_bits for name in names}
+            if len(bits) == 1 and all(own[name].scale is None for name in names):
+                joint = joint_layers(together, activation_bits=bits.pop())
+                layers |= zip(names, joint, strict=True)
         for name in found.keys() - layers.keys():
-            layers[name] = PackedLinear(found[name])
-        prefix = f"{parent}." if parent else ""
+            layers[name] = PackedLinear(
+                found[name],
+                activation_bits=own[name].activation_bits,
+                input_scale=own[name].scale,
+            )
         replace_modules(model, {prefix + name: layer for name, layer in layers.items()})
 
 

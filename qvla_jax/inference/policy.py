@@ -188,7 +188,10 @@ class Policy:
             digest.update(tensor.tobytes())
         for name, layer in packed_layers(self.model).items():
             digest.update(name.encode())
-            for array in jax.tree.leaves(layer.weight):
+            inputs = layer.inputs
+            if not inputs.is_plain:
+                digest.update(str(inputs.activation_bits).encode())
+            for array in (*jax.tree.leaves(layer.weight), *jax.tree.leaves(inputs.scale)):
                 digest.update(f"{array.dtype}{array.shape}".encode())
                 digest.update(array.tobytes())
         return digest.hexdigest()
@@ -246,6 +249,7 @@ class Policy:
         write_packed(
             path,
             layers={name: layer.weight for name, layer in layers.items()},
+            inputs={name: layer.inputs for name, layer in layers.items()},
             tensors=public_tensors(self.model),
             tokenizer=self.processor.tokenizer.to_str(),
             header={
@@ -397,7 +401,8 @@ def _load_packed(path: Path) -> Policy:
     file.check_others()
     # Neighbours in the model follow one another.
     names = sorted(file.layers, key=lambda name: name.rpartition("."))
-    replace_by_packed(model, ((name, file.weight(name)) for name in names))
+    weights = ((name, file.weight(name)) for name in names)
+    replace_by_packed(model, weights, {name: file.inputs(name) for name in names})
     assign_tensors(model, file.tensors, source=str(path))
     try:
         tokenizer = tokenizers.Tokenizer.from_str(file.tokenizer)

@@ -7,17 +7,46 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvla_jax import kernels
+from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
-from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.packed_linear import packed_layers, scale_inputs
 from qvla_jax.inference.policy import Policy
-from qvla_jax.models.surgery import named_modules
+from qvla_jax.kernels.activations import round_activations
+from qvla_jax.models.surgery import named_modules, replace_modules
+
+
+class RoundingLinear(nnx.Module):
+    """A linear layer in float32 that scales and rounds its inputs as a `PackedLinear` does.
+
+    Products of rounded inputs and grid values are those of integer arithmetic, up to the rounding
+    of float32: int4 times int4 has no product in XLA for CPUs.
+    """
+
+    def __init__(
+        self,
+        kernel: Float[Array, "k c"],
+        bias: Float[Array, " c"],
+        scale: Float[Array, " k"],
+        activation_bits: int,
+    ):
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(bias)
+        self.scale = nnx.Param(scale)
+        self.activation_bits = activation_bits
+
+    def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b c"]:
+        """Inputs [..., k] -> round(x scale) kernel + bias [..., c], in the dtype of the inputs."""
+        rounded = round_activations(scale_inputs(x, self.scale[...]), self.activation_bits)
+        # Plain matrices: see `models.linear.Linear`.
+        y = jnp.matmul(rounded.reshape(-1, x.shape[-1]), self.kernel[...]) + self.bias[...][None]
+        return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def unpacked(policy: Policy, packed: Policy) -> Policy:
     """The full-precision policy with the values of a packed one, in float32.
 
-    One compiled program serves all policies made so, where packed layers of other shapes are
-    compiled anew: for comparing many.
+    One compiled program serves all policies made so whose activations have the same bits, where
+    packed layers of other shapes are compiled anew: for comparing many.
 
     Args:
         policy: the full-precision policy that `packed` was made of.
@@ -28,13 +57,22 @@ def unpacked(policy: Policy, packed: Policy) -> Policy:
     """
     model = nnx.merge(*nnx.split(policy.model))
     linears = named_modules(model, nnx.Linear)
+    rounding: dict[str, nnx.Module] = {}
     for path, layer in packed_layers(packed.model).items():
-        weight = layer.weight
+        weight, inputs = layer.weight, layer.inputs
         linear = linears.get(path)
         if linear is None or linear.kernel.shape[::-1] != weight.shape:
             raise InputError(f"{path}: the packed policy was not made of {policy.config.name}")
-        linear.kernel = nnx.Param(kernels.dequantize(jax.tree.map(jnp.asarray, weight)).T)
-        if weight.bias is not None:
-            bias = jnp.asarray(weight.bias).astype(jnp.float32)
+        c, k = weight.shape
+        kernel = kernels.dequantize(jax.tree.map(jnp.asarray, weight)).T
+        scale = jnp.ones(k) if inputs.scale is None else jnp.asarray(inputs.scale, jnp.float32)
+        bias = None if weight.bias is None else jnp.asarray(weight.bias).astype(jnp.float32)
+        if inputs.activation_bits != 16:
+            bias = jnp.zeros(c) if bias is None else bias
+            rounding[path] = RoundingLinear(kernel, bias, scale, inputs.activation_bits)
+            continue
+        linear.kernel = nnx.Param(kernel * scale[:, None])
+        if bias is not None:
             linear.bias, linear.use_bias = nnx.Param(bias), True
+    replace_modules(model, rounding)
     return dataclasses.replace(policy, model=model, quantization=packed.quantization)

@@ -5,7 +5,7 @@ w = kernels.prepare(w)                    # rearranged once for this platform
 y = kernels.mixed_matmul(x, w)            # x w_hat^T + bias
 """
 
-from qvla_jax.kernels.activations import quantize_activations
+from qvla_jax.kernels.activations import LayerInputs, quantize_activations
 from qvla_jax.kernels.codes import CodeMap
 from qvla_jax.kernels.dispatch import canonical, implementations, mixed_matmul, prepare
 from qvla_jax.kernels.joining import cannot_join, join, part
@@ -22,6 +22,7 @@ from qvla_jax.kernels.sharded import ShardedWeight, shard
 __all__ = [
     "SOURCE_DTYPES",
     "CodeMap",
+    "LayerInputs",
     "PackedWeight",
     "Segment",
     "ShardedWeight",

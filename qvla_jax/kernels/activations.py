@@ -1,14 +1,46 @@
 """Activation quantizer: dynamic, symmetric, one scale for each row of x (token)."""
 
+import dataclasses
 from typing import Final
 
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from qvla_jax.array_typing import Array, Float, Int8
 from qvla_jax.errors import InputError
 
 # 16 leaves activations as they are.
 ACTIVATION_BITS: Final = (16, 8, 4)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What a layer does to its inputs before it multiplies: x -> round(x scale).
+
+    Raises:
+        InputError: no kernel has these bits, or the scale is no vector of positive numbers that
+            bfloat16 holds.
+    """
+
+    # See `quantize_activations`.
+    activation_bits: int = 16
+    # Factor of each input (SmoothQuant's and AWQ's 1 / s); None: 1.
+    scale: Float[np.ndarray, " k"] | None = None
+
+    def __post_init__(self) -> None:
+        check_activation_bits(self.activation_bits)
+        if self.scale is None:
+            return
+        values = self.scale.astype(np.float32)
+        exact = values == values.astype(ml_dtypes.bfloat16).astype(np.float32)
+        if values.ndim != 1 or not (exact & np.isfinite(values) & (values > 0)).all():
+            raise InputError("input scale: expected a vector of positive bfloat16 numbers")
+
+    @property
+    def is_plain(self) -> bool:
+        """True where the layer multiplies by its inputs as they are."""
+        return self.activation_bits == 16 and self.scale is None
 
 
 def check_activation_bits(bits: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qvla_jax.baselines import check_setting, input_moments, quantize_by
-from qvla_jax.baselines.registry import METHODS, Moments
+from qvla_jax.baselines.job import Moments
+from qvla_jax.baselines.registry import METHODS
 from qvla_jax.checkpoints.packed_file import SUFFIX
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy

@@ -7,16 +7,25 @@ import pytest
 from flax import nnx
 
 import qvla_jax
-from qvla_jax.baselines import METHODS, check_setting, quantize_by
+from qvla_jax.baselines import METHODS, InputMoments, check_setting, quantize_by
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import InputError
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.unpacking import unpacked
-from qvla_jax.quantization import LayerRules, policy_index, row_bytes
+from qvla_jax.models.surgery import get_module
+from qvla_jax.quantization import LayerRules, policy_index, row_bytes, stored_bytes
 from qvla_jax.sensitivity.instrument import hooked_call
 
 # A width or group for each method, so that together they cover what files hold.
-ROWS = ("rtn-w8", "rtn-w4-g16", "gptq-w3")
+ROWS = (
+    "rtn-w8a8",
+    "rtn-w4-g16",
+    "gptq-w3",
+    "awq-w4-g16",
+    "smoothquant-w4a4",
+    "qvla-w9",
+    "qvla-released-w6",
+)
 # Few layers, with and without biases, joined and alone.
 RULES = LayerRules(
     include=(
@@ -55,21 +64,31 @@ def test_moments_are_those_of_the_inputs(policy, calibration, moments):
         np.testing.assert_allclose(own.largest, np.abs(x).max(axis=0), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_runs_from_its_file_and_stores_what_is_counted(
-    policy, calibration, moments, name, tmp_path
-):
-    setting = check_setting(name)
-    rules = ONE if setting.method == "gptq" else RULES
-    quantized = quantize_by(policy, calibration, name, moments=moments, rules=rules)
-    path = tmp_path / f"{name}.qvla"
-    quantized.save(path)
-    loaded = qvla_jax.load_policy(path)
-    assert loaded.quantization["method"] == name
-    assert loaded.quantization["policy fingerprint"] == policy.fingerprint
+@pytest.fixture(scope="module")
+def drawn(policy):
+    """Moments of random inputs, whose ranges differ as those of transformers do."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for layer in policy_index(policy, RULES).layers:
+        x = rng.normal(size=(200, layer.fan_in)) * np.exp(rng.normal(size=layer.fan_in))
+        found[layer.path] = InputMoments(x.T @ x, np.abs(x).mean(axis=0), np.abs(x).max(axis=0))
+    return found
 
-    index = policy_index(policy, rules)
-    counted = sum(
+
+def counted_bytes(loaded, index, setting):
+    """By the rules of allocations, and 2 bytes for each input's factor."""
+    if METHODS[setting.method].allocates:
+        layers = packed_layers(loaded.model)
+        bits = np.concatenate([layers[path].weight.bits() for path in index.paths])
+        assert len(set(bits.tolist())) > 1
+        counted = stored_bytes(index, bits, bias_correction=False)
+        if setting.method == "qvla":
+            assert counted <= setting.bits * index.num_weights / 8
+        else:
+            assert setting.bits - 1 < bits.mean() <= setting.bits
+        return counted
+    factors = 2 if setting.method in ("awq", "smoothquant") else 0
+    return sum(
         layer.out_features
         * row_bytes(
             layer.fan_in,
@@ -79,18 +98,37 @@ def test_a_row_runs_from_its_file_and_stores_what_is_counted(
             source_bytes=layer.source_bytes,
             group=setting.group,
         )
+        + factors * layer.fan_in
         for layer in index.layers
     )
-    assert PackedFile(path).packed_bytes == counted
 
-    observation = policy.fake_observation()
-    full = policy.infer(observation)
-    ran = loaded.infer(observation)
-    error = np.abs(ran - full).max()
-    assert error > 0
-    np.testing.assert_allclose(
-        unpacked(policy, loaded).infer(observation), ran, atol=max(2e-3, 0.2 * error)
-    )
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_stores_what_is_counted_and_its_layers_are_those_in_float(
+    policy, calibration, drawn, name, tmp_path
+):
+    setting = check_setting(name)
+    rules = ONE if setting.method == "gptq" else RULES
+    path = tmp_path / f"{name}.qvla"
+    quantize_by(policy, calibration, name, moments=drawn, rules=rules).save(path)
+    loaded = qvla_jax.load_policy(path)
+    assert loaded.quantization["method"] == name
+    assert loaded.quantization["policy fingerprint"] == policy.fingerprint
+    index = policy_index(policy, rules)
+    assert PackedFile(path).packed_bytes == counted_bytes(loaded, index, setting)
+
+    in_float = unpacked(policy, loaded)
+    layers = packed_layers(loaded.model)
+    assert set(layers) == set(index.paths)
+    for layer_path, layer in layers.items():
+        assert layer.inputs.activation_bits == setting.activation_bits
+        assert (layer.inputs.scale is not None) == (setting.method in ("awq", "smoothquant"))
+        x = jax.random.normal(jax.random.key(0), (7, layer.weight.shape[1]))
+        exact, ran = get_module(policy.model, layer_path)(x), layer(x)
+        error = np.abs(ran - exact).max()
+        assert 0 < error < np.abs(exact).max()
+        expected = get_module(in_float.model, layer_path)(x)
+        np.testing.assert_allclose(ran, expected, atol=max(2e-3, 0.1 * error))
 
 
 def test_layers_that_no_forward_pass_reaches_are_rounded_to_nearest(policy, calibration):
@@ -110,7 +148,10 @@ def test_layers_that_no_forward_pass_reaches_are_rounded_to_nearest(policy, cali
         ("gptq", "expected METHOD-wBITS"),
         ("gptk-w4", "did you mean gptq"),
         ("gptq-w5", r"weights of \(2, 3, 4, 8\) bits"),
-        ("gptq-w4a8", "leaves activations at 16 bits"),
+        ("gptq-w4a7", r"activations have \(16, 8, 4\) bits"),
+        ("smoothquant-w4", "give a8 or a4"),
+        ("qvla-w4-g32", "one scale for each channel"),
+        ("qvla-w17", "at most 16 bits"),
         ("rtn-w4-g100", "multiple of 16"),
     ],
 )

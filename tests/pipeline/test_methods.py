@@ -59,7 +59,7 @@ def test_a_method_of_another_policy_is_refused(folder, tmp_path):
 
 
 def test_settings_are_checked_before_anything_is_loaded(tmp_path):
-    with pytest.raises(InputError, match="name at least one of rtn, gptq"):
+    with pytest.raises(InputError, match="name at least one of rtn, smoothquant"):
         MethodConfig(out=tmp_path, method=())
     with pytest.raises(InputError, match="did you mean gptq"):
         MethodConfig(out=tmp_path, method=("gtpq-w4",))
