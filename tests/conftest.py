@@ -11,8 +11,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from qvla_jax import sharding
-
 # Linux lets a process map 65,530 regions by default, and every program that XLA compiles for the
 # CPU takes a handful: at the limit it aborts.
 _MAPS = Path("/proc/self/maps")
@@ -20,7 +18,6 @@ _MANY_MAPS = 25_000
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-sharding.wait_for_slow_devices()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,11 +1,8 @@
 """Batches on a mesh of two virtual devices."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from qvla_jax import sharding
 
@@ -42,20 +39,3 @@ def test_asking_for_cores_after_the_devices_exist_changes_nothing():
     before = len(jax.devices())
     assert sharding.use_all_cpu_cores() >= 1
     assert len(jax.devices()) == before
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("", "--xla_cpu_collective_call_terminate_timeout_seconds=7"),
-        ("--a=b", "--a=b --xla_cpu_collective_call_terminate_timeout_seconds=7"),
-        (
-            "--xla_cpu_collective_call_terminate_timeout_seconds=2",
-            "--xla_cpu_collective_call_terminate_timeout_seconds=2",
-        ),
-    ],
-)
-def test_patience_is_added_to_the_flags_unless_the_user_has_set_it(monkeypatch, before, after):
-    monkeypatch.setenv("XLA_FLAGS", before)
-    sharding.wait_for_slow_devices(7)
-    assert os.environ["XLA_FLAGS"] == after

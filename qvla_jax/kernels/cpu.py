@@ -26,9 +26,12 @@ import numpy as np
 from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.kernels.codes import CodeMap, array_module, pack_words, unpack_words
 from qvla_jax.kernels.packed import (
+    REARRANGED,
     SOURCE_DTYPES,
     PackedWeight,
+    Rearranged,
     Segment,
+    kept_of,
     source_values,
     source_words,
 )
@@ -47,10 +50,10 @@ _QUAD: Final = (0, 2, 1, 3)
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scales", "bias", "index", "pruned", "pruned_bias"],
-    meta_fields=["segments", "shape", "group", "source_dtype", "bias_dtype", "has_index"],
+    meta_fields=[*REARRANGED],
 )
 @dataclasses.dataclass(frozen=True)
-class CpuWeight:
+class CpuWeight(Rearranged):
     """A packed weight in tiles; T of them in all segments, G scales a row."""
 
     words: AnyArray  # uint8, tile after tile
@@ -59,22 +62,11 @@ class CpuWeight:
     index: AnyArray  # int32 [T 16], output channel of a row; -1: padding
     pruned: AnyArray  # int32, channels without a row ...
     pruned_bias: AnyArray  # ... and float32, their biases
-    segments: tuple[Segment, ...]
-    shape: tuple[int, int]
-    group: int | None
-    source_dtype: str
-    bias_dtype: str | None
-    has_index: bool
 
     @property
     def implementation(self) -> str:
         """See `dispatch.PreparedWeight`."""
         return "cpu"
-
-    @property
-    def num_groups(self) -> int:
-        """Scales of a row."""
-        return 1 if self.group is None else -(-self.shape[1] // self.group)
 
 
 @functools.cache
@@ -153,18 +145,13 @@ def prepare(w: PackedWeight) -> CpuWeight:
         index=_joined(xp, indices, np.int32),
         pruned=pruned.astype(np.int32),
         pruned_bias=bias[pruned],
-        segments=w.segments,
-        shape=w.shape,
-        group=w.group,
-        source_dtype=w.source_dtype,
-        bias_dtype=None if w.bias is None else np.dtype(w.bias.dtype).name,
-        has_index=w.index is not None,
+        **kept_of(w),
     )
 
 
 def canonical(w: CpuWeight) -> PackedWeight:
     """The inverse of `prepare`, exactly."""
-    xp, (c, k) = array_module(*jax.tree.leaves(w)), w.shape
+    xp, k = array_module(*jax.tree.leaves(w)), w.shape[1]
     groups = w.num_groups
     words, scales, indices, kept = [], [], [], []
     byte = tile = 0
@@ -186,17 +173,8 @@ def canonical(w: CpuWeight) -> PackedWeight:
         where = xp.concatenate([index, w.pruned])
         values = xp.concatenate([*kept, w.pruned_bias])
         # `where` holds every channel once.
-        bias = values[xp.argsort(where)].astype(SOURCE_DTYPES[w.bias_dtype])
-    return PackedWeight(
-        words=tuple(words),
-        scales=tuple(scales),
-        index=index.astype(np.uint16) if w.has_index else None,
-        bias=bias,
-        segments=w.segments,
-        shape=(c, k),
-        group=w.group,
-        source_dtype=w.source_dtype,
-    )
+        bias = values[xp.argsort(where)]
+    return w.restored(words=words, scales=scales, index=index, bias=bias)
 
 
 def matmul(

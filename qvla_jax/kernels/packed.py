@@ -6,6 +6,7 @@ It is what files hold and what every backend starts from. Backends rearrange it 
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, Final
 
 import jax
@@ -80,7 +81,7 @@ class PackedWeight:
     @property
     def num_groups(self) -> int:
         """Scales of a row."""
-        return 1 if self.group is None else -(-self.shape[1] // self.group)
+        return _num_groups(self.shape, self.group)
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +94,75 @@ class PackedWeight:
         bits = np.zeros(self.shape[0], np.int64)
         bits[np.arange(self.shape[0]) if self.index is None else np.asarray(self.index)] = widths
         return bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rearranged:
+    """What a backend's arrangement keeps of the `PackedWeight` that it was made of, arrays apart.
+
+    All of it is static; `REARRANGED` names it for `jax.tree_util.register_dataclass`.
+    """
+
+    segments: tuple[Segment, ...]
+    shape: tuple[int, int]
+    group: int | None
+    source_dtype: str
+    # None: without bias.
+    bias_dtype: str | None
+    has_index: bool
+
+    @property
+    def num_groups(self) -> int:
+        """Scales of a row."""
+        return _num_groups(self.shape, self.group)
+
+    def restored(
+        self,
+        *,
+        words: Iterable[AnyArray],
+        scales: Iterable[AnyArray],
+        index: AnyArray,
+        bias: AnyArray | None,
+    ) -> PackedWeight:
+        """The canonical weight again.
+
+        Args:
+            words: of each segment.
+            scales: of each segment.
+            index: output channel of each row, of any integer type; dropped where there was none.
+            bias: of each channel, in float32; dropped where there was none.
+        """
+        return PackedWeight(
+            words=tuple(words),
+            scales=tuple(scales),
+            index=index.astype(np.uint16) if self.has_index else None,
+            bias=None
+            if bias is None or self.bias_dtype is None
+            else bias.astype(SOURCE_DTYPES[self.bias_dtype]),
+            segments=self.segments,
+            shape=self.shape,
+            group=self.group,
+            source_dtype=self.source_dtype,
+        )
+
+
+REARRANGED: Final = tuple(field.name for field in dataclasses.fields(Rearranged))
+
+
+def kept_of(w: PackedWeight) -> dict[str, Any]:
+    """The fields of `Rearranged` for an arrangement of `w`."""
+    return {
+        "segments": w.segments,
+        "shape": w.shape,
+        "group": w.group,
+        "source_dtype": w.source_dtype,
+        "bias_dtype": None if w.bias is None else np.dtype(w.bias.dtype).name,
+        "has_index": w.index is not None,
+    }
+
+
+def _num_groups(shape: tuple[int, int], group: int | None) -> int:
+    return 1 if group is None else -(-shape[1] // group)
 
 
 def segment_rows(w: PackedWeight, number: int) -> AnyArray | slice:

@@ -20,7 +20,14 @@ from qvla_jax.array_typing import Array, Float, Int32
 from qvla_jax.errors import InputError
 from qvla_jax.kernels import dispatch
 from qvla_jax.kernels.codes import CodeMap, code_map, pack_words, unpack_words
-from qvla_jax.kernels.packed import SOURCE_CODES, SOURCE_DTYPES, PackedWeight, Segment
+from qvla_jax.kernels.packed import (
+    REARRANGED,
+    SOURCE_CODES,
+    PackedWeight,
+    Rearranged,
+    Segment,
+    kept_of,
+)
 from qvla_jax.kernels.tiles import Chunk, Part, plan
 from qvla_jax.quantization.grid import SOURCE
 from qvla_jax.sharding import put, to_host
@@ -29,12 +36,10 @@ from qvla_jax.sharding import put, to_host
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["shards", "position", "pruned_bias"],
-    meta_fields=[
-        "mesh", "axis", "segments", "shape", "group", "source_dtype", "bias_dtype", "has_index",
-    ],
-)  # fmt: skip
+    meta_fields=["mesh", "axis", *REARRANGED],
+)
 @dataclasses.dataclass(frozen=True)
-class ShardedWeight:
+class ShardedWeight(Rearranged):
     """A packed weight whose channels lie on several devices; d of them, l channels on each."""
 
     # A backend's arrangement, every array with a leading axis d that is split over the devices.
@@ -45,13 +50,6 @@ class ShardedWeight:
     pruned_bias: Float[Array, " p"]
     mesh: Mesh
     axis: str
-    # Those of the weight before it was dealt.
-    segments: tuple[Segment, ...]
-    shape: tuple[int, int]
-    group: int | None
-    source_dtype: str
-    bias_dtype: str | None
-    has_index: bool
 
     @property
     def implementation(self) -> str:
@@ -98,12 +96,7 @@ def shard(
         pruned_bias=put(mesh, bias.astype(np.float32), PartitionSpec()),
         mesh=mesh,
         axis=axis,
-        segments=w.segments,
-        shape=w.shape,
-        group=w.group,
-        source_dtype=w.source_dtype,
-        bias_dtype=None if w.bias is None else np.dtype(w.bias.dtype).name,
-        has_index=w.index is not None,
+        **kept_of(w),
     )
 
 
@@ -220,16 +213,11 @@ def canonical(w: ShardedWeight) -> PackedWeight:
     if w.bias_dtype is not None:
         stored = [np.asarray(share.bias).astype(np.float32) for share in shares]
         bias = np.concatenate([*stored, to_host(w.pruned_bias)])[position]
-        bias = bias.astype(SOURCE_DTYPES[w.bias_dtype])
-    return PackedWeight(
-        words=tuple(np.concatenate([piece[0] for piece in pieces]) for pieces in of_segment),
-        scales=tuple(np.concatenate([piece[1] for piece in pieces]) for pieces in of_segment),
-        index=index.astype(np.uint16) if w.has_index else None,
+    return w.restored(
+        words=(np.concatenate([piece[0] for piece in pieces]) for pieces in of_segment),
+        scales=(np.concatenate([piece[1] for piece in pieces]) for pieces in of_segment),
+        index=index,
         bias=bias,
-        segments=w.segments,
-        shape=w.shape,
-        group=w.group,
-        source_dtype=w.source_dtype,
     )
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Int32
 from qvla_jax.kernels.codes import WORD_BITS, array_module, pack_words, unpack_words
-from qvla_jax.kernels.packed import SOURCE_DTYPES, PackedWeight, Segment
+from qvla_jax.kernels.packed import REARRANGED, PackedWeight, Rearranged, Segment, kept_of
 from qvla_jax.quantization.grid import SOURCE
 
 # Widths of tiles, in the order in which they follow one another.
@@ -69,24 +69,16 @@ class Part:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scales", "bias", "index"],
-    meta_fields=[
-        "segments", "shape", "group", "source_dtype", "bias_dtype", "has_index", "depth", "lanes",
-    ],
-)  # fmt: skip
+    meta_fields=[*REARRANGED, "depth", "lanes"],
+)
 @dataclasses.dataclass(frozen=True)
-class TiledWeight:
+class TiledWeight(Rearranged):
     """A packed weight in tiles; G blocks and T tiles in all."""
 
     words: AnyArray  # int32 [G, depth, lanes]
     scales: AnyArray  # bfloat16 [padded k / step, T lanes]; one row without groups
     bias: AnyArray  # float32 [c]; zeros if there is none
     index: AnyArray  # int32 [T lanes], output channel of a lane; -1: padding
-    segments: tuple[Segment, ...]
-    shape: tuple[int, int]
-    group: int | None
-    source_dtype: str
-    bias_dtype: str | None
-    has_index: bool
     depth: int
     lanes: int
 
@@ -214,12 +206,7 @@ def arrange(w: PackedWeight, depth: int, lanes: int) -> TiledWeight:
         scales=joined.T,
         bias=bias,
         index=xp.concatenate([xp.zeros(0, np.int32), *index]),
-        segments=w.segments,
-        shape=w.shape,
-        group=w.group,
-        source_dtype=w.source_dtype,
-        bias_dtype=None if w.bias is None else np.dtype(w.bias.dtype).name,
-        has_index=w.index is not None,
+        **kept_of(w),
         depth=depth,
         lanes=lanes,
     )
@@ -229,7 +216,6 @@ def restore(w: TiledWeight) -> PackedWeight:
     """The inverse of `arrange`, exactly."""
     xp, k = array_module(*jax.tree.leaves(w)), w.shape[1]
     found: dict[Chunk, tuple[AnyArray, AnyArray, AnyArray]] = {}
-    groups = 1 if w.group is None else -(-k // w.group)
     stride = 1 if w.group is None else w.group // scale_step(w.group, w.depth)
     block = lane = 0
     for part in w.parts:
@@ -243,7 +229,7 @@ def restore(w: TiledWeight) -> PackedWeight:
             source = w.segments[chunk.segment].bits == SOURCE
             found[chunk] = (
                 _canonical_words(w, chunk, own, part.bits),
-                w.scales[::stride, here][: 0 if source else groups].T,
+                w.scales[::stride, here][: 0 if source else w.num_groups].T,
                 w.index[here],
             )
             row += chunk.rows
@@ -253,15 +239,11 @@ def restore(w: TiledWeight) -> PackedWeight:
     of_segment = [[found[c] for c in chunks if c.segment == s] for s in range(len(w.segments))]
     index = [found[chunk][2] for chunk in chunks]
     channels = xp.concatenate([xp.zeros(0, np.int32), *index])
-    return PackedWeight(
-        words=tuple(xp.concatenate([piece[0] for piece in pieces]) for pieces in of_segment),
-        scales=tuple(xp.concatenate([piece[1] for piece in pieces]) for pieces in of_segment),
-        index=channels.astype(np.uint16) if w.has_index else None,
-        bias=None if w.bias_dtype is None else w.bias.astype(SOURCE_DTYPES[w.bias_dtype]),
-        segments=w.segments,
-        shape=w.shape,
-        group=w.group,
-        source_dtype=w.source_dtype,
+    return w.restored(
+        words=(xp.concatenate([piece[0] for piece in pieces]) for pieces in of_segment),
+        scales=(xp.concatenate([piece[1] for piece in pieces]) for pieces in of_segment),
+        index=channels,
+        bias=w.bias,
     )
 
 
