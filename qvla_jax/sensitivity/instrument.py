@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qvla_jax.array_typing import Array, Float
@@ -69,6 +70,34 @@ def hooked_call(
     hook_layers(module, paths, hook)
     with jax.default_matmul_precision("float32"):
         return module(*args)
+
+
+def perturbed_call(
+    graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...], perturbations: dict[str, Array]
+) -> tuple[Float[Array, "b ..."], dict[str, Array]]:
+    """A module's output where layers' outputs are perturbed, and those layers' inputs; traceable.
+
+    Args:
+        graphdef: see `hooked_call`.
+        state: see there.
+        args: what the module takes.
+        perturbations: path -> what is added to the layer's output, such as `no_perturbations`.
+    """
+    seen: dict[str, Array] = {}
+
+    def hook(path: str, x: Array, y: Array) -> Array:
+        seen[path] = x
+        return y + perturbations[path]
+
+    return hooked_call(graphdef, state, args, tuple(perturbations), hook), seen
+
+
+def no_perturbations(
+    graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...], paths: Iterable[str]
+) -> dict[str, Array]:
+    """Zeros for `perturbed_call`, for each of these layers that the forward pass reaches."""
+    shapes = layer_outputs(graphdef, state, args, paths)
+    return {path: jnp.zeros(shape.shape, shape.dtype) for path, shape in shapes.items()}
 
 
 def layer_outputs(

@@ -16,7 +16,7 @@ E_v sum_t g[t, c]^2 || w_hat - w ||^2, which knows nothing of the inputs.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -140,14 +140,11 @@ def frame_costs(
     graphdef, state = nnx.split(policy.model)
     spec = ReverseSpec(graphdef, tuple(constants), CONTRACTIONS[method], probes, mesh)
     size = batch_size(calibration.frames, batch, mesh)
-    items = NOTHING_KEPT
-    if store is not None:
-        items = store.sweep(
-            method=method, calibration=calibration.manifest["sha256"], frames=calibration.frames,
-            changes=digest_of(*(np.asarray(c["changes"]) for c in constants.values())),
-            probes=probes, seed=seed, batch=size, mesh=dict(mesh.shape), split=split_weights,
-            weights=None if weights is None else weights.tolist(),
-        )  # fmt: skip
+    made_with = {} if store is None else {
+        "changes": digest_of(*(np.asarray(c["changes"]) for c in constants.values())),
+        "mesh": dict(mesh.shape), "split": split_weights,
+    }  # fmt: skip
+    items = _items(store, calibration, method, probes, seed, size, weights, **made_with)
     options = len(next(iter(constants.values()))["changes"])
     place = sharding.split_weights if split_weights else sharding.replicate
     state = place(mesh, state)
@@ -201,17 +198,33 @@ def streamed_frame_costs(
     graphdef, state = nnx.split(policy.model)
     spec = ReverseSpec(graphdef, tuple(layers), CONTRACTIONS[method], probes, mesh)
     size = batch_size(calibration.frames, batch, mesh)
-    items = NOTHING_KEPT
-    if store is not None:
-        items = store.sweep(
-            method=method, calibration=calibration.manifest["sha256"], frames=calibration.frames,
-            streamed=True, bits=bits, probes=probes, seed=seed, batch=size,
-            weights=None if weights is None else weights.tolist(),
-        )  # fmt: skip
+    items = _items(
+        store, calibration, method, probes, seed, size, weights, streamed=True, bits=bits
+    )
     sweep = functools.partial(streamed_sweep, spec, state, _OnDemand(layers, quantizer, bits))
     yield from _over_batches(
         sweep, policy, calibration, index, len(bits), size, mesh, seed, weights, items, progress
     )
+
+
+def _items(
+    store: SweepStore | None,
+    calibration: Calibration,
+    method: str,
+    probes: Probes,
+    seed: int,
+    batch: int,
+    weights: np.ndarray | None,
+    **made_with: Any,
+) -> Items:
+    """Where finished batches of a sweep are kept."""
+    if store is None:
+        return NOTHING_KEPT
+    return store.sweep(
+        method=method, calibration=calibration.manifest["sha256"], frames=calibration.frames,
+        probes=probes, seed=seed, batch=batch,
+        weights=None if weights is None else weights.tolist(), **made_with,
+    )  # fmt: skip
 
 
 class _OnDemand(Mapping[str, LayerConstants]):

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax.array_typing import Array, Float, Int
-from qvla_jax.sensitivity.instrument import hooked_call, layer_outputs, per_frame
+from qvla_jax.sensitivity.instrument import no_perturbations, per_frame, perturbed_call
 from qvla_jax.sensitivity.probes import Probes, probe_vectors
 from qvla_jax.sharding import DATA_AXIS
 
@@ -96,18 +96,8 @@ def _sweep(
     weights: Float[Array, " a"] | None,
 ) -> dict[str, Float[Array, "b ..."]]:
     count = frames.shape[0]
-    shapes = layer_outputs(spec.graphdef, state, (inputs,), spec.paths)
-
-    def forward(perturbations: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        seen: dict[str, Array] = {}
-
-        def hook(path: str, x: Array, y: Array) -> Array:
-            seen[path] = x
-            return y + perturbations[path]
-
-        return hooked_call(spec.graphdef, state, (inputs,), tuple(shapes), hook), seen
-
-    zeros = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes.items()}
+    zeros = no_perturbations(spec.graphdef, state, (inputs,), spec.paths)
+    forward = functools.partial(perturbed_call, spec.graphdef, state, (inputs,))
     action, pull_back, seen = jax.vjp(forward, zeros, has_aux=True)
     contract = {
         path: spec.contraction(per_frame(x, count), constants.get(path)) for path, x in seen.items()

@@ -6,7 +6,9 @@ projection of the action is not zero there, which costs one reverse pass. For a 
 tokens matter these are the plain moments over frames and tokens.
 """
 
-from typing import Final
+import functools
+from collections.abc import Callable
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -82,24 +84,14 @@ def input_statistics(
     """
     mesh = sweep_mesh() if mesh is None else mesh
     graphdef, state = nnx.split(policy.model)
-    state = replicate(mesh, state)
     spec = ReverseSpec(graphdef, index.paths, _moments_where_it_matters, 1, mesh)
     totals = {layer.path: np.zeros((layer.fan_in + 1,) * 2) for layer in index.layers}
-    size, done = batch_size(calibration.frames, batch, mesh), 0
-    progress("input statistics", 0, calibration.frames)
-    for item in frame_batches(policy, calibration, size, mesh):
-        sums = reverse_sweep(spec, state, {}, item.inputs, item.frames, jax.random.key(seed), None)
-        for path, values in sums.items():
-            # One after another, so that the batch size does not change the order of summation.
-            for frame in to_host(values)[: item.count]:
-                totals[path] += frame
-        done += item.count
-        progress("input statistics", done, calibration.frames)
+    sweep = functools.partial(reverse_sweep, spec, replicate(mesh, state))
+    _add_up(totals, sweep, policy, calibration, batch, mesh, seed, progress)
     means: dict[str, np.ndarray] = {}
     covariances: dict[str, np.ndarray] = {}
     last: str | None = None
     for path, total in totals.items():
-        _check_finite(path, total)
         if last is not None and np.array_equal(total, totals[last]):
             means[path], covariances[path] = means[last], covariances[last]
             continue
@@ -111,8 +103,7 @@ def input_statistics(
             covariance = np.zeros_like(covariance)
         means[path], covariances[path] = mean, covariance
         last = path
-    made_from = {"calibration": calibration.manifest["sha256"], "seed": seed}
-    return InputStatistics(means, covariances, made_from)
+    return InputStatistics(means, covariances, _made_from(calibration, seed))
 
 
 def streamed_means(
@@ -144,23 +135,41 @@ def streamed_means(
     graphdef, state = nnx.split(policy.model)
     spec = ReverseSpec(graphdef, index.paths, _sums_where_it_matters, 1, mesh)
     totals = {layer.path: np.zeros(layer.fan_in + 1) for layer in index.layers}
+    sweep = functools.partial(streamed_sweep, spec, state)
+    _add_up(totals, sweep, policy, calibration, batch, mesh, seed, progress)
+    means = {path: total[:-1] / max(total[-1], 1.0) for path, total in totals.items()}
+    return InputStatistics(means, made_from=_made_from(calibration, seed))
+
+
+def _add_up(
+    totals: dict[str, np.ndarray],
+    sweep: Callable[..., dict[str, Array]],
+    policy: ModelPolicy,
+    calibration: Calibration,
+    batch: int,
+    mesh: Mesh,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Adds what a sweep finds in every frame to the layers' totals.
+
+    Raises:
+        InputError: see `input_statistics`.
+    """
     size, done = batch_size(calibration.frames, batch, mesh), 0
     progress("input statistics", 0, calibration.frames)
     for item in frame_batches(policy, calibration, size, mesh):
-        sums = streamed_sweep(spec, state, {}, item.inputs, item.frames, jax.random.key(seed), None)
+        sums = sweep({}, item.inputs, item.frames, jax.random.key(seed), None)
         for path, values in sums.items():
+            # One after another, so that the batch size does not change the order of summation.
             for frame in to_host(values)[: item.count]:
                 totals[path] += frame
         done += item.count
         progress("input statistics", done, calibration.frames)
     for path, total in totals.items():
-        _check_finite(path, total)
-    means = {path: total[:-1] / max(total[-1], 1.0) for path, total in totals.items()}
-    return InputStatistics(
-        means, made_from={"calibration": calibration.manifest["sha256"], "seed": seed}
-    )
+        if not np.isfinite(total).all():
+            raise InputError(f"{path}: its inputs are NaN or infinite on the calibration set")
 
 
-def _check_finite(path: str, total: np.ndarray) -> None:
-    if not np.isfinite(total).all():
-        raise InputError(f"{path}: its inputs are NaN or infinite on the calibration set")
+def _made_from(calibration: Calibration, seed: int) -> dict[str, Any]:
+    return {"calibration": calibration.manifest["sha256"], "seed": seed}

@@ -21,7 +21,7 @@ from jax.custom_batching import custom_vmap
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.checkpoints.tensor_files import release_pages
 from qvla_jax.errors import InputError
-from qvla_jax.sensitivity.instrument import hooked_call, layer_outputs, per_frame
+from qvla_jax.sensitivity.instrument import no_perturbations, per_frame, perturbed_call
 from qvla_jax.sensitivity.probes import probe_vectors
 from qvla_jax.sensitivity.reverse import Contraction, ReverseSpec, sum_in_blocks
 from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
@@ -181,7 +181,7 @@ class _Stage:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(stage: _Stage, state: Any, fixed: list[Any], values: list[Array]) -> Array:
-    return hooked_call(stage.graphdef, state, stage.arguments(fixed, values), (), lambda _, x, y: y)
+    return perturbed_call(stage.graphdef, state, stage.arguments(fixed, values), {})[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -194,19 +194,11 @@ def _pull_back(
     cotangents: Float[Array, "s ..."],
 ) -> tuple[dict[str, Array], dict[str, Array], list[Array]]:
     """Inputs of the stage's layers, and cotangents of their outputs and of the stage's inputs."""
-    shapes = layer_outputs(stage.graphdef, state, stage.arguments(fixed, values), layers)
 
     def forward(perturbations: dict[str, Array], values: list[Array]) -> tuple[Array, Any]:
-        seen: dict[str, Array] = {}
+        return perturbed_call(stage.graphdef, state, stage.arguments(fixed, values), perturbations)
 
-        def hook(path: str, x: Array, y: Array) -> Array:
-            seen[path] = x
-            return y + perturbations[path]
-
-        arguments = stage.arguments(fixed, values)
-        return hooked_call(stage.graphdef, state, arguments, tuple(shapes), hook), seen
-
-    zeros = {path: jnp.zeros(s.shape, s.dtype) for path, s in shapes.items()}
+    zeros = no_perturbations(stage.graphdef, state, stage.arguments(fixed, values), layers)
     _, pull_back, seen = jax.vjp(forward, zeros, values, has_aux=True)
     at_outputs, at_inputs = jax.vmap(pull_back)(cotangents)
     return seen, at_outputs, at_inputs
