@@ -25,10 +25,6 @@ CHANNEL_AXIS = "channel"
 
 Tree = TypeVar("Tree")
 
-# XLA ends the process when one CPU device is a minute behind another at a collective. On a loaded
-# machine, or with large layers, that is no fault.
-_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
-
 
 def use_all_cpu_cores() -> int:
     """Makes as many virtual CPU devices as this process may use cores.
@@ -41,21 +37,10 @@ def use_all_cpu_cores() -> int:
     """
     allowed = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-    wait_for_slow_devices()
     # JAX refuses the setting once its devices exist; whoever made them has decided their number.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", cores)
     return cores
-
-
-def wait_for_slow_devices(seconds: int = 600) -> None:
-    """Sets how long CPU devices wait for each other, unless `XLA_FLAGS` says so already.
-
-    Must run before the first use of a device; afterwards it changes nothing.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _PATIENCE not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}={seconds}".strip()
 
 
 def data_mesh() -> Mesh:
