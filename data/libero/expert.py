@@ -14,7 +14,7 @@ Actions are LIBERO's: changes of position and rotation of the operational-space 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -152,7 +152,7 @@ class DrawerExpert(BowlExpert):
       drawer: Centre of the drawer in the world (m).
     """
 
-    drawer: "Float64[NpArray, ' 3'] | None" = None
+    drawer: "Float64[NpArray, ' 3']" = field(kw_only=True)
 
     # How far (m) the bowl may stand off the drawer's centre towards `side`, and away from it, for
     # a grasp at `side`, and opposite; measured with both grasps from 30 initial states.
@@ -160,7 +160,6 @@ class DrawerExpert(BowlExpert):
 
     def _side(self, state: Mapping[str, Any]) -> float:
         """Where the rim is grasped in this state, radians."""
-        assert self.drawer is not None
         axis = np.array([np.cos(self.side), np.sin(self.side), 0.0])
         bowl = state[f"{self.bowl}_pos"]
         offset = float(axis @ (bowl - self.drawer))

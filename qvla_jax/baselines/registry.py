@@ -46,34 +46,31 @@ class Method:
 
 def _rtn(job: Job) -> Policy:
     bits, group = int(job.setting.bits), job.setting.group
-
-    def rows(weight: Float[Array, "c k"], moments: InputMoments | None) -> QuantizedRows:
-        del moments
-        return nearest(weight, bits, group)
-
-    return layer_by_layer(job, rows, made_with={"calibration hash": None})
+    return layer_by_layer(
+        job, lambda weight, _: nearest(weight, bits, group), made_with={"calibration hash": None}
+    )
 
 
-def _gptq(job: Job) -> Policy:
-    bits, group = int(job.setting.bits), job.setting.group
+def _by_moments(
+    rows_of: Callable[[Float[Array, "c k"], InputMoments, int, int | None], QuantizedRows],
+) -> Callable[[Job], Policy]:
+    """A method that reads a layer's input moments, and rounds to nearest where there are none."""
 
-    def rows(weight: Float[Array, "c k"], moments: InputMoments | None) -> QuantizedRows:
-        if moments is None:
-            return nearest(weight, bits, group)
-        return gptq(weight, moments.hessian, bits, group)
+    def make(job: Job) -> Policy:
+        bits, group = int(job.setting.bits), job.setting.group
 
-    return layer_by_layer(job, rows)
+        def rows(weight: Float[Array, "c k"], moments: InputMoments | None) -> QuantizedRows:
+            if moments is None:
+                return nearest(weight, bits, group)
+            return rows_of(weight, moments, bits, group)
+
+        return layer_by_layer(job, rows)
+
+    return make
 
 
-def _awq(job: Job) -> Policy:
-    bits, group = int(job.setting.bits), job.setting.group
-
-    def rows(weight: Float[Array, "c k"], moments: InputMoments | None) -> QuantizedRows:
-        if moments is None:
-            return nearest(weight, bits, group)
-        return awq(weight, moments.mean_magnitude, bits, group)
-
-    return layer_by_layer(job, rows)
+_awq = _by_moments(lambda weight, m, bits, group: awq(weight, m.mean_magnitude, bits, group))
+_gptq = _by_moments(lambda weight, m, bits, group: gptq(weight, m.hessian, bits, group))
 
 
 METHODS: Final[Mapping[str, Method]] = {
