@@ -9,11 +9,11 @@ Times are of `Policy.run`, from the prepared observation to the actions.
 
 import argparse
 import os
-import time
 
 import numpy as np
 
 import qvla_jax
+from qvla_jax.evaluation.latency import chunk_seconds, summarize_seconds
 from qvla_jax.inference import Policy
 from qvla_jax.inference.packed_linear import PackedLinear, packed_layers
 from qvla_jax.kernels import cpu
@@ -33,23 +33,21 @@ def main() -> None:
         "packed, layers apart": apart(qvla_jax.load_policy(arguments.file)),
     }
     frames = qvla_jax.calibration_set("bundled", frames=arguments.frames, split="heldout")
-    times: dict[str, list[float]] = {name: [] for name in policies}
-    difference = 0.0
-    for number, batch in enumerate(frames.batches(1)):
-        answers = []
-        for name, policy in policies.items():
-            inputs = policy.prepare(batch)
-            start = time.perf_counter()
-            answers.append(policy.run(inputs))
-            if number >= 5:  # the first ones compile
-                times[name].append(1e3 * (time.perf_counter() - start))
-        difference = max(difference, float(np.abs(answers[0] - answers[1]).max()))
+    observations = list(frames.batches(1))
+    seconds = chunk_seconds(policies, observations)
+    full, packed = (
+        np.concatenate([policy.run(policy.prepare(batch)) for batch in observations])
+        for policy in list(policies.values())[:2]
+    )
+    difference = float(np.abs(full - packed).max())
     print(f"kernel {cpu.instruction_set()}, load {os.getloadavg()[0]:.1f}")
-    for name, values in times.items():
-        median, high = np.percentile(values, [50, 95])
-        print(f"{name}: median {median:.1f} ms, 95th percentile {high:.1f} ms")
+    for name, values in seconds.items():
+        found = summarize_seconds(values)
+        print(
+            f"{name}: median {found['median_ms']:.1f} ms, 95th percentile {found['p95_ms']:.1f} ms"
+        )
     print(f"largest difference of a normalized action between the first two: {difference:.2g}")
-    together, alone = (np.asarray(times[name]) for name in list(times)[1:])
+    together, alone = (np.asarray(seconds[name]) for name in list(seconds)[1:])
     print(f"time of packed over packed, layers apart: median {np.median(together / alone):.3f}")
 
 

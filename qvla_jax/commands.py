@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from qvla_jax import __version__, pipeline, sharding
 from qvla_jax.errors import QvlaError
 from qvla_jax.pipeline import files
-from qvla_jax.pipeline.closed_loop import EPISODES_FILE, SUMMARY_FILE, ClosedLoopConfig
+from qvla_jax.pipeline.closed_loop import EPISODES_FILE, ClosedLoopConfig
 from qvla_jax.pipeline.closed_loop import closed_loop as run_closed_loop
 from qvla_jax.pipeline.collect import CollectConfig
 from qvla_jax.pipeline.collect import collect as run_collect
@@ -320,7 +320,7 @@ def closed_loop(config: ClosedLoopConfig) -> None:
         _print(comparison_table(comparison))
         if comparison["drift"]:
             _say(drift_line(comparison["drift"]))
-    _say(f"Episodes: {config.out / EPISODES_FILE}; summary: {config.out / SUMMARY_FILE}")
+    _say(f"Episodes: {config.out / EPISODES_FILE}; summary: {config.out / files.CLOSED_LOOP}")
 
 
 def collect(config: CollectConfig) -> None:

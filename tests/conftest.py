@@ -34,3 +34,47 @@ def _compiled_programs_stay_few() -> Iterator[None]:
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def closed_loop_summary() -> dict:
+    """A closed_loop.json: two policies on 20 episodes of two tasks."""
+    from qvla_jax.evaluation.paired import Comparison, Success
+
+    names = ("libero-mini", "libero-mini@runs/x:3")
+
+    def success(solved, episodes):
+        return Success(solved, episodes).to_dict()
+
+    drift = {
+        "seconds": [0.0, 0.4, 0.8],
+        "distance_median": [0.0, 0.01, 0.02],
+        "distance_upper": [0.0, 0.02, 0.05],
+        "deviation_mean": [0.0, 0.1, 0.3],
+        "deviation_total": 0.3,
+        "deviation_episodes": 20,
+    }
+    return {
+        "format": "qvla_jax.closed_loop",
+        "version": 1,
+        "suite": "libero_spatial",
+        "settings": {"open_loop_steps": 8},
+        "policies": [
+            {
+                "policy": name,
+                "overall": success(solved, 20),
+                "tasks": [{"task": t, "task_name": f"task_{t}_of_two"} for t in range(2)],
+            }
+            for name, solved in zip(names, (18, 15), strict=True)
+        ],
+        "comparisons": [
+            {
+                "candidate": names[1],
+                "reference": names[0],
+                "overall": Comparison(
+                    both=14, candidate_only=1, reference_only=4, neither=1
+                ).to_dict(),
+                "drift": drift,
+            }
+        ],
+    }

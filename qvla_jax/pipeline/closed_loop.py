@@ -29,7 +29,6 @@ from qvla_jax.provenance import provenance
 from qvla_jax.report.drift import save_drift
 
 EPISODES_FILE = "episodes.jsonl"
-SUMMARY_FILE = "closed_loop.json"
 VIDEO_FOLDER = "videos"
 DRIFT_FIGURE = "drift.png"
 SUMMARY_KIND = "qvla_jax.closed_loop"
@@ -171,7 +170,7 @@ def closed_loop(
     drifts = {c["candidate"]: c["drift"] for c in content["comparisons"] if c["drift"]}
     if drifts:
         save_drift(drifts, config.out / DRIFT_FIGURE)
-    write_json(config.out / SUMMARY_FILE, content)
+    write_json(config.out / files.CLOSED_LOOP, content)
     return content
 
 

@@ -138,14 +138,21 @@ class EvaluateConfig(HeldoutConfig):
     uniform_bits: tuple[int, ...] = (2, 3, 4, 8)
     # Frames for each forward pass.
     eval_batch: int = 32
+    # Timed calls of the full and of the packed policy, one observation each; 0 times none.
+    latency_calls: int = 50
 
     def __post_init__(self) -> None:
         _positive(self, "eval_batch")
+        if self.latency_calls < 0:
+            raise InputError(f"latency_calls must not be negative, got {self.latency_calls}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig(StageConfig):
     """Writes report.json and report.html from the files of the other stages."""
+
+    # Folder of `qvla evaluate --sim`, whose success, drift and videos the report shall show.
+    simulation: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Stage 5: the action error of every allocation on frames that calibration never saw."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation import Predictions, action_errors, predict
+from qvla_jax.evaluation.latency import WARM_UP, chunk_seconds, summarize_seconds
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.pipeline import files
@@ -132,6 +134,7 @@ def evaluate(
             "quantized_weights": index.num_weights,
         },
         "packed": describe_packed(config.out / files.POLICY, allocations.chosen, difference),
+        "latency": _latency(config, policy, packed, heldout),
         "heldout": heldout.describe(),
         "chosen": allocations.chosen.name,
         "methods": entries,
@@ -140,6 +143,24 @@ def evaluate(
     }
     write_json(config.out / files.EVALUATION, evaluation)
     return evaluation
+
+
+def _latency(
+    config: EvaluateConfig, policy: Policy, packed: Policy, heldout: CalibrationSet
+) -> dict[str, Any] | None:
+    """Times one chunk of the full and of the packed policy, call by call in turn."""
+    if not config.latency_calls:
+        return None
+    calls = WARM_UP + config.latency_calls
+    some = list(itertools.islice(heldout.batches(1), calls))
+    seconds = chunk_seconds(
+        {"full": policy, "packed": packed}, itertools.islice(itertools.cycle(some), calls)
+    )
+    ratios = np.divide(seconds["full"], seconds["packed"])
+    return {
+        **{name: summarize_seconds(found) for name, found in seconds.items()},
+        "speed_up": float(np.median(ratios)),
+    }
 
 
 def describe_packed(path: Path, chosen: Allocation, difference: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ POLICY = "policy.qvla"
 # Packed policies of other methods.
 METHODS = "methods"
 EVALUATION = "evaluation.json"
+CLOSED_LOOP = "closed_loop.json"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 STUDY = "study.json"
@@ -38,6 +39,7 @@ _WRITERS = {
     ALLOCATION: "allocate",
     POLICY: "quantize",
     EVALUATION: "evaluate",
+    CLOSED_LOOP: "evaluate --sim libero_spatial",
 }
 
 

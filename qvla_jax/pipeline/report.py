@@ -10,11 +10,13 @@ from qvla_jax.atomic import write_json, write_text
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
+from qvla_jax.pipeline.closed_loop import SUMMARY_KIND, VIDEO_FOLDER
 from qvla_jax.pipeline.configs import ReportConfig
 from qvla_jax.pipeline.evaluate import EVALUATION_KIND
 from qvla_jax.pipeline.sensitivity import load_seconds, load_validation
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.report import SensitivityMap, render
+from qvla_jax.report.closed_loop import Rollout, choose_rollouts
 from qvla_jax.sensitivity.table import SensitivityTable
 
 KIND = "qvla_jax.report"
@@ -54,6 +56,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": evaluation["model"],
         "packed": evaluation["packed"],
+        "latency": evaluation["latency"],
         "budget": {"bits_per_weight": chosen.budget_bits, "bytes": chosen.budget_bytes},
         "calibration": calibration.describe(),
         "heldout": evaluation["heldout"],
@@ -69,9 +72,15 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
             "allocate": sum(a.seconds for a in allocations.items),
             "evaluate": evaluation["seconds"],
         },
+        "closed_loop": None,
         "provenance": evaluation["provenance"],
     }
-    page = render(content, _map(tables[0]))
+    rollouts: list[Rollout] = []
+    if config.simulation is not None:
+        summary = files.read_json(config.simulation / files.CLOSED_LOOP, kind=SUMMARY_KIND)
+        content["closed_loop"] = summary
+        rollouts = choose_rollouts(config.simulation / VIDEO_FOLDER, summary)
+    page = render(content, _map(tables[0]), rollouts=rollouts)
     write_json(config.out / files.REPORT_JSON, content)
     write_text(config.out / files.REPORT_HTML, page)
     progress("report", 1, 1)

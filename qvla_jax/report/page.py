@@ -10,6 +10,7 @@ import numpy as np
 
 from qvla_jax.array_typing import Float, NpArray
 from qvla_jax.report import figures
+from qvla_jax.report.closed_loop import Rollout, closed_loop_section
 from qvla_jax.report.heatmap import cost_bounds, heatmap
 from qvla_jax.report.svg import number
 
@@ -33,8 +34,19 @@ class SensitivityMap:
     costs: Float[NpArray, "C n"]
 
 
-def render(report: Mapping[str, Any], sensitivity: SensitivityMap) -> str:
-    """Returns the page for a report (see docs/file_formats.md for its schema)."""
+def render(
+    report: Mapping[str, Any],
+    sensitivity: SensitivityMap,
+    *,
+    rollouts: Sequence[Rollout] = (),
+) -> str:
+    """Returns the page for a report.
+
+    Args:
+        report: See docs/file_formats.md for its schema.
+        sensitivity: What the heatmaps show.
+        rollouts: Videos of closed-loop episodes, if the report has such.
+    """
     style = resources.files("qvla_jax.report").joinpath("style.css").read_text("utf-8")
     budget = number(report["budget"]["bits_per_weight"])
     title = f"{report['model']['name']} at {budget} bits per weight"
@@ -43,6 +55,7 @@ def render(report: Mapping[str, Any], sensitivity: SensitivityMap) -> str:
         _cards(report),
         _methods(report),
         _curve(report),
+        closed_loop_section(report["closed_loop"], rollouts) if report["closed_loop"] else "",
         _additivity_and_spearman(report),
         _heatmaps(sensitivity),
         _bits(report),
@@ -104,10 +117,39 @@ def _cards(report: Mapping[str, Any]) -> str:
             "of gripper commands flipped against full precision",
         )
     )
+    cards += _latency_card(report["latency"]) + _success_cards(report["closed_loop"])
     inner = "".join(
         f'<div class="card"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in cards
     )
     return f'<div class="cards">{inner}</div>\n'
+
+
+def _latency_card(latency: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if latency is None:
+        return []
+    full, packed = latency["full"], latency["packed"]
+    return [
+        (
+            f"{packed['median_ms']:.1f} ms",
+            f"for one chunk from packed weights (95th percentile {packed['p95_ms']:.1f} ms); full "
+            f"precision takes {full['median_ms']:.1f} ms, {latency['speed_up']:.2f} times as long, "
+            "call by call in turn",
+        )
+    ]
+
+
+def _success_cards(closed_loop: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if closed_loop is None:
+        return []
+    reference, *others = closed_loop["policies"]
+    full = f"the first policy {reference['overall']['rate']:.1%}"
+    return [
+        (
+            f"{entry['overall']['rate']:.1%}",
+            f"of {entry['overall']['episodes']} episodes solved by {entry['policy']}, {full}",
+        )
+        for entry in others[:2]
+    ]
 
 
 def _methods(report: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ def config(policy_folder, tmp_path_factory) -> pipeline.RunConfig:
         match_uniform=(8,),
         eval_frames=9,
         eval_batch=4,
+        latency_calls=2,
     )
 
 

@@ -204,6 +204,30 @@ def test_a_report_of_an_older_allocation_is_refused(content, config, tmp_path):
         pipeline.report(config)
 
 
+def test_both_policies_are_timed_on_as_many_calls_as_asked(content, config):
+    latency = content["latency"]
+    for name in ("full", "packed"):
+        assert latency[name]["calls"] == config.latency_calls
+        assert 0 < latency[name]["median_ms"] <= latency[name]["p95_ms"]
+    assert latency["speed_up"] > 0
+
+
+def test_the_report_takes_closed_loop_episodes_from_a_folder(
+    content, config, closed_loop_summary, tmp_path
+):
+    out = tmp_path / "out"
+    shutil.copytree(config.out, out)
+    simulation = tmp_path / "simulation"
+    simulation.mkdir()
+    settings = pipeline.ReportConfig(out=out, simulation=simulation)
+    with pytest.raises(InputError, match=r"closed_loop\.json: missing; .*qvla evaluate --sim"):
+        pipeline.report(settings)
+    (simulation / "closed_loop.json").write_text(json.dumps(closed_loop_summary))
+    content = pipeline.report(settings)
+    assert content["closed_loop"] == closed_loop_summary
+    assert "18 of 20" in (out / files.REPORT_HTML).read_text()
+
+
 def test_evaluating_on_the_calibration_split_is_refused(content, config, tmp_path):
     config = dataclasses.replace(copy_of(config, tmp_path / "copy"), eval_split="calibration")
     with pytest.raises(InputError, match="calibrated on"):

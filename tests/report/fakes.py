@@ -133,6 +133,12 @@ def fake_report():
             "channels": sum(LAYERS.values()), "quantized_weights": weights,
         },
         "packed": {"file": "policy.qvla", "note": "The chosen policy ran from its packed weights."},
+        "latency": {
+            "full": {"calls": 50, "median_ms": 15.25, "p95_ms": 18.0},
+            "packed": {"calls": 50, "median_ms": 10.5, "p95_ms": 12.0},
+            "speed_up": 1.45,
+        },
+        "closed_loop": None,
         "budget": {"bits_per_weight": 4.0, "bytes": size(4)},
         "calibration": {**frames, "split": "calibration", "hash": "0f" * 32},
         "heldout": {**frames, "split": "heldout", "hash": "1e" * 32},

@@ -1,0 +1,45 @@
+"""How long a policy takes for one action chunk."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from qvla_jax.inference.policy import Policy
+
+# The first calls compile, and warm the caches.
+WARM_UP = 3
+
+
+def chunk_seconds(
+    policies: Mapping[str, Policy], observations: Iterable[Any], *, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    """Times policies on the same observations, in turn, so that other work meets all of them.
+
+    Times are of `Policy.run`, from the prepared observation to the actions on the host.
+
+    Args:
+        policies: Policies by name.
+        observations: What `Policy.prepare` takes, one observation each.
+        warm_up: Observations at the beginning that are not counted.
+
+    Returns:
+        Name -> wall-clock seconds of each counted call.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in policies}
+    for number, observation in enumerate(observations):
+        for name, policy in policies.items():
+            inputs = policy.prepare(observation)
+            start = time.perf_counter()
+            np.asarray(policy.run(inputs))
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summarize_seconds(seconds: Iterable[float]) -> dict[str, Any]:
+    """Number of calls, and median and 95th percentile of their times in milliseconds."""
+    values = 1e3 * np.asarray(list(seconds), np.float64)
+    median, high = np.percentile(values, [50, 95])
+    return {"calls": len(values), "median_ms": float(median), "p95_ms": float(high)}
