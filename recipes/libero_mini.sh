@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains libero-mini for LIBERO-Spatial: behaviour cloning of the scripted expert, then three rounds of DAgger, in which the
+# Trains libero-mini for LIBERO-Spatial: behaviour cloning of the scripted expert, then four rounds of DAgger, in which the
 # expert labels what the last policy visits. Starts are drawn at random: the official initial states are never seen.
 #
 #   recipes/libero_mini.sh FOLDER
@@ -55,5 +55,13 @@ collect visited9 "${acting[@]}" --tasks 0 1 2 3 5 7 8 9 --episodes-per-task 8
 train dagger3 "${refine[@]}" --initial-policy "$runs/dagger2/policy" --seed 3 --steps 2800 --decay-steps 1500 \
   --more-data $(sets visited1 visited2 visited3 drawer visited4 visited5 visited6 visited7 demonstrations2 visited8 visited9)
 
-echo "trained: $runs/dagger3/policy"
-echo "measure it: qvla evaluate --sim libero_spatial --episodes-per-task 20 --policy $runs/dagger3/policy --out $folder/evaluation"
+# What the first policy visited has served its turn.
+acting=(--policy "$runs/dagger3/policy" --seed 505 --heldout 0)
+collect visited10 "${acting[@]}" --tasks 4 --episodes-per-task 40
+collect visited11 "${acting[@]}" --tasks 5 --episodes-per-task 16
+train dagger4 "${refine[@]}" --initial-policy "$runs/dagger3/policy" --seed 4 --steps 1000 --decay-steps 900 \
+  --peak-learning-rate 0.0007 --more-data $(sets visited2 visited3 drawer visited4 visited5 visited6 visited7 \
+  demonstrations2 visited8 visited9 visited10 visited11)
+
+echo "trained: $runs/dagger4/policy"
+echo "measure it: qvla evaluate --sim libero_spatial --episodes-per-task 20 --policy $runs/dagger4/policy --out $folder/evaluation"
