@@ -11,6 +11,7 @@ from qvla_jax.baselines.gptq import gptq
 from qvla_jax.baselines.job import Job, Moments, layer_by_layer
 from qvla_jax.baselines.moments import InputMoments, input_moments
 from qvla_jax.baselines.numerics import WIDTHS, QuantizedRows, nearest
+from qvla_jax.baselines.omniquant import omniquant_policy
 from qvla_jax.baselines.qvla import qvla_paper, qvla_released
 from qvla_jax.baselines.settings import Setting
 from qvla_jax.baselines.smoothquant import smoothquant_policy
@@ -81,6 +82,9 @@ METHODS: Final[Mapping[str, Method]] = {
     ),
     "awq": Method(title="AWQ (qwix)", make=_awq, needs_moments=True, grouped=True),
     "gptq": Method(title="GPTQ (qwix)", make=_gptq, needs_moments=True, grouped=True),
+    "omniquant": Method(
+        title="OmniQuant's learned clips", make=omniquant_policy, needs_moments=True, grouped=True
+    ),
     "qvla": Method(title="QVLA, as the paper describes it", make=qvla_paper, allocates=True),
     "qvla-released": Method(title="QVLA, as released", make=qvla_released, allocates=True),
 }  # fmt: skip

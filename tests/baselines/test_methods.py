@@ -23,6 +23,7 @@ ROWS = (
     "gptq-w3",
     "awq-w4-g16",
     "smoothquant-w4a4",
+    "omniquant-w3",
     "qvla-w9",
     "qvla-released-w6",
 )
