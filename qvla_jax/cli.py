@@ -167,7 +167,7 @@ COMMANDS = {
         _stage("quantize"),
         {
             "--method": Command(
-                "quantize by a published method, such as GPTQ",
+                "quantize by a method's name, such as GPTQ",
                 "qvla quantize --method gptq-w4 rtn-w4-g128 --model libero-mini --out runs/mini",
                 _quantize_by_methods,
             )
@@ -188,6 +188,11 @@ COMMANDS = {
     ),
     "report": Command(
         "write report.json and report.html", "qvla report --out runs/mini", _stage("report")
+    ),
+    "study": Command(
+        "make the table of results: methods against settings",
+        "qvla study --model libero-mini --rows rtn gptq action --columns w4a16 w3 --out runs/study",
+        _stage("study"),
     ),
     "compare-solvers": Command(
         "run all solvers on one allocation problem",

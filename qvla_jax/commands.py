@@ -286,11 +286,19 @@ def quantize(config: pipeline.QuantizeConfig) -> None:
 
 
 def quantize_by_methods(config: pipeline.MethodConfig) -> None:
-    """Quantizes by published methods."""
+    """Quantizes by methods' names."""
     with ProgressBars() as progress:
         written = pipeline.quantize_by_methods(config, progress=progress)
     for path in written.values():
         show_packed(path)
+
+
+def study(config: pipeline.StudyConfig) -> None:
+    """Makes the table of results and prints it."""
+    with ProgressBars() as progress:
+        pipeline.study(config, progress=progress)
+    _say((config.out / files.RESULTS_TABLE).read_text("utf-8"))
+    _say(f"Results: {config.out / files.RESULTS}, {config.out / files.RESULTS_TABLE}")
 
 
 def pack(config: PackConfig) -> None:

@@ -4,16 +4,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from qvla_jax.array_typing import Array, Float
+from qvla_jax.baselines.measurements import Measurements, Moments
 from qvla_jax.baselines.moments import InputMoments
 from qvla_jax.baselines.numerics import QuantizedRows
 from qvla_jax.baselines.packing import packed_policy
 from qvla_jax.baselines.settings import Setting
 from qvla_jax.inference.policy import Policy
-from qvla_jax.progress import Progress
 from qvla_jax.quantization import LayerRules, policy_index, quantizable_layers
 from qvla_jax.sensitivity.batches import Calibration
 
-Moments = Mapping[str, InputMoments]
 # Rows [c, k] and the moments of their inputs; None for layers that no forward pass reaches.
 RowsOf = Callable[[Float[Array, "c k"], InputMoments | None], QuantizedRows]
 
@@ -22,15 +21,28 @@ RowsOf = Callable[[Float[Array, "c k"], InputMoments | None], QuantizedRows]
 class Job:
     """What a method works on."""
 
-    # Full precision.
-    policy: Policy
-    # The only frames that it may see.
-    calibration: Calibration
+    # The policy and the frames, and what is measured on them.
+    measured: Measurements
     setting: Setting
-    rules: LayerRules
-    # Empty where the method reads none.
-    moments: Moments
-    progress: Progress
+
+    @property
+    def policy(self) -> Policy:
+        """Full precision."""
+        return self.measured.policy
+
+    @property
+    def calibration(self) -> Calibration:
+        """The only frames that a method may see."""
+        return self.measured.calibration
+
+    @property
+    def rules(self) -> LayerRules:
+        """Which layers are quantized."""
+        return self.measured.rules
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Reports how far it is."""
+        self.measured.progress(stage, done, total)
 
     @property
     def made_with(self) -> dict[str, str | None]:
@@ -39,13 +51,18 @@ class Job:
 
 
 def layer_by_layer(
-    job: Job, rows_of: RowsOf, *, made_with: Mapping[str, object] | None = None
+    job: Job,
+    rows_of: RowsOf,
+    moments: Moments,
+    *,
+    made_with: Mapping[str, object] | None = None,
 ) -> Policy:
     """The packed policy of a method that looks at one layer at a time.
 
     Args:
         job: what to work on.
         rows_of: the method.
+        moments: of the layers' inputs; empty where the method reads none.
         made_with: of the file's header; None: the calibration set.
     """
     index = policy_index(job.policy, job.rules)
@@ -54,7 +71,7 @@ def layer_by_layer(
     def rows() -> Iterator[QuantizedRows]:
         for done, path in enumerate(index.paths):
             job.progress(job.setting.name, done, len(index.paths))
-            yield rows_of(layers[path].kernel[...].T, job.moments.get(path))
+            yield rows_of(layers[path].kernel[...].T, moments.get(path))
         job.progress(job.setting.name, len(index.paths), len(index.paths))
 
     return packed_policy(

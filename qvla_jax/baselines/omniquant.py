@@ -40,7 +40,7 @@ from qvla_jax.inference.packed_linear import scale_inputs
 from qvla_jax.inference.policy import Policy
 from qvla_jax.kernels.activations import round_activations
 from qvla_jax.models.surgery import get_module, named_modules, replace_modules
-from qvla_jax.quantization import policy_index
+from qvla_jax.quantization import policy_index, quantizable_layers
 from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
 
 _EPOCHS: Final = 20
@@ -227,9 +227,9 @@ def omniquant_policy(job: Job) -> Policy:
     rows: dict[str, QuantizedRows] = {}
     losses: dict[str, list[float]] = {}
     stages, calls = _recorded(job, index.paths)
-    last: tuple[np.ndarray, np.ndarray] | None = (
-        None  # full-precision and quantized output of a block
-    )
+    linears = quantizable_layers(job.policy.model, job.rules)
+    # Full-precision and quantized output of the block before.
+    last: tuple[np.ndarray, np.ndarray] | None = None
     for number, stage in enumerate(stages):
         job.progress(job.setting.name, number, len(stages))
         args, targets = calls[stage]
@@ -237,16 +237,12 @@ def omniquant_policy(job: Job) -> Policy:
         if last is not None and np.array_equal(args[0], last[0]):
             args = (last[1], *args[1:])
         layers = {
-            path.removeprefix(f"{stage}."): named_modules(block, nnx.Linear)[
-                path.removeprefix(f"{stage}.")
-            ]
-            .kernel[...]
-            .T
-            for path in index.paths
+            path.removeprefix(f"{stage}."): linear.kernel[...].T
+            for path, linear in linears.items()
             if path.startswith(f"{stage}.")
         }
         start = {
-            name: _start(weight, job.moments.get(f"{stage}.{name}"), grid)
+            name: _start(weight, job.measured.moments.get(f"{stage}.{name}"), grid)
             for name, weight in layers.items()
         }
         learned, losses[stage] = fit_block(block, start, args, targets, grid)
@@ -259,7 +255,6 @@ def omniquant_policy(job: Job) -> Policy:
         ]
         last = targets, np.stack(outputs)
     job.progress(job.setting.name, len(stages), len(stages))
-    linears = named_modules(job.policy.model, nnx.Linear)
     every = (
         rows.get(path) or nearest(linears[path].kernel[...].T, grid.bits, grid.group)
         for path in index.paths

@@ -13,17 +13,14 @@ is ranked by the absolute cost at its new bit-width, and the budget is an averag
 of codes alone; what is really stored is what the file says.
 """
 
-import dataclasses
-
 import numpy as np
 
+from qvla_jax.baselines.action import with_activations
 from qvla_jax.baselines.job import Job
-from qvla_jax.baselines.packing import described
-from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization import quantize
 from qvla_jax.quantization.quantizer import UNIFORM_BASELINE, Quantizer
-from qvla_jax.sensitivity import SensitivityTable, sensitivities
+from qvla_jax.sensitivity import SensitivityTable
 from qvla_jax.solvers import AllocationProblem, solve
 
 OPTIONS = (0, 2, 4, 8, 16)
@@ -47,16 +44,10 @@ def qvla_released(job: Job) -> Policy:
 
 
 def _table(job: Job, method: str) -> SensitivityTable:
-    return sensitivities(
-        job.policy, job.calibration, method=method, bits=OPTIONS, quantizer=UNIFORM_BASELINE,
-        joint=False, rules=job.rules, progress=job.progress,
-    )  # fmt: skip
+    return job.measured.table(method, UNIFORM_BASELINE, OPTIONS, False)
 
 
 def _applied(job: Job, table: SensitivityTable, choice: np.ndarray) -> Policy:
     bits = np.asarray(table.bits)[choice]
     packed = quantize(job.policy, bits, quantizer=Quantizer(UNIFORM_BASELINE), rules=job.rules)
-    for layer in packed_layers(packed.model).values():
-        layer.activation_bits = job.setting.activation_bits
-    header = described(job.policy, job.setting, job.made_with)
-    return dataclasses.replace(packed, quantization=header)
+    return with_activations(job, packed)

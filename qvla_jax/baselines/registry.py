@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from qvla_jax.array_typing import Array, Float
+from qvla_jax.baselines.action import RECIPES
 from qvla_jax.baselines.awq import awq
 from qvla_jax.baselines.gptq import gptq
-from qvla_jax.baselines.job import Job, Moments, layer_by_layer
-from qvla_jax.baselines.moments import InputMoments, input_moments
+from qvla_jax.baselines.job import Job, layer_by_layer
+from qvla_jax.baselines.measurements import Measurements
+from qvla_jax.baselines.moments import InputMoments
 from qvla_jax.baselines.numerics import WIDTHS, QuantizedRows, nearest
 from qvla_jax.baselines.omniquant import omniquant_policy
 from qvla_jax.baselines.qvla import qvla_paper, qvla_released
@@ -20,7 +22,7 @@ from qvla_jax.inference.policy import Policy
 from qvla_jax.kernels.activations import ACTIVATION_BITS
 from qvla_jax.kernels.packed import GROUP_MULTIPLE
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization import DEFAULT_RULES, LayerRules, policy_index
+from qvla_jax.quantization import DEFAULT_RULES, LayerRules
 from qvla_jax.sensitivity.batches import Calibration
 
 
@@ -31,7 +33,6 @@ class Method:
     Attributes:
         title: For tables.
         make: Applies it.
-        needs_moments: Whether it reads the layers' input moments.
         grouped: Whether groups of inputs may have scales of their own.
         allocates: Whether bits are a budget, which may be broken.
         rounds_activations: Whether it is one for rounded activations alone.
@@ -39,7 +40,6 @@ class Method:
 
     title: str
     make: Callable[[Job], Policy]
-    needs_moments: bool = False
     grouped: bool = False
     allocates: bool = False
     rounds_activations: bool = False
@@ -48,8 +48,9 @@ class Method:
 def _rtn(job: Job) -> Policy:
     bits, group = int(job.setting.bits), job.setting.group
     return layer_by_layer(
-        job, lambda weight, _: nearest(weight, bits, group), made_with={"calibration hash": None}
-    )
+        job, lambda weight, _: nearest(weight, bits, group), {},
+        made_with={"calibration hash": None},
+    )  # fmt: skip
 
 
 def _by_moments(
@@ -65,7 +66,7 @@ def _by_moments(
                 return nearest(weight, bits, group)
             return rows_of(weight, moments, bits, group)
 
-        return layer_by_layer(job, rows)
+        return layer_by_layer(job, rows, job.measured.moments)
 
     return make
 
@@ -77,16 +78,20 @@ _gptq = _by_moments(lambda weight, m, bits, group: gptq(weight, m.hessian, bits,
 METHODS: Final[Mapping[str, Method]] = {
     "rtn": Method(title="round to nearest (qwix)", make=_rtn, grouped=True),
     "smoothquant": Method(
-        title="SmoothQuant (qwix)", make=smoothquant_policy, needs_moments=True, grouped=True,
+        title="SmoothQuant (qwix)", make=smoothquant_policy, grouped=True,
         rounds_activations=True,
     ),
-    "awq": Method(title="AWQ (qwix)", make=_awq, needs_moments=True, grouped=True),
-    "gptq": Method(title="GPTQ (qwix)", make=_gptq, needs_moments=True, grouped=True),
+    "awq": Method(title="AWQ (qwix)", make=_awq, grouped=True),
+    "gptq": Method(title="GPTQ (qwix)", make=_gptq, grouped=True),
     "omniquant": Method(
-        title="OmniQuant's learned clips", make=omniquant_policy, needs_moments=True, grouped=True
+        title="OmniQuant's learned clips", make=omniquant_policy, grouped=True
     ),
     "qvla": Method(title="QVLA, as the paper describes it", make=qvla_paper, allocates=True),
     "qvla-released": Method(title="QVLA, as released", make=qvla_released, allocates=True),
+    **{
+        name: Method(title=recipe.title, make=recipe, allocates=recipe.options is not None)
+        for name, recipe in RECIPES.items()
+    },
 }  # fmt: skip
 
 
@@ -129,17 +134,18 @@ def quantize_by(
     calibration: Calibration,
     name: str,
     *,
-    moments: Moments | None = None,
+    measured: Measurements | None = None,
     rules: LayerRules = DEFAULT_RULES,
     progress: Progress = no_progress,
 ) -> Policy:
-    """The policy quantized by a baseline, running from packed weights.
+    """The policy quantized by a method, running from packed weights.
 
     Args:
         policy: the full-precision policy; it is left as it is.
         calibration: the only frames that a method may see.
         name: METHOD-wBITS[aBITS][-gGROUP], such as "gptq-w4"; see `METHODS`.
-        moments: from `input_moments` on the same policy and frames, if they are known already.
+        measured: what other methods have measured on the same policy and frames; its rules and its
+            progress then hold.
         rules: which layers are quantized.
         progress: called as it goes on.
 
@@ -148,14 +154,8 @@ def quantize_by(
         BudgetError: the budget of a method that allocates is below what can be stored.
     """
     setting = check_setting(name)
-    method = METHODS[setting.method]
     if policy.quantization is not None:
         raise InputError("the policy is quantized already; quantize the full-precision one")
-    if method.needs_moments and moments is None:
-        index = policy_index(policy, rules)
-        moments = input_moments(policy, calibration, index, progress=progress)
-    job = Job(
-        policy=policy, calibration=calibration, setting=setting, rules=rules,
-        moments=moments or {}, progress=progress,
-    )  # fmt: skip
-    return method.make(job)
+    if measured is None:
+        measured = Measurements(policy, calibration, rules=rules, progress=progress)
+    return METHODS[setting.method].make(Job(measured=measured, setting=setting))

@@ -96,4 +96,4 @@ def _at(job: Job, alpha: float) -> Policy:
             return nearest(weight, bits, group)
         return smoothquant(weight, moments.largest, alpha, bits, group)
 
-    return layer_by_layer(job, rows)
+    return layer_by_layer(job, rows, job.measured.moments)

@@ -26,8 +26,10 @@ from qvla_jax.quantization.layout import source_bytes
 
 SUFFIX: Final = ".qvla"
 _KIND: Final = "qvla_jax.packed_policy"
-# 2 where a layer scales or rounds its inputs, which readers of version 1 would not do.
-_VERSION, _VERSION_WITH_INPUTS = 1, 2
+# 2 where a layer scales or rounds its inputs, 3 where one rotates them: readers of older versions
+# would not.
+_VERSION, _VERSION_WITH_INPUTS, _VERSION_WITH_ROTATION = 1, 2, 3
+_VERSIONS: Final = (_VERSION, _VERSION_WITH_INPUTS, _VERSION_WITH_ROTATION)
 _TOKENIZER: Final = "tokenizer.json"
 _FIELDS: Final = ("words", "scales", "index", "bias", "input_scale")
 
@@ -58,8 +60,11 @@ def write_packed(
         arrays = _flat(weight)
         entry = _describe(name, weight)
         if not (own := inputs[name]).is_plain:
-            version = _VERSION_WITH_INPUTS
+            version = max(version, _VERSION_WITH_INPUTS)
             entry |= {"activation_bits": own.activation_bits, "input_scale": own.scale is not None}
+            if own.rotated:
+                version = _VERSION_WITH_ROTATION
+                entry |= {"rotated": True}
             if own.scale is not None:
                 arrays["input_scale"] = own.scale.astype(ml_dtypes.bfloat16)
         content |= {f"{name}.{field}": array for field, array in arrays.items()}
@@ -97,6 +102,7 @@ class LayerEntry:
     sha256: str
     activation_bits: int = 16
     input_scale: bool = False
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         rows = sum(segment.rows for segment in self.segments)
@@ -129,6 +135,7 @@ class LayerEntry:
             source_dtype=raw["source_dtype"], index=bool(raw["index"]), bias=raw["bias"],
             sha256=str(raw["sha256"]), activation_bits=raw.get("activation_bits", 16),
             input_scale=bool(raw.get("input_scale", False)),
+            rotated=bool(raw.get("rotated", False)),
         )  # fmt: skip
 
     @property
@@ -185,10 +192,10 @@ class PackedFile:
         try:
             self.header: dict[str, Any] = json.loads(text)
             kind, version = self.header["kind"], self.header["version"]
-            if kind != _KIND or version not in (_VERSION, _VERSION_WITH_INPUTS):
+            if kind != _KIND or version not in _VERSIONS:
                 raise CheckpointError(
                     f"{path}: {kind!r} of version {version!r}; this library reads {_KIND!r} of "
-                    f"versions {_VERSION} and {_VERSION_WITH_INPUTS}"
+                    f"versions {', '.join(map(str, _VERSIONS))}"
                 )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: no packed policy ({error!r})") from error
@@ -237,7 +244,7 @@ class PackedFile:
         entry = self.layers[name]
         scale = self._file[f"{name}.input_scale"] if entry.input_scale else None
         try:
-            return kernels.LayerInputs(entry.activation_bits, scale)
+            return kernels.LayerInputs(entry.activation_bits, scale, entry.rotated)
         except InputError as error:
             raise CheckpointError(f"{self.path}: {name}: {error}") from error
 

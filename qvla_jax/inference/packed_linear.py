@@ -13,6 +13,7 @@ from qvla_jax import kernels
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.models.llama import SAME_INPUT
 from qvla_jax.models.surgery import named_modules, replace_modules
+from qvla_jax.quantization.rotation import rotate
 
 
 class PackedArrays(nnx.Variable):
@@ -36,6 +37,7 @@ class PackedLinear(nnx.Module):
         *,
         activation_bits: int = 16,
         input_scale: Float[np.ndarray, " k"] | None = None,
+        rotated: bool = False,
         implementation: str | None = None,
         joined: PackedArrays | None = None,
         start: int = 0,
@@ -46,6 +48,7 @@ class PackedLinear(nnx.Module):
             weight: canonical weight.
             activation_bits: of `kernels.mixed_matmul`.
             input_scale: factor of each input, before it is rounded; None: 1.
+            rotated: whether inputs are rotated (quantization.rotation), after they are scaled.
             implementation: None takes the best for the platform.
             joined: a joined weight to be held instead, of which this one is a part ...
             start: ... from this output on.
@@ -57,6 +60,7 @@ class PackedLinear(nnx.Module):
             if input_scale is None
             else PackedArrays(jnp.asarray(input_scale.astype(ml_dtypes.bfloat16)))
         )
+        self.rotated = rotated
         self.start, self.stop = start, start + weight.shape[0]
         self.has_index = weight.index is not None
 
@@ -64,6 +68,8 @@ class PackedLinear(nnx.Module):
         """Inputs [..., k] -> inputs w_hat^T + bias [..., c], in the dtype of the inputs."""
         if self.input_scale is not None:
             inputs = scale_inputs(inputs, self.input_scale.get_value())
+        if self.rotated:
+            inputs = rotate(inputs).astype(inputs.dtype)
         y = kernels.mixed_matmul(inputs, self.arrays.get_value(), self.activation_bits)
         return y[..., self.start : self.stop]
 
@@ -71,7 +77,7 @@ class PackedLinear(nnx.Module):
     def inputs(self) -> kernels.LayerInputs:
         """What happens to the inputs before the product, on the host."""
         scale = None if self.input_scale is None else jax.device_get(self.input_scale.get_value())
-        return kernels.LayerInputs(self.activation_bits, scale)
+        return kernels.LayerInputs(self.activation_bits, scale, self.rotated)
 
     @property
     def weight(self) -> kernels.PackedWeight:
@@ -97,13 +103,16 @@ def joint_layers(
     weights: Sequence[kernels.PackedWeight],
     *,
     activation_bits: int = 16,
+    rotated: bool = False,
     implementation: str | None = None,
 ) -> list[PackedLinear]:
     """Layers that take the same input and hold one weight, joined of theirs; see `PackedLinear`."""
     joined = arranged(kernels.join(weights), implementation)
     starts = itertools.accumulate((weight.shape[0] for weight in weights), initial=0)
     return [
-        PackedLinear(weight, activation_bits=activation_bits, joined=joined, start=start)
+        PackedLinear(
+            weight, activation_bits=activation_bits, rotated=rotated, joined=joined, start=start
+        )
         for weight, start in zip(weights, starts, strict=False)
     ]
 
@@ -131,15 +140,17 @@ def replace_by_packed(
             together = [found[name] for name in names if name in found]
             if len(together) < len(names) or kernels.cannot_join(together) is not None:
                 continue
-            bits = {own[name].activation_bits for name in names}
-            if len(bits) == 1 and all(own[name].scale is None for name in names):
-                joint = joint_layers(together, activation_bits=bits.pop())
+            same = {(own[name].activation_bits, own[name].rotated) for name in names}
+            if len(same) == 1 and all(own[name].scale is None for name in names):
+                bits, rotated = same.pop()
+                joint = joint_layers(together, activation_bits=bits, rotated=rotated)
                 layers |= zip(names, joint, strict=True)
         for name in found.keys() - layers.keys():
             layers[name] = PackedLinear(
                 found[name],
                 activation_bits=own[name].activation_bits,
                 input_scale=own[name].scale,
+                rotated=own[name].rotated,
             )
         replace_modules(model, {prefix + name: layer for name, layer in layers.items()})
 

@@ -191,6 +191,7 @@ class Policy:
             inputs = layer.inputs
             if not inputs.is_plain:
                 digest.update(str(inputs.activation_bits).encode())
+                digest.update(b"rotated" if inputs.rotated else b"")
             for array in (*jax.tree.leaves(layer.weight), *jax.tree.leaves(inputs.scale)):
                 digest.update(f"{array.dtype}{array.shape}".encode())
                 digest.update(array.tobytes())

@@ -13,10 +13,11 @@ from qvla_jax.inference.packed_linear import packed_layers, scale_inputs
 from qvla_jax.inference.policy import Policy
 from qvla_jax.kernels.activations import round_activations
 from qvla_jax.models.surgery import named_modules, replace_modules
+from qvla_jax.quantization.rotation import rotate, rotate_back
 
 
 class RoundingLinear(nnx.Module):
-    """A linear layer in float32 that scales and rounds its inputs as a `PackedLinear` does.
+    """A linear layer in float32 that scales, rotates and rounds inputs as a `PackedLinear` does.
 
     Products of rounded inputs and grid values are those of integer arithmetic, up to the rounding
     of float32: int4 times int4 has no product in XLA for CPUs.
@@ -28,15 +29,21 @@ class RoundingLinear(nnx.Module):
         bias: Float[Array, " c"],
         scale: Float[Array, " k"],
         activation_bits: int,
+        *,
+        rotated: bool = False,
     ):
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(bias)
         self.scale = nnx.Param(scale)
         self.activation_bits = activation_bits
+        self.rotated = rotated
 
     def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b c"]:
-        """Inputs [..., k] -> round(x scale) kernel + bias [..., c], in the dtype of the inputs."""
-        rounded = round_activations(scale_inputs(x, self.scale[...]), self.activation_bits)
+        """Inputs [..., k] -> rounded inputs kernel + bias [..., c], in the dtype of the inputs."""
+        scaled = scale_inputs(x, self.scale[...])
+        if self.rotated:
+            scaled = rotate(scaled).astype(x.dtype)
+        rounded = round_activations(scaled, self.activation_bits)
         # Plain matrices: see `models.linear.Linear`.
         y = jnp.matmul(rounded.reshape(-1, x.shape[-1]), self.kernel[...]) + self.bias[...][None]
         return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
@@ -69,8 +76,12 @@ def unpacked(policy: Policy, packed: Policy) -> Policy:
         bias = None if weight.bias is None else jnp.asarray(weight.bias).astype(jnp.float32)
         if inputs.activation_bits != 16:
             bias = jnp.zeros(c) if bias is None else bias
-            rounding[path] = RoundingLinear(kernel, bias, scale, inputs.activation_bits)
+            rounding[path] = RoundingLinear(
+                kernel, bias, scale, inputs.activation_bits, rotated=inputs.rotated
+            )
             continue
+        if inputs.rotated:
+            kernel = rotate_back(kernel.T).T
         linear.kernel = nnx.Param(kernel * scale[:, None])
         if bias is not None:
             linear.bias, linear.use_bias = nnx.Param(bias), True

@@ -16,7 +16,7 @@ ACTIVATION_BITS: Final = (16, 8, 4)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerInputs:
-    """What a layer does to its inputs before it multiplies: x -> round(x scale).
+    """What a layer does to its inputs before it multiplies: x -> round(rotate(x scale)).
 
     Raises:
         InputError: no kernel has these bits, or the scale is no vector of positive numbers that
@@ -27,6 +27,8 @@ class LayerInputs:
     activation_bits: int = 16
     # Factor of each input (SmoothQuant's and AWQ's 1 / s); None: 1.
     scale: Float[np.ndarray, " k"] | None = None
+    # Whether they are rotated (quantization.rotation), as the rows of the weight are.
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         check_activation_bits(self.activation_bits)
@@ -40,7 +42,7 @@ class LayerInputs:
     @property
     def is_plain(self) -> bool:
         """True where the layer multiplies by its inputs as they are."""
-        return self.activation_bits == 16 and self.scale is None
+        return self.activation_bits == 16 and self.scale is None and not self.rotated
 
 
 def check_activation_bits(bits: int) -> None:

@@ -24,6 +24,7 @@ from qvla_jax.pipeline.quantize import quantize
 from qvla_jax.pipeline.report import report
 from qvla_jax.pipeline.run import run
 from qvla_jax.pipeline.sensitivity import sensitivity
+from qvla_jax.pipeline.study import StudyConfig, study
 from qvla_jax.pipeline.validate import validate
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ReportConfig",
     "RunConfig",
     "SensitivityConfig",
+    "StudyConfig",
     "ValidateConfig",
     "allocate",
     "calibrate",
@@ -52,5 +54,6 @@ __all__ = [
     "report",
     "run",
     "sensitivity",
+    "study",
     "validate",
 ]

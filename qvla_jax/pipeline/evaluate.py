@@ -41,11 +41,16 @@ SOURCE_BITS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class _Held:
+class Held:
     """Held-out frames, decoded once for all methods."""
 
     frames: int
     stored: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, heldout: CalibrationSet, batch: int) -> "Held":
+        """Decodes a set, in batches of this size."""
+        return cls(heldout.frames, tuple(heldout.batches(batch)))
 
     def batches(self, n: int) -> Iterator[Mapping[str, Any]]:
         """Yields the stored batches, whose size was chosen before."""
@@ -84,7 +89,7 @@ def evaluate(
     )
     heldout = heldout_set(config, horizon=policy.config.action_horizon)
     check_disjoint(calibration, heldout)
-    held = _Held(heldout.frames, tuple(heldout.batches(config.eval_batch)))
+    held = Held.of(heldout, config.eval_batch)
     index = policy_index(policy)
     table = load_tables(config.out)[0]
 

@@ -22,6 +22,13 @@ ALLOCATION = "allocation.safetensors"
 POLICY = "policy.qvla"
 # Packed policies of other methods.
 METHODS = "methods"
+# Measurements of a study's cells, and its episodes.
+CELLS = "cells"
+CLOSED_LOOP = "closed_loop"
+RESULTS = "results.json"
+RESULTS_TABLE = "results.md"
+RESULTS_ERROR_FIGURE = "results_error.png"
+RESULTS_SUCCESS_FIGURE = "results_success.png"
 EVALUATION = "evaluation.json"
 CLOSED_LOOP = "closed_loop.json"
 REPORT_JSON = "report.json"

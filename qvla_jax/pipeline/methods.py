@@ -1,4 +1,4 @@
-"""Published quantizers as rows to compare with: one packed file for each in `RUN/methods`."""
+"""Methods as rows to compare with: one packed file for each in `RUN/methods`."""
 
 import dataclasses
 import re
@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qvla_jax.baselines import check_setting, input_moments, quantize_by
-from qvla_jax.baselines.job import Moments
+from qvla_jax.baselines import Measurements, check_setting, quantize_by
 from qvla_jax.baselines.registry import METHODS
 from qvla_jax.checkpoints.packed_file import SUFFIX
 from qvla_jax.errors import InputError
@@ -16,12 +15,11 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import StageConfig
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization import policy_index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig(StageConfig):
-    """Quantizes by published methods, on the folder's calibration frames; writes methods/NAME.qvla.
+    """Quantizes by methods' names, on the folder's calibration frames; writes methods/NAME.qvla.
 
     `qvla evaluate` and `qvla report` then list them beside the folder's allocations, and
     MODEL@RUN:NAME names them in `qvla evaluate --sim`.
@@ -58,15 +56,10 @@ def quantize_by_methods(
     """
     policy = load_policy(config.model) if policy is None else policy
     calibration = load_calibration(config.out)
-    settings = {name: check_setting(name) for name in config.method}
-    moments: Moments | None = None
-    if any(METHODS[setting.method].needs_moments for setting in settings.values()):
-        moments = input_moments(policy, calibration, policy_index(policy), progress=progress)
+    measured = Measurements(policy, calibration, progress=progress)
     written = {}
-    for setting in settings.values():
-        quantized = quantize_by(
-            policy, calibration, setting.name, moments=moments, progress=progress
-        )
+    for setting in map(check_setting, config.method):
+        quantized = quantize_by(policy, calibration, setting.name, measured=measured)
         written[setting.name] = method_file(config.out, setting.name)
         written[setting.name].parent.mkdir(parents=True, exist_ok=True)
         quantized.save(written[setting.name])

@@ -24,6 +24,7 @@ from qvla_jax.quantization.quantizer import (
     UNIFORM_BASELINE,
     Quantizer,
 )
+from qvla_jax.quantization.rotation import rotate, rotate_back
 
 if TYPE_CHECKING:
     from qvla_jax.inference.policy import Policy
@@ -93,16 +94,20 @@ def _quantize(
     if packed:
         # Behind quantization: kernels take grids and layouts from here.
         from qvla_jax.inference.packed_linear import replace_by_packed
+        from qvla_jax.kernels import LayerInputs
 
         weights = (
             (layer.path, _pack_layer(copies[layer.path], layer, chosen[rows], used, index=index))
             for layer, rows in channels.items()
         )
-        replace_by_packed(model, weights)
+        given = LayerInputs(rotated=used.settings.rotation)
+        replace_by_packed(model, weights, dict.fromkeys(channels.paths, given))
     for layer, rows in channels.items():
         linear, widths = copies[layer.path], chosen[rows]
         if not packed and np.any(widths != SOURCE):
             values, _, bias = _quantize_layer(linear, layer, widths, used)
+            if used.settings.rotation:
+                values = rotate_back(values)
             linear.kernel = nnx.Param(values.T)
             if bias is not None:
                 linear.bias, linear.use_bias = nnx.Param(bias), True
@@ -164,23 +169,36 @@ def _pack_layer(
     codes = np.asarray(jnp.round(values / scales)).astype(np.int8)
     source = "bfloat16" if info.source_bytes == 2 else "float32"
     dtype = kernels.SOURCE_DTYPES[source]
+    rows = weight_rows(linear)
+    if quantizer.settings.rotation:
+        rows = np.asarray(rotated_source(linear, info))
     return kernels.pack(
-        weight_rows(linear), bits, grid=quantizer.settings.grid, codes=codes, scales=scales,
+        rows, bits, grid=quantizer.settings.grid, codes=codes, scales=scales,
         bias=None if bias is None else np.asarray(bias).astype(dtype), source_dtype=source,
         index=index,
     )  # fmt: skip
 
 
+def rotated_source(linear: nnx.Linear, info: LayerInfo) -> Float[Array, "c k"]:
+    """The rotated rows that 16-bit channels keep: in the source dtype, held in float32."""
+    rows = rotate(linear.kernel[...].T)
+    return rows.astype(jnp.bfloat16).astype(jnp.float32) if info.source_bytes == 2 else rows
+
+
 def _quantize_layer(
     linear: nnx.Linear, info: LayerInfo, bits: np.ndarray, quantizer: Quantizer
 ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"], Float[Array, " c"] | None]:
-    """w_hat, scales, and the bias with its correction, in float32."""
+    """w_hat, rotated where that is set, scales, and the bias with its correction, in float32."""
     weight = linear.kernel[...].T
+    if quantizer.settings.rotation:
+        weight = rotated_source(linear, info)
     values, scales = quantizer.rows_and_scales(info.path, weight, bits)
     bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
     mean = quantizer.mean(info.path)
     if mean is not None:
-        bias = corrected_bias(weight, values, jnp.asarray(mean, jnp.float32), bias)
+        shift = jnp.asarray(mean, jnp.float32)
+        shift = rotate(shift) if quantizer.settings.rotation else shift
+        bias = corrected_bias(weight, values, shift, bias)
         if info.source_bytes == 2:  # a bias is stored in the source dtype
             bias = bias.astype(jnp.bfloat16).astype(jnp.float32)
     return values, scales, bias

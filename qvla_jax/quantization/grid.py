@@ -34,7 +34,7 @@ Grid: TypeAlias = Literal["fitted", "rtn"]
 
 PRUNED: Final = 0
 SOURCE: Final = 16
-# 3 bits exist for uniform baselines; allocations do not use them.
+# Allocations have 3 bits only where they are asked for.
 GRID_BITS: Final = (2, 3, 4, 8)
 BITS: Final = (PRUNED, *GRID_BITS, SOURCE)
 

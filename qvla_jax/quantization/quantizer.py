@@ -19,7 +19,8 @@ from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
 from qvla_jax.quantization.grid import GRID_BITS, PRUNED, SOURCE, Grid, levels, quantize_rows
 from qvla_jax.quantization.grid import dequantize_rows as dequantize
 from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.quantization.statistics import InputStatistics
+from qvla_jax.quantization.rotation import rotate, rotate_back
+from qvla_jax.quantization.statistics import InputStatistics, Weighting
 
 Rounding: TypeAlias = Literal["nearest", "feedback"]
 
@@ -38,6 +39,11 @@ class QuantizerSettings:
     rounding: Rounding = "feedback"
     # What a row loses on the mean input moves into its bias.
     bias_correction: bool = True
+    # Of the input statistics for both: "tokens", or "action": a token counts by how much the action
+    # depends on the layer there (sensitivity.statistics).
+    weighting: Weighting = "tokens"
+    # Inputs and rows are rotated (quantization.rotation): for rounded activations.
+    rotation: bool = False
     # Of the error feedback: share of the mean input variance added to every variance.
     damping: float = 0.01
 
@@ -46,6 +52,8 @@ class QuantizerSettings:
             raise InputError(f"grid: expected 'fitted' or 'rtn', got {self.grid!r}")
         if self.rounding not in ("nearest", "feedback"):
             raise InputError(f"rounding: expected 'nearest' or 'feedback', got {self.rounding!r}")
+        if self.weighting not in ("tokens", "action"):
+            raise InputError(f"weighting: expected 'tokens' or 'action', got {self.weighting!r}")
         if not isinstance(self.damping, float) or not 0 < self.damping < float("inf"):
             raise InputError(f"damping: expected a positive number, got {self.damping!r}")
 
@@ -92,6 +100,12 @@ class Quantizer:
     def check(self, index: ChannelIndex) -> None:
         """Raises an `InputError` unless the statistics fit these layers."""
         if self.statistics is not None and self.settings.needs_statistics:
+            found = self.statistics.weighting
+            if found != self.settings.weighting:
+                raise InputError(
+                    f"the input statistics are weighted by {found}, the quantizer's settings want "
+                    f"{self.settings.weighting}: measure them again with that weighting"
+                )
             feedback = self.settings.rounding == "feedback"
             self.statistics.check(index, covariances=feedback)
 
@@ -114,14 +128,18 @@ class Quantizer:
             bits: 0, 2, 3, 4, 8 or 16 for each row.
         """
         bits = np.asarray(bits)
-        return self.rows_and_scales(path, weight, bits)[0]
+        if not self.settings.rotation:
+            return self.rows_and_scales(path, weight, bits)[0]
+        back = rotate_back(self.rows_and_scales(path, rotate(weight), bits)[0])
+        return jnp.where(jnp.asarray(bits == SOURCE)[:, None], weight.astype(jnp.float32), back)
 
     def rows_and_scales(
         self, path: str, weight: Float[Array, "c k"], bits: Int[np.ndarray, " c"]
     ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
-        """`rows`, and the scale s of each, so that codes are w_hat / s exactly.
+        """W_hat, and the scale s of each row, so that codes are w_hat / s exactly.
 
-        The scale of rows with 0 and 16 bits is 1.
+        The scale of rows with 0 and 16 bits is 1. With rotation, `weight` and w_hat are rotated
+        rows.
         """
         bits = np.asarray(bits)
         options = tuple(b for b in GRID_BITS if np.any(bits == b))
@@ -180,5 +198,7 @@ class Quantizer:
             # The error on the mean input stays in the output, so it counts.
             mean = self.statistics.means[path]
             second_moment = second_moment + np.outer(mean, mean)
+        if self.settings.rotation:
+            second_moment = np.asarray(rotate(rotate(jnp.asarray(second_moment, jnp.float32)).T))
         order, factor = feedback_factor(second_moment, self.settings.damping)
         return jnp.asarray(order), jnp.asarray(factor)

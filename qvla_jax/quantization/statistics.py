@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import safetensors
@@ -19,6 +19,9 @@ from qvla_jax.array_typing import Float
 from qvla_jax.errors import InputError
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.solvers.storage import write_arrays
+
+# What tokens count by: all alike, or by how much the action depends on the layer there.
+Weighting: TypeAlias = Literal["tokens", "action"]
 
 _KIND: Final = "qvla_jax.input_statistics"
 _MEAN, _COVARIANCE = "mean.", "covariance."
@@ -38,6 +41,7 @@ class InputStatistics:
     covariances: Mapping[str, Float[np.ndarray, "k k"]] = dataclasses.field(default_factory=dict)
     # JSON object that names policy, calibration set and settings.
     made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weighting: Weighting = "tokens"
 
     def check(self, index: ChannelIndex, *, covariances: bool) -> None:
         """Checks that the statistics fit these layers.
@@ -82,7 +86,9 @@ class InputStatistics:
             shared[name] = stored.setdefault(id(matrix), name)
             if shared[name] == name:
                 arrays[_COVARIANCE + name] = np.asarray(matrix, np.float32)
-        header = {"made_from": dict(self.made_from), "shared": shared}
+        header = {
+            "made_from": dict(self.made_from), "shared": shared, "weighting": self.weighting
+        }  # fmt: skip
         write_arrays(path, arrays, header, kind=_KIND)
 
     @classmethod
@@ -108,6 +114,9 @@ class InputStatistics:
                 }
             shared = {str(k): str(v) for k, v in header["shared"].items()}
             made_from = dict(header["made_from"])
+            weighting = header.get("weighting", "tokens")
+            if weighting not in ("tokens", "action"):
+                raise ValueError(f"weighting {weighting!r}")
         except (
             OSError, KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError
         ) as error:  # fmt: skip
@@ -117,7 +126,7 @@ class InputStatistics:
             ) from error
         if lost := sorted(v for v in shared.values() if _COVARIANCE + v not in names):
             raise InputError(f"{name}: the covariance of {lost[0]} is missing; measure again")
-        return cls(means, _Stored(name, shared), made_from)
+        return cls(means, _Stored(name, shared), made_from, weighting)
 
 
 class _Stored(Mapping[str, np.ndarray]):

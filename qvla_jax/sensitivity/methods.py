@@ -123,8 +123,9 @@ def sensitivities(
             )
         else:
             statistics = input_statistics(
-                policy, calibration, index, seed=seed, mesh=mesh, progress=progress
-            )
+                policy, calibration, index, weighting=quantizer.weighting, seed=seed, mesh=mesh,
+                progress=progress,
+            )  # fmt: skip
     bound = Quantizer(quantizer, statistics)
     bound.check(index)
     options = tuple(b for b in bits if b != SOURCE)
@@ -233,7 +234,7 @@ def _check_streamed(policy: Policy, method: str, quantizer: QuantizerSettings, j
             f"streamed sweeps serve policies with a regression head; {policy.config.name} decodes "
             "tokens, for which its weights have to be in memory"
         )
-    if quantizer.rounding != "nearest" or joint:
+    if quantizer.rounding != "nearest" or quantizer.weighting != "tokens" or joint:
         raise InputError(
             "streamed sweeps measure means of the inputs only: pass joint=False and a quantizer "
             'with rounding="nearest"'

@@ -4,10 +4,20 @@ Only tokens that can change the action count: padding never does, and after the 
 the language model only the action placeholders do. A token counts if the cotangent of a random
 projection of the action is not zero there, which costs one reverse pass. For a layer all of whose
 tokens matter these are the plain moments over frames and tokens.
+
+`weighting="action"` weighs by how much the action depends on the layer's outputs. With J the
+derivative of the action with respect to them, the action's first-order change when row c and its
+bias change by dw and db is sum_t J[t, c] (x_t . dw + db), and its mean square, averaged over rows,
+
+    (dw, db) H (dw, db)^T,     H = E_x E_v mean_c z_c z_c^T,     z_c = sum_t (J^T v)[t, c] (x_t, 1),
+
+for probes v with E[v v^T] = I: the Gauss-Newton matrix of the action's error in a row, one for all
+rows of the layer. Error feedback on it lets rounding errors cancel where the action looks, across
+tokens too; the mean that belongs to it is the bias correction of least action error.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import jax
@@ -20,9 +30,9 @@ from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.quantization.statistics import InputStatistics
+from qvla_jax.quantization.statistics import InputStatistics, Weighting
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
-from qvla_jax.sensitivity.reverse import FromCotangent, ReverseSpec, reverse_sweep
+from qvla_jax.sensitivity.reverse import Contraction, FromCotangent, ReverseSpec, reverse_sweep
 from qvla_jax.sensitivity.streaming import streamed_sweep
 from qvla_jax.sharding import one_device_mesh, replicate, sweep_mesh, to_host
 
@@ -43,6 +53,25 @@ def _moments_where_it_matters(x: Float[Array, "b T k"], constants: None) -> From
     return of_cotangent
 
 
+def _moments_by_action(x: Float[Array, "b T k"], constants: None) -> FromCotangent:
+    """Per frame and probe: sum over the rows c of z_c z_c^T, each z_c a sum over tokens."""
+    del constants
+    extended = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+
+    def of_cotangent(g: Float[Array, "b T c"]) -> Float[Array, "b k+1 k+1"]:
+        rows = jnp.matmul(jnp.swapaxes(g, 1, 2), extended, precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(jnp.swapaxes(rows, 1, 2), rows, precision=jax.lax.Precision.HIGHEST)
+
+    return of_cotangent
+
+
+# Contraction and probes of each weighting.
+_CONTRACTIONS: Final[Mapping[Weighting, tuple[Contraction, int]]] = {
+    "tokens": (_moments_where_it_matters, 1),
+    "action": (_moments_by_action, 8),
+}
+
+
 def _sums_where_it_matters(x: Float[Array, "b T k"], constants: None) -> FromCotangent:
     """Per frame: sums of x and of 1 over the tokens that matter, side by side."""
     del constants
@@ -59,6 +88,7 @@ def input_statistics(
     calibration: Calibration,
     index: ChannelIndex,
     *,
+    weighting: Weighting = "tokens",
     batch: int = 4,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -70,8 +100,9 @@ def input_statistics(
         policy: has `model` and `prepare`.
         calibration: the frames.
         index: the quantized layers.
+        weighting: "tokens" counts all tokens that matter alike; "action" as the module says.
         batch: frames at a time on each device; each holds a matrix [k + 1, k + 1] for every layer.
-        seed: of the projection that finds out which tokens matter.
+        seed: of the projections of the action.
         mesh: from `sharding.sweep_mesh`, which is also the default.
         progress: called with the frames done.
 
@@ -84,7 +115,9 @@ def input_statistics(
     """
     mesh = sweep_mesh() if mesh is None else mesh
     graphdef, state = nnx.split(policy.model)
-    spec = ReverseSpec(graphdef, index.paths, _moments_where_it_matters, 1, mesh)
+    contraction, probes = _CONTRACTIONS[weighting]
+    # One probe at a time: the matrices are what takes memory.
+    spec = ReverseSpec(graphdef, index.paths, contraction, probes, mesh, block=1)
     totals = {layer.path: np.zeros((layer.fan_in + 1,) * 2) for layer in index.layers}
     sweep = functools.partial(reverse_sweep, spec, replicate(mesh, state))
     _add_up(totals, sweep, policy, calibration, batch, mesh, seed, progress)
@@ -95,7 +128,7 @@ def input_statistics(
         if last is not None and np.array_equal(total, totals[last]):
             means[path], covariances[path] = means[last], covariances[last]
             continue
-        count = max(total[-1, -1], 1.0)
+        count = total[-1, -1] if total[-1, -1] > 0 else 1.0
         mean, second = total[-1, :-1] / count, total[:-1, :-1] / count
         covariance = second - np.outer(mean, mean)
         if (np.diagonal(covariance) <= _ROUNDING * np.diagonal(second)).all():
@@ -103,7 +136,7 @@ def input_statistics(
             covariance = np.zeros_like(covariance)
         means[path], covariances[path] = mean, covariance
         last = path
-    return InputStatistics(means, covariances, _made_from(calibration, seed))
+    return InputStatistics(means, covariances, _made_from(calibration, seed), weighting)
 
 
 def streamed_means(

@@ -3,9 +3,7 @@
 import pytest
 
 import qvla_jax
-from qvla_jax.baselines import input_moments
 from qvla_jax.inference import random_policy
-from qvla_jax.quantization import policy_index
 
 
 @pytest.fixture(scope="session")
@@ -16,8 +14,3 @@ def policy():
 @pytest.fixture(scope="session")
 def calibration():
     return qvla_jax.calibration_set("bundled", frames=5, seed=0)
-
-
-@pytest.fixture(scope="session")
-def moments(policy, calibration):
-    return input_moments(policy, calibration, policy_index(policy), batch=3)

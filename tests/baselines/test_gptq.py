@@ -7,6 +7,9 @@ import pytest
 from qvla_jax.baselines.gptq import gptq
 from qvla_jax.baselines.numerics import nearest
 
+# Inputs; qwix compiles GPTQ anew for each.
+SIZE = 20
+
 
 def groups_of(weight, group):
     """Slices of the inputs that share a scale."""
@@ -31,7 +34,7 @@ def dequantized(rows, group):
 
 @pytest.fixture
 def weight(rng):
-    return rng.normal(size=(12, 40)).astype(np.float32)
+    return rng.normal(size=(12, SIZE)).astype(np.float32)
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def optimal_brain_quantization(weight, hessian, bits, group):
 
 @pytest.mark.parametrize(("bits", "group"), [(4, None), (3, None), (2, None), (3, 16)])
 def test_gptq_is_optimal_brain_quantization_in_input_order(rng, weight, bits, group):
-    inputs = rng.normal(size=(200, 40)) @ rng.normal(size=(40, 40))
+    inputs = rng.normal(size=(200, SIZE)) @ rng.normal(size=(SIZE, SIZE))
     hessian = inputs.T @ inputs
     expected = optimal_brain_quantization(weight, hessian, bits, group)
     rows = gptq(jnp.asarray(weight), hessian, bits, group)
@@ -104,6 +107,6 @@ def test_gptq_is_optimal_brain_quantization_in_input_order(rng, weight, bits, gr
 
 
 def test_inputs_that_are_always_zero_have_code_0(weight):
-    hessian = np.eye(40)
+    hessian = np.eye(SIZE)
     hessian[3, 3] = 0
     assert not gptq(jnp.asarray(weight), hessian, 4).codes[:, 3].any()

@@ -7,16 +7,34 @@ import pytest
 from flax import nnx
 
 import qvla_jax
-from qvla_jax.baselines import METHODS, InputMoments, check_setting, quantize_by
+from qvla_jax.baselines import (
+    METHODS,
+    InputMoments,
+    Measurements,
+    check_setting,
+    input_moments,
+    quantize_by,
+)
+from qvla_jax.baselines.action import RECIPES
 from qvla_jax.checkpoints.packed_file import PackedFile
-from qvla_jax.errors import InputError
+from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.models.surgery import get_module
-from qvla_jax.quantization import LayerRules, policy_index, row_bytes, stored_bytes
+from qvla_jax.quantization import (
+    InputStatistics,
+    LayerRules,
+    option_sizes,
+    policy_index,
+    row_bytes,
+    stored_bytes,
+)
+from qvla_jax.quantization.quantizer import UNIFORM_BASELINE
+from qvla_jax.sensitivity import SensitivityTable
 from qvla_jax.sensitivity.instrument import hooked_call
 
-# A width or group for each method, so that together they cover what files hold.
+# A width or group for each published method and two of ours, so that together they cover what files
+# hold.
 ROWS = (
     "rtn-w8a8",
     "rtn-w4-g16",
@@ -26,34 +44,46 @@ ROWS = (
     "omniquant-w3",
     "qvla-w9",
     "qvla-released-w6",
+    "aware-w3a8",
+    "action-rotated-w9a4",
 )
 # Few layers, with and without biases, joined and alone.
 RULES = LayerRules(
     include=(
-        r"language_model\.model\.layers\.0\.self_attn\.",
+        r"language_model\.model\.layers\.0\.self_attn\.[qkv]_proj",
         r"vision_backbone\.featurizer\.blocks\.0\.attn\.proj",
     )
 )
-# qwix's GPTQ compiles anew for every input.
+# qwix's GPTQ compiles anew for every input, packing for every number of rows.
 ONE = LayerRules(include=(r"vision_backbone\.featurizer\.blocks\.0\.attn\.proj",))
 
 
 def test_there_is_a_row_of_every_method():
-    assert {check_setting(name).method for name in ROWS} == set(METHODS)
+    assert {check_setting(name).method for name in ROWS} | set(RECIPES) == set(METHODS)
 
 
-def test_moments_are_those_of_the_inputs(policy, calibration, moments):
+def test_moments_are_those_of_the_inputs(policy, calibration):
     index = policy_index(policy)
+    moments = input_moments(policy, calibration, index, batch=3)
     seen: dict[str, list[np.ndarray]] = {path: [] for path in index.paths}
 
-    def hook(path, x, y):
-        seen[path].append(np.asarray(x, np.float64).reshape(-1, x.shape[-1]))
-        return y
-
     graphdef, state = nnx.split(policy.model)
-    for batch in calibration.batches(5):
-        inputs = jax.tree.map(jnp.asarray, policy.prepare(batch))
+
+    @jax.jit
+    def inputs_of_layers(state, inputs):
+        found = {path: [] for path in index.paths}
+
+        def hook(path, x, y):
+            found[path].append(x.reshape(-1, x.shape[-1]))
+            return y
+
         hooked_call(graphdef, state, (inputs,), index.paths, hook)
+        return found
+
+    for batch in calibration.batches(5):
+        found = inputs_of_layers(state, jax.tree.map(jnp.asarray, policy.prepare(batch)))
+        for path, calls in found.items():
+            seen[path] += [np.asarray(x, np.float64) for x in calls]
     assert set(moments) == set(index.paths)
     for path, own in moments.items():
         x = np.concatenate(seen[path])
@@ -66,14 +96,44 @@ def test_moments_are_those_of_the_inputs(policy, calibration, moments):
 
 
 @pytest.fixture(scope="module")
-def drawn(policy):
-    """Moments of random inputs, whose ranges differ as those of transformers do."""
+def measured(policy, calibration):
+    return drawn(policy, calibration, RULES)
+
+
+def drawn(policy, calibration, rules):
+    """With random inputs, whose ranges differ as those of transformers do.
+
+    Of sensitivities the two forms of QVLA alone measure theirs; the others' are drawn.
+    """
     rng = np.random.default_rng(0)
-    found = {}
-    for layer in policy_index(policy, RULES).layers:
+    index = policy_index(policy, rules)
+    found, means, covariances = {}, {}, {}
+    for layer in index.layers:
         x = rng.normal(size=(200, layer.fan_in)) * np.exp(rng.normal(size=layer.fan_in))
         found[layer.path] = InputMoments(x.T @ x, np.abs(x).mean(axis=0), np.abs(x).max(axis=0))
-    return found
+        means[layer.path], covariances[layer.path] = x.mean(axis=0), np.cov(x.T, bias=True)
+    each = np.exp(2 * rng.normal(size=len(index)))
+    result = Measurements(policy, calibration, rules=rules, moments=found, probes=2)
+    real = result.table
+
+    def statistics(weighting):
+        return InputStatistics(means, covariances, weighting=weighting)
+
+    def table(method, quantizer, options, joint):
+        if quantizer == UNIFORM_BASELINE:
+            return real(method, quantizer, options, joint)
+        return SensitivityTable(
+            costs=each[:, None] * np.where(np.array(options) == 16, 0, 4.0 ** -np.array(options)),
+            sizes=option_sizes(index, options, bias_correction=quantizer.bias_correction),
+            bits=options,
+            index=index,
+            method=method,
+            settings=quantizer,
+            statistics=statistics(quantizer.weighting),
+        )
+
+    result.statistics, result.table = statistics, table
+    return result
 
 
 def counted_bytes(loaded, index, setting):
@@ -82,8 +142,9 @@ def counted_bytes(loaded, index, setting):
         layers = packed_layers(loaded.model)
         bits = np.concatenate([layers[path].weight.bits() for path in index.paths])
         assert len(set(bits.tolist())) > 1
-        counted = stored_bytes(index, bits, bias_correction=False)
-        if setting.method == "qvla":
+        corrected = setting.method == "action-rotated"
+        counted = stored_bytes(index, bits, bias_correction=corrected)
+        if setting.method != "qvla-released":
             assert counted <= setting.bits * index.num_weights / 8
         else:
             assert setting.bits - 1 < bits.mean() <= setting.bits
@@ -106,12 +167,15 @@ def counted_bytes(loaded, index, setting):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_stores_what_is_counted_and_its_layers_are_those_in_float(
-    policy, calibration, drawn, name, tmp_path
+    policy, calibration, measured, name, tmp_path
 ):
     setting = check_setting(name)
-    rules = ONE if setting.method == "gptq" else RULES
+    rules = RULES
+    if setting.method == "gptq":
+        rules = ONE
+        measured = Measurements(policy, calibration, rules=ONE, moments=measured.moments)
     path = tmp_path / f"{name}.qvla"
-    quantize_by(policy, calibration, name, moments=drawn, rules=rules).save(path)
+    quantize_by(policy, calibration, name, measured=measured).save(path)
     loaded = qvla_jax.load_policy(path)
     assert loaded.quantization["method"] == name
     assert loaded.quantization["policy fingerprint"] == policy.fingerprint
@@ -133,14 +197,37 @@ def test_a_row_stores_what_is_counted_and_its_layers_are_those_in_float(
 
 
 def test_layers_that_no_forward_pass_reaches_are_rounded_to_nearest(policy, calibration):
+    nothing = Measurements(policy, calibration, rules=RULES, moments={})
     found, plain = (
-        packed_layers(quantize_by(policy, calibration, name, moments={}, rules=RULES).model)
+        packed_layers(quantize_by(policy, calibration, name, measured=nothing).model)
         for name in ("gptq-w3", "rtn-w3")
     )
     assert found.keys() == plain.keys()
     for path, layer in found.items():
         same = jax.tree.map(np.array_equal, layer.weight, plain[path].weight)
         assert jax.tree.all(same)
+
+
+@pytest.mark.parametrize("method", ["action-layers", "action-uncorrected", "action-three"])
+def test_allocations_take_the_recipe_s_options_within_the_budget(policy, calibration, method):
+    recipe, measured = RECIPES[method], drawn(policy, calibration, ONE)
+    packed = quantize_by(policy, calibration, f"{method}-w9", measured=measured)
+    layers = packed_layers(packed.model)
+    index = policy_index(policy, ONE)
+    bits = [layers[path].weight.bits() for path in index.paths]
+    assert {int(b) for own in bits for b in own} <= set(recipe.options)
+    assert (len(set(bits[0].tolist())) == 1) == recipe.by_layer
+    corrected = recipe.quantizer.bias_correction
+    size = stored_bytes(index, np.concatenate(bits), bias_correction=corrected)
+    assert size <= 9 * index.num_weights / 8
+    assert (layers[index.paths[0]].weight.bias is not None) == (
+        corrected or index.layers[0].has_bias
+    )
+
+
+def test_a_budget_below_the_smallest_option_is_refused(policy, calibration, measured):
+    with pytest.raises(BudgetError):
+        quantize_by(policy, calibration, "action-unpruned-w1", measured=measured)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from qvla_jax.errors import InputError
-from qvla_jax.quantization import InputStatistics
+from qvla_jax.models import get_module
+from qvla_jax.quantization import InputStatistics, Quantizer, QuantizerSettings
 from qvla_jax.sensitivity import input_statistics
 from qvla_jax.sensitivity.input_hessian import (
     input_hessians,
@@ -15,7 +19,7 @@ from qvla_jax.sensitivity.input_hessian import (
     released_grid,
 )
 
-from .toys import LLM, UNREACHED, ToyFrames
+from .toys import LLM, UNREACHED, ToyFrames, take_inputs
 
 RELEASE = np.load(Path(__file__).parent / "fixtures" / "qvla_release.npz")
 LAYERS = ("llm", "down", "vision", "patch")
@@ -102,7 +106,7 @@ def test_statistics_round_trip_and_are_read_layer_by_layer(policy, index, frames
     found = input_statistics(policy, frames, index)
     found.save(tmp_path / "s.safetensors")
     loaded = InputStatistics.load(tmp_path / "s.safetensors")
-    assert loaded.made_from == found.made_from
+    assert (loaded.made_from, loaded.weighting) == (found.made_from, "tokens")
     assert set(loaded.covariances) == set(found.covariances) == set(index.paths)
     for path, mean in found.means.items():
         np.testing.assert_array_equal(loaded.means[path], mean)
@@ -118,3 +122,53 @@ def test_damaged_statistics_are_refused(policy, index, frames, tmp_path):
         InputStatistics.load(path)
     with pytest.raises(InputError, match="no such file"):
         InputStatistics.load(tmp_path / "other.safetensors")
+
+
+def action_error_of_a_row(policy, frames, path, change, shift):
+    """Sum over rows and mean over frames of || dA ||^2 where one row and its bias change so."""
+    graphdef, state = nnx.split(policy.model)
+    inputs = take_inputs(frames.whole())
+    linear = get_module(policy.model, path)
+    kernel = linear.kernel[...]
+    start = jnp.zeros(kernel.shape[1]) if linear.bias is None else linear.bias[...]
+
+    def action(kernel, bias):
+        model = nnx.merge(graphdef, state)
+        linear = get_module(model, path)
+        linear.kernel, linear.bias, linear.use_bias = nnx.Param(kernel), nnx.Param(bias), True
+        return model(inputs)
+
+    def of_row(row):
+        dw, db = jnp.asarray(change, jnp.float32)[:, None] * row[None], shift * row
+        return jnp.sum(jnp.square(jax.jvp(action, (kernel, start), (dw, db))[1]))
+
+    rows = jax.jit(jax.vmap(of_row))(jnp.eye(kernel.shape[1]))
+    return float(rows.sum()) / frames.frames
+
+
+@pytest.mark.parametrize("path", [LLM, FIRST_TOWER])
+def test_moments_by_action_are_the_action_s_error_of_a_changed_row(policy, index, path):
+    frames = ToyFrames(40)
+    found = input_statistics(policy, frames, index, weighting="action")
+    mean, covariance = found.means[path], found.covariances[path]
+    second = covariance + np.outer(mean, mean)
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(4):
+        change, shift = rng.normal(size=len(mean)), rng.normal()
+        form = change @ second @ change + 2 * shift * change @ mean + shift**2
+        ratios.append(form / action_error_of_a_row(policy, frames, path, change, shift))
+    # The one factor of all changes is the scale of H; probes are random.
+    np.testing.assert_allclose(ratios, np.mean(ratios), rtol=0.1)
+    # No shift of the bias makes the error of a change smaller than the mean's.
+    change = rng.normal(size=len(mean))
+    best = -float(change @ mean)
+    errors = [action_error_of_a_row(policy, frames, path, change, best + d) for d in (-1, 0, 1)]
+    assert errors[1] < min(errors[0], errors[2])
+
+
+def test_rounding_wants_statistics_of_its_weighting(policy, index, frames):
+    statistics = input_statistics(policy, frames, index)
+    quantizer = Quantizer(QuantizerSettings(weighting="action"), statistics)
+    with pytest.raises(InputError, match=r"weighted by tokens.*want action"):
+        quantizer.check(index)

@@ -1,0 +1,127 @@
+"""Our own rows, and the rows between uniform rounding and them: an ablation.
+
+Each recipe names a quantizer, and the options that the allocation of the measured action
+sensitivities chooses among, for channels or whole layers; or none, where all channels have the same
+bits. Activations are rounded for each token when the policy runs, in every quantized layer.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from qvla_jax.array_typing import Int
+from qvla_jax.baselines.job import Job
+from qvla_jax.baselines.packing import described
+from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.policy import Policy
+from qvla_jax.quantization import Quantizer, QuantizerSettings, quantize, quantize_uniform
+from qvla_jax.quantization.quantizer import NEAREST_UNCORRECTED
+from qvla_jax.sensitivity import SensitivityTable
+from qvla_jax.solvers import AllocationProblem, solve
+
+_SOLVER = "greedy:marginal"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a row does.
+
+    Attributes:
+        title: For tables.
+        quantizer: Grid, rounding, bias correction.
+        options: Bits that the allocation chooses among; None gives all channels the same.
+        by_layer: All channels of a layer have the same bits.
+    """
+
+    title: str
+    quantizer: QuantizerSettings
+    options: tuple[int, ...] | None
+    by_layer: bool = False
+
+    def __call__(self, job: Job) -> Policy:
+        """The packed policy."""
+        if self.options is None:
+            statistics = None
+            if self.quantizer.needs_statistics:
+                statistics = job.measured.statistics(self.quantizer.weighting)
+            packed = quantize_uniform(
+                job.policy, int(job.setting.bits), rules=job.rules,
+                quantizer=Quantizer(self.quantizer, statistics),
+            )  # fmt: skip
+            return with_activations(job, packed)
+        table = job.measured.table("jacobian", self.quantizer, self.options, True)
+        bits = self._allocated(table, job.setting.bits)
+        packed = quantize(job.policy, bits, quantizer=table.quantizer, rules=job.rules)
+        return with_activations(job, packed)
+
+    def _allocated(self, table: SensitivityTable, budget_bits: float) -> Int[np.ndarray, " C"]:
+        problem = table.problem(budget_bits=budget_bits)
+        if not self.by_layer:
+            return table.bits_of(solve(problem, _SOLVER))
+        layer_of = table.index.layer_of
+        whole = AllocationProblem(
+            costs=_sums(problem.costs, layer_of),
+            sizes=_sums(problem.sizes, layer_of),
+            budget=problem.budget,
+        )
+        return np.asarray(table.bits)[solve(whole, _SOLVER).choice][layer_of]
+
+
+def with_activations(job: Job, packed: Policy) -> Policy:
+    """The policy with the setting's activation bits in every packed layer, and its header."""
+    for layer in packed_layers(packed.model).values():
+        layer.activation_bits = job.setting.activation_bits
+    header = {**described(job.policy, job.setting, job.made_with)}
+    if packed.quantization is not None and "quantizer" in packed.quantization:
+        header["quantizer"] = packed.quantization["quantizer"]
+    return dataclasses.replace(packed, quantization=header)
+
+
+def _sums(values: np.ndarray, layer_of: np.ndarray) -> np.ndarray:
+    """Sums of rows by layer."""
+    sums = np.zeros((layer_of.max() + 1, values.shape[1]), values.dtype)
+    np.add.at(sums, layer_of, values)
+    return sums
+
+
+_FEEDBACK = QuantizerSettings()
+_AWARE = QuantizerSettings(weighting="action")
+
+RECIPES = {
+    "nearest": Recipe(
+        title="uniform, fitted grid, round to nearest", quantizer=NEAREST_UNCORRECTED, options=None
+    ),
+    "feedback": Recipe(
+        title="uniform, fitted grid, error feedback",
+        quantizer=QuantizerSettings(bias_correction=False), options=None,
+    ),
+    "aware": Recipe(
+        title="uniform, action-aware rounding",
+        quantizer=QuantizerSettings(bias_correction=False, weighting="action"), options=None,
+    ),
+    "action-layers": Recipe(
+        title="action sensitivity, bits of layers", quantizer=_FEEDBACK, options=(2, 4, 8, 16),
+        by_layer=True,
+    ),
+    "action-unpruned": Recipe(
+        title="action sensitivity, bits of channels", quantizer=_FEEDBACK, options=(2, 4, 8, 16)
+    ),
+    "action": Recipe(
+        title="action sensitivity, with pruning", quantizer=_FEEDBACK, options=(0, 2, 4, 8, 16)
+    ),
+    "action-uncorrected": Recipe(
+        title="the same without bias correction", options=(0, 2, 4, 8, 16),
+        quantizer=QuantizerSettings(bias_correction=False),
+    ),
+    "action-rotated": Recipe(
+        title="action sensitivity, with pruning and rotated inputs",
+        quantizer=QuantizerSettings(rotation=True), options=(0, 2, 4, 8, 16),
+    ),
+    "action-three": Recipe(
+        title="action sensitivity, with 3 bits", quantizer=_FEEDBACK, options=(0, 2, 3, 4, 8, 16)
+    ),
+    "action-aware": Recipe(
+        title="action sensitivity, with 3 bits and action-aware rounding", quantizer=_AWARE,
+        options=(0, 2, 3, 4, 8, 16),
+    ),
+}  # fmt: skip

@@ -1,0 +1,274 @@
+"""The table of results: methods against settings on one policy, offline and in closed loop.
+
+A cell is one method at one setting. Its packed policy lies in `OUT/methods`, its measurements in
+`OUT/cells`, its episodes in `OUT/closed_loop`: called again, the study goes on where it stopped.
+"""
+
+import dataclasses
+import hashlib
+import re
+from typing import Any, Final
+
+from qvla_jax.atomic import write_json, write_text
+from qvla_jax.baselines import METHODS, Measurements, Setting, check_setting, quantize_by, title
+from qvla_jax.checkpoints.packed_file import PackedFile
+from qvla_jax.data.calibration import CalibrationSet
+from qvla_jax.data.libero.simulator import Rendering
+from qvla_jax.errors import BudgetError, InputError
+from qvla_jax.evaluation import Predictions, action_errors, predict
+from qvla_jax.evaluation.libero import make_libero
+from qvla_jax.evaluation.workers import MakeEnvironment
+from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.unpacking import unpacked
+from qvla_jax.pipeline import closed_loop, files
+from qvla_jax.pipeline.calibrate import calibrate, load_calibration
+from qvla_jax.pipeline.configs import CalibrateConfig, HeldoutConfig
+from qvla_jax.pipeline.evaluate import SOURCE_BITS, Held, check_disjoint, heldout_set
+from qvla_jax.pipeline.methods import load_method, method_file
+from qvla_jax.progress import Progress, no_progress
+from qvla_jax.provenance import provenance
+from qvla_jax.quantization import ChannelIndex, policy_index, uniform_bytes
+from qvla_jax.report.results import draw_error, draw_success, markdown
+
+KIND: Final = "qvla_jax.results"
+CELL_KIND: Final = "qvla_jax.cell"
+_ROW: Final = re.compile(r"(?P<method>[a-z-]+?)(?P<group>-g\d+)?")
+_COLUMN: Final = re.compile(r"w(?P<bits>\d+(?:\.\d+)?)(?:a(?P<activation>\d+))?")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig(CalibrateConfig, HeldoutConfig):
+    """Makes the table of results: methods against settings, on one policy.
+
+    Writes results.json, results.md and figures. Every cell is kept: repeat the command to go on
+    after an interruption, with other rows or columns, or with --sim to add the closed loop. A
+    calibration.json that lies in the folder is used.
+    """
+
+    # Methods, -gGROUP behind the name where groups of inputs have scales of their own: rtn-g128.
+    rows: tuple[str, ...] = tuple(METHODS)
+    # Settings: bits of weights (for methods that allocate, a budget of stored bits), and aBITS of
+    # activations. Methods that have no such setting leave the cell empty.
+    columns: tuple[str, ...] = ("w8a16", "w4a16", "w8a8", "w4a4", "w3", "w2.5", "w2")
+    # Random probe vectors for each frame, of the sensitivities.
+    probes: int = 8
+    # LIBERO suite for the success in closed loop, such as libero_spatial; left out: offline only.
+    sim: str | None = None
+    # Episodes of each task, from the initial states 0, 1, ...; the same for every cell.
+    episodes_per_task: int = 20
+    # Tasks by number; all of the suite if none are named.
+    tasks: tuple[int, ...] = ()
+    # As of `qvla evaluate --sim`.
+    rendering: Rendering = "fast"
+    # Simulator processes; 0 is one for each core.
+    workers: int = 0
+    # Frames for each forward pass of the offline measurement.
+    eval_batch: int = 32
+
+    def __post_init__(self) -> None:
+        CalibrateConfig.__post_init__(self)
+        for name in ("probes", "eval_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for kind, names in (("row", self.rows), ("column", self.columns)):
+            if not names or len(set(names)) != len(names):
+                raise InputError(
+                    f"name at least one {kind}, and none twice; got {', '.join(names)}"
+                )
+        for column in self.columns:
+            if _COLUMN.fullmatch(column) is None:
+                raise InputError(f"column {column!r}: expected wBITS or wBITSaBITS, such as w4a4")
+        for row in self.rows:
+            if not any(self.setting(row, column) for column in self.columns):
+                raise InputError(f"row {row!r} has none of the settings {', '.join(self.columns)}")
+        if self.sim is not None:
+            self.closed_loop(self.sim, ())
+
+    def setting(self, row: str, column: str) -> Setting | None:
+        """The cell's setting; None where the method has no such one.
+
+        Raises:
+            InputError: there is no such method.
+        """
+        method, bits = _ROW.fullmatch(row), _COLUMN.fullmatch(column)
+        assert bits is not None
+        if method is None or method["method"] not in METHODS:
+            check_setting(f"{row}-w4")  # Its message suggests close ones.
+            raise InputError(f"row {row!r}: expected METHOD or METHOD-gGROUP, such as rtn-g128")
+        activation = bits["activation"] or "16"
+        name = f"{method['method']}-w{bits['bits']}a{activation}{method['group'] or ''}"
+        try:
+            return check_setting(name)
+        except InputError:
+            return None
+
+    def closed_loop(self, sim: str, names: tuple[str, ...]) -> closed_loop.ClosedLoopConfig:
+        """Settings of the paired episodes of these policies, full precision first."""
+        return closed_loop.ClosedLoopConfig(
+            sim=sim, out=self.out / files.CLOSED_LOOP, policy=(self.model, *names),
+            episodes_per_task=self.episodes_per_task, tasks=self.tasks, rendering=self.rendering,
+            workers=self.workers, videos=False, seed=self.seed,
+        )  # fmt: skip
+
+
+def study(
+    config: StudyConfig,
+    *,
+    policy: Policy | None = None,
+    make: MakeEnvironment = make_libero,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Fills the cells that are empty and writes the tables and figures.
+
+    Args:
+        config: Settings.
+        policy: The full-precision policy, if it is loaded already.
+        make: Makes the environment of an episode, in a process of its own.
+        progress: Called as it goes on.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        InputError: A file in the folder was made from another policy or calibration set, the
+            evaluation frames are those of the calibration, or the simulator is missing.
+    """
+    files.check_folder(config.out)
+    policy = load_policy(config.model) if policy is None else policy
+    config = dataclasses.replace(config, horizon=policy.config.action_horizon)
+    heldout = heldout_set(config, horizon=config.horizon)
+    known = (config.out / files.CALIBRATION).is_file()
+    calibration = load_calibration(config.out) if known else calibrate(config, progress=progress)
+    check_disjoint(calibration, heldout)
+    work = _Study(config, policy, calibration, heldout, progress)
+    settings = {
+        (row, column): setting
+        for row in config.rows
+        for column in config.columns
+        if (setting := config.setting(row, column)) is not None
+    }
+    cells: list[dict[str, Any]] = []
+    for done, ((row, column), setting) in enumerate(settings.items()):
+        progress("cells", done, len(settings))
+        cells.append({"row": row, "column": column, **work.cell(setting)})
+    progress("cells", len(settings), len(settings))
+    if config.sim is not None:
+        for done, cell in enumerate(cells):
+            progress("cells in closed loop", done, len(cells))
+            if "unavailable" not in cell:
+                cell |= work.success(config.sim, cell["method"], make)
+                work.write(cells)
+        progress("cells in closed loop", len(cells), len(cells))
+    return work.write(cells)
+
+
+class _Study:
+    """One study: what cells share."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        policy: Policy,
+        calibration: CalibrationSet,
+        heldout: CalibrationSet,
+        progress: Progress,
+    ):
+        self.config, self.policy = config, policy
+        self.calibration, self.heldout, self.progress = calibration, heldout, progress
+        self.index: ChannelIndex = policy_index(policy)
+        self.measured = Measurements(policy, calibration, probes=config.probes, progress=progress)
+        self.made_from = {
+            "policy fingerprint": policy.fingerprint,
+            "calibration hash": calibration.hash,
+        }
+        self._held: Held | None = None
+        self._reference: Predictions | None = None
+        self._full_success: dict[str, Any] | None = None
+
+    def cell(self, setting: Setting) -> dict[str, Any]:
+        """The cell's offline measurements, from its file where that is up to date."""
+        path = self.config.out / files.CELLS / f"{setting.name}.json"
+        made_from = {**self.made_from, "heldout hash": self.heldout.hash}
+        try:
+            packed = self._packed(setting)
+        except BudgetError as error:
+            return {"method": setting.name, "title": title(setting), "unavailable": str(error)}
+        file = method_file(self.config.out, setting.name)
+        made_from["file sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        if path.is_file():
+            content = files.read_json(path, kind=CELL_KIND)
+            if content.get("made_from") == made_from:
+                return content["cell"]
+        size = PackedFile(file).packed_bytes
+        if self._reference is None:
+            self._reference = self._predict(self.policy)
+        found = self._predict(unpacked(self.policy, packed))
+        cell = {
+            "method": setting.name,
+            "title": title(setting),
+            "stored_bytes": size,
+            "stored_bits_per_weight": 8 * size / self.index.num_weights,
+            "versus_full_precision": action_errors(
+                found.chunks, self._reference.chunks
+            ).to_dict(),
+        }  # fmt: skip
+        content = {"format": CELL_KIND, "version": 1, "made_from": made_from, "cell": cell}
+        write_json(path, content)
+        return cell
+
+    def success(self, sim: str, name: str, make: MakeEnvironment) -> dict[str, Any]:
+        """Success of a cell's policy, paired with full precision on the same episodes."""
+        label = f"{self.config.model}@{self.config.out}:{name}"
+        packed = self._packed(check_setting(name))
+        content = closed_loop.closed_loop(
+            self.config.closed_loop(sim, (label,)),
+            policies={self.config.model: self.policy, label: unpacked(self.policy, packed)},
+            make=make,
+            progress=self.progress,
+        )
+        full, candidate = (entry["overall"] for entry in content["policies"])
+        self._full_success = full
+        return {
+            "success": candidate,
+            "share_of_full_precision": candidate["rate"] / full["rate"] if full["rate"] else None,
+            "paired": content["comparisons"][0]["overall"],
+        }
+
+    def write(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        """Writes the tables and figures, and returns the content of results.json."""
+        size = uniform_bytes(self.index, SOURCE_BITS)
+        results = {
+            "format": KIND,
+            "version": 1,
+            "made_from": self.made_from,
+            "model": {"name": self.config.model, "quantized_weights": self.index.num_weights},
+            "heldout": self.heldout.describe(),
+            "sim": self.config.sim,
+            "full_precision": {"stored_bytes": size, "success": self._full_success},
+            "rows": list(self.config.rows),
+            "columns": list(self.config.columns),
+            "cells": cells,
+            "provenance": provenance(seed=self.config.seed),
+        }
+        out = self.config.out
+        write_json(out / files.RESULTS, results)
+        write_text(out / files.RESULTS_TABLE, markdown(results))
+        draw_error(results, out / files.RESULTS_ERROR_FIGURE)
+        if any("success" in cell for cell in cells):
+            draw_success(results, out / files.RESULTS_SUCCESS_FIGURE)
+        return results
+
+    def _packed(self, setting: Setting) -> Policy:
+        path = method_file(self.config.out, setting.name)
+        if not path.is_file():
+            made = quantize_by(
+                self.policy, self.calibration, setting.name, measured=self.measured
+            )  # fmt: skip
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made.save(path)
+        return load_method(path, self.made_from)
+
+    def _predict(self, policy: Policy) -> Predictions:
+        if self._held is None:
+            self._held = Held.of(self.heldout, self.config.eval_batch)
+        return predict(policy, self._held, batch_size=self.config.eval_batch)

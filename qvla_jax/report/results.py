@@ -1,0 +1,126 @@
+"""The table of results (`qvla study`) as Markdown, and its two Pareto figures."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qvla_jax.atomic import atomic_path
+from qvla_jax.report.svg import number
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Tables of action error and, where it was measured, of success; rows are methods."""
+    parts = [
+        "### Action error\n\nSquared error of the normalized action on "
+        f"{results['heldout']['frames']} held-out frames against full precision, and in brackets "
+        "the bits per weight that are really stored.\n",
+        _table(results, _error),
+    ]
+    if (full := results["full_precision"]["success"]) is not None:
+        parts += [
+            f"\n### Success\n\n{results['sim']}, {full['episodes']} paired episodes for each "
+            f"cell; full precision {_rate(full)}. Success with Wilson's 95 % interval, and in "
+            "brackets the share of full precision.\n",
+            _table(results, _success),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def draw_error(results: Mapping[str, Any], path: Path) -> None:
+    """Draws action error (log) against stored bytes as PNG, a series for each row.
+
+    Args:
+        results: what `pipeline.study` returns.
+        path: of the picture, which is replaced.
+    """
+    errors = [(cell, _mse(cell)) for cell in _available(results)]
+    points = [(cell, error, (0.0, 0.0)) for cell, error in errors if error > 0]
+    _draw(results, points, path, label="action MSE (normalized)", log=True)
+
+
+def draw_success(results: Mapping[str, Any], path: Path) -> None:
+    """Draws success with its interval against stored bytes as PNG; arguments of `draw_error`."""
+    points = []
+    for cell in _available(results):
+        if "success" in cell:
+            rate, (low, high) = cell["success"]["rate"], cell["success"]["interval_95"]
+            points.append((cell, rate, (rate - low, high - rate)))
+    full = results["full_precision"]["success"]
+    _draw(results, points, path, label="success", line=None if full is None else full["rate"])
+
+
+def _draw(
+    results: Mapping[str, Any],
+    points: Sequence[tuple[Mapping[str, Any], float, tuple[float, float]]],
+    path: Path,
+    *,
+    label: str,
+    log: bool = False,
+    line: float | None = None,
+) -> None:
+    # Without pyplot: no display, no global state.
+    figure_module: Any = importlib.import_module("matplotlib.figure")
+    figure = figure_module.Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(results["rows"]):
+        own = sorted(
+            ((c["stored_bytes"] / 2**20, y, e) for c, y, e in points if c["row"] == row),
+            key=lambda point: point[0],
+        )
+        if own:
+            axes.errorbar(
+                [x for x, _, _ in own],
+                [y for _, y, _ in own],
+                yerr=None if log else [[e[0] for *_, e in own], [e[1] for *_, e in own]],
+                marker="os^Dvx+*"[place % 8],
+                markersize=5,
+                linestyle="none",
+                color=f"C{place % 10}",
+                label=row,
+            )
+    if line is not None:
+        axes.axhline(line, color="black", linewidth=1, label="full precision")
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel("stored for the quantized layers (MiB)")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def _table(results: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str]) -> str:
+    columns = results["columns"]
+    cells = {(cell["row"], cell["column"]): cell for cell in results["cells"]}
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in results["rows"]:
+        found = [cells.get((row, column)) for column in columns]
+        texts = ["-" if c is None or "unavailable" in c else text(c) for c in found]
+        lines.append(f"| `{row}` | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _available(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [cell for cell in results["cells"] if "unavailable" not in cell]
+
+
+def _mse(cell: Mapping[str, Any]) -> float:
+    return cell["versus_full_precision"]["action_mse_normalized"]
+
+
+def _error(cell: Mapping[str, Any]) -> str:
+    return f"{number(_mse(cell))} ({cell['stored_bits_per_weight']:.2f})"
+
+
+def _rate(success: Mapping[str, Any]) -> str:
+    low, high = success["interval_95"]
+    return f"{success['rate']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _success(cell: Mapping[str, Any]) -> str:
+    if "success" not in cell:
+        return "-"
+    share = cell["share_of_full_precision"]
+    return _rate(cell["success"]) + ("" if share is None else f" ({share:.1%})")

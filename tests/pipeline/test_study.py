@@ -1,0 +1,198 @@
+"""The table of results on a tiny policy, with an environment that counts steps."""
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import threading
+
+import numpy as np
+import pytest
+
+from qvla_jax import pipeline
+from qvla_jax.baselines import Measurements
+from qvla_jax.baselines.packing import described
+from qvla_jax.baselines.registry import METHODS, Method
+from qvla_jax.checkpoints.packed_file import PackedFile
+from qvla_jax.errors import BudgetError, InputError
+from qvla_jax.evaluation.workers import Worker, serve
+from qvla_jax.inference import load_policy, random_policy
+from qvla_jax.pipeline import StudyConfig, closed_loop, files
+from qvla_jax.pipeline.methods import method_file
+from qvla_jax.quantization import LayerRules, quantize_uniform
+
+# What the module looks up; the package's name of it is the function.
+STUDY = pipeline.study.__globals__
+# "budget" stands in for methods that allocate, which measure for long.
+ROWS, COLUMNS = ("rtn", "rtn-g16", "budget"), ("w4a16", "w9", "w0.5")
+
+
+def within_budget(job):
+    if job.setting.bits < 1:
+        raise BudgetError("give at least 1 bit")
+    packed = quantize_uniform(job.policy, 3, rules=job.rules)
+    return dataclasses.replace(packed, quantization=described(job.policy, job.setting, {}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_layers_and_a_stub():
+    rules = LayerRules(include=(r"vision_backbone\.featurizer\.blocks\.0\.attn\.proj",))
+    few = functools.partial(Measurements, rules=rules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STUDY, "Measurements", few)
+        patch.setitem(METHODS, "budget", Method(title="stub", make=within_budget, allocates=True))
+        yield
+
+
+class Count:
+    """Solved on the first step in the initial state 0, never in others."""
+
+    name = "count"
+
+    def __init__(self, episode):
+        self.state, self.seen = 0, random_policy("tiny-test", seed=0).fake_observation()
+
+    def reset(self, initial_state, *, seed):
+        del seed
+        self.state = initial_state
+
+    def observe(self):
+        return self.seen
+
+    def render(self, camera):
+        return np.zeros((8, 8, 3), np.uint8)
+
+    def step(self, action):
+        return self.state == 0
+
+    def close(self):
+        pass
+
+
+class InThread:
+    exitcode = None
+
+    def __init__(self, thread):
+        self.thread = thread
+
+    def terminate(self):
+        pass
+
+    def join(self, timeout):
+        self.thread.join(timeout)
+
+
+def start_thread(make):
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=serve, args=(theirs, make), daemon=True)
+    thread.start()
+    return Worker(InThread(thread), ours)
+
+
+@pytest.fixture(scope="module")
+def config(policy_folder, tmp_path_factory):
+    return StudyConfig(
+        model=str(policy_folder), out=tmp_path_factory.mktemp("study") / "out", rows=ROWS,
+        columns=COLUMNS, frames=4, eval_frames=6, eval_batch=6,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(config):
+    return pipeline.study(config)
+
+
+def cell_of(results, row, column):
+    return next(c for c in results["cells"] if (c["row"], c["column"]) == (row, column))
+
+
+def test_cells_hold_stored_bytes_and_errors(results, config):
+    assert {(c["row"], c["column"]) for c in results["cells"]} == {
+        ("rtn", "w4a16"), ("rtn-g16", "w4a16"),
+        ("budget", "w4a16"), ("budget", "w9"), ("budget", "w0.5"),
+    }  # fmt: skip
+    assert "at least" in cell_of(results, "budget", "w0.5")["unavailable"]
+    for cell in results["cells"]:
+        if "unavailable" not in cell:
+            size = PackedFile(method_file(config.out, cell["method"])).packed_bytes
+            assert cell["stored_bytes"] == size
+            assert cell["versus_full_precision"]["action_mse_normalized"] > 0
+    assert json.loads((config.out / files.RESULTS).read_text()) == results
+    lines = (config.out / files.RESULTS_TABLE).read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| `rtn-g16`"))
+    bits = cell_of(results, "rtn-g16", "w4a16")["stored_bits_per_weight"]
+    assert f"({bits:.2f})" in row
+    assert row.endswith("| - | - |")
+    assert (config.out / files.RESULTS_ERROR_FIGURE).read_bytes().startswith(b"\x89PNG")
+    assert not (config.out / files.RESULTS_SUCCESS_FIGURE).exists()
+
+
+def test_a_study_goes_on_where_it_stopped(results, config, monkeypatch):
+    lost = method_file(config.out, "rtn-w4-g16")
+    made = lost.read_bytes()
+    lost.unlink()
+    calls = []
+    quantize_by = STUDY["quantize_by"]
+    monkeypatch.setitem(
+        STUDY,
+        "quantize_by",
+        lambda *args, **options: calls.append(args[2]) or quantize_by(*args, **options),
+    )
+    monkeypatch.setitem(STUDY, "predict", pytest.fail)
+    again = pipeline.study(config)
+    # A budget that cannot be met is asked for again.
+    assert calls == ["rtn-w4-g16", "budget-w0.5"]
+    assert lost.read_bytes() == made
+    assert again["cells"] == results["cells"]
+
+
+def test_closed_loop_is_paired_with_full_precision(results, config, monkeypatch):
+    run = closed_loop.run_episodes
+    monkeypatch.setattr(
+        closed_loop, "run_episodes", lambda *a, **o: run(*a, **o, start=start_thread)
+    )
+    simulated = dataclasses.replace(
+        config, rows=("rtn",), columns=("w4a16",), sim="libero_spatial", tasks=(0,),
+        episodes_per_task=2, workers=1,
+    )  # fmt: skip
+    found = pipeline.study(simulated, make=Count)
+    (cell,) = found["cells"]
+    assert cell["stored_bytes"] == cell_of(results, "rtn", "w4a16")["stored_bytes"]
+    assert (cell["success"]["successes"], cell["success"]["episodes"]) == (1, 2)
+    assert cell["share_of_full_precision"] == 1
+    assert (cell["paired"]["both"], cell["paired"]["neither"]) == (1, 1)
+    table = (config.out / files.RESULTS_TABLE).read_text()
+    assert "50.0% [9.5%, 90.5%] (100.0%)" in table
+    assert (config.out / files.RESULTS_SUCCESS_FIGURE).read_bytes().startswith(b"\x89PNG")
+    episodes = config.out / files.CLOSED_LOOP / closed_loop.EPISODES_FILE
+    before = episodes.read_bytes()
+    pipeline.study(simulated, make=Count)
+    assert episodes.read_bytes() == before
+
+
+def test_another_policy_s_cells_are_refused(results, config):
+    del results
+    other = random_policy("tiny-test", seed=1)
+    with pytest.raises(InputError, match="another policy fingerprint"):
+        pipeline.study(config, policy=other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": ("rtm",)}, "did you mean rtn"),
+        ({"rows": ("rtn", "rtn")}, "none twice"),
+        ({"columns": ("4",)}, "expected wBITS"),
+        ({"columns": ("w2.5",), "rows": ("gptq",)}, "'gptq' has none of the settings w2.5"),
+        ({"sim": "libero_spacial"}, "did you mean libero_spatial"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        StudyConfig(out=tmp_path, **changes)
+
+
+def test_stored_policies_load_by_name(results, config):
+    del results
+    loaded = load_policy(method_file(config.out, "budget-w9"))
+    assert loaded.quantization["method"] == "budget-w9"
