@@ -47,7 +47,7 @@ prove-solvers: $(VENV)/.dev  ## Check the allocators on thousands of small insta
 bench-solvers: $(VENV)/.core  ## Compare the allocators at 1.85 million channels (less than 15 minutes)
 	$(BIN)/python benchmarks/solvers.py
 
-bench-kernels: $(VENV)/.core  ## Time the packed product against others on one core (about 3 minutes)
+bench-kernels: $(VENV)/.core  ## Time the packed product against installed rivals on one core (about 15 minutes)
 	$(BIN)/python benchmarks/kernels.py
 
 # The sanitizers' library must be the first that the interpreter loads; JAX and Python leak on purpose.

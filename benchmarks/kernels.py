@@ -1,19 +1,28 @@
-"""Times the packed product against other products of the same matrix.
+"""Times the packed product against other libraries' products of the same matrix.
 
-    python benchmarks/kernels.py --shape 4096x4096 --rows 1 8 64 600
+    python benchmarks/kernels.py                                   # Llama-2-7B and both towers
+    python benchmarks/kernels.py --shapes 4096x4096 --rows 1 8
 
 Every line is one product y = x W^T on one core. Weights are copied until they exceed the caches and
 are visited in turn, so that few rows run at the speed of memory. All products of one row count are
 timed in turn, round after round; the figure is the shortest call of all rounds, in microseconds of
-CPU time, which other processes on the machine disturb least. PyTorch's products are added where it
-is installed.
+CPU time, which other processes on the machine disturb least. Rivals are added where they are
+installed (benchmarks/rivals.py). Below each table stand the targets, each with the ratio that was
+measured in this run: of the best rival's time to ours, per-channel weights against per-channel
+ones and groups against groups.
 """
 
 import argparse
+import dataclasses
+import itertools
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # One core, before any library counts them. Threads of XLA's pool share it.
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -22,40 +31,107 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
+from rivals import (  # noqa: E402
+    Copies,
+    Product,
+    ggml_products,
+    openvino_products,
+    torch_products,
+)
 
 from qvla_jax import kernels  # noqa: E402
 from qvla_jax.kernels import cpu  # noqa: E402
 
-ROTATION_BYTES = 150 << 20
+# Output channels x inputs: Llama-2-7B's, and what the two towers have beside.
+SHAPES = (
+    "4096x4096", "22016x4096", "4096x11008",
+    "3072x1024", "4096x1024", "1024x4096",
+    "3456x1152", "4304x1152", "1152x4304",
+)  # fmt: skip
 MIXED = {2: 0.2, 4: 0.4, 8: 0.3, 16: 0.1}  # 6 bits per weight
+MIXED_BITS = sum(bits * share for bits, share in MIXED.items())
+HALF, INT8 = "bfloat16 activations", "int8 activations"
 
-# Rows of x -> a function that makes one call on the i-th copy of the weight and waits for it.
-Products = dict[str, Callable[[int], object]]
+# Product -> microseconds of one call.
+Times = dict[str, float]
 
 
-def packed_products(c: int, k: int, x: np.ndarray) -> Products:
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A ratio of times that is asked for; rivals and ours are beginnings of products' names."""
+
+    what: str
+    rows: tuple[int, ...]
+    rivals: tuple[str, ...]
+    ours: tuple[str, ...]
+    least: float
+
+    def ratio(self, times: Times) -> float | None:
+        """The best rival's time over our best; None if one was not measured."""
+        best = [
+            min((t for name, t in times.items() if name.startswith(begins)), default=None)
+            for begins in (self.rivals, self.ours)
+        ]
+        return None if best[0] is None or best[1] is None else best[0] / best[1]
+
+
+FOUR, GROUPED = "qvla 4 bits, per channel", "qvla 4 bits, groups of 128"
+GROUPED_RIVALS = ("OpenVINO int4, groups", "ggml q4", "PyTorch int4")
+W8A8 = "PyTorch dynamic int8"
+PREFILL = (64, 600)
+TARGETS = (
+    Target("4 bits per channel, best rival", (1,), ("OpenVINO int4,", W8A8), (FOUR,), 1.5),
+    Target("4 bits in groups, best rival", (1,), GROUPED_RIVALS, (GROUPED,), 1.5),
+    Target("8 bits, W8A8", (1,), (W8A8,), ("qvla 8 bits",), 1.0),
+    Target("4 bits per channel, best rival", (8,), ("OpenVINO int4,", W8A8), (FOUR,), 1.3),
+    Target("4 bits in groups, best rival", (8,), GROUPED_RIVALS, (GROUPED,), 1.3),
+    Target("4 bits, int8 activations, W8A8", PREFILL, (W8A8,), (f"{FOUR}, {INT8}",), 1.0),
+    Target(
+        "4 bits, int8 activations, OpenVINO", PREFILL, ("OpenVINO int4,",),
+        (f"{FOUR}, {INT8}",), 1.2,
+    ),
+    Target(
+        "groups, int8 activations, OpenVINO", PREFILL, ("OpenVINO int4, groups",),
+        (f"{GROUPED}, {INT8}",), 1.0,
+    ),
+    Target(
+        "4 bits, bfloat16 activations, PyTorch bfloat16", PREFILL, ("PyTorch bfloat16",),
+        (f"{FOUR}, {HALF}",), 0.95,
+    ),
+    # Ours against ours: no slower than the bytes say, and 15 % over 4 bits.
+    Target("mixed, 4 bits", (1,), (FOUR,), ("qvla mixed",), 4 / MIXED_BITS),
+    Target("mixed, 4 bits", PREFILL, (f"{FOUR}, {INT8}",), (f"qvla mixed, {INT8}",), 1 / 1.15),
+)  # fmt: skip
+# Of the rate that this core reads memory at, in decoding.
+LEAST_BANDWIDTH = 0.85
+# The AVX2 path may take this many times as long as the AVX-512 path.
+MOST_AVX2 = 3.0
+
+
+def our_products(c: int, k: int, copies: Copies) -> Iterator[tuple[str, Product]]:
     """Our kernel at several widths, with bfloat16 and 8-bit activations."""
     rng = np.random.default_rng(0)
     shares = list(MIXED)
     widths = {f"{b} bits": np.full(c, b) for b in (2, 4, 8, 16)}
-    widths["mixed 2/4/8/16"] = rng.choice(shares, c, p=[MIXED[b] for b in shares])
-    products: Products = {}
-    half = jnp.asarray(x, jnp.bfloat16)
+    widths["mixed"] = rng.choice(shares, c, p=[MIXED[b] for b in shares])
     for label, bits in widths.items():
-        for group in (None, 128) if label == "4 bits" else (None,):
-            copies = rotate(
-                jax.tree.map(jnp.asarray, cpu.prepare(random_packed(c, k, bits, group)))
-            )
-            name = f"qvla {label}" + (f", groups of {group}" if group else "")
+        for group in (None, 128) if label == "4 bits" and k % 128 == 0 else (None,):
+            weight = cpu.prepare(random_packed(c, k, bits, group))
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+            # Memory of its own for each.
+            weights = [jax.tree.map(jnp.array, weight) for _ in range(copies(size))]
+            kind = {128: ", groups of 128", None: ", per channel"}[group]
+            name = f"qvla {label}{kind if label == '4 bits' else ''}"
             for activations in (16, 8):
                 if label == "16 bits" and activations == 8:
                     continue
                 run = jax.jit(lambda x, w, a=activations: cpu.matmul(x, w, a))
-                kind = "bfloat16" if activations == 16 else "int8"
-                products[f"{name}, {kind} activations"] = lambda i, run=run, copies=copies: run(
-                    half, copies[i % len(copies)]
-                ).block_until_ready()
-    return products
+
+                def bound(x: np.ndarray, run=run, weights=weights) -> Callable[[int], object]:
+                    half = jnp.asarray(x, jnp.bfloat16)
+                    return lambda i: run(half, weights[i % len(weights)]).block_until_ready()
+
+                yield f"{name}, {HALF if activations == 16 else INT8}", bound
 
 
 def random_packed(c: int, k: int, bits: np.ndarray, group: int | None) -> kernels.PackedWeight:
@@ -69,49 +145,19 @@ def random_packed(c: int, k: int, bits: np.ndarray, group: int | None) -> kernel
     return kernels.pack(weight, bits, group, grid="rtn", codes=codes, scales=scales)
 
 
-def xla_products(c: int, k: int, x: np.ndarray) -> Products:
+def xla_products(c: int, k: int, copies: Copies) -> Iterator[tuple[str, Product]]:
     """XLA in float32."""
-    weights = rotate(jnp.ones((k, c), jnp.float32))
+    weights = [jnp.ones((k, c), jnp.float32) for _ in range(copies(4 * c * k))]
     run = jax.jit(jnp.matmul)
-    given = jnp.asarray(x, jnp.float32)
-    return {
-        "XLA float32": lambda i: run(given, weights[i % len(weights)]).block_until_ready(),
-    }
+
+    def bound(x: np.ndarray) -> Callable[[int], object]:
+        given = jnp.asarray(x)
+        return lambda i: run(given, weights[i % len(weights)]).block_until_ready()
+
+    yield "XLA float32", bound
 
 
-def torch_products(c: int, k: int, x: np.ndarray) -> Products:
-    """PyTorch in bfloat16, and its dynamic 8-bit linear layer; none where it is missing."""
-    try:
-        import torch
-    except ImportError:
-        return {}
-    torch.set_num_threads(1)
-    half = torch.from_numpy(x).bfloat16()
-    given = torch.from_numpy(x)
-    count = copies_of(2 * c * k)
-    halves = [torch.randn(c, k).bfloat16() for _ in range(count)]
-    layers = []
-    for _ in range(copies_of(c * k)):
-        layer = torch.nn.Sequential(torch.nn.Linear(k, c, bias=False))
-        layers.append(torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, torch.qint8))
-    return {
-        "PyTorch bfloat16": lambda i: torch.nn.functional.linear(half, halves[i % count]),
-        "PyTorch dynamic int8 (W8A8)": lambda i: layers[i % len(layers)](given),
-    }
-
-
-def copies_of(size: int) -> int:
-    """Copies of a weight that together exceed the caches."""
-    return max(2, -(-ROTATION_BYTES // size))
-
-
-def rotate(weight: object) -> list[object]:
-    """Copies of a tree of arrays, each with memory of its own."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
-    return [jax.tree.map(jnp.array, weight) for _ in range(copies_of(size))]
-
-
-def measure(products: Products, seconds: float) -> dict[str, float]:
+def measure(products: dict[str, Callable[[int], object]], seconds: float) -> Times:
     """Shortest CPU time of a call of each product, in microseconds."""
     best = dict.fromkeys(products, float("inf"))
     for call in products.values():
@@ -127,31 +173,125 @@ def measure(products: Products, seconds: float) -> dict[str, float]:
     return {name: 1e6 * value for name, value in best.items()}
 
 
+def read_rate(seconds: float) -> float:
+    """Bytes a second that this core reads from memory: the best of three simple reductions."""
+    data = np.ones(1 << 28, np.uint8)
+    reductions: dict[str, Callable[[int], object]] = {
+        "dot": lambda i: np.dot(data.view(np.float32), data.view(np.float32)),
+        "or": lambda i: np.bitwise_or.reduce(data.view(np.uint64)),
+        "max": lambda i: data.max(),
+    }
+    return 1e6 * data.nbytes / min(measure(reductions, seconds).values())
+
+
+def time_shape(shape: str, arguments: argparse.Namespace) -> dict[int, Times]:
+    """Times of all products of a shape, by rows."""
+    c, k = map(int, shape.split("x"))
+
+    def copies(size: int) -> int:
+        return max(2, -(-(arguments.rotation_mib << 20) // size))
+
+    makers = [our_products(c, k, copies)]
+    if not arguments.ours:
+        makers += [
+            xla_products(c, k, copies),
+            torch_products(c, k, copies),
+            openvino_products(c, k, copies),
+            ggml_products(c, k, copies, arguments.ggml),
+        ]
+    products = dict(itertools.chain(*makers))
+    times = {}
+    for rows in arguments.rows:
+        x = np.random.default_rng(2).normal(size=(rows, k)).astype(np.float32)
+        bound = {name: product(x) for name, product in products.items()}
+        times[rows] = measure(bound, arguments.seconds)
+    return times
+
+
+def time_avx2(arguments: argparse.Namespace) -> dict[str, dict[int, Times]]:
+    """Our times by shape on the AVX2 path: one path in one process."""
+    command = [sys.executable, __file__, "--ours", "--json", "--shapes", *arguments.shapes]
+    command += ["--rows", *map(str, arguments.rows), "--seconds", str(arguments.seconds)]
+    command += ["--rotation-mib", str(arguments.rotation_mib)]
+    environment = os.environ | {"QVLA_CPU_KERNEL": "avx2"}
+    answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    found = json.loads(answer.stdout)
+    return {s: {int(rows): t for rows, t in by.items()} for s, by in found.items()}
+
+
+def print_table(shape: str, times: dict[int, Times]) -> None:
+    """The times of a shape, in Markdown."""
+    print(f"\n| {shape} | " + " | ".join(f"{rows} rows" for rows in times) + " |")
+    print("|---" * (1 + len(times)) + "|")
+    for name in next(iter(times.values())):
+        print(f"| {name} | " + " | ".join(f"{t[name]:,.0f}" for t in times.values()) + " |")
+
+
+def print_targets(shape: str, times: dict[int, Times], rate: float) -> None:
+    """What was asked for, and what this run measured."""
+    print(f"\n| {shape}: target | rows | at least | measured | met |")
+    print("|---|---|---|---|---|")
+    for target in TARGETS:
+        for rows in target.rows:
+            ratio = target.ratio(times.get(rows, {}))
+            if ratio is not None:
+                verdict = "yes" if ratio >= target.least else "**no**"
+                print(f"| {target.what} | {rows} | {target.least:.2f} | {ratio:.2f} | {verdict} |")
+    decode = [t for name, t in times.get(1, {}).items() if name.startswith(FOUR)]
+    if decode:
+        c, k = map(int, shape.split("x"))
+        share = 1e6 * c * k / 2 / min(decode) / rate
+        verdict = "yes" if share >= LEAST_BANDWIDTH else "**no**"
+        print(
+            f"| 4 bits, share of the read rate | 1 | {LEAST_BANDWIDTH:.2f} | {share:.2f} "
+            f"| {verdict} |"
+        )
+
+
+def print_avx2(best: dict[str, dict[int, Times]], avx2: dict[str, dict[int, Times]]) -> None:
+    """How many times as long the AVX2 path takes, at worst, by rows and product."""
+    rows = list(next(iter(best.values())))
+    print("\n| AVX2 over AVX-512, longest of all shapes | " + " | ".join(map(str, rows)) + " |")
+    print("|---" * (1 + len(rows)) + "|")
+    for name in next(iter(avx2.values()))[rows[0]]:
+        ratios = [
+            max(avx2[s][r][name] / best[s][r][name] for s in best if name in avx2[s][r])
+            for r in rows
+        ]
+        cells = [f"{r:.1f}" if r <= MOST_AVX2 else f"**{r:.1f}**" for r in ratios]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
-    """Prints a table in Markdown."""
+    """Prints tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="4096x4096", help="output channels x inputs")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="output channels x inputs")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 600])
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each product and row count")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each product and row count")
+    parser.add_argument("--rotation-mib", type=int, default=150, help="copies of a weight together")
+    parser.add_argument("--ggml", type=Path, help="folder of its libraries")
+    parser.add_argument("--ours", action="store_true", help="no rivals")
+    parser.add_argument("--avx2", action="store_true", help="our AVX2 path as well")
+    parser.add_argument("--json", action="store_true", help="print times alone, as JSON")
     arguments = parser.parse_args()
-    c, k = map(int, arguments.shape.split("x"))
-    table: dict[str, list[float]] = {}
     load = os.getloadavg()[0]
+    rate = 0.0 if arguments.json else read_rate(arguments.seconds)
+    if not arguments.json:
+        print(f"one core, shortest call in microseconds of CPU time; JAX {jax.__version__}")
+        machine = platform.processor() or platform.machine()
+        print(f"kernel {cpu.instruction_set()} on {machine}, load before the run {load:.1f}")
+        print(f"this core reads {rate / 1e9:.1f} GB/s")
+    times = {}
     with jax.default_matmul_precision("float32"):
-        for rows in arguments.rows:
-            x = np.random.default_rng(2).normal(size=(rows, k)).astype(np.float32)
-            products: Products = {}
-            for make in (xla_products, torch_products, packed_products):
-                products |= make(c, k, x)
-            for name, microseconds in measure(products, arguments.seconds).items():
-                table.setdefault(name, []).append(microseconds)
-    machine = platform.processor() or platform.machine()
-    print(f"{c} x {k}, one core, shortest call in microseconds of CPU time; JAX {jax.__version__}")
-    print(f"kernel {cpu.instruction_set()} on {machine}, load before the run {load:.1f}")
-    print("\n| product | " + " | ".join(f"{rows} rows" for rows in arguments.rows) + " |")
-    print("|---" * (1 + len(arguments.rows)) + "|")
-    for name, row in table.items():
-        print(f"| {name} | " + " | ".join(f"{value:,.0f}" for value in row) + " |")
+        for shape in arguments.shapes:
+            times[shape] = time_shape(shape, arguments)
+            if not arguments.json:
+                print_table(shape, times[shape])
+                print_targets(shape, times[shape], rate)
+    if arguments.json:
+        print(json.dumps(times))
+    elif arguments.avx2:
+        print_avx2(times, time_avx2(arguments))
 
 
 if __name__ == "__main__":

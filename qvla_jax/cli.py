@@ -121,9 +121,9 @@ def _measure_solvers() -> tuple[type[Any], Callable[[Any], None]]:
 
 
 def _pack() -> tuple[type[Any], Callable[[Any], None]]:
-    from qvla_jax import commands
+    from qvla_jax import commands, pipeline
 
-    return commands.PackConfig, commands.pack
+    return pipeline.PackConfig, commands.pack
 
 
 def _inspect() -> tuple[type[Any], Callable[[Any], None]]:
@@ -210,7 +210,7 @@ COMMANDS = {
         _measure_solvers,
     ),
     "pack": Command(
-        "pack a policy at one bit-width, without calibration",
+        "pack a policy layer by layer, without calibration",
         "qvla pack --model libero-mini --bits 4 --file four.qvla", _pack,
     ),
     "train": Command(

@@ -39,18 +39,6 @@ class InspectConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackConfig:
-    """Packs a policy at one bit-width, rounded to nearest: no calibration, no allocation."""
-
-    # A policy that ships with the package, or a directory that holds one.
-    model: str = "libero-mini"
-    # The file to write; its name ends in .qvla.
-    file: Path
-    # Of every channel: 2, 3, 4, 8 or 16.
-    bits: int = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SensitivityConfig(pipeline.SensitivityConfig):
     """Measures what each output channel costs at each bit-width; writes sensitivity.safetensors.
 
@@ -301,13 +289,12 @@ def study(config: pipeline.StudyConfig) -> None:
     _say(f"Results: {config.out / files.RESULTS}, {config.out / files.RESULTS_TABLE}")
 
 
-def pack(config: PackConfig) -> None:
-    """Packs a policy at one bit-width."""
-    from qvla_jax.inference import load_policy
-    from qvla_jax.quantization import quantize_uniform
-
-    quantize_uniform(load_policy(config.model), config.bits).save(config.file)
+def pack(config: pipeline.PackConfig) -> None:
+    """Packs a policy and prints the peak resident memory."""
+    with ProgressBars() as progress:
+        pipeline.pack(config, progress=progress)
     show_packed(config.file)
+    _say(_peak())
 
 
 def evaluate(config: pipeline.EvaluateConfig) -> None:

@@ -4,6 +4,7 @@ Tensors of a directory pass one at a time through the same path as in `load_poli
 checked, brought into Flax's layout and placed on the device; then back.
 """
 
+import functools
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -181,7 +182,8 @@ def synthesize(config: OpenVLAConfig, out: Path, *, seed: int = 0) -> None:
     """Writes a public directory with random bfloat16 weights and statistics of unit range.
 
     For measurements at full size: about 15 GB for `openvla-7b`, and 0.3 GB more in `.pt` files for
-    `openvla-oft-7b`.
+    `openvla-oft-7b`. Weights are heavy-tailed, output channels differ in scale and a few inputs
+    stand out, as in trained models; see `_Random`.
 
     Raises:
         InputError: the towers have FiLM, or `out` holds files already.
@@ -208,17 +210,39 @@ def synthesize(config: OpenVLAConfig, out: Path, *, seed: int = 0) -> None:
 
 
 class _Random(Mapping[str, np.ndarray]):
-    """Tensors of given shapes with normal entries of deviation 0.02, bfloat16."""
+    """Tensors of given shapes, bfloat16.
+
+    Entries of matrices are Student's t with 5 degrees of freedom, of deviation 0.02. The deviations
+    of output channels spread around it as a log-normal does (sigma 0.5), and those of one input in
+    128 are four times as large. Factors of norms lie around 1, all other vectors around 0.
+
+    Tensors of one shape are one tensor, its first axis rolled by another number of places.
+    """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int):
         self._shapes = shapes
-        block = np.random.default_rng(seed).normal(0.0, 0.02, _BLOCK)
-        self._block = block.astype(ml_dtypes.bfloat16)
+        rng = np.random.default_rng(seed)
+        deviation = (5 / 3) ** 0.5  # of the distribution
+        self._block = (0.02 / deviation * rng.standard_t(5, _BLOCK)).astype(np.float32)
+        self._channels = rng.lognormal(sigma=0.5, size=_BLOCK >> 4).astype(np.float32)
+        self._inputs = np.where(rng.random(_BLOCK >> 4) < 1 / 128, 4, 1).astype(np.float32)
+        self._of_shape = functools.lru_cache(maxsize=4)(self._make)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        # Another start for each tensor, so that they differ.
-        start = sum(name.encode()) * 7919 % _BLOCK
-        return np.resize(np.roll(self._block, start), self._shapes[name])
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            center = 1.0 if name.endswith("weight") else 0.0  # the only such weights are norms'
+            start = sum(name.encode()) * 7919 % _BLOCK
+            values = np.resize(np.roll(self._block, start), shape)
+            return (values + np.float32(center)).astype(ml_dtypes.bfloat16)
+        return np.roll(self._of_shape(shape), sum(name.encode()) * 7919, axis=0)
+
+    def _make(self, shape: tuple[int, ...]) -> np.ndarray:
+        values = np.resize(self._block, shape)
+        rows = values.reshape(shape[0], -1)
+        rows *= np.resize(self._channels, (shape[0], 1))
+        rows *= np.resize(self._inputs, (1, rows.shape[1]))
+        return values.astype(ml_dtypes.bfloat16)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

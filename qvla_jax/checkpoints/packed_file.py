@@ -8,7 +8,7 @@ before its arrays are placed. Nothing in the file is executed.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,8 +37,7 @@ _FIELDS: Final = ("words", "scales", "index", "bias", "input_scale")
 def write_packed(
     path: Path,
     *,
-    layers: Mapping[str, kernels.PackedWeight],
-    inputs: Mapping[str, kernels.LayerInputs],
+    layers: Iterable[tuple[str, kernels.PackedWeight, kernels.LayerInputs]],
     tensors: Mapping[str, np.ndarray],
     tokenizer: str,
     header: Mapping[str, Any],
@@ -47,41 +46,54 @@ def write_packed(
 
     Args:
         path: ends in `.qvla`.
-        layers: packed weight of each quantized layer, on the host.
-        inputs: what each of them does to its inputs.
-        tensors: all other parameters under their public names; each is stored in the narrowest
-            type that holds it exactly.
+        layers: path and packed weight of each quantized layer, on the host, and what it does to its
+            inputs; asked for once, and written before the next one is.
+        tensors: all other parameters under their public names, read one at a time; each is stored
+            in the narrowest type that holds it exactly.
         tokenizer: its JSON.
         header: JSON object: `config`, `statistics`, `quantization`, `packages`.
     """
-    content: dict[str, np.ndarray] = {}
-    table, version = [], _VERSION
-    for name, weight in layers.items():
-        arrays = _flat(weight)
-        entry = _describe(name, weight)
-        if not (own := inputs[name]).is_plain:
-            version = max(version, _VERSION_WITH_INPUTS)
-            entry |= {"activation_bits": own.activation_bits, "input_scale": own.scale is not None}
-            if own.rotated:
-                version = _VERSION_WITH_ROTATION
-                entry |= {"rotated": True}
-            if own.scale is not None:
-                arrays["input_scale"] = own.scale.astype(ml_dtypes.bfloat16)
-        content |= {f"{name}.{field}": array for field, array in arrays.items()}
-        table.append({**entry, "sha256": _digest(entry, arrays)})
-    others = {name: _narrow(tensor) for name, tensor in tensors.items()}
-    others[_TOKENIZER] = np.frombuffer(tokenizer.encode(), np.uint8)
-    text = json.dumps(
-        {
-            "kind": _KIND,
-            "version": version,
-            **header,
-            "layers": table,
-            "sha256": _digest("others", others),
-        }
-    )
-    metadata = {"header": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_file(path, content | others, metadata)
+    table: list[dict[str, Any]] = []
+    versions = {_VERSION}
+    others = _Digest("others")
+
+    def content() -> Iterator[tuple[str, np.ndarray]]:
+        for name, weight, own in layers:
+            arrays, entry = _flat(weight), _describe(name, weight)
+            if not own.is_plain:
+                versions.add(_VERSION_WITH_INPUTS)
+                entry |= {
+                    "activation_bits": own.activation_bits,
+                    "input_scale": own.scale is not None,
+                }
+                if own.rotated:
+                    versions.add(_VERSION_WITH_ROTATION)
+                    entry |= {"rotated": True}
+                if own.scale is not None:
+                    arrays["input_scale"] = own.scale.astype(ml_dtypes.bfloat16)
+            table.append({**entry, "sha256": _digest(entry, arrays)})
+            yield from ((f"{name}.{field}", array) for field, array in arrays.items())
+        for name in sorted({*tensors, _TOKENIZER}):
+            if name == _TOKENIZER:
+                tensor = np.frombuffer(tokenizer.encode(), np.uint8)
+            else:
+                tensor = _narrow(tensors[name])
+            others.update(name, tensor)
+            yield name, tensor
+
+    def metadata() -> dict[str, str]:
+        text = json.dumps(
+            {
+                "kind": _KIND,
+                "version": max(versions),
+                **header,
+                "layers": table,
+                "sha256": others.hexdigest(),
+            }
+        )
+        return {"header": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    write_file(path, content(), metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,8 +276,10 @@ class PackedFile:
 
     def check_others(self) -> None:
         """Raises a `CheckpointError` if tensors that are not packed were changed."""
-        others = {name: self._file[name] for name in self._others()}
-        if _digest("others", others) != self.header.get("sha256"):
+        digest = _Digest("others")
+        for name in sorted(self._others()):
+            digest.update(name, self._file[name])
+        if digest.hexdigest() != self.header.get("sha256"):
             raise CheckpointError(
                 f"{self.path}: the bytes of the tensors that are not packed are not those that "
                 "were written; fetch or pack the file again"
@@ -376,12 +390,24 @@ def _total(shapes: list[tuple[int, int]]) -> tuple[int]:
     return (sum(a * b for a, b in shapes),)
 
 
+class _Digest:
+    """SHA-256 over a JSON value and arrays, names and shapes included, in the order of names."""
+
+    def __init__(self, described: Any):
+        self._sum = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+
+    def update(self, name: str, array: np.ndarray) -> None:
+        self._sum.update(f"{name}{array.dtype}{array.shape}".encode())
+        self._sum.update(np.ascontiguousarray(array).view(np.uint8).data)
+
+    def hexdigest(self) -> str:
+        return self._sum.hexdigest()
+
+
 def _digest(described: Any, arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over a JSON value and arrays, names and shapes included."""
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name}{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    digest = _Digest(described)
+    for name in sorted(arrays):
+        digest.update(name, arrays[name])
     return digest.hexdigest()
 
 

@@ -7,8 +7,10 @@ by the tensors in use and not by the file.
 import json
 import math
 import mmap
+import shutil
 import struct
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -34,6 +36,8 @@ _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+# Read and written at once where a file is copied.
+_COPY_BYTES: Final = 1 << 24
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -175,21 +179,39 @@ def write_shards(
     write_json(folder / INDEX_FILE, index)
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes one safetensors file, completely or not at all; `tensors` as in `write_shards`."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        _write_header(file, _specs(tensors), metadata)
-        for name in tensors:
-            np.ascontiguousarray(tensors[name]).tofile(file)
+def write_file(
+    path: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Callable[[], Mapping[str, str]],
+) -> None:
+    """Writes one safetensors file, completely or not at all.
+
+    The header stands in front and is known last, so tensors are written to an unnamed file first:
+    no more than one is in memory, and the folder needs room for twice the file.
+
+    Args:
+        path: where to.
+        tensors: names and values, asked for once, one at a time.
+        metadata: called when all tensors have been written.
+    """
+    with atomic_path(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as payload:
+        specs = {}
+        for name, tensor in tensors:
+            specs[name] = _spec(tensor)
+            np.ascontiguousarray(tensor).tofile(payload)
+            del tensor
+        payload.seek(0)
+        with temporary.open("wb") as file:
+            _write_header(file, specs, metadata())
+            shutil.copyfileobj(payload, file, _COPY_BYTES)
 
 
 def _specs(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[str, list[int], int]]:
-    specs = {}
-    for name in tensors:
-        tensor = tensors[name]
-        specs[name] = (_NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes)
-        del tensor
-    return specs
+    return {name: _spec(tensors[name]) for name in tensors}
+
+
+def _spec(tensor: np.ndarray) -> tuple[str, list[int], int]:
+    return _NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes
 
 
 def _write_header(

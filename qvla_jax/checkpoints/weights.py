@@ -75,6 +75,13 @@ def public_tensors(model: nnx.Module, *, dtype: jnp.dtype | None = None) -> dict
     return tensors
 
 
+def public_items(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """As `public_tensors`, in the order of names and one at a time: files may hold the values."""
+    for name, leaf, variable in sorted(_parameters(model), key=lambda entry: entry[0]):
+        yield name, public_layout(name, leaf, np.asarray(variable[...]))
+        release_pages(variable.get_value())
+
+
 def save_weights(model: nnx.Module, path: Path, *, dtype: jnp.dtype | None = None) -> None:
     """Writes all parameters to one safetensors file, atomically."""
     with atomic_path(path) as temporary:

@@ -31,7 +31,7 @@ from qvla_jax.checkpoints.huggingface import (
 from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
 from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile, write_packed
 from qvla_jax.checkpoints.univla import check_latent_tokens
-from qvla_jax.checkpoints.weights import assign_tensors
+from qvla_jax.checkpoints.weights import assign_tensors, public_items
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.errors import CheckpointError, InputError
@@ -47,6 +47,7 @@ from qvla_jax.models import (
     make_model,
     named_modules,
 )
+from qvla_jax.models.unread import DROPPED, drop_unread
 from qvla_jax.provenance import package_versions
 
 WEIGHTS_FILE = "model.safetensors"
@@ -183,7 +184,7 @@ class Policy:
         """SHA-256 over configuration, statistics and weights: names the policy in results."""
         digest = hashlib.sha256()
         digest.update(json.dumps([self.config.to_dict(), self.statistics], sort_keys=True).encode())
-        for name, tensor in sorted(public_tensors(self.model).items()):
+        for name, tensor in public_items(self.model):
             digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
             digest.update(tensor.tobytes())
         for name, layer in packed_layers(self.model).items():
@@ -249,8 +250,7 @@ class Policy:
             raise InputError(f"{path}: a packed policy is one file; give a name ending in {SUFFIX}")
         write_packed(
             path,
-            layers={name: layer.weight for name, layer in layers.items()},
-            inputs={name: layer.inputs for name, layer in layers.items()},
+            layers=((name, layer.weight, layer.inputs) for name, layer in layers.items()),
             tensors=public_tensors(self.model),
             tokenizer=self.processor.tokenizer.to_str(),
             header={
@@ -391,6 +391,11 @@ def _load_packed(path: Path) -> Policy:
     except (InputError, KeyError) as error:
         raise CheckpointError(f"{path}: unusable header ({error})") from error
     model = abstract_model(config)
+    if file.header.get("unread") == DROPPED:
+        # Files of large policies: those that were saved from memory load with the dtypes, and so
+        # the fingerprint, that they had there.
+        drop_unread(model)
+        _keep_dtype(model.language_model.model.embed_tokens.embedding, file.tensors)
     linears = named_modules(model, nnx.Linear)
     for name, entry in file.layers.items():
         expected = linears[name].kernel.shape[::-1] if name in linears else None
@@ -413,6 +418,16 @@ def _load_packed(path: Path) -> Policy:
         raise CheckpointError(f"{path}: unusable tokenizer ({error})") from error
     policy = make_policy(config, model, tokenizer, statistics, source=str(path))
     return dataclasses.replace(policy, quantization=quantization)
+
+
+def _keep_dtype(embedding: nnx.Variable, tensors: Mapping[str, np.ndarray]) -> None:
+    """Holds the token embeddings as they are stored: rows are converted when they are looked up.
+
+    All other parameters that are not packed are small.
+    """
+    stored = tensors.get("language_model.model.embed_tokens.weight")
+    if stored is not None:
+        embedding.set_value(jax.ShapeDtypeStruct(embedding.shape, stored.dtype))
 
 
 def import_policy(

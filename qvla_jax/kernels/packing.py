@@ -129,6 +129,8 @@ def _narrowest(rows: np.ndarray) -> str:
 def _exact_source(rows: np.ndarray, source_dtype: str) -> np.ndarray:
     if source_dtype not in SOURCE_DTYPES:
         raise InputError(f"source_dtype {source_dtype!r}: choose from {', '.join(SOURCE_DTYPES)}")
+    if rows.dtype == SOURCE_DTYPES[source_dtype]:
+        return source_words(rows, source_dtype)
     exact = rows.astype(SOURCE_DTYPES[source_dtype]).astype(np.float32)
     if not np.array_equal(exact, rows.astype(np.float32)):
         raise InputError(

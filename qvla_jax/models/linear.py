@@ -1,10 +1,11 @@
-"""The linear layer of every model."""
+"""The linear layer and the embedding of every model."""
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
-from qvla_jax.array_typing import Array, Float
+from qvla_jax.array_typing import Array, Float, Int
 
 
 class Linear(nnx.Linear):
@@ -20,3 +21,12 @@ class Linear(nnx.Linear):
         """Inputs [..., k] -> inputs kernel + bias [..., c]; see `nnx.Linear`."""
         flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
         return flat.reshape(*inputs.shape[:-1], flat.shape[-1])
+
+
+class Embed(nnx.Embed):
+    """`nnx.Embed` that converts the rows that are looked up, not the whole table."""
+
+    def __call__(self, inputs: Int[Array, "*b"], out_sharding: Any = None) -> Float[Array, "*b c"]:
+        """Token ids -> their rows in the layer's dtype; see `nnx.Embed`."""
+        del out_sharding
+        return jnp.take(self.embedding[...], inputs, axis=0).astype(self.dtype)

@@ -14,7 +14,7 @@ from flax import nnx
 from qvla_jax.array_typing import Array, Bool, Float, Int
 from qvla_jax.config import LlamaConfig
 from qvla_jax.models.attention import attention
-from qvla_jax.models.linear import Linear
+from qvla_jax.models.linear import Embed, Linear
 
 # Layers of one module that take the same input.
 SAME_INPUT: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -176,7 +176,7 @@ class LlamaModel(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = nnx.Embed(
+        self.embed_tokens = Embed(
             config.vocab_size,
             config.hidden_size,
             embedding_init=nnx.initializers.normal(0.02),

@@ -11,6 +11,7 @@ from qvla_jax.pipeline.configs import (
     AllocateConfig,
     CalibrateConfig,
     EvaluateConfig,
+    PackConfig,
     QuantizeConfig,
     ReportConfig,
     RunConfig,
@@ -20,6 +21,7 @@ from qvla_jax.pipeline.configs import (
 from qvla_jax.pipeline.evaluate import count_parameters, evaluate
 from qvla_jax.pipeline.measure_solvers import MeasureSolversConfig, measure_solvers
 from qvla_jax.pipeline.methods import MethodConfig, quantize_by_methods
+from qvla_jax.pipeline.pack import pack
 from qvla_jax.pipeline.quantize import quantize
 from qvla_jax.pipeline.report import report
 from qvla_jax.pipeline.run import run
@@ -36,6 +38,7 @@ __all__ = [
     "EvaluateConfig",
     "MeasureSolversConfig",
     "MethodConfig",
+    "PackConfig",
     "QuantizeConfig",
     "ReportConfig",
     "RunConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "evaluate",
     "load_calibration",
     "measure_solvers",
+    "pack",
     "quantize",
     "quantize_by_methods",
     "report",

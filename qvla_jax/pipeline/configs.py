@@ -5,6 +5,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from qvla_jax.errors import InputError
 
@@ -174,6 +175,29 @@ class ValidateConfig(HeldoutConfig):
 
     def __post_init__(self) -> None:
         _positive(self, "channels", "frames")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Packs a policy layer by layer, rounded to nearest: no calibration.
+
+    The weights of a public directory stay in their files: policies are packed that do not fit into
+    memory. What inference never reads is left out.
+    """
+
+    # A policy that ships with the package, or a directory that holds one.
+    model: str = "libero-mini"
+    # The file to write; its name ends in .qvla.
+    file: Path
+    # Of every channel: 2, 3, 4, 8 or 16.
+    bits: int = 4
+    # Instead of --bits: mixed bits of least weight error, this many on average with everything
+    # stored counted. For sizes and speeds; `qvla run` allocates by what moves the actions.
+    mean_bits: float | None = None
+    # Of the linear layers that are not quantized (projectors, head, output layer): 8 or 16.
+    kept_bits: Literal[8, 16] = 16
+    # Of the inputs of quantized layers: 16 takes them as they are, 8 rounds them token by token.
+    activation_bits: Literal[8, 16] = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 from flax import nnx
 
+from qvla_jax.checkpoints.tensor_files import release_pages
 from qvla_jax.errors import InputError
 from qvla_jax.models.surgery import named_modules
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
@@ -67,21 +68,23 @@ def channel_index(layers: dict[str, nnx.Linear]) -> ChannelIndex:
     Raises:
         InputError: a weight is NaN or infinite; the message names layer and channel.
     """
-    infos = []
     for path, linear in layers.items():
-        rows = weight_rows(linear)
-        check_finite(path, rows)
-        arrays = [rows] if linear.bias is None else [rows, np.asarray(linear.bias[...])]
-        infos.append(
-            LayerInfo(
-                path=path,
-                out_features=rows.shape[0],
-                fan_in=rows.shape[1],
-                has_bias=linear.bias is not None,
-                source_bytes=max(source_bytes(array) for array in arrays),
-            )
-        )
-    return ChannelIndex(tuple(infos))
+        check_finite(path, weight_rows(linear))
+        release_pages(linear.kernel.get_value())
+    return ChannelIndex(tuple(layer_info(path, linear) for path, linear in layers.items()))
+
+
+def layer_info(path: str, linear: nnx.Linear) -> LayerInfo:
+    """What a channel index says of a layer."""
+    rows = weight_rows(linear)
+    arrays = [rows] if linear.bias is None else [rows, np.asarray(linear.bias[...])]
+    return LayerInfo(
+        path=path,
+        out_features=rows.shape[0],
+        fan_in=rows.shape[1],
+        has_bias=linear.bias is not None,
+        source_bytes=max(source_bytes(array) for array in arrays),
+    )
 
 
 def check_finite(path: str, rows: np.ndarray) -> None:

@@ -52,6 +52,18 @@ def test_a_synthetic_directory_describes_its_architecture(config, folder):
     assert set(statistics) == {"synthetic"}
 
 
+def test_synthetic_weights_are_heavy_tailed_and_their_channels_differ(folder):
+    tensors = ShardedTensors(folder)
+    weight = tensors["projector.fc1.weight"].astype(np.float64)
+    rows = weight.std(axis=1)
+    # A normal distribution has kurtosis 3, and rows of one deviation spread by less than 1.5.
+    kurtosis = np.mean((weight / rows[:, None]) ** 4)
+    assert kurtosis > 4
+    assert np.percentile(rows, 95) / np.percentile(rows, 5) > 2.5
+    norm = tensors["language_model.model.norm.weight"].astype(np.float64)
+    assert abs(norm.mean() - 1) < 0.1
+
+
 def test_a_synthetic_directory_with_an_action_head_loads(config, tmp_path):
     oft = dataclasses.replace(
         config, decoding="l1", action_horizon=8, proprio_dim=8, num_images=2, center_crop=True

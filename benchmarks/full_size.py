@@ -1,0 +1,317 @@
+"""A packed policy at full size: memory, and the latency of one action phase by phase.
+
+    qvla synthesize --preset openvla-oft-7b --out synthetic
+    qvla pack --model synthetic --mean-bits 4 --activation-bits 8 --file oft.qvla
+    python benchmarks/full_size.py oft.qvla
+
+The packed policy runs whole. The same architecture in bfloat16 and float32 does not fit beside it
+(nor, at 7B, at all on a small machine), so of PyTorch (bfloat16) and JAX (both) one transformer
+block of each kind runs, with random weights and the same inputs' shapes, and its time is multiplied
+by the number of blocks: those figures are **extrapolated**, and leave out patch embeddings and
+norms between blocks. PyTorch runs prompts without padding, as the public code does. All are timed
+in turn, round after round; figures are medians of wall time on all cores.
+"""
+
+import argparse
+import dataclasses
+import gc
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import qvla_jax
+from qvla_jax.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig
+from qvla_jax.inference import Policy
+from qvla_jax.kernels import cpu
+from qvla_jax.models import ModelInputs, abstract_model
+from qvla_jax.models.llama import LlamaDecoderLayer, bidirectional_mask, causal_mask, rotary_angles
+from qvla_jax.models.projector import PrismaticProjector
+from qvla_jax.models.vision import Block
+
+TOWERS, PROJECTOR, PREFILL = "towers", "projector", "language model, all tokens"
+HEAD, STEP, WHOLE = "action head", "decode step", "whole call"
+
+
+@dataclasses.dataclass
+class Timer:
+    """One call of a part that runs `count` times in the phase."""
+
+    system: str
+    phase: str
+    count: int
+    call: Callable[[], object]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def milliseconds(self) -> float:
+        """Median of the phase."""
+        return 1e3 * self.count * statistics.median(self.seconds)
+
+
+def compiled(module: nnx.Module, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """`function(module, *args)` under `jit`, waiting for the result."""
+    graphdef, state = nnx.split(module)
+    run = jax.jit(lambda state, args: function(nnx.merge(graphdef, state), *args))
+    return lambda: jax.block_until_ready(run(state, args))
+
+
+def packed_timers(policy: Policy, inputs: ModelInputs) -> list[Timer]:
+    """The packed policy, whole and phase by phase."""
+    model: Any = policy.model
+    given = jax.tree.map(jnp.asarray, inputs)
+
+    def timer(phase: str, module: nnx.Module, function: Callable[..., Any], *args: Any) -> Timer:
+        return Timer("packed", phase, 1, compiled(module, function, *args))
+
+    towers = timer(TOWERS, model.vision_backbone, lambda m, x: m(x), given.images)
+    features = towers.call()
+    timers = [
+        Timer("packed", WHOLE, 1, lambda: policy.run(inputs)),
+        towers,
+        timer(PROJECTOR, model.projector, lambda m, x: m(x), features),
+    ]
+    embeddings, valid = compiled(model, lambda m, x: m.embed(x), given)()
+    language = model.language_model
+    if policy.config.decoding == "l1":
+        mask = bidirectional_mask(valid)
+        prefill = timer(PREFILL, language.model, lambda m, x, v: m(x, v), embeddings, mask)
+        states = model.action_states(prefill.call(), given.prompt_length)
+        return [*timers, prefill, timer(HEAD, model.action_head, lambda m, x: m(x), states)]
+    steps = policy.config.num_decoded_tokens
+    places = embeddings.shape[1] + steps - 1
+    mask = causal_mask(valid)
+    prefill = timer(
+        PREFILL, language.model, lambda m, x, v: m.fill(x, v, places=places), embeddings, mask
+    )
+    _, caches = prefill.call()
+    place = policy.config.num_prefix_tokens + given.prompt_length
+
+    def step(m: Any, caches: Any, place: Any) -> Any:
+        state, updated = m.model.step(m.model.embed_tokens(place[:, None]), place, caches)
+        return m.lm_head(state), updated
+
+    decode = timer(STEP, language, step, caches, place)
+    decode.count = steps - 1
+    return [*timers, prefill, decode]
+
+
+def jax_timers(config: OpenVLAConfig, tokens: int, dtype: Any) -> list[Timer]:
+    """One block of each kind in JAX, weights and activations of one dtype."""
+    name = f"JAX {jnp.dtype(dtype).name}"
+    rng = np.random.default_rng(0)
+
+    def filled(make: Callable[[], nnx.Module]) -> nnx.Module:
+        module = nnx.eval_shape(make)
+        state = jax.tree.map(
+            lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), dtype),
+            nnx.state(module, nnx.Param),
+        )
+        nnx.update(module, state)
+        return module
+
+    def random(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    timers = []
+    for tower in config.vision:
+        x = random(config.num_images, patches(tower), tower.embed_dim)
+        block = filled(lambda tower=tower: Block(tower, rngs=nnx.Rngs(0)))
+        call = compiled(block, lambda m, x: m(x), x)
+        timers.append(Timer(name, TOWERS, tower.feature_block + 1, call))
+    text, width = config.text, sum(tower.embed_dim for tower in config.vision)
+    projector = filled(lambda: PrismaticProjector(width, text.hidden_size, rngs=nnx.Rngs(0)))
+    x = random(1, config.num_images * config.vision[0].num_patches, width)
+    timers.append(Timer(name, PROJECTOR, 1, compiled(projector, lambda m, x: m(x), x)))
+    layer = filled(lambda: LlamaDecoderLayer(text, rngs=nnx.Rngs(0)))
+    head_dim = text.hidden_size // text.num_attention_heads
+    lengths = {PREFILL: (tokens, 1)}
+    if config.decoding != "l1":
+        lengths[STEP] = (1, config.num_decoded_tokens - 1)
+    for phase, (length, times) in lengths.items():
+        angles = rotary_angles(jnp.arange(length)[None], head_dim, text.rope_theta)
+        mask = jnp.ones((1, 1, 1, length), bool)
+        call = compiled(
+            layer, lambda m, x, a, v: m(x, a, v), random(1, length, text.hidden_size), angles, mask
+        )
+        timers.append(Timer(name, phase, times * text.num_hidden_layers, call))
+    return timers
+
+
+def torch_timers(config: OpenVLAConfig, tokens: int) -> list[Timer]:
+    """One block of each kind in PyTorch, bfloat16; none where it is not installed."""
+    try:
+        import torch
+        import torch_twin
+    except ImportError:
+        return []
+    torch.set_grad_enabled(False)
+    half = torch.bfloat16
+
+    def filled(make: Callable[[], Any]) -> Any:
+        with torch.device("meta"):
+            module = make().to(half)
+        module = module.to_empty(device="cpu")
+        for parameter in module.parameters():
+            parameter.normal_(0.0, 0.02)
+        return module
+
+    name, timers = "PyTorch bfloat16", []
+    for tower in config.vision:
+        x = torch.randn(config.num_images, patches(tower), tower.embed_dim).to(half)
+        block = filled(lambda tower=tower: torch_twin.Block(tower))
+        timers.append(
+            Timer(name, TOWERS, tower.feature_block + 1, lambda block=block, x=x: block(x))
+        )
+    text, width = config.text, sum(tower.embed_dim for tower in config.vision)
+    dim, linear, gelu = text.hidden_size, torch.nn.Linear, torch.nn.GELU
+    projector = filled(
+        lambda: torch.nn.Sequential(
+            linear(width, 4 * width), gelu(), linear(4 * width, dim), gelu(), linear(dim, dim)
+        )
+    )
+    x = torch.randn(1, config.num_images * config.vision[0].num_patches, width).to(half)
+    timers.append(Timer(name, PROJECTOR, 1, lambda: projector(x)))
+    layer = filled(lambda: torch_twin.Layer(text))
+
+    def angles(length: int) -> list[Any]:
+        place = torch.arange(length)[:, None] / torch.arange(1, head_dim(text) // 2 + 1)[None]
+        return [place.cos().to(half), place.sin().to(half)]
+
+    inside = [torch.randn(1, tokens, dim).to(half), *angles(tokens)]
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
+    timers.append(
+        Timer(name, PREFILL, text.num_hidden_layers, lambda: layer(*inside, mask)),
+    )
+    if config.decoding == "l1":
+        return timers
+    steps = config.num_decoded_tokens - 1
+    one = [torch.randn(1, 1, dim).to(half), *angles(1), torch.ones(1, 1, 1, 1, dtype=torch.bool)]
+    heads = text.num_attention_heads
+    q = torch.randn(1, heads, 1, head_dim(text)).to(half)
+    k, v = (torch.randn(1, heads, tokens, head_dim(text)).to(half) for _ in range(2))
+
+    def step() -> object:
+        # The layer attends to its own token, so attention to the cache comes on top.
+        return layer(*one), torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    output = filled(lambda: linear(dim, text.vocab_size, bias=False))
+    timers.append(Timer(name, STEP, steps * text.num_hidden_layers, step))
+    timers.append(Timer(name, STEP, steps, lambda: output(one[0])))
+    return timers
+
+
+def head_dim(text: LlamaConfig) -> int:
+    """Width of an attention head."""
+    return text.hidden_size // text.num_attention_heads
+
+
+def patches(tower: VisionTowerConfig) -> int:
+    """Tokens of one image in a tower."""
+    return tower.num_patches + tower.num_registers + tower.class_token
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def main() -> None:
+    """Prints memory and a table of phases, in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="written by `qvla pack`")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="no PyTorch, no JAX in full precision")
+    arguments = parser.parse_args()
+    jax.block_until_ready(jnp.zeros(1))  # what JAX itself takes
+    before = resident()
+    start = time.perf_counter()
+    policy = qvla_jax.load_policy(arguments.file)
+    gc.collect()
+    loaded, load_seconds = resident() - before, time.perf_counter() - start
+    config = policy.config
+    shapes = jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param))
+    whole = 2 * sum(int(np.prod(x.shape)) for x in shapes)
+    print(f"{config.name}: kernel {cpu.instruction_set()}, {os.cpu_count()} cores, load "
+          f"{os.getloadavg()[0]:.1f}")  # fmt: skip
+    print(f"file {arguments.file.stat().st_size / 1e9:.3f} GB; all weights in bfloat16 "
+          f"{whole / 1e9:.3f} GB")  # fmt: skip
+    print(f"resident after loading {loaded / 1e9:.3f} GB = {loaded / whole:.1%} of bfloat16, "
+          f"loaded in {load_seconds:.0f} s")  # fmt: skip
+    observation = policy.fake_observation()
+    batch = {
+        key: [value] if isinstance(value, str) else value[None]
+        for key, value in observation.items()
+    }
+    inputs = policy.prepare(batch)
+    sys.stdout.flush()
+    # As in `Policy.run`; JAX's own precision for the others.
+    with jax.default_matmul_precision("float32"):
+        timers = packed_timers(policy, inputs)
+        measure(timers[:1], 1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"peak resident memory of the first call {peak / 2**20:.2f} GiB")
+        if not arguments.alone:
+            tokens = 1 + config.num_prefix_tokens + int(np.asarray(inputs.prompt_length)[0]) - 1
+            if config.decoding == "l1":
+                tokens += config.num_action_tokens + 1
+            timers += torch_timers(config, tokens)
+            timers += jax_timers(config, tokens, jnp.bfloat16)
+            timers += jax_timers(config, tokens, jnp.float32)
+        measure(timers, arguments.rounds)
+    print_phases(timers)
+
+
+def measure(timers: list[Timer], rounds: int) -> None:
+    """Times all in turn; first calls, which compile, are left out."""
+    for timer in timers:
+        timer.call()
+        timer.seconds.clear()
+    for _ in range(rounds):
+        for timer in timers:
+            start = time.perf_counter()
+            timer.call()
+            timer.seconds.append(time.perf_counter() - start)
+
+
+def print_phases(timers: list[Timer]) -> None:
+    """Milliseconds by phase and system, and how many times as long as packed."""
+    systems = list(dict.fromkeys(timer.system for timer in timers))
+    phases = list(dict.fromkeys(timer.phase for timer in timers))
+    found: dict[tuple[str, str], float] = {}
+    for timer in timers:
+        at = timer.system, timer.phase
+        found[at] = found.get(at, 0.0) + timer.milliseconds
+    for system in systems[1:]:  # what was extrapolated has no call of its own
+        both = [p for p in phases if (system, p) in found and p != WHOLE]
+        found[system, "sum of phases measured in both"] = sum(found[system, p] for p in both)
+        found.setdefault(("packed", "sum of phases measured in both"), 0.0)
+        found["packed", "sum of phases measured in both"] = sum(found["packed", p] for p in both)
+    labels = [s if s == "packed" else f"{s}, extrapolated" for s in systems]
+    print("\n| milliseconds | " + " | ".join(labels) + " |")
+    print("|---" * (1 + len(labels)) + "|")
+    for phase in dict.fromkeys(phase for _, phase in found):
+        cells = []
+        for system in systems:
+            value = found.get((system, phase))
+            if value is None:
+                cells.append("")
+            elif system == "packed":
+                cells.append(f"{value:,.1f}")
+            else:
+                cells.append(f"{value:,.1f} ({value / found['packed', phase]:.2f}x)")
+        print(f"| {phase} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""What the public checkpoints hold and inference never reads."""
+
+from typing import Any, Final
+
+from flax import nnx
+
+from qvla_jax.models.openvla import Prismatic
+
+# Value of the key `unread` in the header of a packed file whose model was treated so.
+DROPPED: Final = "dropped"
+
+
+def drop_unread(model: Prismatic) -> None:
+    """Removes, in place, what no policy of this kind reads; it may be abstract.
+
+    That is all that follows the feature block of a tower (its last block, final norm and attention
+    pool in the public checkpoints) and, with a regression head, the language model's output layer.
+    """
+    backbone = model.vision_backbone
+    for tower in (backbone.featurizer, backbone.fused_featurizer):
+        tower.blocks = nnx.List(list(tower.blocks)[: tower.config.feature_block + 1])
+        tower.norm = tower.attn_pool = None
+    if model.config.decoding == "l1":
+        language_model: Any = model.language_model  # whose type promises an output layer
+        language_model.lm_head = None
