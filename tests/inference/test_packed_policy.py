@@ -217,7 +217,7 @@ def entry(header):
     ("change", "message"),
     [
         (lambda h: h.update(kind="other"), "'other' of version 1"),
-        (lambda h: h.update(version=3), "of version 3; this library reads"),
+        (lambda h: h.update(version=4), "of version 4; this library reads"),
         (lambda h: h.pop("layers"), "lists no layers"),
         (lambda h: h.pop("config"), "unusable header"),
         (lambda h: h["config"].update(typo=1), "unknown key 'typo'"),
