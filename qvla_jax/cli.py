@@ -1,19 +1,27 @@
 """The `qvla` command: one subcommand for each stage, and one for the whole walk.
 
-Settings are the frozen dataclasses of the Python API, turned into options by tyro. Results go to
-stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+Settings are the frozen dataclasses of the Python API, turned into options by tyro, and written next
+to what was made with them (`repeating`). Results go to stdout, as text or with `--json` as one JSON
+object; progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
 
 from qvla_jax import __version__
 from qvla_jax.errors import InputError, QvlaError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# The settings' class, and the function that takes them: it returns an `output.Result`, or prints
+# by itself and returns None.
+Loaded: TypeAlias = tuple[type[Any], Callable[[Any], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +31,34 @@ class Command:
     Attributes:
         summary: One line for `qvla --help`.
         example: A call that works.
-        load: Imports and returns the settings' class and the function that takes them. Only the
-            command that runs is imported.
+        load: Imports and returns what it runs. Only the command that runs is imported.
         variants: Option -> what to load instead where that option is given.
+        output: The setting that names what it writes; None where it writes nothing. Its settings
+            are kept there.
+        beside: They are kept next to it, not in it: where it is a file, or a policy's directory.
+        resumable: When it was interrupted, the same command goes on where it stopped.
+        has_result: It returns a `Result`, which `--json` prints for machines.
     """
 
     summary: str
     example: str
-    load: Callable[[], tuple[type[Any], Callable[[Any], None]]]
+    load: Callable[[], Loaded]
     variants: Mapping[str, "Command"] = dataclasses.field(default_factory=dict)
+    output: str | None = "out"
+    beside: bool = False
+    resumable: bool = False
+    has_result: bool = True
 
 
-def _run() -> tuple[type[Any], Callable[[Any], None]]:
+def _run() -> Loaded:
     from qvla_jax import commands
     from qvla_jax.pipeline import RunConfig
 
     return RunConfig, commands.run
 
 
-def _stage(name: str) -> Callable[[], tuple[type[Any], Callable[[Any], None]]]:
-    def load() -> tuple[type[Any], Callable[[Any], None]]:
+def _stage(name: str) -> Callable[[], Loaded]:
+    def load() -> Loaded:
         from qvla_jax import commands, pipeline
 
         return getattr(pipeline, f"{name.capitalize()}Config"), getattr(commands, name)
@@ -50,89 +66,89 @@ def _stage(name: str) -> Callable[[], tuple[type[Any], Callable[[Any], None]]]:
     return load
 
 
-def _sensitivity() -> tuple[type[Any], Callable[[Any], None]]:
+def _sensitivity() -> Loaded:
     from qvla_jax import commands
 
     return commands.SensitivityConfig, commands.sensitivity
 
 
-def _closed_loop() -> tuple[type[Any], Callable[[Any], None]]:
+def _closed_loop() -> Loaded:
     from qvla_jax import commands
     from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
 
     return ClosedLoopConfig, commands.closed_loop
 
 
-def _collect() -> tuple[type[Any], Callable[[Any], None]]:
+def _collect() -> Loaded:
     from qvla_jax import commands
     from qvla_jax.pipeline.collect import CollectConfig
 
     return CollectConfig, commands.collect
 
 
-def _train() -> tuple[type[Any], Callable[[Any], None]]:
+def _train() -> Loaded:
     from qvla_jax import commands
     from qvla_jax.training import TrainConfig
 
     return TrainConfig, commands.train
 
 
-def _serve() -> tuple[type[Any], Callable[[Any], None]]:
+def _serve() -> Loaded:
     from qvla_jax import commands
     from qvla_jax.serving import ServeConfig
 
     return ServeConfig, commands.serve
 
 
-def _import() -> tuple[type[Any], Callable[[Any], None]]:
+def _import() -> Loaded:
     from qvla_jax import commands
 
     return commands.ImportConfig, commands.import_
 
 
-def _export() -> tuple[type[Any], Callable[[Any], None]]:
+def _export() -> Loaded:
     from qvla_jax import commands
 
     return commands.ExportConfig, commands.export
 
 
-def _synthesize() -> tuple[type[Any], Callable[[Any], None]]:
+def _synthesize() -> Loaded:
     from qvla_jax import commands
 
     return commands.SynthesizeConfig, commands.synthesize
 
 
-def _compare_solvers() -> tuple[type[Any], Callable[[Any], None]]:
+def _compare_solvers() -> Loaded:
     from qvla_jax import commands, pipeline
 
     return pipeline.CompareSolversConfig, commands.compare_solvers
 
 
-def _quantize_by_methods() -> tuple[type[Any], Callable[[Any], None]]:
+def _quantize_by_methods() -> Loaded:
     from qvla_jax import commands, pipeline
 
     return pipeline.MethodConfig, commands.quantize_by_methods
 
 
-def _measure_solvers() -> tuple[type[Any], Callable[[Any], None]]:
+def _measure_solvers() -> Loaded:
     from qvla_jax import commands, pipeline
 
     return pipeline.MeasureSolversConfig, commands.measure_solvers
 
 
-def _pack() -> tuple[type[Any], Callable[[Any], None]]:
+def _pack() -> Loaded:
     from qvla_jax import commands, pipeline
 
     return pipeline.PackConfig, commands.pack
 
 
-def _inspect() -> tuple[type[Any], Callable[[Any], None]]:
+def _inspect() -> Loaded:
     from qvla_jax import commands
 
     return commands.InspectConfig, commands.inspect
 
 
-def _doctor() -> tuple[type[Any], Callable[[Any], None]]:
+def _doctor() -> Loaded:
     from qvla_jax import commands
 
     return commands.DoctorConfig, commands.doctor
@@ -143,6 +159,7 @@ COMMANDS = {
         "calibrate, measure, allocate, evaluate and report in one go",
         "qvla run --model libero-mini --budget-bits 4 --out runs/mini",
         _run,
+        resumable=True,
     ),
     "calibrate": Command(
         "draw the calibration frames", "qvla calibrate --frames 128 --out runs/mini",
@@ -152,6 +169,7 @@ COMMANDS = {
         "measure what each channel costs at each bit-width",
         "qvla sensitivity --model libero-mini --out runs/mini",
         _sensitivity,
+        resumable=True,
     ),
     "validate": Command(
         "study whether the sensitivities can be trusted",
@@ -183,6 +201,7 @@ COMMANDS = {
                 "qvla evaluate --sim libero_spatial --episodes-per-task 10 --policy libero-mini "
                 "--policy libero-mini@3 --out runs/sim",
                 _closed_loop,
+                resumable=True,
             )
         },
     ),
@@ -193,16 +212,20 @@ COMMANDS = {
         "make the table of results: methods against settings",
         "qvla study --model libero-mini --rows rtn gptq action --columns w4a16 w3 --out runs/study",
         _stage("study"),
+        resumable=True,
     ),
     "compare-solvers": Command(
         "run all solvers on one allocation problem",
         "qvla compare-solvers runs/mini --budget-bits 3 --figure pareto.png",
         _compare_solvers,
+        output="figure",
+        beside=True,
     ),
     "collect": Command(
         "collect episodes in LIBERO, by the scripted expert or a policy, as RLDS",
         "qvla collect --sim libero_spatial --episodes-per-task 20 --out rlds",
         _collect,
+        resumable=True,
     ),
     "measure-solvers": Command(
         "measure the joint action error of each solver's allocation",
@@ -212,31 +235,34 @@ COMMANDS = {
     "pack": Command(
         "pack a policy layer by layer, without calibration",
         "qvla pack --model libero-mini --bits 4 --file four.qvla", _pack,
+        output="file", beside=True,
     ),
     "train": Command(
-        "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train
+        "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train,
+        resumable=True,
     ),
     "serve": Command(
         "serve a policy to robots, as openpi and OpenVLA do",
         "qvla serve --policy runs/mini/policy.qvla", _serve,
+        output=None, has_result=False,
     ),
     "inspect": Command(
         "list what a policy or a .qvla file holds: parameters, bytes, channels, bits",
-        "qvla inspect openvla-7b", _inspect
+        "qvla inspect openvla-7b", _inspect, output=None,
     ),
     "import": Command(
         "import a public directory, one tensor at a time",
-        "qvla import --model DIR --out DIR", _import,
+        "qvla import --model DIR --out DIR", _import, beside=True,
     ),
     "export": Command(
         "write a policy in the public (Hugging Face) layout",
-        "qvla export --model libero-mini --out DIR", _export,
+        "qvla export --model libero-mini --out DIR", _export, beside=True,
     ),
     "synthesize": Command(
         "write a public directory with random weights",
-        "qvla synthesize --preset openvla-7b --out DIR", _synthesize,
+        "qvla synthesize --preset openvla-7b --out DIR", _synthesize, beside=True,
     ),
-    "doctor": Command("check this installation", "qvla doctor", _doctor),
+    "doctor": Command("check this installation", "qvla doctor", _doctor, output=None),
 }  # fmt: skip
 
 
@@ -244,13 +270,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        code = _main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `qvla inspect openvla-7b | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return code
+
+
+def _main(arguments: Sequence[str]) -> int:
+    for_machines = _JSON in arguments
+    try:
         return _dispatch(arguments)
     except InputError as error:
-        return _complain(error, BAD_INPUT)
+        return _complain(error, BAD_INPUT, for_machines)
     except QvlaError as error:
-        return _complain(error, FAILED)
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+        return _complain(error, FAILED, for_machines)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "interrupted", INTERRUPTED, for_machines)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -265,29 +302,142 @@ def _dispatch(arguments: Sequence[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=2)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise InputError(f"there is no command {name!r}{hint} `qvla --help` lists them")
-    command = COMMANDS[name]
-    for option, variant in command.variants.items():
-        if any(argument.split("=")[0] == option for argument in rest):
-            command = variant
     # Before anything touches a device: one XLA CPU device uses about one core.
     from qvla_jax.sharding import use_all_cpu_cores
 
     use_all_cpu_cores()
-    kind, function = command.load()
+    call = _parse(name, rest)
+    return _execute(call)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A subcommand with its settings."""
+
+    name: str
+    variant: str | None
+    command: Command
+    settings: Any
+    function: Callable[[Any], Any]
+    for_machines: bool
+
+
+_JSON, _CONFIG = "--json", "--config"
+
+
+def _parse(name: str, arguments: Sequence[str]) -> _Call:
+    """Turns arguments into settings, those of a `--config` file replaced by what is given."""
     import tyro
 
-    others = [
-        f"\n\nWith {option}: {v.summary}; {v.example}" for option, v in command.variants.items()
-    ]
-    config = tyro.cli(
-        kind,
-        args=rest,
+    from qvla_jax.plain import from_plain
+    from qvla_jax.repeating import read_settings
+
+    command, variant, recorded = COMMANDS[name], None, None
+    path = _value_of(_CONFIG, arguments) if command.output else None
+    if path is not None:
+        recorded = read_settings(Path(path))
+        if recorded.command != name or recorded.variant not in (None, *command.variants):
+            raise InputError(
+                f"--config {path}: settings of `qvla {recorded.command}`, not of `qvla {name}`"
+            )
+        variant = recorded.variant
+    for option in command.variants:
+        if any(argument.split("=")[0] == option for argument in arguments):
+            variant = option
+    if recorded is not None and recorded.variant != variant:
+        raise InputError(f"--config {path}: settings of `qvla {name}` without {variant}")
+    chosen = command if variant is None else command.variants[variant]
+    kind, function = chosen.load()
+    others = [f"\n\nWith {o}: {v.summary}; {v.example}" for o, v in command.variants.items()]
+    forms = _arguments_of(kind, chosen)
+    default = None
+    if recorded is not None:
+        default = forms(from_plain(kind, recorded.settings, f"--config {path}: settings"))
+    found = tyro.cli(
+        forms,
+        args=arguments,
         prog=f"qvla {name}",
-        description=f"{(kind.__doc__ or command.summary).strip()}\n\nExample: {command.example}"
+        description=f"{(kind.__doc__ or chosen.summary).strip()}\n\nExample: {chosen.example}"
         + "".join(others),
+        **({} if default is None else {"default": default}),
     )
-    function(config)
+    return _Call(
+        name, variant, chosen, found.settings, function, bool(getattr(found, "json", False))
+    )
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option, which decides how the others are read."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == option:
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.removeprefix(f"{option}=")
+    return None
+
+
+def _arguments_of(kind: type[Any], command: Command) -> Any:
+    """The settings' class together with the options that commands have in common."""
+    import tyro
+
+    def option(name: str, kind: Any, default: Any, text: str) -> tuple[str, Any, Any]:
+        described = Annotated[kind, tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff]
+        return name, described, dataclasses.field(default=default)
+
+    fields: list[Any] = [("settings", Annotated[kind, tyro.conf.arg(name="")])]
+    if command.output:
+        text = "File of settings that an earlier call left; options that are given replace them."
+        fields.append(option("config", Path | None, None, text))
+    if command.has_result:
+        text = "Print the result as one JSON object: command and result, or error and exit_code."
+        fields.append(option("json", bool, False, text))
+    return dataclasses.make_dataclass("Arguments", fields)
+
+
+def _execute(call: _Call) -> int:
+    """Runs a command, keeps its settings, and prints its result."""
+    from qvla_jax.output import print_json, print_result
+
+    output = call.command.output and getattr(call.settings, call.command.output)
+    # What libraries print shall not get between the JSON.
+    aside = (
+        contextlib.redirect_stdout(sys.stderr) if call.for_machines else contextlib.nullcontext()
+    )
+    try:
+        with aside:
+            result = call.function(call.settings)
+    except InputError:
+        raise  # nothing was made
+    except (QvlaError, KeyboardInterrupt) as error:
+        if output is not None and Path(output).exists():
+            _keep_settings(call, Path(output))
+        if isinstance(error, KeyboardInterrupt) and call.command.resumable:
+            raise KeyboardInterrupt(
+                "interrupted; the same command goes on where it stopped"
+            ) from error
+        raise
+    kept = None if output is None else _keep_settings(call, Path(output))
+    if result is None:
+        return DONE
+    if call.for_machines:
+        print_json({"command": call.name, "config": kept and str(kept), "result": result.content})
+    else:
+        print_result(result)
+    if result.failure is not None:
+        print(f"qvla: error: {result.failure}", file=sys.stderr)
+        return FAILED
     return DONE
+
+
+def _keep_settings(call: _Call, output: Path) -> Path | None:
+    """Writes the settings next to what was made, once for all processes."""
+    from qvla_jax.repeating import settings_file, write_settings
+
+    if getattr(call.settings, "process", 0) != 0:
+        return None
+    path = settings_file(output, call.name, call.variant, beside=call.command.beside)
+    write_settings(path, call.name, call.variant, call.settings)
+    return path
 
 
 def _help() -> str:
@@ -303,13 +453,21 @@ def _help() -> str:
             "",
             "`qvla COMMAND --help` lists the options; for example:",
             f"  {COMMANDS['run'].example}",
+            "",
+            "A command leaves its settings with what it writes, as *.config.json; --config FILE",
+            "repeats it. --json prints the result for machines. Exit codes: 0 done, 1 failed,",
+            "2 bad input, 130 interrupted.",
         ]
     )
 
 
-def _complain(error: object, code: int) -> int:
+def _complain(error: object, code: int, for_machines: bool) -> int:
     message = " ".join(str(error).split())
     print(f"qvla: {'' if code == INTERRUPTED else 'error: '}{message}", file=sys.stderr)
+    if for_machines:
+        from qvla_jax.output import print_json
+
+        print_json({"error": message, "exit_code": code})
     return code
 
 

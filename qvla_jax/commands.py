@@ -1,4 +1,4 @@
-"""What the subcommands do: run a stage with progress bars, then say what came out."""
+"""What the subcommands do: run a stage with progress bars, and return what came out."""
 
 import collections
 import contextlib
@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
 from qvla_jax import __version__, pipeline, sharding
-from qvla_jax.errors import QvlaError
+from qvla_jax.output import Result
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.closed_loop import EPISODES_FILE, ClosedLoopConfig
 from qvla_jax.pipeline.closed_loop import closed_loop as run_closed_loop
@@ -25,6 +24,14 @@ from qvla_jax.progress import ProgressBars
 from qvla_jax.report.page import size_text
 from qvla_jax.report.study import study_tables
 from qvla_jax.report.svg import number
+from qvla_jax.report.terminal import (
+    comparison_table,
+    drift_line,
+    methods_table,
+    spearman_line,
+    success_table,
+    sweep_table,
+)
 from qvla_jax.serving.config import ServeConfig
 
 
@@ -106,8 +113,8 @@ class SynthesizeConfig:
     seed: int = 0
 
 
-def export(config: ExportConfig) -> None:
-    """Exports a policy and prints the peak resident memory."""
+def export(config: ExportConfig) -> Result:
+    """Exports a policy; names the peak resident memory."""
     from qvla_jax.checkpoints.export import reexport
     from qvla_jax.checkpoints.huggingface import is_huggingface
     from qvla_jax.inference import load_policy
@@ -119,11 +126,11 @@ def export(config: ExportConfig) -> None:
 
         policy = load_policy(config.model, unnorm_key=config.unnorm_key)
         policy.export(config.out, dtype=config.dtype and jnp.dtype(config.dtype))
-    _say(f"{config.out}; {_peak()}")
+    return _written(config.out)
 
 
-def import_(config: ImportConfig) -> None:
-    """Imports a public directory and prints the peak resident memory."""
+def import_(config: ImportConfig) -> Result:
+    """Imports a public directory; names the peak resident memory."""
     import jax.numpy as jnp
 
     from qvla_jax.inference import import_policy
@@ -136,15 +143,25 @@ def import_(config: ImportConfig) -> None:
         center_crop=config.center_crop,
         dtype=jnp.dtype(config.dtype),
     )
-    _say(f"{config.out}; {_peak()}")
+    return _written(config.out)
 
 
-def _peak() -> str:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"peak resident memory {peak / 2**20:.2f} GiB"
+def _written(folder: Path) -> Result:
+    peak = _peak()
+    return Result(
+        {"policy": str(folder), "peak_resident_bytes": peak}, (f"{folder}; {_peak_line(peak)}",)
+    )
 
 
-def synthesize(config: SynthesizeConfig) -> None:
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak_line(peak: int) -> str:
+    return f"peak resident memory {peak / 2**30:.2f} GiB"
+
+
+def synthesize(config: SynthesizeConfig) -> Result:
     """Writes a synthetic directory."""
     from qvla_jax.checkpoints.export import synthesize as write
     from qvla_jax.config import preset
@@ -152,63 +169,67 @@ def synthesize(config: SynthesizeConfig) -> None:
 
     write(preset(config.preset), config.out, seed=config.seed)
     word_tokenizer().save(str(config.out / "tokenizer.json"))
-    _say(f"{config.out}: {config.preset} with random weights")
-
-
-def run(config: pipeline.RunConfig) -> None:
-    """Runs the whole walk and prints the table of methods."""
-    with ProgressBars() as progress:
-        content = pipeline.run(config, progress=progress)
-    show_report(content)
-    _say(f"Report: {config.out / files.REPORT_HTML}")
-
-
-def calibrate(config: pipeline.CalibrateConfig) -> None:
-    """Draws the calibration frames."""
-    with ProgressBars() as progress:
-        drawn = pipeline.calibrate(config, progress=progress)
-    sources = drawn.manifest["sources"]
-    for place, source in enumerate(sources if len(sources) > 1 else ()):
-        steps = [episode for at, episode in drawn.episode_keys if at == place]
-        _say(
-            f"{source['dataset']} ({source['split']}): {len(steps)} frames of {len(set(steps))} "
-            "episodes"
-        )
-    if left_out := drawn.manifest["left_out"]:
-        _say(f"Too small a share for a frame: {', '.join(left_out)}")
-    found = drawn.describe()
-    name = f"{found['dataset']}, {found['split']}" if len(sources) == 1 else "all"
-    _say(
-        f"{drawn.frames} frames of {found['episodes']} episodes ({name}): "
-        f"{config.out / files.CALIBRATION}"
+    return Result(
+        {"policy": str(config.out), "preset": config.preset},
+        (f"{config.out}: {config.preset} with random weights",),
     )
 
 
-def sensitivity(config: SensitivityConfig) -> None:
+def run(config: pipeline.RunConfig) -> Result:
+    """Runs the whole walk; the table of methods."""
+    with ProgressBars() as progress:
+        content = pipeline.run(config, progress=progress)
+    return _report(content, config.out)
+
+
+def calibrate(config: pipeline.CalibrateConfig) -> Result:
+    """Draws the calibration frames."""
+    with ProgressBars() as progress:
+        drawn = pipeline.calibrate(config, progress=progress)
+    sources = []
+    for place, source in enumerate(drawn.manifest["sources"]):
+        steps = [episode for at, episode in drawn.episode_keys if at == place]
+        counts = {"frames": len(steps), "episodes": len(set(steps))}
+        sources.append({"dataset": source["dataset"], "split": source["split"], **counts})
+    lines = [
+        f"{s['dataset']} ({s['split']}): {s['frames']} frames of {s['episodes']} episodes"
+        for s in (sources if len(sources) > 1 else ())
+    ]
+    left_out = drawn.manifest["left_out"]
+    if left_out:
+        lines.append(f"Too small a share for a frame: {', '.join(left_out)}")
+    found, path = drawn.describe(), config.out / files.CALIBRATION
+    name = f"{found['dataset']}, {found['split']}" if len(sources) == 1 else "all"
+    lines.append(f"{drawn.frames} frames of {found['episodes']} episodes ({name}): {path}")
+    content = {**found, "sources": sources, "left_out": left_out, "file": str(path)}
+    return Result(content, tuple(lines))
+
+
+def sensitivity(config: SensitivityConfig) -> Result:
     """Measures the sensitivities."""
     if config.coordinator is not None:
         sharding.join_processes(config.coordinator, config.processes, config.process)
     with ProgressBars() as progress:
         validation = pipeline.sensitivity(config, progress=progress)
+    path = config.out / files.SENSITIVITY
+    content = {"method": config.method, "file": str(path), "validation": validation}
     if not sharding.is_main_process():
-        return
-    if validation is not None:
-        _say(spearman_line(validation, config.method))
-    _say(f"Sensitivities: {config.out / files.SENSITIVITY}")
+        return Result(content, ())
+    lines = () if validation is None else (spearman_line(validation, config.method),)
+    return Result(content, (*lines, f"Sensitivities: {path}"))
 
 
-def validate(config: pipeline.ValidateConfig) -> None:
-    """Studies the sensitivities and prints what was found."""
+def validate(config: pipeline.ValidateConfig) -> Result:
+    """Studies the sensitivities."""
     with ProgressBars() as progress:
         study = pipeline.validate(config, progress=progress)
-    for table in study_tables(study):
-        _print(table)
-        _say("")
-    _say(f"Study: {config.out / files.STUDY}, {config.out / files.STUDY_FIGURE}")
+    tables = [line for table in study_tables(study) for line in (table, "")]
+    place = f"Study: {config.out / files.STUDY}, {config.out / files.STUDY_FIGURE}"
+    return Result(study, (*tables, place))
 
 
-def allocate(config: pipeline.AllocateConfig) -> None:
-    """Allocates bits and prints what each solver reached."""
+def allocate(config: pipeline.AllocateConfig) -> Result:
+    """Allocates bits; what each solver reached."""
     with ProgressBars() as progress:
         allocations = pipeline.allocate(config, progress=progress)
     table = Table("allocation", box=None)
@@ -223,21 +244,22 @@ def allocate(config: pipeline.AllocateConfig) -> None:
             number(a.lower_bound),
             f"{a.seconds:.2f}",
         )
-    _print(table)
-    _say(f"Allocation: {config.out / files.ALLOCATION}")
+    path = config.out / files.ALLOCATION
+    found = [{"name": a.name, **a.describe()} for a in allocations.items]
+    content = {"chosen": allocations.chosen.name, "allocations": found, "file": str(path)}
+    return Result(content, (table, f"Allocation: {path}"))
 
 
-def compare_solvers(config: pipeline.CompareSolversConfig) -> None:
-    """Prints the table of solvers, and says where the figure lies."""
+def compare_solvers(config: pipeline.CompareSolversConfig) -> Result:
+    """Compares the solvers, and says where the figure lies."""
     with ProgressBars() as progress:
-        comparison = pipeline.compare_solvers(config, progress=progress)
-    _say(str(comparison))
-    if config.figure is not None:
-        _say(f"Pareto figure: {config.figure}")
+        compared = pipeline.compare_solvers(config, progress=progress)
+    figure = () if config.figure is None else (f"Pareto figure: {config.figure}",)
+    return Result(compared.to_json(), (str(compared.comparison), *figure))
 
 
-def measure_solvers(config: pipeline.MeasureSolversConfig) -> None:
-    """Measures the solvers' allocations and prints the table."""
+def measure_solvers(config: pipeline.MeasureSolversConfig) -> Result:
+    """Measures the solvers' allocations."""
     with ProgressBars() as progress:
         records = pipeline.measure_solvers(config, progress=progress)
     table = Table("joint action error, SSE", box=None, padding=(0, 1))
@@ -262,91 +284,102 @@ def measure_solvers(config: pipeline.MeasureSolversConfig) -> None:
             str(r.get("evaluations", 1)),
             f"{r['seconds']:.1f}",
         )
-    _print(table)
-    _say("The paired change is that of the held-out error against the first solver's allocation.")
+    note = "The paired change is that of the held-out error against the first solver's allocation."
+    return Result({"allocations": records}, (table, note))
 
 
-def quantize(config: pipeline.QuantizeConfig) -> None:
+def quantize(config: pipeline.QuantizeConfig) -> Result:
     """Packs the chosen allocation."""
     with ProgressBars() as progress:
         pipeline.quantize(config, progress=progress)
-    show_packed(config.out / files.POLICY)
+    return _packed(config.out / files.POLICY)
 
 
-def quantize_by_methods(config: pipeline.MethodConfig) -> None:
+def quantize_by_methods(config: pipeline.MethodConfig) -> Result:
     """Quantizes by methods' names."""
     with ProgressBars() as progress:
         written = pipeline.quantize_by_methods(config, progress=progress)
-    for path in written.values():
-        show_packed(path)
+    packed = {name: _packed(path) for name, path in written.items()}
+    return Result(
+        {name: result.content for name, result in packed.items()},
+        tuple(line for result in packed.values() for line in result.lines),
+    )
 
 
-def study(config: pipeline.StudyConfig) -> None:
-    """Makes the table of results and prints it."""
+def study(config: pipeline.StudyConfig) -> Result:
+    """Makes the table of results."""
     with ProgressBars() as progress:
-        pipeline.study(config, progress=progress)
-    _say((config.out / files.RESULTS_TABLE).read_text("utf-8"))
-    _say(f"Results: {config.out / files.RESULTS}, {config.out / files.RESULTS_TABLE}")
+        content = pipeline.study(config, progress=progress)
+    table = (config.out / files.RESULTS_TABLE).read_text("utf-8")
+    place = f"Results: {config.out / files.RESULTS}, {config.out / files.RESULTS_TABLE}"
+    return Result(content, (table, place))
 
 
-def pack(config: pipeline.PackConfig) -> None:
-    """Packs a policy and prints the peak resident memory."""
+def pack(config: pipeline.PackConfig) -> Result:
+    """Packs a policy; names the peak resident memory."""
     with ProgressBars() as progress:
         pipeline.pack(config, progress=progress)
-    show_packed(config.file)
-    _say(_peak())
+    packed, peak = _packed(config.file), _peak()
+    return Result(
+        {**packed.content, "peak_resident_bytes": peak}, (*packed.lines, _peak_line(peak))
+    )
 
 
-def evaluate(config: pipeline.EvaluateConfig) -> None:
-    """Evaluates and prints the table of methods."""
+def evaluate(config: pipeline.EvaluateConfig) -> Result:
+    """Evaluates; the table of methods."""
     with ProgressBars() as progress:
         content = pipeline.evaluate(config, progress=progress)
-    _print(methods_table(content["methods"]))
-    _say(f"Evaluation: {config.out / files.EVALUATION}")
+    place = f"Evaluation: {config.out / files.EVALUATION}"
+    return Result(content, (methods_table(content["methods"]), place))
 
 
-def closed_loop(config: ClosedLoopConfig) -> None:
-    """Runs policies in the simulator and prints their success."""
+def closed_loop(config: ClosedLoopConfig) -> Result:
+    """Runs policies in the simulator; their success."""
     with ProgressBars() as progress:
         content = run_closed_loop(config, progress=progress)
-    _print(success_table(content["policies"]))
+    lines: list[str | Table] = [success_table(content["policies"])]
     for comparison in content["comparisons"]:
-        _say("")
-        _print(comparison_table(comparison))
+        lines += ["", comparison_table(comparison)]
         if comparison["drift"]:
-            _say(drift_line(comparison["drift"]))
-    _say(f"Episodes: {config.out / EPISODES_FILE}; summary: {config.out / files.CLOSED_LOOP}")
+            lines.append(drift_line(comparison["drift"]))
+    lines.append(
+        f"Episodes: {config.out / EPISODES_FILE}; summary: {config.out / files.CLOSED_LOOP}"
+    )
+    return Result(content, tuple(lines))
 
 
-def collect(config: CollectConfig) -> None:
-    """Collects episodes and prints how many of each task there were."""
+def collect(config: CollectConfig) -> Result:
+    """Collects episodes; how many of each task there were."""
     with ProgressBars() as progress:
         collected = run_collect(config, progress=progress)
     table = Table("task", box=None, padding=(0, 1))
     for heading in ("run", "solved", "kept", "steps kept"):
         table.add_column(heading, justify="right")
+    tasks = []
     for task in sorted({r.episode.task for r in collected.results}):
         found = [r for r in collected.results if r.episode.task == task]
         kept = [r for r in collected.kept if r.episode.task == task]
         counts = (len(found), sum(r.success for r in found), len(kept), sum(r.steps for r in kept))
         name = found[0].task_name.replace("_", " ")
         table.add_row(f"{task} {name}", *(f"{count:,}" for count in counts))
-    _print(table)
-    _say(f"Data set: {collected.folder}")
+        keys = ("run", "solved", "kept", "steps_kept")
+        tasks.append({"task": task, "name": name, **dict(zip(keys, counts, strict=True))})
+    content = {"dataset": str(collected.folder), "tasks": tasks}
+    return Result(content, (table, f"Data set: {collected.folder}"))
 
 
-def report(config: pipeline.ReportConfig) -> None:
+def report(config: pipeline.ReportConfig) -> Result:
     """Writes the report."""
-    show_report(pipeline.report(config))
-    _say(f"Report: {config.out / files.REPORT_HTML}")
+    return _report(pipeline.report(config), config.out)
 
 
-def train(config: Any) -> None:
+def train(config: Any) -> Result:
     """Trains a policy."""
     from qvla_jax.training import train as behaviour_cloning
 
     with ProgressBars() as progress:
-        behaviour_cloning(config, progress=progress)
+        folder = behaviour_cloning(config, progress=progress)
+    return Result({"policy": str(folder)}, (f"Policy: {folder}",))
 
 
 def serve(config: ServeConfig) -> None:
@@ -376,66 +409,79 @@ def serve(config: ServeConfig) -> None:
         run_server(policy, config, progress=progress, ready=ready)
 
 
-def inspect(config: InspectConfig) -> None:
-    """Prints what a policy or a file holds."""
+def inspect(config: InspectConfig) -> Result:
+    """What a policy or a file holds."""
     if config.model.endswith(".qvla"):
-        show_packed(Path(config.model), layers=True)
-        return
+        return _packed(Path(config.model), layers=True)
     from qvla_jax.quantization.layout import uniform_bytes
     from qvla_jax.report.modules import describe, modules_table
 
     described = describe(config.model)
     index = described.index
-    _say(f"{described.config.name} ({described.source})")
-    _say(
+    uniform = {bits: uniform_bytes(index, bits) for bits in (16, 8, 4, 3, 2)}
+    content: dict[str, Any] = {
+        "name": described.config.name,
+        "source": described.source,
+        "parameters": described.parameters,
+        "stored_bytes": described.stored_bytes,
+        "quantizable": {
+            "layers": len(index.layers),
+            "channels": len(index),
+            "weights": index.num_weights,
+            "bytes_by_uniform_bits": uniform,
+        },
+        "modules": [dataclasses.asdict(module) for module in described.modules],
+    }
+    lines: list[str | Table] = [
+        f"{described.config.name} ({described.source})",
         f"{described.parameters:,} parameters in {described.stored_bytes:,} bytes; "
         f"{index.num_weights:,} of them are the weights of {len(index):,} quantizable output "
-        f"channels of {len(index.layers)} layers"
-    )
+        f"channels of {len(index.layers)} layers",
+    ]
     if config.fingerprint:
         from qvla_jax.inference import load_policy
 
-        _say(f"fingerprint {load_policy(config.model).fingerprint}")
-    _say("")
-    _print(modules_table(described.modules))
-    _say("")
+        content["fingerprint"] = load_policy(config.model).fingerprint
+        lines.append(f"fingerprint {content['fingerprint']}")
     table = Table("uniform bits", box=None)
     table.add_column("bytes of the quantized layers", justify="right")
-    for bits in (16, 8, 4, 3, 2):
-        label = "source" if bits == 16 else str(bits)
-        table.add_row(label, f"{uniform_bytes(index, bits):,}")
-    _print(table)
+    for bits, stored in uniform.items():
+        table.add_row("source" if bits == 16 else str(bits), f"{stored:,}")
+    lines += ["", modules_table(described.modules), "", table]
+    return Result(content, tuple(lines))
 
 
-def doctor(config: DoctorConfig) -> None:
-    """Prints what works here, what is missing and how to get it.
-
-    Raises:
-        QvlaError: Something that the core needs is missing.
-    """
+def doctor(config: DoctorConfig) -> Result:
+    """What works here, what is missing and how to get it; failed if the core lacks something."""
     del config
     from qvla_jax.doctor import checks
 
-    _say(f"qvla_jax {__version__}, {platform.system()} {platform.machine()}")
-    lacking = []
-    for check in checks():
-        _say(f"{check.status:<8} {check.name}: {check.found}")
+    made = list(checks())
+    lines = [f"qvla_jax {__version__}, {platform.system()} {platform.machine()}"]
+    for check in made:
+        lines.append(f"{check.status:<8} {check.name}: {check.found}")
         if check.remedy:
-            _say(f"{'':<8}   {check.remedy}")
-        if check.needed and check.status != "ok":
-            lacking.append(check.name)
-    if lacking:
-        raise QvlaError(f"the core does not work without: {', '.join(lacking)}")
+            lines.append(f"{'':<8}   {check.remedy}")
+    lacking = [check.name for check in made if check.needed and check.status != "ok"]
+    content = {
+        "version": __version__,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "checks": [dataclasses.asdict(check) for check in made],
+    }
+    failure = f"the core does not work without: {', '.join(lacking)}" if lacking else None
+    return Result(content, tuple(lines), failure)
 
 
-def show_packed(path: Path, *, layers: bool = False) -> None:
-    """Prints what a .qvla file holds, from its header."""
+def _packed(path: Path, *, layers: bool = False) -> Result:
+    """What a .qvla file holds, from its header."""
     from qvla_jax.checkpoints.packed_file import PackedFile
 
     file = PackedFile(path)
     entries = file.layers.values()
     weights = sum(entry.shape[0] * entry.shape[1] for entry in entries)
     channels: collections.Counter[int] = collections.Counter()
+    described = []
     table = Table("layer", "shape", "channels by bits", box=None)
     table.add_column("stored", justify="right")
     for entry in entries:
@@ -443,159 +489,52 @@ def show_packed(path: Path, *, layers: bool = False) -> None:
         if pruned := entry.shape[0] - sum(own.values()):
             own[0] = pruned
         channels.update(own)
-        counts = ", ".join(f"{bits}: {own[bits]}" for bits in sorted(own, reverse=True))
-        shape = f"{entry.shape[0]} × {entry.shape[1]}"
-        table.add_row(entry.path, shape, counts, size_text(entry.nbytes))
-    if layers:
-        _print(table)
-    by_bits = ", ".join(f"{channels[b]:,} at {b}" for b in sorted(channels, reverse=True))
-    _say(
-        f"{path}: {size_text(path.stat().st_size)}; {len(file.layers)} packed layers of "
-        f"{weights:,} weights store {file.packed_bytes:,} bytes, "
-        f"{8 * file.packed_bytes / weights:.3f} bits per weight; all else {file.other_bytes:,} "
-        "bytes"
-    )
-    _say(f"channels by bits: {by_bits}")
-
-
-def show_report(content: Mapping[str, Any]) -> None:
-    """Prints a report's validation and its table of methods."""
-    if content["validation"] is not None:
-        _say(spearman_line(content["validation"], content["sensitivity"]["method"]))
-    _print(methods_table(content["methods"]))
-    _say("")
-    _print(sweep_table([*content["methods"], *content["sweep"]]))
-    _say(content["packed"]["note"])
-
-
-def spearman_line(validation: Mapping[str, Any], method: str) -> str:
-    """Returns the rank correlations in one line."""
-    ranks = ", ".join(f"{r['spearman']:.4f} at {r['bits']} bits" for r in validation["spearman"])
-    return f"Spearman({method}, exact) on {validation['channels']} channels: {ranks}"
-
-
-def methods_table(entries: list[Mapping[str, Any]]) -> Table:
-    """Returns the table of methods: bytes, bits and errors."""
-    table = Table("method", box=None, padding=(0, 1))
-    for heading in ("stored", "bits/weight", "MSE", "L1", "worst", "grip flips", "L1 expert"):
-        table.add_column(heading, justify="right")
-    for e in entries:
-        errors, expert = e["versus_full_precision"], e["versus_expert"]
-        full = e["family"] == "full"
+        by_bits = {bits: own[bits] for bits in sorted(own, reverse=True)}
+        counts = ", ".join(f"{bits}: {count}" for bits, count in by_bits.items())
         table.add_row(
-            e["label"],
-            size_text(e["stored_bytes"]),
-            f"{e['stored_bits_per_weight']:.2f}",
-            "-" if full else number(errors["action_mse_normalized"]),
-            "-" if full else number(errors["action_l1_normalized"]),
-            "-" if full else number(max(errors["worst_by_dimension"])),
-            "-" if full else f"{errors['gripper_flip_rate']:.2%}",
-            f"{expert['action_l1_normalized']:.4f}",
+            entry.path, f"{entry.shape[0]} × {entry.shape[1]}", counts, size_text(entry.nbytes)
         )
-    return table
-
-
-def success_table(policies: list[Mapping[str, Any]]) -> Table:
-    """Returns the success of each policy, per task and overall, with Wilson's 95 % intervals."""
-    table = Table("success (95 % interval)", box=None, padding=(0, 1))
-    for entry in policies:
-        table.add_column(entry["policy"], justify="right")
-    for rows in zip(*(entry["tasks"] for entry in policies), strict=True):
-        table.add_row(
-            f"{rows[0]['task']} {rows[0]['task_name'].replace('_', ' ')}",
-            *(success_text(row) for row in rows),
+        described.append(
+            {
+                "path": entry.path,
+                "shape": list(entry.shape),
+                "channels_by_bits": by_bits,
+                "stored_bytes": entry.nbytes,
+            }
         )
-    table.add_row("all", *(success_text(entry["overall"]) for entry in policies))
-    return table
-
-
-def success_text(success: Mapping[str, Any]) -> str:
-    """Returns a success rate with its counts and its interval."""
-    low, high = success["interval_95"]
-    return (
-        f"{success['successes']}/{success['episodes']} = {success['rate']:.1%} "
-        f"({low:.0%} to {high:.0%})"
-    )
-
-
-def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """Returns a paired comparison, per task and overall."""
-    table = Table(
-        f"{comparison['candidate']} against {comparison['reference']}", box=None, padding=(0, 1)
-    )
-    for heading in ("pairs", "only it solves", "only the other", "difference (95 %)", "p, McNemar"):
-        table.add_column(heading, justify="right")
-    rows = [(str(row["task"]), row) for row in comparison["tasks"]]
-    for label, row in [*rows, ("all", comparison["overall"])]:
-        low, high = row["interval_95"]
-        table.add_row(
-            label,
-            str(row["episodes"]),
-            str(row["candidate_only"]),
-            str(row["reference_only"]),
-            f"{row['difference']:+.1%} ({low:+.0%} to {high:+.0%})",
-            f"{row['mcnemar_exact_p']:.3g}",
-        )
-    return table
-
-
-def drift_line(drift: Mapping[str, Any]) -> str:
-    """Returns how far a policy drifts from the reference, in words."""
-    at = min(range(len(drift["seconds"])), key=lambda k: abs(drift["seconds"][k] - 2.0))
+    size, bits_per_weight = path.stat().st_size, 8 * file.packed_bytes / weights
+    all_bits = {bits: channels[bits] for bits in sorted(channels, reverse=True)}
+    content = {
+        "file": str(path),
+        "file_bytes": size,
+        "quantized_weights": weights,
+        "packed_bytes": file.packed_bytes,
+        "other_bytes": file.other_bytes,
+        "stored_bits_per_weight": bits_per_weight,
+        "channels_by_bits": all_bits,
+        "layers": described,
+    }
     text = (
-        f"End effectors after {drift['seconds'][at]:.1f} s: "
-        f"{100 * drift['distance_median'][at]:.1f}"
-        f" cm apart (median of {drift['pairs'][at]} pairs)"
+        f"{path}: {size_text(size)}; {len(file.layers)} packed layers of "
+        f"{weights:,} weights store {file.packed_bytes:,} bytes, "
+        f"{bits_per_weight:.3f} bits per weight; all else {file.other_bytes:,} bytes"
     )
-    if drift["deviation_total"] is None:
-        return text
-    error = drift["deviation_standard_error"]
-    spread = "" if error is None else f" ± {number(error)}"
-    return (
-        f"{text}; action deviation accumulated along the reference's rollouts: "
-        f"{number(drift['deviation_total'])}{spread} ({drift['deviation_episodes']} episodes)"
-    )
+    summary = ", ".join(f"{count:,} at {bits}" for bits, count in all_bits.items())
+    lines = (text, f"channels by bits: {summary}")
+    return Result(content, (table, *lines) if layers else lines)
 
 
-def sweep_table(entries: list[Mapping[str, Any]]) -> Table:
-    """Returns our errors over the budgets: measured, predicted, and beside a uniform grid's.
-
-    A grid is compared where its stored bytes were the budget.
-    """
-    uniform = {e["requested_bits"]: e for e in entries if e["family"] == "uniform"}
-    table = Table("budget", box=None, padding=(0, 1))
-    for heading in ("stored", "MSE", "uniform MSE", "times less", "SSE predicted", "measured"):
-        table.add_column(heading, justify="right")
-    table.add_column("ratio", justify="right")
-    ours = [e for e in entries if e["family"] == "ours"]
-    for e in sorted(ours, key=lambda e: e["stored_bytes"]):
-        errors = e["versus_full_precision"]
-        mse, sse = errors["action_mse_normalized"], errors["action_sse_normalized"]
-        predicted, bits = e["predicted_sse_normalized"], e.get("matches_uniform_bits")
-        other = times = "-"
-        if bits in uniform:
-            grid = uniform[bits]["versus_full_precision"]["action_mse_normalized"]
-            other, times = number(grid), number(grid / mse) if mse else "-"
-        table.add_row(
-            f"{e['requested_bits']:g} bits" if bits is None else f"uniform {bits} bits",
-            size_text(e["stored_bytes"]),
-            number(mse),
-            other,
-            times,
-            number(predicted),
-            number(sse),
-            number(sse / predicted) if predicted else "-",
-        )
-    return table
-
-
-def _say(text: str) -> None:
-    print(text)
-
-
-def _print(table: Table) -> None:
-    # A fixed width where there is no terminal, so that piped output is not folded at 80 columns.
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=140)
-    console.print(table)
+def _report(content: Mapping[str, Any], folder: Path) -> Result:
+    """A report's validation and its table of methods."""
+    validation = content["validation"]
+    lines: list[str | Table] = []
+    if validation is not None:
+        lines.append(spearman_line(validation, content["sensitivity"]["method"]))
+    lines += [
+        methods_table(content["methods"]),
+        "",
+        sweep_table([*content["methods"], *content["sweep"]]),
+        content["packed"]["note"],
+        f"Report: {folder / files.REPORT_HTML}",
+    ]
+    return Result(content, tuple(lines))

@@ -2,12 +2,11 @@
 
 import dataclasses
 import difflib
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from qvla_jax.errors import InputError
+from qvla_jax.plain import from_plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,45 +152,7 @@ class OpenVLAConfig:
         Raises:
             InputError: a key is unknown, missing or of the wrong type; the message names it.
         """
-        return _build(cls, values, "config")
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Builds an annotated value from plain JSON types, naming the key that does not fit."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise InputError(f"{where}: expected an object, got {type(value).__name__}")
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        if unknown := sorted(set(value) - set(fields)):
-            raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
-        hints = typing.get_type_hints(kind)
-        built = {k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
-        missing = [
-            n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in built
-        ]
-        if missing:
-            raise InputError(f"{where}: missing key {missing[0]!r}")
-        return kind(**built)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise InputError(f"{where}: expected a list of {len(args)}, got {value!r}")
-        return tuple(
-            _build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
-        )
-    if origin is Literal:
-        if value not in args:
-            raise InputError(f"{where}: expected one of {args}, got {value!r}")
-        return value
-    if origin is types.UnionType:
-        if value is None and type(None) in args:
-            return None
-        return _build(next(a for a in args if a is not type(None)), value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value
+        return from_plain(cls, values, "config")
 
 
 _IMAGENET_MEAN = (0.484375, 0.455078125, 0.40625)

@@ -1,5 +1,6 @@
 """The command line: exit codes, one clear line for bad input, nothing half-written."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qvla_jax import cli, commands, data
+from qvla_jax import cli, commands, data, output, pipeline
 from qvla_jax.inference import random_policy
+from qvla_jax.plain import from_plain
+from qvla_jax.repeating import read_settings, write_settings
+
+from .report.fakes import fake_report
 
 SMALL = (
     "--frames", "4", "--probes", "1", "--validate", "0", "--eval-frames", "4",
@@ -187,13 +192,184 @@ def test_inspect_and_doctor_describe_what_is_there(policy, capsys):
     assert "greedy:marginal" in capsys.readouterr().out
 
 
-def test_interruption_has_its_own_exit_code(monkeypatch, capsys):
-    def interrupted(config):
-        raise KeyboardInterrupt
+def interrupted(config):
+    raise KeyboardInterrupt
 
+
+def test_interruption_has_its_own_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(commands, "doctor", interrupted)
     assert cli.main(["doctor"]) == cli.INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_an_interrupted_sweep_says_how_to_go_on_and_keeps_its_settings(
+    monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(commands, "sensitivity", interrupted)
+    arguments = ["sensitivity", "--out", str(tmp_path), "--probes", "5"]
+    assert cli.main(arguments) == cli.INTERRUPTED
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "sensitivity.config.json").read_text())
+    assert kept["settings"]["probes"] == 5
+
+
+def test_a_closed_pipe_ends_quietly():
+    program = (
+        "import sys; from qvla_jax import cli; "
+        "sys.stdout = open(1, 'w', buffering=1); sys.exit(cli.main(['--help']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() in (cli.DONE, cli.FAILED)
+    assert errors == ""
+
+
+def printed_json(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_holds_the_result_and_nothing_else(policy, tmp_path, capsys, monkeypatch):
+    assert cli.main(["inspect", str(policy), "--json"]) == cli.DONE
+    reply = printed_json(capsys)
+    assert reply["command"] == "inspect"
+    assert reply["config"] is None
+    found = reply["result"]
+    assert found["parameters"] == sum(module["parameters"] for module in found["modules"])
+
+    file = tmp_path / "four.qvla"
+    real = commands.pack
+
+    def noisy(config):
+        print("a library's remark")
+        return real(config)
+
+    monkeypatch.setattr(commands, "pack", noisy)
+    assert cli.main(["pack", "--model", str(policy), "--file", str(file), "--json"]) == cli.DONE
+    packed = printed_json(capsys)
+    assert packed["config"] == f"{file}.config.json"
+    found = packed["result"]
+    assert found.pop("peak_resident_bytes") > 0
+    assert found["file_bytes"] == file.stat().st_size
+    assert sum(layer["stored_bytes"] for layer in found["layers"]) == found["packed_bytes"]
+    assert sum(found["channels_by_bits"].values()) == sum(e["shape"][0] for e in found["layers"])
+    assert all(list(e["channels_by_bits"]) in (["4"], ["16"]) for e in found["layers"])
+
+    assert cli.main(["inspect", str(file), "--json"]) == cli.DONE
+    assert printed_json(capsys)["result"] == found
+
+
+def test_json_has_the_error_as_well(capsys):
+    assert cli.main(["inspect", "libero-mimi", "--json"]) == cli.BAD_INPUT
+    captured = capsys.readouterr()
+    reply = json.loads(captured.out)
+    assert reply["exit_code"] == cli.BAD_INPUT
+    assert "libero-mini" in reply["error"]
+    assert reply["error"] in captured.err
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(capsys):
+    output.print_json({"a": [float("nan"), 1.5], "b": {"c": float("inf")}})
+    assert printed_json(capsys) == {"a": [None, 1.5], "b": {"c": None}}
+
+
+CALIBRATE = ("calibrate", "--frames", "3", "--seed", "7", "--out")
+
+
+def test_a_command_is_repeated_from_the_settings_beside_its_output(tmp_path, capsys):
+    first, second, third = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    assert cli.main([*CALIBRATE, str(first)]) == cli.DONE
+    settings = first / "calibrate.config.json"
+    kept = json.loads(settings.read_text())
+    assert kept["command"] == "calibrate"
+    assert kept["settings"]["frames"] == 3
+    assert kept["settings"]["out"] == str(first)
+    assert kept["packages"]["jax"]
+
+    again = ["calibrate", "--config", str(settings), "--out"]
+    assert cli.main([*again, str(second)]) == cli.DONE
+    manifest = (first / "calibration.json").read_bytes()
+    assert (second / "calibration.json").read_bytes() == manifest
+    # What is given replaces what was recorded, and only that.
+    assert cli.main([*again, str(third), "--seed", "8"]) == cli.DONE
+    assert (third / "calibration.json").read_bytes() != manifest
+    kept = json.loads((third / "calibrate.config.json").read_text())
+    assert (kept["settings"]["seed"], kept["settings"]["frames"]) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda kept: kept | {"command": "allocate"}, "settings of `qvla allocate`"),
+        (lambda kept: kept | {"format": "other"}, "expected the .config.json file of a command"),
+        (lambda kept: kept | {"version": 2}, "format version 2"),
+        (lambda kept: kept | {"settings": {"out": "x", "frame": 3}}, "unknown key 'frame'"),
+        (lambda kept: kept | {"settings": {"out": "x", "frames": "3"}}, "frames: expected int"),
+        (lambda kept: kept | {"settings": {"out": "x", "frames": 0}}, "frames must be at least 1"),
+        (lambda kept: kept | {"settings": 3}, "damaged"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(complaint, tmp_path, change, message):
+    path = tmp_path / "calibrate.config.json"
+    write_settings(path, "calibrate", None, pipeline.CalibrateConfig(out=tmp_path / "out"))
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert message in complaint("calibrate", "--config", path)
+    assert message in complaint("calibrate", f"--config={path}", "--json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_are_not_there_are_refused(complaint, tmp_path):
+    assert "not readable" in complaint("calibrate", "--config", tmp_path / "none.config.json")
+
+
+def test_the_other_form_of_a_command_is_repeated_as_such(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(commands, "quantize_by_methods", lambda c: (seen.append(c), RESULT)[1])
+    arguments = ["quantize", "--method", "gptq-w4", "rtn-w3", "--out", str(tmp_path)]
+    assert cli.main(arguments) == cli.DONE
+    settings = tmp_path / "quantize-method.config.json"
+    assert cli.main(["quantize", "--config", str(settings), "--seed", "3"]) == cli.DONE
+    assert [config.method for config in seen] == [("gptq-w4", "rtn-w3")] * 2
+    assert [config.seed for config in seen] == [0, 3]
+
+
+RESULT = output.Result({}, ())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_settings_of_every_command_survive_the_file(name, tmp_path):
+    command = cli.COMMANDS[name]
+    for option, form in ((None, command), *command.variants.items()):
+        kind, _ = form.load()
+        settings = example_of(kind, tmp_path)
+        write_settings(tmp_path / "file.json", name, option, settings)
+        recorded = read_settings(tmp_path / "file.json")
+        assert (recorded.command, recorded.variant) == (name, option)
+        assert from_plain(kind, recorded.settings, "settings") == settings
+        assert form.output is None or hasattr(settings, form.output)
+
+
+def example_of(kind, folder):
+    """Settings with a value for all that is required, and for what is a mapping or None."""
+    known = {
+        "out": folder, "sim": "libero_spatial", "policy": ("libero-mini", "libero-mini@3"),
+        "data": folder, "more_data": (folder, folder), "model": "libero-mini",
+        "problem": "openvla", "file": folder / "a.qvla", "figure": folder / "a.png",
+        "method": ("rtn-w4",), "minimum_bits": {r".*\.q_proj": 4}, "token_file": folder / "token",
+    }  # fmt: skip
+    if kind.__name__ == "CollectConfig":
+        known["policy"] = "expert"
+    if kind.__name__ in ("ServeConfig",):
+        known["policy"] = "libero-mini"
+    if kind.__name__ == "ImportConfig":
+        known["model"] = folder
+    if "Sensitivity" in kind.__name__ or kind.__name__ == "RunConfig":
+        known.pop("method")
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{key: value for key, value in known.items() if key in names})
 
 
 def test_the_installed_command_reports_its_exit_code():
@@ -205,3 +381,17 @@ def test_the_installed_command_reports_its_exit_code():
     )
     assert result.returncode == cli.BAD_INPUT
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["run", "report"])
+def test_a_report_is_printed_and_is_whole_in_json(name, tmp_path, monkeypatch, capsys):
+    content = fake_report()
+    monkeypatch.setattr(pipeline, name, lambda *_, **__: content)
+    arguments = [name, "--out", str(tmp_path)]
+    assert cli.main(arguments) == cli.DONE
+    printed = capsys.readouterr().out
+    assert all(entry["label"] in printed for entry in content["methods"])
+    assert str(tmp_path / "report.html") in printed
+    assert cli.main([*arguments, "--json"]) == cli.DONE
+    result = printed_json(capsys)["result"]
+    assert result == json.loads(json.dumps(content))

@@ -1,11 +1,11 @@
 """What `qvla doctor` concludes from what it finds."""
 
 import importlib.metadata
+import json
 
 import pytest
 
-from qvla_jax import commands, doctor
-from qvla_jax.errors import QvlaError
+from qvla_jax import cli, doctor
 
 
 @pytest.fixture
@@ -94,8 +94,11 @@ def test_a_broken_core_fails_and_a_missing_extra_does_not(monkeypatch, capsys):
     extra = doctor.Check("extra", "missing", "not installed", "install it")
     core = doctor.Check("JAX", "broken", "no device", "set JAX_PLATFORMS", needed=True)
     monkeypatch.setattr(doctor, "checks", lambda: iter([extra]))
-    commands.doctor(commands.DoctorConfig())
+    assert cli.main(["doctor"]) == cli.DONE
     assert "install it" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "checks", lambda: iter([extra, core]))
-    with pytest.raises(QvlaError, match="JAX"):
-        commands.doctor(commands.DoctorConfig())
+    assert cli.main(["doctor", "--json"]) == cli.FAILED
+    captured = capsys.readouterr()
+    assert "does not work without: JAX" in captured.err
+    found = json.loads(captured.out)["result"]["checks"]
+    assert [check["status"] for check in found] == ["missing", "broken"]

@@ -61,6 +61,11 @@ class Allocation:
         """Identifies the allocation within a run."""
         return f"{self.sensitivity}+{self.solver}@{self.budget}"
 
+    def describe(self) -> dict[str, Any]:
+        """All but the bits, as JSON types."""
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if f.name != "bits"}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Allocations:
@@ -103,7 +108,7 @@ class Allocations:
     def save(self, path: Path) -> None:
         """Writes one file with the bits of every allocation."""
         arrays = {f"bits.{i}": a.bits.astype(np.uint8) for i, a in enumerate(self.items)}
-        described = [_without_bits(a) for a in self.items]
+        described = [a.describe() for a in self.items]
         header = {"allocations": described, "layers": self.layers, "made_from": self.made_from}
         write_arrays(path, arrays, header, kind=KIND)
 
@@ -224,11 +229,6 @@ def _allocation(
         lower_bound=solution.lower_bound,
         seconds=solution.seconds,
     )
-
-
-def _without_bits(allocation: Allocation) -> dict[str, Any]:
-    fields = dataclasses.fields(allocation)
-    return {f.name: getattr(allocation, f.name) for f in fields if f.name != "bits"}
 
 
 def _layers(table: SensitivityTable) -> tuple[dict[str, Any], ...]:

@@ -2,11 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from qvla_jax.atomic import write_json
 from qvla_jax.errors import InputError
 from qvla_jax.pipeline import files
 from qvla_jax.progress import Progress, no_progress
@@ -16,6 +15,7 @@ from qvla_jax.sensitivity.table import SensitivityTable
 from qvla_jax.solvers import (
     AllocationProblem,
     Comparison,
+    Pareto,
     available,
     compare,
     instances,
@@ -44,8 +44,6 @@ class CompareSolversConfig:
     figure: Path | None = None
     # Budgets of the figure.
     budgets: int = 16
-    # JSON file for the figures of the table and of the Pareto figure.
-    json: Path | None = None
     # Channels of a random instance.
     channels: int = 10_000
     # Seed of a synthetic problem.
@@ -57,15 +55,37 @@ class CompareSolversConfig:
         for name in ("budgets", "channels"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for path, suffix in ((self.figure, ".png"), (self.json, ".json")):
-            if path is not None and path.suffix != suffix:
-                raise InputError(f"{path}: the name must end in {suffix}")
+        if self.figure is not None and self.figure.suffix != ".png":
+            raise InputError(f"{self.figure}: the name must end in .png")
 
 
-def compare_solvers(
-    config: CompareSolversConfig, *, progress: Progress = no_progress
-) -> Comparison:
-    """Compares solvers, and writes the figure and the JSON file where they are wanted.
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """What came out.
+
+    Attributes:
+        config: The settings.
+        comparison: Of the solvers, under the budget.
+        points: Of the figure, over all budgets; None where none was drawn.
+    """
+
+    config: CompareSolversConfig
+    comparison: Comparison
+    points: Pareto | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the choices, as JSON types."""
+        return {
+            "problem": self.config.problem,
+            "summary": dataclasses.asdict(self.comparison.problem.summary()),
+            "solvers": self.comparison.to_json(),
+            "pareto": None if self.points is None else self.points.to_json(),
+            "provenance": provenance(seed=self.config.seed),
+        }
+
+
+def compare_solvers(config: CompareSolversConfig, *, progress: Progress = no_progress) -> Compared:
+    """Compares solvers, and writes the figure where it is wanted.
 
     Raises:
         InputError: There is no such problem or solver, or a file is damaged.
@@ -83,16 +103,7 @@ def compare_solvers(
     if config.figure is not None:
         points = pareto(problem, budgets=config.budgets, progress=progress)
         save_pareto(points, config.figure, weights=weights)
-    if config.json is not None:
-        content = {
-            "problem": config.problem,
-            "summary": dataclasses.asdict(problem.summary()),
-            "solvers": comparison.to_json(),
-            "pareto": None if points is None else points.to_json(),
-            "provenance": provenance(seed=config.seed),
-        }
-        write_json(config.json, content)
-    return comparison
+    return Compared(config, comparison, points)
 
 
 def problem_of(config: CompareSolversConfig) -> tuple[AllocationProblem, int | None]:

@@ -42,14 +42,15 @@ def test_the_command_prints_the_table_and_draws_the_figure(
 ) -> None:
     problem = instances.openvla_like(scale=0.001, seed=1)
     problem.save(tmp_path / "problem.npz")
-    figure, table = tmp_path / "pareto.png", tmp_path / "table.json"
-    arguments = ("--solvers", "core", "greedy:marginal", "--figure", figure, "--json", table)
+    figure = tmp_path / "pareto.png"
+    arguments = ("--solvers", "core", "greedy:marginal", "--figure", figure)
     arguments = ("compare-solvers", tmp_path / "problem.npz", *arguments, "--budgets", "4")
     assert cli.main([str(argument) for argument in arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{problem.channels:,} channels x 5 options")
     assert [line.split()[0] for line in lines[2:4]] == ["core", "greedy:marginal"]
-    content = json.loads(table.read_text())
+    assert cli.main([*(str(argument) for argument in arguments), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)["result"]
     costs = {row["label"]: row["cost"] for row in content["solvers"]}
     assert costs["core"] == solve(problem, "core").cost
     assert len(content["pareto"]["budgets"]) == 4

@@ -1,0 +1,61 @@
+"""What a command found, for people and for machines."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command found.
+
+    Attributes:
+        content: For machines: JSON types. Numbers that are not finite become null.
+        lines: For people: lines of text and tables, one below the other.
+        failure: What makes it a failure all the same; None where nothing does.
+    """
+
+    content: Mapping[str, Any]
+    lines: tuple[str | Table, ...]
+    failure: str | None = None
+
+
+def print_result(result: Result) -> None:
+    """Prints text and tables on stdout."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        # A fixed width, so that piped output is not folded at 80 columns.
+        console = Console(markup=False, highlight=False, width=140)
+    for line in result.lines:
+        if isinstance(line, str):
+            print(line)
+        else:
+            console.print(line)
+
+
+def print_json(content: Mapping[str, Any], file: TextIO | None = None) -> None:
+    """Prints one JSON object.
+
+    Args:
+        content: JSON types.
+        file: Where to; stdout if left out.
+    """
+    text = json.dumps(_finite(content), indent=2, allow_nan=False)
+    print(text, file=sys.stdout if file is None else file)
+
+
+def _finite(value: Any) -> Any:
+    """Replaces what JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value

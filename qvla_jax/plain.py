@@ -1,0 +1,93 @@
+"""Dataclasses to plain JSON types and back, with errors that name the key."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from qvla_jax.errors import InputError
+
+
+def to_plain(value: Any) -> Any:
+    """Turns a dataclass of paths, tuples, mappings and scalars into JSON types.
+
+    Args:
+        value: A dataclass, or a value of one of its fields.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_plain(kind: Any, value: Any, where: str) -> Any:
+    """Builds a value of an annotated type from JSON types; the inverse of `to_plain`.
+
+    Args:
+        kind: A dataclass, or the annotation of one of its fields.
+        value: What `json` read.
+        where: How messages call it.
+
+    Raises:
+        InputError: A key is unknown, missing or of the wrong type; the message names it.
+    """
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _dataclass(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return _tuple(arguments, value, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: expected an object, got {value!r}")
+        return {key: from_plain(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"{where}: expected one of {arguments}, got {value!r}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return from_plain(next(a for a in arguments if a is not type(None)), value, where)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _dataclass(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: expected an object, got {type(value).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(value) - set(fields)):
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
+    hints = typing.get_type_hints(kind)
+    built = {k: from_plain(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+    missing = [n for n, f in fields.items() if _is_required(f) and n not in built]
+    if missing:
+        raise InputError(f"{where}: missing key {missing[0]!r}")
+    return kind(**built)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{where}: expected a list, got {value!r}")
+    kinds = arguments
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        kinds = (arguments[0],) * len(value)
+    if len(value) != len(kinds):
+        raise InputError(f"{where}: expected a list of {len(kinds)}, got {value!r}")
+    return tuple(
+        from_plain(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(kinds, value, strict=True))
+    )
