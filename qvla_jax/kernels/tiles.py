@@ -197,7 +197,7 @@ def arrange(w: PackedWeight, depth: int, lanes: int) -> TiledWeight:
     joined = xp.concatenate([xp.ones((0, w.num_groups), ml_dtypes.bfloat16), *scales])
     if w.group is not None:
         step = scale_step(w.group, depth)
-        rows = padded_inputs(k, parts, depth) // step
+        rows = -(-padded_inputs(k, parts, depth) // step)
         joined = xp.repeat(joined, w.group // step, axis=1)[:, :rows]
         joined = xp.pad(joined, ((0, 0), (0, rows - joined.shape[1])))
     bias = xp.zeros(c, np.float32) if w.bias is None else xp.asarray(w.bias).astype(np.float32)
