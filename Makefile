@@ -4,10 +4,12 @@ VENV ?= .venv
 OUT ?= demo
 # How many times as many instances as `make test` tries; the time grows with it.
 PROOF_FACTOR ?= 20
+FUZZ_CASES ?= 1000000
+KILLS ?= 50
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-aarch64 prove-solvers bench-solvers bench-kernels sanitize lint types format clean
+.PHONY: help demo test test-long test-aarch64 prove-solvers bench-solvers bench-kernels sanitize fuzz faults audit lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -60,6 +62,16 @@ sanitize: $(VENV)/.dev  ## Run the checks and tests of the CPU kernel under ASan
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	QVLA_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
 	  $(BIN)/python -m pytest --capture=no tests/kernels/test_cpu.py tests/kernels/test_matmul.py -k "not pallas"
+
+fuzz: $(VENV)/.dev  ## Feed a million damaged files and messages to every reader (docs/reliability.md)
+	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(FUZZ_CASES)
+
+faults: $(VENV)/.dev  ## Kill sweep, training, packing and evaluation 50 times each (docs/reliability.md)
+	PYTHONPATH=tests $(BIN)/python -m faults --kills $(KILLS)
+
+audit: $(VENV)/.dev  ## Look for known vulnerabilities in what is installed (asks PyPI)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 lint: $(VENV)/.dev types  ## Check style, formatting and types
 	$(BIN)/ruff check .

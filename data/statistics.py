@@ -19,7 +19,7 @@ from qvla_jax.atomic import write_json
 from qvla_jax.data.episode import Episode
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.rlds import RldsDataset
-from qvla_jax.errors import DatasetError
+from qvla_jax.errors import DatasetError, InputError
 
 _VALUES: Final = ("mean", "std", "max", "min", "q01", "q99")
 # Part of the cache's key: a change of what is computed makes old caches stale.
@@ -215,7 +215,7 @@ def dataset_statistics(
             tree[dataset.name]["fingerprint"] = fingerprint
             write_json(folder / name, tree)
             break
-        except OSError:
+        except InputError:  # it cannot be written there
             continue
     return computed
 

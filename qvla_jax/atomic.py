@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qvla_jax.errors import InputError
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -24,12 +26,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: The destination; its parent folders are created.
+
+    Raises:
+        InputError: It cannot be written: the disk is full, the folder read-only or no folder.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent
-    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent
+        )
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -37,6 +45,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; results are ordinary ones
         temporary.replace(path)
+    except OSError as error:
+        # An error that names another file is about what is read meanwhile.
+        if error.filename in (None, name):
+            raise _cannot_write(path, error) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -63,6 +76,14 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
         ValueError: A number in `obj` is not finite.
     """
     write_text(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(
+        f"{path}: cannot be written ({reason}); what was there before is untouched. Make room or "
+        "choose another place"
+    )
 
 
 def _flush(path: Path) -> None:

@@ -56,6 +56,8 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 2**1023:
+            raise InputError(f"{where}: expected a number, got one of {value.bit_length()} bits")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"{where}: expected {kind.__name__}, got {value!r}")

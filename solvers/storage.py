@@ -1,7 +1,9 @@
 """Named arrays and a JSON header in one `.safetensors` or `.npz` file."""
 
 import importlib
+import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -46,7 +48,11 @@ def write_arrays(
                 np.savez(file, allow_pickle=False, **contiguous, **{_HEADER: np.array(text)})
         else:
             safetensors: Any = importlib.import_module("safetensors.numpy")
-            safetensors.save_file(contiguous, temporary, metadata={_HEADER: text})
+            try:
+                safetensors.save_file(contiguous, temporary, metadata={_HEADER: text})
+            except importlib.import_module("safetensors").SafetensorError as error:
+                # A full disk, in the library's words.
+                raise OSError(str(error)) from error
 
 
 def read_arrays(
@@ -73,7 +79,10 @@ def read_arrays(
     try:
         arrays, text = reader(Path(path))
         header: Any = json.loads(text)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError,
+        RecursionError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
         raise InputError(f"{name}: the file is damaged or not of this library: {error}.") from error
     fields = cast("dict[str, Any]", header if isinstance(header, dict) else {})
     if fields.get("kind") != kind:
@@ -96,13 +105,45 @@ def _suffix(path: str | os.PathLike[str]) -> str:
     return suffix
 
 
+def read_npy(content: bytes) -> NDArray[Any]:
+    """The array of an `.npy` file's content.
+
+    Nothing is allocated before its bytes are there: `numpy.load` believes the shape.
+
+    Raises:
+        ValueError: It is damaged, or holds something other than numbers, truth values or text.
+    """
+    stream = io.BytesIO(content)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of .npy")
+        first = version == (1, 0)
+        read: Any = (
+            np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read(stream)
+    except ValueError:
+        raise
+    except Exception as error:  # its header is evaluated as Python literals
+        raise ValueError(f"no header of .npy ({type(error).__name__})") from error
+    body = bytearray(memoryview(content)[stream.tell() :])
+    if dtype.kind not in "biufUS" or math.prod(shape) * dtype.itemsize != len(body):
+        raise ValueError(f"{len(body)} bytes for {dtype} of shape {shape}")
+    return np.ndarray(shape, dtype, buffer=body, order="F" if fortran else "C")
+
+
 def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
-    # numpy leaves a file open that it opened itself and cannot read.
-    with path.open("rb") as stream:
-        file: Any = np.load(stream, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+    arrays: dict[str, NDArray[Any]] = {}
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            # Compressed ones would take more memory than the file has bytes.
+            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+                raise ValueError(f"{member.filename} is compressed or encrypted")
+            if member.file_size > size:
+                raise ValueError(f"{member.filename} reaches past the file's end")
+            arrays[member.filename.removesuffix(".npy")] = read_npy(archive.read(member))
     return arrays, str(arrays.pop(_HEADER))
 
 

@@ -2,11 +2,13 @@
 
 import json
 import math
+import resource
 import stat
 
 import pytest
 
 from qvla_jax.atomic import atomic_path, write_bytes, write_json, write_text
+from qvla_jax.errors import InputError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -49,3 +51,28 @@ def test_json_round_trip_and_refusal_of_numbers_that_are_not_json(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"a": math.nan})
     assert json.loads(path.read_text()) == {"a": [1, 2.5, None]}
+
+
+def test_a_disk_without_room_is_named_and_the_old_file_stays(tmp_path):
+    path = tmp_path / "result.bin"
+    write_bytes(path, b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"result\.bin: cannot be written \(File too large\)"):
+            write_bytes(path, bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.bin"]
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match=r"file/x\.json: cannot be written"):
+        write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_a_file_that_is_read_meanwhile_is_not_blamed_on_the_destination(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"), atomic_path(tmp_path / "x"):
+        (tmp_path / "gone").read_bytes()

@@ -516,7 +516,7 @@ def load(spec: DatasetSpec | str) -> DatasetSpec:
         return get(spec)
     try:
         tree = json.loads(Path(spec).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{spec}: cannot be read as JSON ({error})") from error
     return DatasetSpec.from_json(tree, spec)
 

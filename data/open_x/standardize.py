@@ -4,6 +4,7 @@ Standard: an action has 7 entries, translation (3), rotation (3) and gripper, wh
 and 0 for closed; images are u8; the instruction is text.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -45,7 +46,7 @@ def check_features(spec: DatasetSpec, shapes: Mapping[str, tuple[int | None, ...
         shape = shapes[path]
         if len(shape) > 1 or None in shape:
             raise DatasetError(f"{path}: expected a vector, found shape {list(shape)}")
-        sizes[path] = int(np.prod([size for size in shape if size is not None], dtype=np.int64))
+        sizes[path] = math.prod(size for size in shape if size is not None)
     action = spec.action
     for name, columns, expected in (
         ("translation", action.translation, 3),

@@ -78,9 +78,10 @@ def read_config(
         )
     oft = head is not None
     asked = {"unnorm_key": unnorm_key, "num_images": num_images, "center_crop": center_crop}
-    own = dict(raw.get(OWN_KEY, {})) | {
-        key: value for key, value in asked.items() if value is not None
-    }
+    own = raw.get(OWN_KEY, {})
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{path}: {OWN_KEY}: expected an object, found {own!r}")
+    own = own | {key: value for key, value in asked.items() if value is not None}
     try:
         if raw["arch_specifier"] != "no-align+fused-gelu-mlp":
             raise CheckpointError(f"{path}: arch_specifier {raw['arch_specifier']!r} unsupported")
@@ -114,7 +115,7 @@ def read_config(
         if decoder is not None:
             sizes["action"] = (decoder, "proj.0.weight", config.action_dim)
         _check_statistics(statistics, str(config.unnorm_key), sizes)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: missing or unusable key ({error!r})") from error
     try:
         return OpenVLAConfig.from_dict(config.to_dict() | own), statistics
@@ -222,15 +223,18 @@ def _check_statistics(
             )
 
 
-def read_json(path: Path) -> Any:
-    """Parses a JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+    """Parses a JSON file that holds an object.
 
     Raises:
-        CheckpointError: it is missing or not JSON.
+        CheckpointError: it is missing, not JSON, or another value.
     """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

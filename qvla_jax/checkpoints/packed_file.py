@@ -209,7 +209,7 @@ class PackedFile:
                     f"{path}: {kind!r} of version {version!r}; this library reads {_KIND!r} of "
                     f"versions {', '.join(map(str, _VERSIONS))}"
                 )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: no packed policy ({error!r})") from error
         if hashlib.sha256(text.encode()).hexdigest() != self._file.metadata.get("sha256"):
             raise CheckpointError(f"{path}: the header was changed; fetch or pack the file again")

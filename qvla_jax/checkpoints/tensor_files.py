@@ -7,6 +7,7 @@ by the tensors in use and not by the file.
 import json
 import math
 import mmap
+import os
 import shutil
 import struct
 import tempfile
@@ -59,14 +60,17 @@ class TensorFile(Mapping[str, np.ndarray]):
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
-        except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
+        except (
+            safetensors.SafetensorError, OSError, ValueError, RecursionError, struct.error
+        ) as error:  # fmt: skip
             raise CheckpointError(
                 f"{path}: not a readable safetensors file ({error}); it may be truncated: fetch it "
                 "again"
             ) from error
         self.path, self._begin = path, 8 + length
         self._entries = {name: header[name] for name in names}
-        self.metadata: dict[str, str] = header.get("__metadata__", {})
+        # The library takes null for none.
+        self.metadata: dict[str, str] = header.get("__metadata__") or {}
         for name, entry in self._entries.items():
             if entry["dtype"] not in _DTYPES:
                 raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}")
@@ -120,7 +124,7 @@ class ShardedTensors(Mapping[str, np.ndarray]):
         for name in files:
             path = folder / name
             # A name with a folder in it would reach out of the directory.
-            if Path(name).name != name or not path.is_file():
+            if Path(name).name != name or not os.path.isfile(path):
                 raise CheckpointError(f"{path}: missing; the index names it")
             file = TensorFile(path)
             for key in file:
@@ -145,9 +149,13 @@ class ShardedTensors(Mapping[str, np.ndarray]):
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a readable index ({error!r})") from error
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{index}: weight_map: {name!r} names {file!r}, expected a file")
+    return weight_map
 
 
 def write_shards(

@@ -85,7 +85,10 @@ def public_items(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
 def save_weights(model: nnx.Module, path: Path, *, dtype: jnp.dtype | None = None) -> None:
     """Writes all parameters to one safetensors file, atomically."""
     with atomic_path(path) as temporary:
-        safetensors.numpy.save_file(public_tensors(model, dtype=dtype), temporary)
+        try:
+            safetensors.numpy.save_file(public_tensors(model, dtype=dtype), temporary)
+        except safetensors.SafetensorError as error:  # a full disk, in the library's words
+            raise OSError(str(error)) from error
 
 
 def load_weights(

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import AllocateConfig
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import InputStatistics, uniform_bytes
+from qvla_jax.quantization.grid import BITS
 from qvla_jax.sensitivity.table import SensitivityTable
 from qvla_jax.solvers import AllocationProblem, relax, solve
 from qvla_jax.solvers.storage import read_arrays, write_arrays
@@ -121,13 +122,24 @@ class Allocations:
         """
         arrays, header = read_arrays(files.needed(path), kind=KIND, required=("bits.0",))
         try:
+            layers = tuple(header["layers"])
+            channels = sum(_checked(layer, _LAYER)["out_features"] for layer in layers)
             items = tuple(
-                Allocation(bits=arrays[f"bits.{i}"].astype(np.int64), **described)
-                for i, described in enumerate(header["allocations"])
+                Allocation(bits=arrays[f"bits.{i}"].astype(np.int64), **_checked(raw, _ALLOCATION))
+                for i, raw in enumerate(header["allocations"])
             )
-            return cls(items, tuple(header["layers"]), header["made_from"])
-        except (KeyError, TypeError) as error:
+            made_from = dict(header["made_from"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: damaged allocation file ({error})") from error
+        for item in items:
+            if item.bits.shape != (channels,) or not np.isin(item.bits, BITS).all():
+                raise InputError(
+                    f"{path}: {item.name}: expected {channels} bits out of {BITS}; the file is "
+                    "damaged: run `qvla allocate` again"
+                )
+        if not items:
+            raise InputError(f"{path}: no allocation in it; run `qvla allocate` again")
+        return cls(items, layers, made_from)
 
 
 def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> Allocations:
@@ -229,6 +241,28 @@ def _allocation(
         lower_bound=solution.lower_bound,
         seconds=solution.seconds,
     )
+
+
+# What a file says of a layer and of an allocation, in JSON's types.
+_LAYER: Final[Mapping[str, Any]] = {"path": str, "out_features": int, "fan_in": int}
+_ALLOCATION: Final[Mapping[str, Any]] = {
+    **dict.fromkeys(("sensitivity", "solver"), str),
+    **dict.fromkeys(("budget_bytes", "stored_bytes"), int),
+    "baseline": bool,
+    "matches": int | None,
+    **dict.fromkeys(
+        ("budget_bits", "predicted_sse_normalized", "lower_bound", "seconds"), int | float
+    ),
+}
+
+
+def _checked(raw: Mapping[str, Any], kinds: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key, value in raw.items() if isinstance(raw, dict) else ():
+        if not isinstance(value, kinds.get(key, object)):
+            raise TypeError(f"{key}: {value!r}")
+        if isinstance(value, int):
+            float(value)  # which JSON's integers may be too large for
+    return raw
 
 
 def _layers(table: SensitivityTable) -> tuple[dict[str, Any], ...]:

@@ -96,7 +96,7 @@ def read_json(path: Path, *, kind: str, version: int = 1) -> dict[str, Any]:
     """
     try:
         content = json.loads(needed(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != kind:

@@ -11,6 +11,8 @@ from qvla_jax.array_typing import Int
 from qvla_jax.errors import InputError
 
 MAX_CHANNELS: Final = 1 << 16
+# Beyond any layer; sums of weights stay exact in 64 bits.
+_MAX_FAN_IN: Final = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,11 @@ class ChannelIndex:
         if len({layer.path for layer in self.layers}) != len(self.layers):
             raise InputError("a layer's path occurs twice in the channel index")
         for layer in self.layers:
-            if min(layer.out_features, layer.fan_in, layer.source_bytes) < 1:
-                raise InputError(f"{layer.path}: sizes must be positive, got {layer}")
+            sizes = (layer.out_features, layer.fan_in, layer.source_bytes)
+            if not all(isinstance(n, int | np.integer) for n in sizes) or min(sizes) < 1:
+                raise InputError(f"{layer.path}: sizes must be positive integers, got {layer}")
+            if layer.fan_in > _MAX_FAN_IN or layer.source_bytes > 8:
+                raise InputError(f"{layer.path}: no layer is as large as {layer}")
             if layer.out_features > MAX_CHANNELS:
                 raise InputError(
                     f"{layer.path}: {layer.out_features} output channels; the packed layout's "

@@ -118,7 +118,8 @@ class InputStatistics:
             if weighting not in ("tokens", "action"):
                 raise ValueError(f"weighting {weighting!r}")
         except (
-            OSError, KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError
+            OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError,
+            safetensors.SafetensorError,
         ) as error:  # fmt: skip
             raise InputError(
                 f"{name}: not input statistics of this version, or damaged ({error}); measure "

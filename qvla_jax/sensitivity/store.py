@@ -19,6 +19,7 @@ import numpy as np
 from qvla_jax import sharding
 from qvla_jax.atomic import write_bytes, write_json
 from qvla_jax.errors import InputError
+from qvla_jax.solvers.storage import read_npy
 
 _MANIFEST = "sweep.json"
 _SUFFIX = ".npy"
@@ -108,10 +109,10 @@ def _read(path: Path) -> np.ndarray:
     if sharding.is_main_process():
         try:
             data = path.read_bytes()
-            np.load(io.BytesIO(data), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            read_npy(data)
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"{path}: a finished item of a sweep cannot be read ({error}); remove the file, "
                 "and it is computed again"
             ) from error
-    return np.load(io.BytesIO(sharding.from_main_process(data)), allow_pickle=False)
+    return read_npy(sharding.from_main_process(data))

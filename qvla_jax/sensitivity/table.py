@@ -240,11 +240,11 @@ class SensitivityTable:
                 method=str(header["method"]),
                 settings=QuantizerSettings.from_dict(header["quantizer"]),
                 joint=None if header["joint"] is None else tuple(map(float, header["joint"])),
-                provenance=header["provenance"],
+                provenance=dict(header["provenance"]),
                 standard_error=arrays.get("standard_error"),
                 statistics=statistics,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{os.fspath(path)}: the header of this sensitivity table is damaged ({error!r}); "
                 "compute it again"

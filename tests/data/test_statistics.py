@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from qvla_jax import data
 from qvla_jax.data import statistics as statistics_module
 from qvla_jax.data.statistics import ArrayStatistics
-from qvla_jax.errors import DatasetError
+from qvla_jax.errors import DatasetError, InputError
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_folder_that_cannot_be_written_caches_for_the_user(
 
     def refuse(path: Path, tree: object) -> None:
         if path.parent == copy:
-            raise PermissionError(path)
+            raise InputError(f"{path}: cannot be written")
         write(path, tree)
 
     monkeypatch.setattr(statistics_module, "write_json", refuse)

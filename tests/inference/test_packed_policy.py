@@ -246,7 +246,7 @@ def test_a_failed_write_leaves_the_old_file(path, packed, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("qvla_jax.checkpoints.tensor_files._write_header", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match=r"cannot be written \(no space"):
         packed.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["p.qvla"]
