@@ -17,7 +17,7 @@ from flax import nnx
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
-from qvla_jax.atomic import atomic_path, write_json
+from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
 from qvla_jax.checkpoints.directory import PublicTensors
 from qvla_jax.checkpoints.export import check_empty, export_model
@@ -218,8 +218,7 @@ class Policy:
 
     def save_settings(self, folder: Path) -> None:
         """Writes all but the weights; the configuration, without which nothing loads, last."""
-        with atomic_path(folder / TOKENIZER_FILE) as temporary:
-            self.processor.tokenizer.save(str(temporary))
+        write_text(folder / TOKENIZER_FILE, self.processor.tokenizer.to_str(pretty=True))
         write_json(folder / STATISTICS_FILE, self.statistics)
         write_json(folder / CONFIG_FILE, self.config.to_dict())
 
@@ -237,8 +236,7 @@ class Policy:
         if self.quantization is not None:
             raise InputError(f"{folder}: a quantized policy has no public layout; save it instead")
         export_model(self.config, self.model, self.statistics, folder, dtype=dtype)
-        with atomic_path(folder / TOKENIZER_FILE) as temporary:
-            self.processor.tokenizer.save(str(temporary))
+        write_text(folder / TOKENIZER_FILE, self.processor.tokenizer.to_str(pretty=True))
 
     def _save_packed(self, path: Path) -> None:
         layers = packed_layers(self.model)

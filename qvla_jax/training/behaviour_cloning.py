@@ -16,7 +16,7 @@ from flax import nnx
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
-from qvla_jax.atomic import write_json
+from qvla_jax.atomic import write_json, write_text
 from qvla_jax.config import preset
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.statistics import dataset_statistics
@@ -214,9 +214,17 @@ class _Log:
     def __init__(self, path: Path, first: int):
         self._path = path
         old = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in old if json.loads(line)["step"] <= first]
-        path.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in old if _step(line) <= first]
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def add(self, **values: float) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinite for the half of a line that a killed run left behind."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")

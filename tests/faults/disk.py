@@ -20,7 +20,7 @@ _SMALL, _LARGE = 1000, 1_000_000
 WRITERS: dict[str, Callable[[Path, int], None]] = {
     "x.safetensors": lambda p, n: write_arrays(p, {"a": _floats(n)}, {}, kind="x"),
     "x.npz": lambda p, n: write_arrays(p, {"a": _floats(n)}, {}, kind="x"),
-    "x.qvla": lambda p, n: write_file(p, {"a": _floats(n)}, {}),
+    "x.qvla": lambda p, n: write_file(p, [("a", _floats(n))], dict),
     "x.pt": lambda p, n: write_torch_zip(p, {"a": _floats(n)}),
     "x.json": lambda p, n: write_json(p, [0.5] * n),
 }

@@ -51,12 +51,12 @@ def packing() -> Stage:
         rng.normal(size=(64, 512)).astype(np.float32), np.full(64, 4), grid="rtn"
     )  # fmt: skip
     names = [f"layers.{i}" for i in range(40)]
-    inputs = dict.fromkeys(names, kernels.LayerInputs())
+    plain = kernels.LayerInputs()
     tensors = {"embedding": rng.normal(size=(1 << 20,)).astype(np.float32)}
 
     def write(path: Path, version: int) -> None:
         write_packed(
-            path, layers=dict.fromkeys(names, weight), inputs=inputs, tensors=tensors,
+            path, layers=((name, weight, plain) for name in names), tensors=tensors,
             tokenizer="{}", header={"config": {}, "number": version},
         )  # fmt: skip
 

@@ -100,7 +100,8 @@ def _packed(folder: Path) -> Target:
     config = preset("tiny-test").to_dict()
     header = {"config": config, "statistics": {}, "quantization": {}, "packages": {}}
     tensors = {"norm.weight": rng.normal(size=8).astype(np.float32)}
-    write_packed(path, layers=layers, inputs=inputs, tensors=tensors, tokenizer="{}", header=header)
+    stream = ((name, layers[name], inputs[name]) for name in layers)
+    write_packed(path, layers=stream, tensors=tensors, tokenizer="{}", header=header)
 
     def read(path: Path) -> None:
         file = PackedFile(path)

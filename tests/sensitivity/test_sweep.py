@@ -13,9 +13,12 @@ import pytest
 
 from qvla_jax.errors import InputError
 from qvla_jax.sensitivity import SensitivityTable, SweepStore
+from qvla_jax.solvers import solve
 
 from .sweep_process import sweep
 
+# Sums over more devices are taken in another order.
+TOLERANCES = {"exact": 0.0, "jacobian": 1e-6}
 SCRIPT = Path(__file__).parent / "sweep_process.py"
 
 
@@ -81,12 +84,30 @@ def test_two_processes_one_of_them_killed_give_the_table_of_one_device(tmp_path,
         assert process.wait(timeout=900) == 0
     assert before.items() <= items_in(store).items()
     expected = sweep("toy", None, one_device)
-    for method, tolerance in (("exact", 0.0), ("jacobian", 1e-6)):
+    for method, tolerance in TOLERANCES.items():
         found = SensitivityTable.load(tables / f"{method}.safetensors")
         np.testing.assert_allclose(
             found.costs, expected[method].costs, rtol=tolerance, atol=tolerance * 1e-8
         )
         np.testing.assert_array_equal(found.sizes, expected[method].sizes)
+
+
+@pytest.mark.long
+def test_one_and_eight_devices_give_the_same_table_and_allocation(tmp_path):
+    def tables(devices: int, name: str) -> dict[str, SensitivityTable]:
+        folder = tmp_path / name
+        assert start("toy", folder / "store", folder, devices).wait(timeout=900) == 0
+        return {m: SensitivityTable.load(folder / f"{m}.safetensors") for m in TOLERANCES}
+
+    one, again, eight = tables(1, "one"), tables(8, "again"), tables(8, "eight")
+    for method, tolerance in TOLERANCES.items():
+        # The same devices in another process: the same bytes.
+        np.testing.assert_array_equal(again[method].costs, eight[method].costs)
+        np.testing.assert_allclose(
+            eight[method].costs, one[method].costs, rtol=tolerance, atol=tolerance * 1e-8
+        )
+        choices = [solve(t[method].problem(budget_bits=10)).choice for t in (one, eight)]
+        np.testing.assert_array_equal(*choices)
 
 
 def test_an_item_is_computed_once(tmp_path):

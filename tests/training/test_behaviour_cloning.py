@@ -56,6 +56,9 @@ def test_a_cut_run_resumes_to_the_same_weights(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(config, progress=cut_after_three)
     assert not (config.out / "policy").exists()
+    # A kill may leave half a line.
+    with (config.out / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "tra')
     train(config)
 
     expected = public_tensors(load_policy(whole.out / "policy").model)
