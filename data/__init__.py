@@ -1,8 +1,12 @@
 """Robot episodes: readers of RLDS data sets, statistics, calibration sets, the bundled sample.
 
-    dataset = data.RldsDataset(data.bundled_path(), "heldout")
-    for episode in dataset.episodes(): ...
-    calibration = data.calibration_set("bundled", frames=128, seed=0)
+    >>> from qvla_jax import data
+    >>> dataset = data.RldsDataset(data.bundled_path(), "heldout")
+    >>> episode = next(dataset.episodes())
+    >>> episode.image.shape[1:], episode.action.shape[1:]
+    ((128, 128, 3), (7,))
+    >>> data.open_x.get("bridge_oxe").name  # how each public set is read
+    'bridge'
 
 Names are loaded when they are first used: importing this package reads nothing and imports neither
 TensorFlow Datasets nor JAX. `qvla_jax.data.open_x` says how each public data set is read,

@@ -19,7 +19,7 @@ from qvla_jax.data.episode import EncodedEpisode, Episode, Frame
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.open_x.standardize import check_features, standardize
 from qvla_jax.data.records import INFO_FILE, SplitRecords
-from qvla_jax.errors import DatasetError, InputError, QvlaError
+from qvla_jax.errors import DatasetError, InputError, QvlaError, unknown
 
 
 class RldsDataset:
@@ -74,11 +74,9 @@ class RldsDataset:
         found = (open_x.find(name) for name in names if name)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is None:
-            close = open_x.close_names(self.name)
-            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
             raise DatasetError(
-                f"{self.path}: there is no spec for a data set {self.name!r}{hint}. If it has the "
-                "layout of one that there is, name that (--spec, such as libero); else write one "
+                f"{self.path}: {unknown('data set', self.name, sorted(open_x.NAMES))} If it has "
+                "the layout of one of these, name that (--spec, such as libero); else write a spec "
                 "as a JSON file and name the file. docs/data.md shows how."
             )
         return spec

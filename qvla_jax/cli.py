@@ -7,7 +7,6 @@ object; progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from qvla_jax import __version__
-from qvla_jax.errors import InputError, QvlaError
+from qvla_jax.errors import InputError, QvlaError, unknown
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -299,9 +298,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return DONE
     name, *rest = arguments
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=2)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise InputError(f"there is no command {name!r}{hint} `qvla --help` lists them")
+        raise InputError(f"{unknown('command', name, COMMANDS)} `qvla --help` lists them")
     # Before anything touches a device: one XLA CPU device uses about one core.
     from qvla_jax.sharding import use_all_cpu_cores
 
@@ -357,13 +354,18 @@ def _parse(name: str, arguments: Sequence[str]) -> _Call:
         forms,
         args=arguments,
         prog=f"qvla {name}",
-        description=f"{(kind.__doc__ or chosen.summary).strip()}\n\nExample: {chosen.example}"
+        description=f"{_description(kind) or chosen.summary}\n\nExample: {chosen.example}"
         + "".join(others),
         **({} if default is None else {"default": default}),
     )
     return _Call(
         name, variant, chosen, found.settings, function, bool(getattr(found, "json", False))
     )
+
+
+def _description(kind: type[Any]) -> str:
+    """What a class of settings says of itself, without its examples, which are Python's."""
+    return (kind.__doc__ or "").partition(">>>")[0].strip()
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

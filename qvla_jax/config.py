@@ -1,11 +1,10 @@
 """Model configurations: frozen dataclasses with a JSON round trip, and the presets by name."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, unknown
 from qvla_jax.plain import from_plain
 
 
@@ -303,8 +302,6 @@ def preset(name: str) -> OpenVLAConfig:
     Raises:
         InputError: there is none; the message lists close matches.
     """
-    if name in PRESETS:
-        return PRESETS[name]
-    close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(PRESETS)}"
-    raise InputError(f"unknown model {name!r}; {hint}")
+    if name not in PRESETS:
+        raise InputError(unknown("model", name, PRESETS))
+    return PRESETS[name]

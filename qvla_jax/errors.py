@@ -6,6 +6,9 @@ turns them into one line on stderr and exit code 2. A message names the file, la
 what was expected, what was found, and what to do about it.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class QvlaError(Exception):
     """Base class of all errors raised by qvla_jax."""
@@ -29,3 +32,23 @@ class BudgetError(InputError):
 
 class PolicyError(QvlaError):
     """A policy that is being served failed, or its actions are not finite."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """The message about a name that there is not: the names that resemble it, or else all.
+
+    >>> unknown("model", "libero-mimi", ["libero-mini", "openvla-7b"])
+    "unknown model 'libero-mimi'; did you mean libero-mini?"
+    >>> unknown("model", "x", ["libero-mini", "openvla-7b"])
+    "unknown model 'x'; there are: libero-mini, openvla-7b."
+
+    Args:
+        what: What the name is one of, such as "model".
+        name: What was given.
+        known: All names, in the order in which they are listed.
+    """
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    if close:
+        return f"unknown {what} {name!r}; did you mean {' or '.join(close)}?"
+    return f"unknown {what} {name!r}; there are: {', '.join(names) or 'none'}."

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, unknown
 
 
 def to_plain(value: Any) -> Any:
@@ -68,8 +68,8 @@ def _dataclass(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: expected an object, got {type(value).__name__}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(value) - set(fields)):
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
+    if extra := sorted(set(value) - set(fields)):
+        raise InputError(f"{where}: {unknown('key', extra[0], fields)}")
     hints = typing.get_type_hints(kind)
     built = {k: from_plain(hints[k], v, f"{where}.{k}") for k, v in value.items()}
     missing = [n for n, f in fields.items() if _is_required(f) and n not in built]

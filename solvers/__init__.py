@@ -1,10 +1,19 @@
 """Bit allocation as a multiple-choice knapsack: solvers that certify their answers.
 
-    problem = AllocationProblem(costs=f64[C, n], sizes=i64[C, n], budget=bytes)
-    solution = solve(problem, "greedy:marginal")
-    solution.choice, solution.cost, solution.size, solution.lower_bound, solution.gap
-    assert verify(problem, solution).ok
-    print(compare(problem))
+    >>> import numpy as np
+    >>> from qvla_jax import solvers
+    >>> problem = solvers.AllocationProblem(
+    ...     costs=np.array([[9.0, 1.0, 0.0], [4.0, 2.0, 0.0]]),  # f64[C, n]
+    ...     sizes=np.array([[0, 4, 8], [0, 4, 8]]),  # i64[C, n], bytes
+    ...     budget=8,
+    ... )
+    >>> solution = solvers.solve(problem, "ilp")
+    >>> solution.choice.tolist(), solution.cost, solution.size, solution.gap
+    ([1, 1], 3.0, 8, 0.0)
+    >>> solvers.verify(problem, solution).ok
+    True
+    >>> "greedy:marginal" in solvers.available()  # `solvers.compare(problem)` runs them all
+    True
 
 The package needs numpy; single solvers need what `available()` checks for, and import it when they
 run. It imports no JAX.

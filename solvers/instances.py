@@ -1,11 +1,10 @@
 """Synthetic instances with seeds, for tests and benchmarks."""
 
-import difflib
 from collections.abc import Callable
 
 import numpy as np
 
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, unknown
 from qvla_jax.solvers.arrays import FloatArray, IntArray
 from qvla_jax.solvers.problem import AllocationProblem
 
@@ -102,9 +101,7 @@ def random_instance(
         InputError: There is no such family.
     """
     if family not in _FAMILIES:
-        close = difflib.get_close_matches(family, _FAMILIES, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise InputError(f"There is no family {family!r}.{hint} There are: {', '.join(_FAMILIES)}.")
+        raise InputError(unknown("family", family, _FAMILIES))
     rng = np.random.default_rng(seed)
     profits, sizes = _FAMILIES[family](rng, channels, options, largest)
     costs = profits.max(axis=1, keepdims=True) - profits

@@ -1,7 +1,6 @@
 """Solvers by name: one signature in, one certified solution out."""
 
 import dataclasses
-import difflib
 import importlib.util
 import inspect
 import time
@@ -11,7 +10,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_jax.errors import InputError, QvlaError
+from qvla_jax.errors import InputError, QvlaError, unknown
 from qvla_jax.solvers.arrays import IntArray, frozen
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.relaxation import Relaxation, relax
@@ -68,10 +67,10 @@ class Solver:
         """
         parameters = list(inspect.signature(self.function).parameters.values())[1:]
         defaults = {parameter.name: parameter.default for parameter in parameters}
-        unknown = sorted(given.keys() - defaults.keys())
-        if unknown:
+        extra = sorted(given.keys() - defaults.keys())
+        if extra:
             raise InputError(
-                f"Solver {self.name!r} has no setting {', '.join(unknown)}; it has: "
+                f"Solver {self.name!r} has no setting {', '.join(extra)}; it has: "
                 f"{', '.join(defaults) or 'none'}."
             )
         return {**defaults, **given}
@@ -131,9 +130,7 @@ def get_solver(name: str) -> Solver:
     """
     solver = _SOLVERS.get(name)
     if solver is None:
-        close = difflib.get_close_matches(name, _SOLVERS, n=3)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise InputError(f"There is no solver {name!r}.{hint} Available: {', '.join(available())}.")
+        raise InputError(unknown("solver", name, available()))
     if not solver.is_available:
         raise InputError(
             f"Solver {name!r} needs {', '.join(solver.requires)}; install it with pip."

@@ -2,12 +2,11 @@
 
 import collections
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, unknown
 from qvla_jax.solvers.arrays import IntArray
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.resource import Resource
@@ -190,9 +189,7 @@ def row_blocks(problem: AllocationProblem, names: Sequence[str], block: int) -> 
 def _rows(problem: AllocationProblem, name: str) -> IntArray:
     names = problem.group_names or ()
     if name not in names or problem.groups is None:
-        close = difflib.get_close_matches(name, names, n=2)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise InputError(f"There is no group {name!r}.{hint}")
+        raise InputError(unknown("group", name, names))
     return np.flatnonzero(problem.groups == names.index(name))
 
 

@@ -1,11 +1,10 @@
 """The LIBERO suites, and how long OpenVLA-OFT lets an episode of each last."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, unknown
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,6 @@ def get(name: str) -> Suite:
     Raises:
       InputError: There is none; the message lists close matches.
     """
-    if name in SUITES:
-        return SUITES[name]
-    close = difflib.get_close_matches(name, SUITES, n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise InputError(f"no LIBERO suite {name!r}{hint} There are: {', '.join(SUITES)}")
+    if name not in SUITES:
+        raise InputError(unknown("LIBERO suite", name, SUITES))
+    return SUITES[name]

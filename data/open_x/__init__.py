@@ -12,18 +12,18 @@ from qvla_jax.data.open_x.mixtures import below as mixture_below
 from qvla_jax.data.open_x.mixtures import get as mixture
 from qvla_jax.data.open_x.spec import ActionSpec as ActionSpec
 from qvla_jax.data.open_x.spec import DatasetSpec as DatasetSpec
+from qvla_jax.data.open_x.specs import NAMES as NAMES
 from qvla_jax.data.open_x.specs import SPECS as SPECS
-from qvla_jax.data.open_x.specs import close_names as close_names
 from qvla_jax.data.open_x.specs import find as find
 from qvla_jax.data.open_x.specs import get as get
 from qvla_jax.data.open_x.specs import load as load
 
 __all__ = [
     "MIXTURES",
+    "NAMES",
     "SPECS",
     "ActionSpec",
     "DatasetSpec",
-    "close_names",
     "find",
     "get",
     "load",

@@ -12,8 +12,7 @@ from typing import Final
 from etils import epath
 
 from qvla_jax.data.open_x import specs
-from qvla_jax.data.open_x.spec import suggestion
-from qvla_jax.errors import DatasetError, InputError
+from qvla_jax.errors import DatasetError, InputError, unknown
 
 _RTX: Final = {
     "fractal20220817_data": 0.54087122203,
@@ -74,7 +73,7 @@ def get(name: str) -> Mapping[str, float]:
       InputError: There is none of that name.
     """
     if name not in MIXTURES:
-        raise InputError(f"mixture {name!r}{suggestion(name, MIXTURES)}")
+        raise InputError(unknown("mixture", name, MIXTURES))
     return MIXTURES[name]
 
 

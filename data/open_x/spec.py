@@ -1,9 +1,8 @@
 """The form of a data set's specification."""
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -14,7 +13,7 @@ from qvla_jax.data.open_x.encodings import (
     Movement,
     RotationEncoding,
 )
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class DatasetSpec:
             ("movement", action.movement, typing.get_args(Movement)),
         ):
             if value not in known:
-                raise InputError(f"{where}: {name} {value!r}{suggestion(value, known)}")
+                raise InputError(f"{where}: {unknown(name, value, known)}")
         constant = action.gripper_encoding in CONSTANT_GRIPPERS
         if constant == bool(action.gripper):
             expected = "takes no columns" if constant else "needs a column"
@@ -119,14 +118,6 @@ class DatasetSpec:
         return cls(**{**_arguments(cls, tree, where), "action": action})
 
 
-def suggestion(name: Any, known: Iterable[str]) -> str:
-    """The end of a message about a name that is not known: close matches, and all there are."""
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-    return f" is not known{hint}; there are {', '.join(known)}"
-
-
 _LISTS: Final = ("translation", "rotation", "gripper", "proprio", "joint_state", "aliases")
 _TYPES: Final = {"control_hz": (int, float), "skip_first": int, "action": Mapping}
 
@@ -149,7 +140,7 @@ def _arguments(kind: type, tree: Mapping[str, Any], where: str) -> dict[str, Any
     fields = {item.name: item for item in dataclasses.fields(kind)}
     for name in tree:
         if name not in fields:
-            raise InputError(f"{where}: field {name!r}{suggestion(name, fields)}")
+            raise InputError(f"{where}: {unknown('field', name, fields)}")
     missing = dataclasses.MISSING
     needed = [n for n, f in fields.items() if f.default is missing and f.default_factory is missing]
     if lacking := [name for name in needed if name not in tree]:

@@ -6,14 +6,13 @@ public training code of OpenVLA does (prismatic/vla/datasets/rlds/oxe), so that 
 statistics of its checkpoints. Control frequencies are those that LeRobot lists for Open-X.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from qvla_jax.data.open_x.spec import ActionSpec, DatasetSpec, suggestion
-from qvla_jax.errors import InputError
+from qvla_jax.data.open_x.spec import ActionSpec, DatasetSpec
+from qvla_jax.errors import InputError, unknown
 
 _TEXT: Final = "language_instruction"
 _NATURAL: Final = "observation/natural_language_instruction"
@@ -475,7 +474,7 @@ _SPECS: Final = (
 
 SPECS: Final[Mapping[str, DatasetSpec]] = {spec.name: spec for spec in _SPECS}
 # By every name that a data set goes by.
-_NAMES: Final = {name: spec for spec in _SPECS for name in (spec.name, *spec.aliases)}
+NAMES: Final = {name: spec for spec in _SPECS for name in (spec.name, *spec.aliases)}
 
 # Open-X sets that move joints: there is no end-effector delta to take from them.
 JOINT_ACTIONS: Final = (
@@ -496,12 +495,7 @@ def find(name: str) -> DatasetSpec | None:
             f"{name}: its actions are joint positions; a policy of end-effector deltas cannot be "
             "calibrated on it"
         )
-    return _NAMES.get(name)
-
-
-def close_names(name: str) -> list[str]:
-    """Names that there are specifications for, and that resemble this one."""
-    return difflib.get_close_matches(name, _NAMES, n=3, cutoff=0.5)
+    return NAMES.get(name)
 
 
 def load(spec: DatasetSpec | str) -> DatasetSpec:
@@ -530,6 +524,6 @@ def get(name: str) -> DatasetSpec:
     spec = find(name)
     if spec is None:
         raise InputError(
-            f"spec {name!r}{suggestion(name, _NAMES)}. docs/data.md says how to add one."
+            f"{unknown('spec', name, sorted(NAMES))} docs/data.md says how to add one."
         )
     return spec

@@ -1,7 +1,6 @@
 """The methods by name, and `quantize_by`: policy and calibration frames in, packed policy out."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -17,7 +16,7 @@ from qvla_jax.baselines.omniquant import omniquant_policy
 from qvla_jax.baselines.qvla import qvla_paper, qvla_released
 from qvla_jax.baselines.settings import Setting
 from qvla_jax.baselines.smoothquant import smoothquant_policy
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, unknown
 from qvla_jax.inference.policy import Policy
 from qvla_jax.kernels.activations import ACTIVATION_BITS
 from qvla_jax.kernels.packed import GROUP_MULTIPLE
@@ -103,9 +102,7 @@ def check_setting(name: str) -> Setting:
     """
     setting = Setting.parse(name)
     if setting.method not in METHODS:
-        close = difflib.get_close_matches(setting.method, METHODS, n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(METHODS)}"
-        raise InputError(f"unknown method {setting.method!r} in {name!r}; {hint}")
+        raise InputError(f"{name}: {unknown('method', setting.method, METHODS)}")
     method = METHODS[setting.method]
     if method.allocates and not 0 < setting.bits <= 16:
         raise InputError(f"{name}: a budget lies above 0 and at most 16 bits for each weight")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qvla_jax.evaluation.offline import ActionErrors as ActionErrors
     from qvla_jax.evaluation.offline import Predictions as Predictions
     from qvla_jax.evaluation.offline import action_errors as action_errors
+    from qvla_jax.evaluation.offline import evaluate as evaluate
     from qvla_jax.evaluation.offline import gripper_flips as gripper_flips
     from qvla_jax.evaluation.offline import predict as predict
     from qvla_jax.evaluation.paired import Comparison as Comparison
@@ -25,6 +26,7 @@ _LAZY = {
     "Success": "paired",
     "action_errors": "offline",
     "compare": "paired",
+    "evaluate": "offline",
     "gripper_flips": "offline",
     "predict": "offline",
     "run_episodes": "closed_loop",
@@ -37,6 +39,7 @@ __all__ = [
     "Success",
     "action_errors",
     "compare",
+    "evaluate",
     "gripper_flips",
     "predict",
     "run_episodes",

@@ -113,6 +113,41 @@ def action_errors(
     )
 
 
+def evaluate(
+    policy: _Policy,
+    frames: _Frames,
+    *,
+    reference: "_Policy | Predictions",
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+) -> ActionErrors:
+    """How far a policy's actions are from another's on the same frames.
+
+    >>> import qvla_jax
+    >>> from qvla_jax.quantization import quantize_uniform
+    >>> full = qvla_jax.random_policy("tiny-test")
+    >>> four = quantize_uniform(full, 4)
+    >>> heldout = qvla_jax.calibration_set("bundled", frames=2, split="heldout")
+    >>> errors = qvla_jax.evaluate(four, heldout, reference=full)
+    >>> errors.frames, errors.action_mse_normalized > 0
+    (2, True)
+
+    Args:
+        policy: The policy, such as a quantized one.
+        frames: Frames that it was not calibrated on.
+        reference: The full-precision policy, or its `predict(...)`, which serves many comparisons.
+        batch_size: Frames for each call of a policy.
+        progress: Called after each batch.
+
+    Raises:
+        InputError: The frames carry no expert actions, or a prediction is not finite.
+    """
+    if not isinstance(reference, Predictions):
+        reference = predict(reference, frames, batch_size=batch_size, progress=progress)
+    candidate = predict(policy, frames, batch_size=batch_size, progress=progress)
+    return action_errors(candidate.chunks, reference.chunks)
+
+
 def gripper_flips(candidate: Float[NpArray, "N h a"], reference: Float[NpArray, "N h a"]) -> int:
     """Counts gripper commands (last entries) on the other side of the threshold."""
     return int(

@@ -34,7 +34,7 @@ from qvla_jax.checkpoints.univla import check_latent_tokens
 from qvla_jax.checkpoints.weights import assign_tensors, public_items
 from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
-from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.errors import CheckpointError, InputError, unknown
 from qvla_jax.inference import specs
 from qvla_jax.inference.normalization import Normalizer
 from qvla_jax.inference.packed_linear import packed_layers, replace_by_packed
@@ -86,7 +86,19 @@ def _complete(
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A network with all that it needs between sensors and motors."""
+    """A network with all that it needs between sensors and motors, packed or not.
+
+    >>> import qvla_jax
+    >>> policy = qvla_jax.random_policy("tiny-test")
+    >>> observation = policy.fake_observation()
+    >>> sorted(observation)
+    ['image', 'instruction', 'state', 'wrist_image']
+    >>> policy.infer(observation).shape  # the next 8 actions of 7 numbers, in the robot's units
+    (8, 7)
+    >>> policy.save("tiny")
+    >>> isinstance(qvla_jax.load_policy("tiny"), qvla_jax.Policy)
+    True
+    """
 
     config: OpenVLAConfig
     model: Prismatic
@@ -284,9 +296,7 @@ def make_policy(
     if key is None and len(statistics) == 1:
         key = next(iter(statistics))
     if key is None or key not in statistics:
-        raise CheckpointError(
-            f"{source}: no statistics for {key!r}; there are: {', '.join(statistics)}"
-        )
+        raise CheckpointError(f"{source}: {unknown('statistics', key, statistics)}")
     entry = statistics[key]
     blocks = {"action": config.action_dim}
     if config.proprio_dim:
@@ -321,6 +331,13 @@ def load_policy(
     mapped: bool = False,
 ) -> Policy:
     """Loads a policy; weights are read, cast and placed one at a time.
+
+    >>> import qvla_jax
+    >>> policy = qvla_jax.load_policy("libero-mini")
+    >>> policy.config.action_horizon, policy.config.action_dim
+    (8, 7)
+    >>> policy.processor.tokenizer.encode("pick up the black bowl").tokens[-1]
+    'bowl'
 
     Args:
         source: the name of a preset that ships with weights ("libero-mini"), a directory or `.qvla`
@@ -487,6 +504,14 @@ def _read_public(
 
 def random_policy(name: str, *, seed: int = 0) -> Policy:
     """A small preset with random weights and statistics of unit range, for tests and examples.
+
+    >>> import qvla_jax
+    >>> qvla_jax.random_policy("tiny-test", seed=1).config.name
+    'tiny-test'
+
+    Args:
+        name: a preset, such as "tiny-test"; large ones take their full memory.
+        seed: of the weights.
 
     Raises:
         InputError: unknown preset.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qvla_jax.array_typing import Array, Float
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, unknown
 from qvla_jax.kernels import reference
 from qvla_jax.kernels.activations import check_activation_bits
 from qvla_jax.kernels.packed import PackedWeight
@@ -151,9 +151,7 @@ _matmul.defvjp(_forward, _backward)
 def _choose(w: PackedWeight, implementation: str | None) -> str:
     if implementation is not None:
         if implementation not in _MODULES:
-            raise InputError(
-                f"unknown implementation {implementation!r}; choose from {', '.join(_MODULES)}"
-            )
+            raise InputError(unknown("implementation", implementation, _MODULES))
         if reason := _backend(implementation).supports(w):
             raise InputError(f"implementation {implementation!r}: {reason}")
         return implementation

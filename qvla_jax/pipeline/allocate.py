@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from qvla_jax.array_typing import Integer, NpArray
+from qvla_jax.allocation import Allocation
+from qvla_jax.allocation import allocate as solve_table
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import AllocateConfig
@@ -16,56 +17,9 @@ from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import InputStatistics, uniform_bytes
 from qvla_jax.quantization.grid import BITS
 from qvla_jax.sensitivity.table import SensitivityTable
-from qvla_jax.solvers import AllocationProblem, relax, solve
 from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 KIND = "qvla_jax.allocation"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Allocation:
-    """Bits for every channel, and how they were found.
-
-    Attributes:
-        bits: `[C]`, in the table's channel order.
-        sensitivity: The method that the costs come from.
-        baseline: The costs are not those of the run's own method.
-        solver: The solver's registered name.
-        budget_bits: The budget, bits for each quantized weight with everything stored counted.
-        budget_bytes: The same in bytes.
-        stored_bytes: What the allocation stores, at most `budget_bytes`.
-        predicted_sse_normalized: The summed costs: the joint error if errors simply added up.
-        lower_bound: No allocation within the budget has a smaller sum of costs.
-        seconds: What the solver took.
-        matches: The bits of the uniform grid whose bytes are the budget, if it was chosen so.
-    """
-
-    bits: Integer[NpArray, " C"]
-    sensitivity: str
-    baseline: bool
-    solver: str
-    budget_bits: float
-    budget_bytes: int
-    stored_bytes: int
-    predicted_sse_normalized: float
-    lower_bound: float
-    seconds: float
-    matches: int | None = None
-
-    @property
-    def budget(self) -> str:
-        """Names the budget: `3.5` (bits), or `uniform4` for the bytes of that uniform grid."""
-        return f"{self.budget_bits:g}" if self.matches is None else f"uniform{self.matches}"
-
-    @property
-    def name(self) -> str:
-        """Identifies the allocation within a run."""
-        return f"{self.sensitivity}+{self.solver}@{self.budget}"
-
-    def describe(self) -> dict[str, Any]:
-        """All but the bits, as JSON types."""
-        fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if f.name != "bits"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,14 +120,15 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
     for done, (bits, (table, solver)) in enumerate((b, j) for b in budgets for j in jobs):
         progress("allocate", done, total)
         try:
-            items.append(_solve(table, solver, bits, least, baseline=table is not main))
+            found = solve_table(table, budget_bits=bits, minimum_bits=least, solver=solver)
+            items.append(dataclasses.replace(found, baseline=table is not main))
         except BudgetError:
             if bits == config.budget_bits:
                 raise
             # A budget of the sweep below what can be stored simply has no point on the curve.
     for uniform in config.match_uniform:
         with contextlib.suppress(BudgetError):
-            items.append(_solve_matched(main, config.solvers[0], uniform, least))
+            items.append(_matched(main, config.solvers[0], uniform, least))
     progress("allocate", total, total)
     allocations = Allocations(tuple(items), _layers(main), files.made_from(main))
     allocations.save(config.out / files.ALLOCATION)
@@ -197,50 +152,13 @@ def load_tables(folder: Path) -> list[SensitivityTable]:
     return tables
 
 
-def _solve_matched(
+def _matched(
     table: SensitivityTable, solver: str, uniform: int, least: Mapping[str, int]
 ) -> Allocation:
     """Allocates exactly the bytes that a uniform grid stores."""
     size = uniform_bytes(table.index, uniform)
-    problem = table.problem(budget_bytes=size, minimum_bits=least)
-    bits = 8 * size / table.index.num_weights
-    found = _allocation(table, problem, solver, bits, baseline=False)
+    found = solve_table(table, budget_bytes=size, minimum_bits=least, solver=solver)
     return dataclasses.replace(found, matches=uniform)
-
-
-def _solve(
-    table: SensitivityTable,
-    solver: str,
-    bits: float,
-    least: Mapping[str, int],
-    *,
-    baseline: bool,
-) -> Allocation:
-    problem = table.problem(budget_bits=bits, minimum_bits=least)
-    return _allocation(table, problem, solver, bits, baseline=baseline)
-
-
-def _allocation(
-    table: SensitivityTable,
-    problem: AllocationProblem,
-    solver: str,
-    bits: float,
-    *,
-    baseline: bool,
-) -> Allocation:
-    solution = solve(problem, solver, relaxation=relax(problem))
-    return Allocation(
-        bits=np.asarray(table.bits_of(solution)),
-        sensitivity=table.method,
-        baseline=baseline,
-        solver=solver,
-        budget_bits=bits,
-        budget_bytes=problem.budget,
-        stored_bytes=solution.size,
-        predicted_sse_normalized=solution.cost,
-        lower_bound=solution.lower_bound,
-        seconds=solution.seconds,
-    )
 
 
 # What a file says of a layer and of an allocation, in JSON's types.

@@ -204,7 +204,17 @@ class PackConfig:
 class RunConfig(
     CalibrateConfig, SensitivityConfig, AllocateConfig, QuantizeConfig, EvaluateConfig, ReportConfig
 ):
-    """Runs the whole walk: calibrate, sensitivity, allocate, quantize, evaluate, report."""
+    """Runs the whole walk: calibrate, sensitivity, allocate, quantize, evaluate, report.
+
+    >>> from pathlib import Path
+    >>> from qvla_jax import RunConfig
+    >>> config = RunConfig(out=Path("runs/three"), model="libero-mini", budget_bits=3.0)
+    >>> config.frames, config.method, config.solvers
+    (128, 'jacobian', ('greedy:marginal', 'greedy:qvla'))
+    >>> RunConfig(out=Path("runs/three"), budget_bits=0.0)
+    Traceback (most recent call last):
+    qvla_jax.errors.InputError: a budget must lie above 0 and at most 16 bits, got 0.0
+    """
 
     def __post_init__(self) -> None:
         for base in (CalibrateConfig, SensitivityConfig, AllocateConfig, EvaluateConfig):

@@ -19,6 +19,21 @@ from qvla_jax.solvers.registry import get_solver
 def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Calibrates, measures, allocates, packs, evaluates and reports.
 
+    >>> import qvla_jax
+    >>> from pathlib import Path
+    >>> qvla_jax.random_policy("tiny-test").save("tiny")
+    >>> report = qvla_jax.run(
+    ...     qvla_jax.RunConfig(
+    ...         out=Path("run"), model="tiny", budget_bits=8.0, frames=2, validate=0,
+    ...         baselines=(), solvers=("greedy:marginal",), sweep=(), match_uniform=(),
+    ...         eval_frames=2, uniform_bits=(), latency_calls=1,
+    ...     )
+    ... )  # fmt: skip
+    >>> [method["label"] for method in report["methods"]]
+    ['full precision', 'action sensitivity, greedy:marginal, 8 bits']
+    >>> Path("run/policy.qvla").exists(), Path("run/report.html").exists()
+    (True, True)
+
     Everything that can be wrong with the input is checked before the first long stage, and before
     the first file.
 

@@ -1,6 +1,5 @@
 """Stage 2: what each output channel costs at each bit-width, and whether that can be trusted."""
 
-import difflib
 import shutil
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from qvla_jax import sharding
 from qvla_jax.atomic import write_json
 from qvla_jax.data.calibration import CalibrationSet
-from qvla_jax.errors import BudgetError, InputError
+from qvla_jax.errors import BudgetError, InputError, unknown
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
@@ -112,11 +111,7 @@ def check_methods(config: SensitivityConfig) -> None:
         raise InputError("a streamed sweep takes --validate 0 and --baselines without a name")
     for method in (config.method, *config.baselines):
         if method not in METHODS:
-            close = difflib.get_close_matches(method, METHODS, n=2)
-            hint = (
-                f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(METHODS)}"
-            )
-            raise InputError(f"unknown sensitivity method {method!r}; {hint}")
+            raise InputError(unknown("sensitivity method", method, METHODS))
 
 
 def check_budget(policy: Policy, budget_bits: float) -> None:

@@ -49,6 +49,16 @@ def quantize(
 ) -> "Policy":
     """A copy of the policy with every channel at its bit-width; the source is left as it is.
 
+    >>> import qvla_jax
+    >>> policy = qvla_jax.random_policy("tiny-test")
+    >>> bits = np.resize([8, 4, 2, 4], len(policy_index(policy)))  # or an allocation's bits
+    >>> packed = qvla_jax.quantize(policy, bits)
+    >>> packed.save("tiny.qvla")
+    >>> again = qvla_jax.load_policy("tiny.qvla")
+    >>> observation = policy.fake_observation()
+    >>> bool((again.infer(observation) == packed.infer(observation)).all())
+    True
+
     Its quantized layers are `PackedLinear`s: they hold packed words and no matrix of floats. What
     they store is what `quantization.layout` counts, to the byte, and 16-bit channels keep their
     weights bit for bit.

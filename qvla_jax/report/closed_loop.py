@@ -7,10 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from qvla_jax.report.figures import MORE_STYLES, margin_of
 from qvla_jax.report.svg import Axis, element, figure, label, number, span
 
 # Colours of the policies, after the page's families; the first policy is the reference.
-_COLOURS = ("full", "ours", "qvla", "hessian", "uniform")
+_COLOURS = ("full", "ours", "qvla", "hessian", "uniform", *MORE_STYLES)
 # Rollouts are part of the page: few enough that it still opens at once on a phone.
 _MOST_VIDEOS, _MOST_VIDEO_BYTES = 8, 6 * 2**20
 
@@ -72,7 +73,8 @@ def choose_rollouts(folder: Path, summary: Mapping[str, Any]) -> list[Rollout]:
 
 
 def _success_chart(policies: Sequence[Mapping[str, Any]]) -> str:
-    row, width, left, top = 26, 940, 330, 8
+    row, width, top = 26, 940, 8
+    left = margin_of(_short(entry["policy"]) for entry in policies)
     height = top + row * len(policies) + 24
     x = Axis(0, 1, left, width - 60)
     parts = []
@@ -87,7 +89,7 @@ def _success_chart(policies: Sequence[Mapping[str, Any]]) -> str:
         tip = element(
             "title", escape(f"{entry['policy']}: {found['successes']} of {found['episodes']}")
         )
-        parts.append(label(entry["policy"][-48:], left - 10, y + 4, class_="end mono"))
+        parts.append(label(_short(entry["policy"]), left - 10, y + 4, class_="end mono"))
         parts.append(element("line", x1=x(low), y1=y, x2=x(high), y2=y, class_=f"series {style}"))
         parts.append(
             element("circle", tip, cx=x(found["rate"]), cy=y, r=5, class_=f"point {style}")
@@ -116,7 +118,7 @@ def _success_table(summary: Mapping[str, Any]) -> str:
             total = (pair["drift"] or {}).get("deviation_total")
             points = 100 * against["difference"]
             cells += [
-                f"{points:+.1f} points ({100 * low:+.0f} to {100 * high:+.0f})",
+                f"{points:+.1f} points ({_whole(low)} to {_whole(high)})",
                 number(against["mcnemar_exact_p"]),
                 "–" if total is None else number(total),
             ]
@@ -207,5 +209,15 @@ def _videos(rollouts: Sequence[Rollout]) -> str:
     return f'<div class="columns">{"".join(shown)}</div>'
 
 
+def _short(policy: str) -> str:
+    """A policy's name for a narrow margin: the end tells more than the beginning."""
+    return policy[-48:]
+
+
+def _whole(share: float) -> str:
+    """A share as percentage points with its sign, which a zero does not have."""
+    return f"{round(100 * share):+d}".replace("+0", "0")
+
+
 def _colour(place: int) -> str:
-    return _COLOURS[min(place, len(_COLOURS) - 1)]
+    return _COLOURS[place % len(_COLOURS)]

@@ -1,11 +1,12 @@
 """The figures of the report, as SVG that takes its colours from the page."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qvla_jax.report.svg import Axis, element, figure, label, number, span
 
-# CSS class of each family of methods.
+# CSS class of the first series of each family of methods.
 STYLES = {
     "ours": "ours",
     "other_solver": "qvla",
@@ -13,13 +14,38 @@ STYLES = {
     "uniform": "uniform",
     "full": "full",
 }
+# Of what has no colour of its own, in this order, and then again from the first.
+MORE_STYLES = ("violet", "gold", "rose", "teal", "brown")
 
 
-def error_against_bytes(entries: Sequence[Mapping[str, Any]], *, mebibytes: bool = False) -> str:
+def styles_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Series -> CSS class: that of its family for the first one, another for those after it.
+
+    Args:
+        entries: with `series` and `family`.
+    """
+    styles: dict[str, str] = {}
+    more = itertools.cycle(MORE_STYLES)
+    for entry in entries:
+        if entry["series"] not in styles:
+            own = STYLES[entry["family"]]
+            styles[entry["series"]] = next(more) if own in styles.values() else own
+    return styles
+
+
+def margin_of(names: Iterable[str]) -> float:
+    """Width that names need on the left of a figure, in the small fixed font (`mono`)."""
+    return 14 + 5.8 * max(map(len, names))
+
+
+def error_against_bytes(
+    entries: Sequence[Mapping[str, Any]], styles: Mapping[str, str], *, mebibytes: bool = False
+) -> str:
     """Draws measured action error (log) against the bytes really stored, a line for each series.
 
     Args:
         entries: Evaluated methods, as in report.json's `methods` and `sweep`.
+        styles: CSS class of each series.
         mebibytes: Unit of the horizontal axis; kibibytes otherwise.
     """
     unit, name = (2**20, "MiB") if mebibytes else (2**10, "KiB")
@@ -34,7 +60,7 @@ def error_against_bytes(entries: Sequence[Mapping[str, Any]], *, mebibytes: bool
     parts = _frame(x, y, width, height, bottom, f"bytes stored for the quantized layers ({name})")
     for series in dict.fromkeys(p[2]["series"] for p in points):
         line = sorted((p[0], p[1], p[2]["label"]) for p in points if p[2]["series"] == series)
-        style = next(STYLES[p[2]["family"]] for p in points if p[2]["series"] == series)
+        style = styles[series]
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b, _ in line)
         parts.append(element("polyline", points=path, class_=f"series {style}"))
         for size, error, text in line:
@@ -45,11 +71,14 @@ def error_against_bytes(entries: Sequence[Mapping[str, Any]], *, mebibytes: bool
     return figure(width, height, parts, title="Action error against stored bytes")
 
 
-def predicted_against_measured(points: Sequence[Mapping[str, Any]]) -> str:
+def predicted_against_measured(
+    points: Sequence[Mapping[str, Any]], styles: Mapping[str, str]
+) -> str:
     """Draws the summed sensitivities of each allocation against its measured joint error.
 
     Args:
-        points: `family`, `label`, and positive `predicted` and `measured` errors.
+        points: `series`, `label`, and positive `predicted` and `measured` errors.
+        styles: CSS class of each series.
     """
     width, height, left, bottom = 460, 380, 60, 46
     bounds = span(
@@ -73,7 +102,7 @@ def predicted_against_measured(points: Sequence[Mapping[str, Any]]) -> str:
         )
     for p in points:
         tip = element("title", f"{p['label']}: {number(p['predicted'])} → {number(p['measured'])}")
-        style = STYLES[p["family"]]
+        style = styles[p["series"]]
         parts.append(
             element(
                 "circle",
@@ -93,7 +122,8 @@ def bit_histogram(layers: Sequence[Mapping[str, Any]]) -> str:
     Args:
         layers: `path`, `channels_by_bits` (bits as text -> channels) and `average_bits`.
     """
-    row, width, left, right, top = 14, 940, 330, 54, 22
+    row, width, right, top = 14, 940, 54, 22
+    left = margin_of(short_path(layer["path"]) for layer in layers)
     height = top + row * len(layers) + 4
     x = Axis(0, 1, left, width - right)
     parts = [

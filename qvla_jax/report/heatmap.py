@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from qvla_jax.array_typing import Float, NpArray
-from qvla_jax.report.figures import short_path
+from qvla_jax.report.figures import margin_of, short_path
 from qvla_jax.report.svg import Axis, element, figure, label, number
 
 # Anchors of a perceptually even map from dark violet to yellow (after matplotlib's "magma").
@@ -39,7 +39,9 @@ def heatmap(
         title: Announced by screen readers.
     """
     rows = np.stack([_resample(np.sort(costs)[::-1]) for costs in layers])
-    row, width, left, top = 14, 940, 330, 46
+    row, width, top = 14, 940, 46
+    names = [f"{short_path(path)}  {len(costs)}" for path, costs in zip(paths, layers, strict=True)]
+    left = margin_of(names)
     height = top + row * len(layers) + 4
     parts = [
         element(
@@ -53,9 +55,8 @@ def heatmap(
             style="image-rendering: pixelated",
         )
     ]
-    for i, (path, costs) in enumerate(zip(paths, layers, strict=True)):
-        text = f"{short_path(path)}  {len(costs)}"
-        parts.append(label(text, left - 8, top + row * i + 10.5, class_="end mono"))
+    for i, name in enumerate(names):
+        parts.append(label(name, left - 8, top + row * i + 10.5, class_="end mono"))
     parts += _colour_bar(bounds, left, width)
     return figure(width, height, parts, title=title)
 
@@ -90,16 +91,16 @@ def _png(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _colour_bar(bounds: tuple[float, float], left: int, width: int) -> list[str]:
+def _colour_bar(bounds: tuple[float, float], left: float, width: int) -> list[str]:
     ramp = np.geomspace(*bounds, 256)[None]
-    axis = Axis(*bounds, width - 300, width, log=True)
+    axis = Axis(*bounds, width - 380, width, log=True)
     parts = [
         element(
             "image",
             href=_png(_shade(ramp, bounds)),
             x=axis.start,
             y=4,
-            width=300,
+            width=380,
             height=9,
             preserveAspectRatio="none",
         ),

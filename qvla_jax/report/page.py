@@ -157,7 +157,11 @@ def _methods(report: Mapping[str, Any]) -> str:
         "method", "stored", "bits per weight, all counted", "action MSE", "action L1",
         "worst entry", "gripper flips", "L1 to the expert",
     )  # fmt: skip
-    rows = "".join(_method_row(entry, entry is _ours(report)) for entry in report["methods"])
+    styles, chosen = _styles(report), _ours(report)
+    rows = "".join(
+        _method_row(entry, styles[entry["series"]], best=entry is chosen)
+        for entry in report["methods"]
+    )
     return (
         "<h2>Methods</h2>"
         '<p class="note">Errors are against the full-precision policy on held-out frames, in the '
@@ -166,14 +170,14 @@ def _methods(report: Mapping[str, Any]) -> str:
     )
 
 
-def _method_row(entry: Mapping[str, Any], best: bool) -> str:
+def _method_row(entry: Mapping[str, Any], style: str, *, best: bool) -> str:
     errors, expert = entry["versus_full_precision"], entry["versus_expert"]
     worst = int(np.argmax(errors["worst_by_dimension"]))
     names = DIMENSIONS if len(errors["worst_by_dimension"]) == len(DIMENSIONS) else None
     where = names[worst] if names else str(worst)
     full = entry["family"] == "full"
     cells = [
-        f'<i class="dot {_style(entry)}"></i>{escape(entry["label"])}',
+        f'<i class="dot {style}"></i>{escape(entry["label"])}',
         size_text(entry["stored_bytes"]),
         f"{entry['stored_bits_per_weight']:.2f}",
         "–" if full else number(errors["action_mse_normalized"]),
@@ -187,12 +191,13 @@ def _method_row(entry: Mapping[str, Any], best: bool) -> str:
 
 def _curve(report: Mapping[str, Any]) -> str:
     entries = [e for e in (*report["methods"], *report["sweep"]) if e["family"] != "full"]
+    styles = _styles(report)
     chart = figures.error_against_bytes(
-        entries, mebibytes=max(e["stored_bytes"] for e in entries) > 64 * 2**20
+        entries, styles, mebibytes=max(e["stored_bytes"] for e in entries) > 64 * 2**20
     )
     return (
         "<h2>Action error against bytes</h2>"
-        f"<figure>{_legend(entries)}"
+        f"<figure>{_legend(entries, styles)}"
         f'<div class="scroll">{chart}</div><figcaption>Squared error of a chunk, summed over its '
         "entries and averaged over held-out frames, against full precision. Bytes are those of the "
         "packed layout: words, scales, biases and the channel index. Hover for values."
@@ -226,7 +231,6 @@ def _budgets(entries: Sequence[Mapping[str, Any]]) -> str:
 def _additivity_and_spearman(report: Mapping[str, Any]) -> str:
     points = [
         {
-            "family": e["family"],
             "series": e["series"],
             "label": e["label"],
             "predicted": e["predicted_sse_normalized"],
@@ -236,6 +240,7 @@ def _additivity_and_spearman(report: Mapping[str, Any]) -> str:
         if e["family"] in ("ours", "other_solver") and e["predicted_sse_normalized"] is not None
     ]
     points = [p for p in points if p["predicted"] > 0 and p["measured"] > 0]
+    styles = _styles(report)
     parts = ["<h2>Can the sensitivities be trusted?</h2>"]
     parts.append('<div class="columns">')
     validation = report["validation"]
@@ -255,7 +260,7 @@ def _additivity_and_spearman(report: Mapping[str, Any]) -> str:
         )
     if points:
         parts.append(
-            f"<figure>{_legend(points)}{figures.predicted_against_measured(points)}"
+            f"<figure>{_legend(points, styles)}{figures.predicted_against_measured(points, styles)}"
             "<figcaption>Summed squared error of a chunk: the sum of the chosen channels' "
             "sensitivities, and what the jointly quantized policy really shows on held-out frames. "
             "Dashed: equal; faint: a factor of four.</figcaption></figure>"
@@ -350,17 +355,17 @@ def _table(heads: Sequence[str], rows: str) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _legend(entries: Sequence[Mapping[str, Any]]) -> str:
-    styles = {e["series"]: figures.STYLES[e["family"]] for e in entries}
+def _legend(entries: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> str:
     inner = "".join(
-        f'<span><i class="dot {style}"></i>{escape(series)}</span>'
-        for series, style in styles.items()
+        f'<span><i class="dot {styles[series]}"></i>{escape(series)}</span>'
+        for series in dict.fromkeys(e["series"] for e in entries)
     )
     return f'<div class="legend">{inner}</div>'
 
 
-def _style(entry: Mapping[str, Any]) -> str:
-    return figures.STYLES[entry["family"]]
+def _styles(report: Mapping[str, Any]) -> dict[str, str]:
+    """The colour of every series, the same in all of the page."""
+    return figures.styles_of([*report["methods"], *report["sweep"]])
 
 
 def _by_family(report: Mapping[str, Any], family: str) -> Any:

@@ -30,4 +30,6 @@ def __getattr__(name: str) -> Any:
         raise QvlaError(
             f"serving needs {error.name}, which is not there; pip install 'qvla-jax[serve]'"
         ) from error
-    return getattr(server, name)
+    value = getattr(server, name)
+    globals()[name] = value
+    return value

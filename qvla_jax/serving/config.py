@@ -16,6 +16,10 @@ class ServeConfig:
 
     It is compiled for all batch sizes before the port opens. SIGTERM and Ctrl-C stop the server
     once the requests that it has accepted are answered.
+
+    >>> from qvla_jax import ServeConfig
+    >>> ServeConfig(policy="runs/mini/policy.qvla", max_message_mib=0.5).max_message
+    524288
     """
 
     # A policy that ships with the package, a directory that holds one, or a .qvla file.

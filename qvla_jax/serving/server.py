@@ -143,6 +143,14 @@ def serve(
 ) -> None:
     """Serves until SIGTERM or SIGINT.
 
+    >>> import qvla_jax
+    >>> def ready(line):
+    ...     print(line.partition(" at ")[0])
+    ...     signal.raise_signal(signal.SIGTERM)  # here already, to come to an end
+    >>> policy = qvla_jax.random_policy("tiny-test")
+    >>> qvla_jax.serve(policy, qvla_jax.ServeConfig(port=0, max_batch=1), ready=ready)
+    Serving tiny-test
+
     Args:
         policy: what answers.
         config: how.

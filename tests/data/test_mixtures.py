@@ -217,7 +217,7 @@ def test_calibrate_takes_weights_a_spec_and_a_limit(
         file.rename(file.with_name(file.name.replace("toto-", "tato-")))
     unknown = ["--dataset", str(tmp_path / "other")]
     assert main([*arguments, *unknown]) == 2
-    assert "no spec for a data set 'tato'" in capsys.readouterr().err
+    assert "unknown data set 'tato'" in capsys.readouterr().err
     assert main([*arguments, *unknown, "--spec", "toto"]) == 0
 
 

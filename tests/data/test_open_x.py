@@ -410,11 +410,13 @@ def test_mixtures_are_openvlas() -> None:
 
 def test_an_unknown_set_names_close_ones_and_says_what_to_do(tmp_path: Path) -> None:
     folder, _ = sets.write(tmp_path, "taco_plai", structure=sets.STRUCTURES["taco_play"])
-    message = r"no spec for a data set 'taco_plai' \(did you mean taco_play.*--spec.*docs/data.md"
+    message = r"unknown data set 'taco_plai'; did you mean taco_play.*--spec.*docs/data.md"
     with pytest.raises(DatasetError, match=message):
         data.RldsDataset(folder)
     assert len(list(data.RldsDataset(folder, spec="taco_play").episodes())) == 2
-    with pytest.raises(InputError, match=r"spec 'taco' is not known \(did you mean taco_play"):
+    with pytest.raises(
+        InputError, match=r"unknown spec 'taco'; did you mean taco_play.*docs/data.md"
+    ):
         data.RldsDataset(folder, spec="taco")
 
 
@@ -500,14 +502,14 @@ def test_a_spec_of_one_s_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gripper_encoding": "opened"}, "gripper_encoding 'opened' is not known .*open"),
-        ({"movement": "deltas"}, "movement 'deltas' is not known .*did you mean delta"),
+        ({"gripper_encoding": "opened"}, "unknown gripper_encoding 'opened'; did you mean open"),
+        ({"movement": "deltas"}, "unknown movement 'deltas'; did you mean delta"),
         ({"rotation_encoding": "quaternion", "movement": "reached"}, "reached poses need Euler"),
         ({"gripper": []}, "'closed_signed' needs a column"),
         ({"gripper_encoding": "always_open"}, "'always_open' takes no columns"),
         ({"translation": "action[0:3]"}, "translation: 'action.0:3.' is not of the kind"),
         ({"translation": ["action[0]"]}, "expected a path, or a path and a slice"),
-        ({"grip": []}, "field 'grip' is not known .*did you mean gripper"),
+        ({"grip": []}, "unknown field 'grip'; did you mean gripper"),
     ],
 )
 def test_a_bad_spec_says_what_is_wrong(change: dict, message: str) -> None:

@@ -89,7 +89,7 @@ def test_unknown_models_suggest_close_names():
         ("config.json", "{", "config.json: not valid JSON"),
         ("config.json", '{"name": "x", "typo": 1}', "config: unknown key 'typo'"),
         ("config.json", '{"name": 3}', "config.name: expected str, got 3"),
-        ("dataset_statistics.json", "{}", "no statistics for 'libero_spatial'"),
+        ("dataset_statistics.json", "{}", "unknown statistics 'libero_spatial'; there are: none"),
         ("tokenizer.json", "[]", "tokenizer.json: not a tokenizers file"),
     ],
 )

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from qvla_jax.report import render
+from qvla_jax.report import closed_loop, render
 from qvla_jax.report.closed_loop import choose_rollouts, closed_loop_section
 
 from .fakes import fake_map, fake_report
@@ -63,3 +63,10 @@ def test_videos_that_would_make_the_page_too_large_are_left_out(videos, closed_l
 
 def test_no_folder_has_no_videos(closed_loop_summary, tmp_path):
     assert choose_rollouts(tmp_path / "videos", closed_loop_summary) == []
+
+
+def test_intervals_show_no_signed_zero_and_policies_have_colours_of_their_own():
+    assert [closed_loop._whole(share) for share in (-0.001, 0.001, -0.07, 0.05)] == [
+        "0", "0", "-7", "+5",
+    ]  # fmt: skip
+    assert len({closed_loop._colour(place) for place in range(10)}) == 10

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from qvla_jax.report import render
+from qvla_jax.report import figures, render
 from qvla_jax.report.heatmap import cost_bounds
 from qvla_jax.report.page import size_text
 from qvla_jax.report.svg import Axis, number, span
@@ -130,3 +130,12 @@ def test_colour_bounds_survive_zero_costs():
     assert 0 < low < high
     low, high = cost_bounds(np.array([0.0, 1e-12, 1.0]))
     assert 0 < low < high == 1.0
+
+
+def test_series_of_one_family_have_different_colours():
+    families = ["full", "uniform", "baseline", "baseline", "ours", "other_solver", "baseline"]
+    entries = [{"series": f"s{n}", "family": family} for n, family in enumerate(families)]
+    styles = figures.styles_of([*entries, *entries])
+    assert list(styles) == [f"s{n}" for n in range(len(families))]
+    assert len(set(styles.values())) == len(families)
+    assert styles["s4"] == "ours"

@@ -35,6 +35,14 @@ def run(code, port, policy):
     return names
 
 
+def in_our_words(observation):
+    """openpi's names are those that `Policy.infer` takes, with a prefix, but for the prompt."""
+    names = {key: key.removeprefix("observation/") for key in observation} | {
+        "prompt": "instruction"
+    }
+    return {names[key]: value for key, value in observation.items()}
+
+
 @pytest.fixture(scope="module")
 def server(policy):
     with running(policy, max_batch=2) as server:
@@ -49,7 +57,7 @@ def test_openpi_snippets_give_actions(policy, server, file, client, name):
     for code in snippets(file, "WebsocketClientPolicy"):
         names = run(code, server.port, policy)
         names[client]._ws.close()
-        expected = policy.infer(policy.fake_observation())
+        expected = policy.infer(in_our_words(names["observation"]))
         np.testing.assert_allclose(names[name], expected, atol=2e-5)
 
 

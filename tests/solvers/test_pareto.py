@@ -33,7 +33,7 @@ def test_a_solver_without_an_answer_leaves_a_gap() -> None:
     assert points.to_json()["cost"]["uniform"][0] is None
     with pytest.raises(BudgetError):
         pareto(problem, ["uniform"], budgets=[least - 1])
-    with pytest.raises(InputError, match="no solver"):
+    with pytest.raises(InputError, match="unknown solver"):
         pareto(problem, ["unifrom"])
 
 
@@ -67,7 +67,7 @@ def test_the_command_prints_the_table_and_draws_the_figure(
         (["nowhere.npz"], "there is no such file"),
         (["monotone", "--budget-bits", "4"], "budgets of their own"),
         (["monotone", "--figure", "x.pdf"], "must end in .png"),
-        (["monotone", "--solvers", "greedy:margina"], "Did you mean greedy:marginal"),
+        (["monotone", "--solvers", "greedy:margina"], "did you mean greedy:marginal"),
         (["."], "qvla sensitivity"),
     ],
 )

@@ -189,7 +189,7 @@ def test_instances_repeat_for_a_seed() -> None:
         one = instances.random_instance(family, channels=5, seed=1)
         two = instances.random_instance(family, channels=5, seed=1)
         np.testing.assert_array_equal(one.costs, two.costs)
-    with pytest.raises(InputError, match="Did you mean subset_sum"):
+    with pytest.raises(InputError, match="did you mean subset_sum"):
         instances.random_instance("subsetsum")
     problem = instances.openvla_like(scale=0.001)
     assert problem.group_names is not None

@@ -149,7 +149,7 @@ def test_rows_and_heads_are_tied_by_name() -> None:
     heads = row_blocks(problem, ["q"], 2)
     assert heads[8:].tolist() == [8, 8, 10, 10]
     assert tie(problem, pairs).problem.channels == 8
-    with pytest.raises(InputError, match="Did you mean gate"):
+    with pytest.raises(InputError, match="did you mean gate"):
         paired_rows(problem, [("gat", "up")])
     with pytest.raises(InputError, match="not whole blocks of 3"):
         row_blocks(problem, ["q"], 3)

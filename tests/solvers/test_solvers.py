@@ -292,7 +292,7 @@ def test_uniform_takes_the_cheapest_option_that_fits() -> None:
 
 def test_unknown_solvers_and_settings_name_the_known_ones() -> None:
     problem = instances.random_instance("monotone", channels=3)
-    with pytest.raises(InputError, match="Did you mean greedy:marginal"):
+    with pytest.raises(InputError, match="did you mean greedy:marginal"):
         solve(problem, "greedy:marginl")
     with pytest.raises(InputError, match="no setting speed; it has: direction"):
         solve(problem, "greedy:marginal", speed=3)
