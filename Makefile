@@ -9,7 +9,7 @@ KILLS ?= 50
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-aarch64 prove-solvers bench-solvers bench-kernels sanitize fuzz faults audit docs lint types format clean
+.PHONY: help demo test test-long test-aarch64 prove-solvers bench-solvers bench-kernels sanitize fuzz faults audit notebooks docs lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -72,6 +72,9 @@ faults: $(VENV)/.dev  ## Kill sweep, training, packing and evaluation 50 times e
 audit: $(VENV)/.dev  ## Look for known vulnerabilities in what is installed (asks PyPI)
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/python -m pip_audit --skip-editable
+
+notebooks: $(VENV)/.dev  ## Run all notebooks; copies with their pictures go to build/notebooks
+	$(BIN)/python -m pytest -m notebook tests/test_notebooks.py
 
 docs: $(VENV)/.dev  ## Build the pages of the Python API from its docstrings, in build/docs
 	$(BIN)/python docs/build_api.py build/docs
