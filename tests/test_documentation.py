@@ -1,6 +1,7 @@
 """The pages: their commands parse, quick ones run, links lead somewhere, and so does Python."""
 
 import ast
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -128,3 +129,20 @@ def test_python_takes_names_that_there_are(page, code):
                 assert hasattr(taken, alias.name), f"{page}: {node.module}.{alias.name}"
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "qvla_jax":
             assert node.attr in qvla_jax.__all__, f"{page}: qvla_jax.{node.attr}"
+
+
+def test_the_pages_of_the_api_are_of_names_that_there_are_and_are_described():
+    code = ast.parse((ROOT / "docs" / "build_api.py").read_text("utf-8"))
+    (packages,) = (
+        ast.literal_eval(node.value)
+        for node in code.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PACKAGES"
+    )
+    assert "qvla_jax" in packages
+    for package in packages:
+        module = importlib.import_module(package)
+        assert module.__doc__, package
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            ours = getattr(value, "__module__", "").startswith("qvla_jax")
+            assert value.__doc__ or not ours, f"{package}.{name}"
