@@ -6,10 +6,11 @@ OUT ?= demo
 PROOF_FACTOR ?= 20
 FUZZ_CASES ?= 1000000
 KILLS ?= 50
+LOWEST_TESTS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-aarch64 prove-solvers bench-solvers bench-kernels sanitize fuzz faults audit notebooks docs lint types format clean
+.PHONY: help demo test test-long test-lowest test-aarch64 prove-solvers bench-solvers bench-kernels sanitize fuzz faults audit notebooks docs lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -39,6 +40,16 @@ test: $(VENV)/.dev  ## Run the tests
 test-long: $(VENV)/.dev  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m long
 
+# uv knows how to ask for the lowest versions that fit together; pip does not.
+test-lowest: pyproject.toml  ## Run the tests with every dependency at its lower bound (no TensorFlow)
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet uv
+	build/lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev \
+	  --python build/lowest/bin/python --output-file build/lowest/requirements.txt pyproject.toml
+	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python \
+	  --requirement build/lowest/requirements.txt .
+	build/lowest/bin/python -m pytest -n auto --dist loadfile $(LOWEST_TESTS)
+
 test-aarch64: $(VENV)/.dev  ## Cross-compile the CPU kernel for 64-bit ARM and check it in an emulator (g++-aarch64-linux-gnu, qemu-user)
 	$(BIN)/python -m pytest -m long tests/kernels/test_native.py -k aarch64
 
@@ -63,11 +74,13 @@ sanitize: $(VENV)/.dev  ## Run the checks and tests of the CPU kernel under ASan
 	QVLA_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
 	  $(BIN)/python -m pytest --capture=no tests/kernels/test_cpu.py tests/kernels/test_matmul.py -k "not pallas"
 
+# Atheris (libFuzzer) has wheels for Linux on x86-64; without it kinds of refusal guide the run.
 fuzz: $(VENV)/.dev  ## Feed a million damaged files and messages to every reader (docs/reliability.md)
-	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(FUZZ_CASES)
+	-$(BIN)/python -m pip install --quiet 'atheris>=3'
+	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -W ignore -m fuzz --cases $(FUZZ_CASES)
 
-faults: $(VENV)/.dev  ## Kill sweep, training, packing and evaluation 50 times each (docs/reliability.md)
-	PYTHONPATH=tests $(BIN)/python -m faults --kills $(KILLS)
+faults: $(VENV)/.dev  ## Kill sweep, training, packing, evaluation and study 50 times each (docs/reliability.md)
+	PYTHONPATH=tests $(BIN)/python -W ignore -m faults --kills $(KILLS)
 
 audit: $(VENV)/.dev  ## Look for known vulnerabilities in what is installed (asks PyPI)
 	$(BIN)/python -m pip install --quiet pip-audit

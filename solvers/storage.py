@@ -135,13 +135,15 @@ def read_npy(content: bytes) -> NDArray[Any]:
 
 def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
     arrays: dict[str, NDArray[Any]] = {}
-    size = path.stat().st_size
+    left = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             # Compressed ones would take more memory than the file has bytes.
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
                 raise ValueError(f"{member.filename} is compressed or encrypted")
-            if member.file_size > size:
+            # Sizes are what the archive says: no more is reserved than the file has bytes.
+            left -= member.file_size
+            if left < 0 or member.compress_size != member.file_size:
                 raise ValueError(f"{member.filename} reaches past the file's end")
             arrays[member.filename.removesuffix(".npy")] = read_npy(archive.read(member))
     return arrays, str(arrays.pop(_HEADER))

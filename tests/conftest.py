@@ -15,6 +15,9 @@ import pytest
 # CPU takes a handful: at the limit it aborts.
 _MAPS = Path("/proc/self/maps")
 _MANY_MAPS = 25_000
+# Compiling a training step takes hundreds of megabytes that its program keeps.
+_STATM = Path("/proc/self/statm")
+_MANY_PAGES = 2**31 // os.sysconf("SC_PAGE_SIZE")
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
@@ -30,9 +33,12 @@ def _no_network_proxies_needed() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_stay_few() -> Iterator[None]:
-    """Drops compiled programs between modules where the process has mapped many regions."""
+    """Drops compiled programs between modules where the process has grown large."""
     yield
-    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+    if _MAPS.exists() and (
+        _MAPS.read_bytes().count(b"\n") > _MANY_MAPS
+        or int(_STATM.read_text().split()[1]) > _MANY_PAGES
+    ):
         jax.clear_caches()
 
 

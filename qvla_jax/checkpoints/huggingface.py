@@ -165,6 +165,12 @@ def _towers(folder: Path, raw: Mapping[str, Any]) -> tuple[VisionTowerConfig, Vi
 def _described_tower(
     timm_id: str, sizes: Mapping[str, Any], image_size: int, colours: Mapping[str, Any]
 ) -> VisionTowerConfig:
+    for key in ("patch_size", "embed_dim", "depth", "num_heads"):
+        if not isinstance(sizes[key], int):
+            raise CheckpointError(
+                f"{timm_id}: {key} must be a whole number, got {sizes[key]!r:.80}"
+            )
+    ratio = float(sizes.get("mlp_ratio", 4.0))
     class_token = sizes.get("class_token", True)
     return VisionTowerConfig(
         timm_id=timm_id,
@@ -173,7 +179,7 @@ def _described_tower(
         embed_dim=sizes["embed_dim"],
         depth=sizes["depth"],
         num_heads=sizes["num_heads"],
-        mlp_dim=int(sizes["embed_dim"] * sizes.get("mlp_ratio", 4.0)),
+        mlp_dim=int(sizes["embed_dim"] * ratio),
         class_token=class_token,
         num_registers=sizes.get("reg_tokens", 0),
         layer_scale=sizes.get("init_values") is not None,

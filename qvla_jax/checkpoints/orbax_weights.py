@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from qvla_jax.checkpoints.checksums import check_checksums, write_checksums
 from qvla_jax.checkpoints.weights import Source, flax_leaves, through_flax
 from qvla_jax.errors import CheckpointError
 
@@ -91,7 +92,8 @@ def save_orbax(
     """Imports public tensors into an orbax checkpoint, one at a time.
 
     Args:
-        path: a folder that does not exist yet; it appears when it is complete.
+        path: a folder that does not exist yet; it appears when it is complete, and is given a
+            list of checksums last.
         model: abstract or not; its parameters' dtypes are those written.
         tensors: public name -> tensor.
         source: what errors name.
@@ -112,6 +114,7 @@ def save_orbax(
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer, _quiet():
         checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(tree))
+    write_checksums(path)
 
 
 @contextlib.contextmanager
@@ -137,8 +140,9 @@ def load_orbax(
         sharding: of every parameter; None puts it on the default device.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or a parameter is missing, unexpected or of the
-            wrong shape. The message names it.
+        CheckpointError: the checkpoint is damaged (each file must be, byte for byte, the one that
+            was written), or a parameter is missing, unexpected or of the wrong shape. The message
+            names it.
     """
     variables = {name: variable for name, (_, variable) in flax_leaves(model).items()}
     with _reading(path) as checkpointer:
@@ -153,6 +157,8 @@ def load_orbax(
         restored = checkpointer.restore(
             path.resolve(), args=ocp.args.PyTreeRestore(restore_args=arguments)
         )
+    # Last, since errors of the reader say more.
+    check_checksums(path, remedy="import the policy again")
     for name, variable in variables.items():
         variable.set_value(jax.device_put(restored.pop(name), sharding))
 

@@ -82,7 +82,12 @@ class TensorFile(Mapping[str, np.ndarray]):
         if not math.prod(shape):
             return np.empty(shape, dtype)
         offset = self._begin + entry["data_offsets"][0]
-        return np.memmap(self.path, dtype, mode="r", offset=offset, shape=shape)
+        try:
+            return np.memmap(self.path, dtype, mode="r", offset=offset, shape=shape)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: gone or changed since its header was read ({error}); fetch it again"
+            ) from error
 
     def spec(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """Dtype and shape of a tensor, which is not read."""

@@ -17,6 +17,7 @@ from flax import nnx
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import write_json, write_text
+from qvla_jax.checkpoints.checksums import check_checksums, write_checksums
 from qvla_jax.config import preset
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.statistics import dataset_statistics
@@ -27,7 +28,7 @@ from qvla_jax.models import ModelInputs, Prismatic, make_model
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.training.augmentation import proprio_noise, random_shift
-from qvla_jax.training.config import TrainConfig, claim_folder, portable
+from qvla_jax.training.config import TrainConfig, claim_folder, of_a_step, portable
 from qvla_jax.training.frames import Frames, load_frames
 from qvla_jax.training.optimizer import make_optimizer
 
@@ -83,6 +84,7 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     Raises:
         InputError: `out` holds a run of another recipe or on other data, or the initial policy has
             another architecture.
+        CheckpointError: a byte of the last checkpoint changed; the message says how to go on.
         DatasetError: the data set cannot be read.
     """
     architecture = preset(config.model)
@@ -92,15 +94,14 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     ]
     heldout_set = RldsDataset(config.data, config.heldout_split, spec=config.spec)
     fingerprints = [data.fingerprint() for data in train_sets]
-    claim_folder(config, fingerprints)
+    initial = None if config.initial_policy is None else load_policy(config.initial_policy)
+    if initial is not None and initial.config != architecture:
+        raise InputError(f"{config.initial_policy} is no {config.model}: its configuration differs")
+    recipe = portable(config, initial_fingerprint=initial and initial.fingerprint)
+    claim_folder(config, recipe, fingerprints)
     statistics = dataset_statistics(config.data, config.train_split, spec=config.spec)
     model = make_model(architecture, rngs=nnx.Rngs(config.seed))
-    if config.initial_policy is not None:
-        initial = load_policy(config.initial_policy)
-        if initial.config != architecture:
-            raise InputError(
-                f"{config.initial_policy} is no {config.model}: its configuration differs"
-            )
+    if initial is not None:
         model = initial.model
     policy = make_policy(
         architecture, model, word_tokenizer(), statistics.to_json(), source=str(config.data)
@@ -117,7 +118,7 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     write_json(
         folder / "training.json",
         {
-            "config": portable(config),
+            "config": recipe,
             "train_sets": [
                 {"name": data.name, "episodes": len(data), "fingerprint": fingerprint}
                 for data, fingerprint in zip(train_sets, fingerprints, strict=True)
@@ -159,6 +160,10 @@ def _run(
     with ocp.CheckpointManager((config.out / "checkpoints").resolve(), options=options) as manager:
         first = 0
         if (latest := manager.latest_step()) is not None:
+            check_checksums(
+                Path(manager.directory) / str(latest),
+                remedy="delete this step's folder, and the run goes on from the one before",
+            )
             saved = manager.restore(
                 latest, args=ocp.args.StandardRestore({"params": params, "opt_state": opt_state})
             )
@@ -169,7 +174,7 @@ def _run(
             batch = frames.take(rows)
             params, opt_state, loss = _train_step(
                 graphdef,
-                config,
+                of_a_step(config),
                 params,
                 opt_state,
                 jnp.asarray(step),
@@ -192,6 +197,7 @@ def _run(
                     done,
                     args=ocp.args.StandardSave({"params": params, "opt_state": opt_state}),
                 )
+                write_checksums(Path(manager.directory) / str(done))
     return policy.replace(model=nnx.merge(graphdef, params))
 
 

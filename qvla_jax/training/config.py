@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,19 +71,37 @@ class TrainConfig:
             )
 
 
-def portable(config: TrainConfig) -> dict[str, Any]:
-    """The recipe without the places where its files lay."""
+def portable(config: TrainConfig, *, initial_fingerprint: str | None) -> dict[str, Any]:
+    """The recipe without the places where its files lay.
+
+    Args:
+        config: the recipe.
+        initial_fingerprint: of the initial policy, which is named by it and by its folder's name;
+            None if there is none.
+    """
     values = dataclasses.asdict(config)
     for key in ("data", "more_data", "out"):
         del values[key]
+    if config.initial_policy is not None:
+        name = Path(config.initial_policy).name
+        values["initial_policy"] = {"name": name, "fingerprint": initial_fingerprint}
     return values
 
 
-def claim_folder(config: TrainConfig, data: Sequence[str]) -> None:
+def of_a_step(config: TrainConfig) -> TrainConfig:
+    """The recipe without what no training step depends on: one compiled program for all such."""
+    default = TrainConfig(data=Path(), out=Path())
+    same = ("data", "out", "more_data", "model", "initial_policy", "train_split", "heldout_split")
+    same += ("spec", "checkpoint_every", "evaluate_every")
+    return dataclasses.replace(config, **{name: getattr(default, name) for name in same})
+
+
+def claim_folder(config: TrainConfig, recipe: Mapping[str, Any], data: Sequence[str]) -> None:
     """Writes the recipe into `out`, or checks that the one there can be continued by this one.
 
     Args:
         config: the recipe.
+        recipe: the same as `portable` says it.
         data: fingerprints of the training sets.
 
     Raises:
@@ -91,7 +109,7 @@ def claim_folder(config: TrainConfig, data: Sequence[str]) -> None:
             be prolonged.
     """
     path = config.out / CONFIG_FILE
-    values = {**portable(config), "data": list(data)}
+    values = {**recipe, "data": list(data)}
     if path.is_file():
         old = json.loads(path.read_text())
         for key in sorted(set(values) - set(_MAY_CHANGE)):
@@ -100,7 +118,9 @@ def claim_folder(config: TrainConfig, data: Sequence[str]) -> None:
                     f"{config.out} holds a run with {key} = {old.get(key)!r}, asked for "
                     f"{values[key]!r}; choose another --out"
                 )
-        reached = max((int(p.name) for p in (config.out / "checkpoints").glob("[0-9]*")), default=0)
+        # A kill may have left half a checkpoint, under another name.
+        steps = [p.name for p in (config.out / "checkpoints").glob("*") if p.name.isdecimal()]
+        reached = max(map(int, steps), default=0)
         decay_from = min(old["steps"] - old["decay_steps"], config.steps - config.decay_steps)
         same = all(old[key] == values[key] for key in ("steps", "decay_steps"))
         if reached > decay_from and not same:

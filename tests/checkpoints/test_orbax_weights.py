@@ -149,7 +149,12 @@ def test_damaged_checkpoints_are_named(tmp_path):
         load_orbax(abstract_model(preset("tiny-test")), tmp_path / "w")
     path.write_text(whole)
     chunk = path.with_name("0")
-    chunk.write_bytes(chunk.read_bytes()[:50])
+    content = chunk.read_bytes()
+    for at in range(0, len(content), 16):
+        chunk.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(CheckpointError, match=leaf):
+            load_orbax(abstract_model(preset("tiny-test")), tmp_path / "w")
+    chunk.write_bytes(content[:50])
     for sharding in (None, jax.sharding.SingleDeviceSharding(jax.devices()[0])):
         with pytest.raises(CheckpointError, match=named):
             load_orbax(abstract_model(preset("tiny-test")), tmp_path / "w", sharding=sharding)

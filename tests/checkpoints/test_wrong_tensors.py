@@ -8,6 +8,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from qvla_jax import kernels
+from qvla_jax.checkpoints.packed_file import write_packed
+from qvla_jax.checkpoints.tensor_files import ShardedTensors, write_shards
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.errors import CheckpointError
 from qvla_jax.inference import import_policy, load_policy
@@ -230,3 +233,25 @@ def test_a_wrong_adapter_inside_a_component_is_named(directory, tmp_path, change
 
     path, _ = _rewritten(folder, "vision_backbone", both)
     _refused(folder, path, name, text)
+
+
+@pytest.mark.parametrize(
+    "fault", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:99])]
+)
+def test_an_input_that_vanishes_is_named_and_the_old_file_stays(tmp_path, fault):
+    write_shards(tmp_path / "in", {f"{i}": np.ones((4, 16), np.float32) for i in range(2)})
+    source = ShardedTensors(tmp_path / "in")
+    (shard,) = (tmp_path / "in").glob("*-00001-*.safetensors")
+
+    def layers():
+        for name in source:
+            yield name, kernels.pack(source[name], np.full(4, 4)), kernels.LayerInputs()
+            fault(shard)
+
+    out = tmp_path / "out" / "policy.qvla"
+    out.parent.mkdir()
+    out.write_bytes(b"old")
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: gone or changed"):
+        write_packed(out, layers=layers(), tensors={}, tokenizer="{}", header={})
+    assert out.read_bytes() == b"old"
+    assert list(out.parent.iterdir()) == [out]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import threading
@@ -104,7 +105,12 @@ def sweep() -> Stage:
         if (folder / "table.safetensors").exists():
             SensitivityTable.load(folder / "table.safetensors")
 
-    return Stage("sweep", run, lambda folder: _digest(folder / "table.safetensors"), check, items)
+    def result(folder: Path) -> str:
+        table = SensitivityTable.load(folder / "table.safetensors")
+        # Without the provenance, which names the commit.
+        return hashlib.sha256(table.costs.tobytes() + table.sizes.tobytes()).hexdigest()
+
+    return Stage("sweep", run, result, check, items)
 
 
 class _Counter:
@@ -166,6 +172,7 @@ def _start_thread(make: Any) -> Any:
 def evaluation() -> Stage:
     """Closed-loop episodes of a simulator that counts."""
     from qvla_jax.pipeline import closed_loop as stage
+    from qvla_jax.pipeline import files
 
     run_episodes = stage.run_episodes
 
@@ -179,18 +186,16 @@ def evaluation() -> Stage:
         stage.closed_loop(config, policies=policies, make=_Counter)
 
     def lines(folder: Path) -> dict[str, str]:
-        path = folder / stage.EPISODES_FILE
-        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-        return {str(i): line for i, line in enumerate(whole.splitlines())}
+        return {str(i): line for i, line in enumerate(_whole_lines(folder / stage.EPISODES_FILE))}
 
     def check(folder: Path) -> None:
         for line in lines(folder).values():
             json.loads(line)
-        if (folder / stage.SUMMARY_FILE).exists():
-            json.loads((folder / stage.SUMMARY_FILE).read_text())
+        if (folder / files.CLOSED_LOOP).exists():
+            json.loads((folder / files.CLOSED_LOOP).read_text())
 
     def result(folder: Path) -> Any:
-        summary = json.loads((folder / stage.SUMMARY_FILE).read_text())
+        summary = json.loads((folder / files.CLOSED_LOOP).read_text())
         return len(lines(folder)), {k: v for k, v in summary.items() if k != "provenance"}
 
     return Stage("evaluation", run, result, check, lines)
@@ -199,6 +204,8 @@ def evaluation() -> Stage:
 def training() -> Stage:
     """Behaviour cloning of the smallest policy on the bundled episodes."""
     from qvla_jax.checkpoints import public_tensors
+    from qvla_jax.checkpoints.checksums import check_checksums
+    from qvla_jax.checkpoints.tensor_files import ShardedTensors
     from qvla_jax.data import bundled_path
     from qvla_jax.inference import load_policy
     from qvla_jax.training import TrainConfig, train
@@ -209,18 +216,90 @@ def training() -> Stage:
             steps=20, batch_size=8, warmup_steps=2, decay_steps=2, checkpoint_every=1,
             evaluate_every=5,
         )  # fmt: skip
-        train(config)
+
+        def note(stage: str, done: int, total: int) -> None:
+            del total
+            if stage == "train":
+                with open(folder / "steps", "a") as file:
+                    file.write(f"{done}\n")
+
+        train(config, progress=note)
         digest = hashlib.sha256()
         for name, tensor in sorted(public_tensors(load_policy(folder / "policy").model).items()):
             digest.update(name.encode() + np.ascontiguousarray(tensor).tobytes())
         (folder / "digest").write_text(digest.hexdigest())
 
+    def check(folder: Path) -> None:
+        for step in (folder / "checkpoints").glob("*"):
+            if not step.name.isdecimal():  # half of one
+                continue
+            check_checksums(step, remedy="")
+        if (folder / "policy" / "config.json").exists():
+            json.loads((folder / "policy" / "config.json").read_text())
+            tensors = ShardedTensors(folder / "policy")
+            for name in tensors:
+                assert np.isfinite(np.asarray(tensors[name], np.float32)).all()
+        # A checkpoint follows each step: no more than that step is computed again.
+        steps = [int(line) for line in _whole_lines(folder / "steps")]
+        assert all(after >= before for before, after in itertools.pairwise(steps)), steps
+
     def result(folder: Path) -> Any:
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in _whole_lines(folder / "log.jsonl")]
         return (folder / "digest").read_text(), [line["heldout_l1_normalized"] for line in log]
 
-    return Stage("training", run, result, lambda _: None, _nothing)
+    return Stage("training", run, result, check, _nothing)
+
+
+def study() -> Stage:
+    """The table of results of the smallest policy: four cells, offline."""
+    from qvla_jax import pipeline
+    from qvla_jax.checkpoints.packed_file import PackedFile
+    from qvla_jax.inference import random_policy
+    from qvla_jax.pipeline import files
+
+    def run(folder: Path) -> None:
+        policy = folder.parent / "tiny"
+        if not policy.exists():  # the first run is not killed
+            random_policy("tiny-test", seed=0).save(policy)
+        config = pipeline.StudyConfig(
+            model=str(policy), out=folder, rows=("rtn", "rtn-g16"), columns=("w4a16", "w2"),
+            frames=4, eval_frames=6, eval_batch=6,
+        )  # fmt: skip
+        pipeline.study(config)
+
+    def cells(folder: Path) -> list[Path]:
+        found = [*(folder / files.CELLS).glob("[!.]*"), *(folder / "methods").glob("[!.]*")]
+        return sorted(found)
+
+    def check(folder: Path) -> None:
+        for path in cells(folder):
+            if path.suffix == ".qvla":
+                file = PackedFile(path)
+                file.check_others()
+                for name in file.layers:
+                    file.weight(name)
+            else:
+                json.loads(path.read_text())
+        for path in folder.glob("[!.]*.json"):
+            json.loads(path.read_text())
+
+    def result(folder: Path) -> Any:
+        results = json.loads((folder / files.RESULTS).read_text())
+        del results["provenance"]
+        made = {p.name: _digest(p) for p in cells(folder) if p.suffix == ".qvla"}
+        assert len(made) == 4
+        return results, made, (folder / files.RESULTS_TABLE).read_text()
+
+    def done(folder: Path) -> dict[str, str]:
+        return {path.name: f"{path.stat().st_mtime_ns}" for path in cells(folder)}
+
+    return Stage("study", run, result, check, done)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Without the half of a line that a kill left."""
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 # The last one runs JAX before it forks.
-STAGES = (evaluation, sweep, training, packing)
+STAGES = (evaluation, sweep, training, study, packing)

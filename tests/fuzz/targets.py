@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import random
 import shutil
@@ -139,7 +140,7 @@ def _torch(folder: Path) -> Target:
         assert sum(t.nbytes for t in tensors.values()) <= path.stat().st_size
         _sum_up(tensors)
 
-    return Target("pt", seeds, _file(path, read), damage_bytes, weight=3)
+    return Target("pt", seeds, _file(path, read), damage_bytes, weight=6)
 
 
 def _shards(folder: Path) -> Target:
@@ -303,8 +304,17 @@ def _dataset(folder: Path) -> list[Target]:
             check_features(get("libero"), records.shapes())
 
         seeds = ((copy / name).read_bytes(),)
-        found.append(Target(f"rlds-{name}", seeds, _file(copy / name, read), damage_json, 0.02))
+        own = _file(copy / name, read)
+        found.append(
+            Target(f"rlds-{name}", seeds, own, damage_json, weight=0.2, warm_up=_load_tensorflow)
+        )
     return found
+
+
+def _load_tensorflow() -> None:
+    """TFDS imports it, which takes seconds, for a dtype that it does not know."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("tensorflow")
 
 
 def _messages() -> list[Target]:
@@ -329,10 +339,10 @@ def _messages() -> list[Target]:
     return [
         Target(
             "message-msgpack", tuple(map(msgpack_numpy.encode, contents)),
-            functools.partial(read, msgpack_numpy.decode), damage_bytes, weight=5,
+            functools.partial(read, msgpack_numpy.decode), damage_bytes, weight=15,
         ),
         Target(
             "message-json", tuple(json_numpy.encode(c).encode() for c in contents),
-            functools.partial(read, lambda m: json_numpy.decode(m)[0]), json_or_bytes, weight=5,
+            functools.partial(read, lambda m: json_numpy.decode(m)[0]), json_or_bytes, weight=15,
         ),
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 
 from qvla_jax.checkpoints import public_tensors
 from qvla_jax.data import bundled_path
-from qvla_jax.errors import DatasetError, InputError
+from qvla_jax.errors import CheckpointError, DatasetError, InputError
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.training import TrainConfig, train
 from qvla_jax.training.optimizer import learning_rate
@@ -20,11 +21,10 @@ def _optax_promotes_dtypes():
         yield
 
 
-@pytest.fixture
-def config(tmp_path):
+def small(out):
     return TrainConfig(
         data=bundled_path(),
-        out=tmp_path / "run",
+        out=out,
         model="tiny-test",
         train_split="calibration",
         steps=6,
@@ -36,6 +36,20 @@ def config(tmp_path):
     )
 
 
+@pytest.fixture
+def config(tmp_path):
+    return small(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was not cut."""
+    config = small(tmp_path_factory.mktemp("training") / "whole")
+    with jax.numpy_dtype_promotion("standard"):
+        train(config)
+    return config
+
+
 def test_the_rate_warms_up_stays_and_decays(tmp_path):
     config = TrainConfig(data=tmp_path, out=tmp_path, steps=100, warmup_steps=10, decay_steps=20)
     rate = learning_rate(config)
@@ -45,10 +59,7 @@ def test_the_rate_warms_up_stays_and_decays(tmp_path):
         np.testing.assert_allclose(float(rate(step)), value, atol=1e-9)
 
 
-def test_a_cut_run_resumes_to_the_same_weights(config, tmp_path):
-    whole = dataclasses.replace(config, out=tmp_path / "whole")
-    train(whole)
-
+def test_a_cut_run_resumes_to_the_same_weights(config, whole):
     def cut_after_three(stage, done, total):
         if stage == "train" and done == 3:
             raise KeyboardInterrupt
@@ -56,7 +67,8 @@ def test_a_cut_run_resumes_to_the_same_weights(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(config, progress=cut_after_three)
     assert not (config.out / "policy").exists()
-    # A kill may leave half a line.
+    # A kill may leave half a line, and half a checkpoint.
+    (config.out / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
     with (config.out / "log.jsonl").open("a") as log:
         log.write('{"step": 3, "tra')
     train(config)
@@ -71,6 +83,17 @@ def test_a_cut_run_resumes_to_the_same_weights(config, tmp_path):
     assert [json.loads(line)["heldout_l1_normalized"] for line in logs[0]] == pytest.approx(
         [json.loads(line)["heldout_l1_normalized"] for line in logs[1]], rel=1e-6
     )
+
+
+def test_a_changed_byte_of_a_checkpoint_is_found(config, whole):
+    shutil.copytree(whole.out, config.out)
+    folder = config.out / "checkpoints" / "6"
+    largest = max(folder.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{largest.name}: not the bytes .* delete"):
+        train(config)
 
 
 def test_training_fits_and_says_what_it_reached(config):
@@ -91,11 +114,9 @@ def test_training_fits_and_says_what_it_reached(config):
     assert "data" not in record["config"]
 
 
-def test_another_recipe_in_the_same_folder_is_refused(config):
-    config = dataclasses.replace(config, steps=2, warmup_steps=0, decay_steps=0)
-    train(config)
+def test_another_recipe_in_the_same_folder_is_refused(whole):
     with pytest.raises(InputError, match="holds a run with batch_size = 8, asked for 16"):
-        train(dataclasses.replace(config, batch_size=16))
+        train(dataclasses.replace(whole, batch_size=16))
 
 
 def test_a_run_may_be_prolonged_only_before_its_decay(config):
@@ -124,7 +145,10 @@ def test_training_goes_on_from_another_policy(config, tmp_path):
         evaluate_every=1,
     )
     # The first step of a warm-up has a rate of zero.
-    trained = public_tensors(load_policy(train(start)).model)
+    folder = train(start)
+    named = json.loads((folder / "training.json").read_text())["config"]["initial_policy"]
+    assert named == {"name": "initial", "fingerprint": policy.fingerprint}
+    trained = public_tensors(load_policy(folder).model)
     for name, tensor in public_tensors(policy.model).items():
         expected = tensor.astype(jnp.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(trained[name], expected, err_msg=name)
@@ -133,7 +157,7 @@ def test_training_goes_on_from_another_policy(config, tmp_path):
 
 
 def test_sets_are_trained_on_together(config):
-    config = dataclasses.replace(config, more_data=(bundled_path(),), steps=2, decay_steps=0)
+    config = dataclasses.replace(config, more_data=(bundled_path(),))
     record = json.loads((train(config) / "training.json").read_text())
     assert [data["episodes"] for data in record["train_sets"]] == [20, 20]
     assert record["train_episodes"] == 40
