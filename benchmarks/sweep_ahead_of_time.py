@@ -9,9 +9,15 @@ The step is what `sensitivities(method="jacobian")` runs for each batch, compile
 that would do so beside the device: memory and operations are the compiled program's own. That shows
 that the step lowers and fits. The time of a whole sweep is an estimate, operations over the
 published peak rate, and says nothing of the speed that would be reached.
+
+`--by-stage` compiles one program for each kind of stage instead (a transformer block, a patch
+embedding, a projector), as a sweep runs them whose weights visit the device a stage at a time: in
+minutes where the whole step takes hours. What lies between stages (embeddings, norms, the head) is
+left out. Operations are summed over all stages of a kind.
 """
 
 import argparse
+import collections
 import dataclasses
 import os
 import sys
@@ -35,8 +41,11 @@ from qvla_jax.config import preset
 from qvla_jax.inference.specs import inputs_spec
 from qvla_jax.models import abstract_model
 from qvla_jax.quantization.layers import quantizable_layers
+from qvla_jax.sensitivity.instrument import per_frame
 from qvla_jax.sensitivity.jacobian import CONTRACTIONS, constant_specs
-from qvla_jax.sensitivity.reverse import ReverseSpec, reverse_sweep
+from qvla_jax.sensitivity.reverse import ReverseSpec, reverse_sweep, sum_in_blocks
+from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
+from qvla_jax.sensitivity.streaming import StaticStage, pull_back_stage, split_stage
 
 # What XLA asks of a GPU that it compiles for; from the data sheet of the H100 SXM.
 _H100: Final = """
@@ -98,7 +107,10 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=1, help="on each device along data")
     parser.add_argument("--probes", type=int, default=8)
     parser.add_argument("--sweep-frames", type=int, default=128, help="of the estimate")
+    parser.add_argument("--by-stage", action="store_true", help="one program for each kind")
     arguments = parser.parse_args()
+    if arguments.by_stage:
+        return by_stage(arguments)
     print(
         "| target | data x channel | options | arguments | temporary | memory of a device "
         "| operations of a device | estimated sweep |\n" + "|---" * 8 + "|"
@@ -127,17 +139,160 @@ def main() -> int:
     return int(failed)
 
 
-def compile_step(target: Target, name: str, frames: int, probes: int) -> Step:
-    """Lowers and compiles the step for a target."""
+def by_stage(arguments: argparse.Namespace) -> int:
+    """Prints a table of the kinds of stages for each target."""
+    print(
+        "| target | stage | of its kind | arguments | temporary | operations of a device, all of "
+        "its kind |\n" + "|---" * 6 + "|"
+    )
+    for name in arguments.targets:
+        target = TARGETS[name]
+        mesh = mesh_of(target)
+        frames = arguments.frames * mesh.shape[sharding.DATA_AXIS]
+        model = abstract_model(preset(arguments.preset), dtype=jnp.bfloat16)
+        inputs = inputs_spec(preset(arguments.preset), batch_size=frames)
+        total, weights, seconds = 0.0, 0, time.perf_counter()
+        for path, count, kind in kinds_of_stages(model, inputs):
+            compiled = lower_stage(kind, mesh, target.options, frames, arguments.probes).compile()
+            memory = compiled.memory_analysis()
+            operations = count * (compiled.cost_analysis() or {}).get("flops", float("nan"))
+            total += operations
+            weights += count * sum(
+                leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kind.state)
+            )
+            print(
+                f"| {name} | `{path}` | {count} | {memory.argument_size_in_bytes / 2**30:.3f} GiB "
+                f"| {memory.temp_size_in_bytes / 2**30:.3f} GiB | {operations / 1e12:.3g} T |",
+                flush=True,
+            )
+        steps = -(-arguments.sweep_frames // frames) * -(-4 // target.options)
+        share = weights / target.channel / 2**30
+        print(
+            f"{name}: {mesh.shape[sharding.DATA_AXIS]} x {target.channel} devices, {frames} frames "
+            f"in a step; weights of all stages {share:.2f} GiB on each; {total / 1e12:.3g} T "
+            f"for a step, estimated sweep of {arguments.sweep_frames} frames "
+            f"{steps * total / target.peak:.3g} s at the published peak; compiled in "
+            f"{time.perf_counter() - seconds:.0f} s"
+        )
+    return 0
+
+
+def mesh_of(target: Target) -> Mesh:
+    """The mesh on the target's topology."""
     topology = topologies.get_topology_desc(
         platform=target.platform, topology_name=target.topology, **target.settings
     )
     devices = np.asarray(topology.devices).reshape(-1, target.channel)
-    mesh = Mesh(devices, (sharding.DATA_AXIS, sharding.CHANNEL_AXIS))
+    return Mesh(devices, (sharding.DATA_AXIS, sharding.CHANNEL_AXIS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Stages that share a program."""
+
+    stage: StaticStage
+    state: Any
+    fixed: list[Any]
+    values: list[Any]
+    output: jax.ShapeDtypeStruct
+    # Layers inside, with their numbers of outputs and inputs.
+    layers: tuple[tuple[str, int, int], ...]
+
+
+def kinds_of_stages(model: Any, inputs: Any) -> list[tuple[str, int, Kind]]:
+    """The first stage of each kind that the forward pass calls, and how many there are."""
+    widths = {
+        path: (layer.out_features, layer.in_features)
+        for path, layer in quantizable_layers(model).items()
+    }
+    graphdef, state = nnx.split(model)
+    counts: collections.Counter[str] = collections.Counter()
+    first: dict[str, tuple[str, Kind]] = {}
+
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+    def call(path: str, inner: Any, *args: Any) -> Any:
+        stage, own, fixed, values = split_stage(inner, args)
+        output = inner(*args)
+        layers = tuple(
+            (p.removeprefix(f"{path}."), *width)
+            for p, width in widths.items()
+            if p.startswith(f"{path}.")
+        )
+        kind = Kind(stage, *(shapes(x) for x in (own, fixed, values, output)), layers)
+        key = f"{stage} {kind.state} {kind.values} {layers}"
+        counts[key] += bool(layers)
+        first.setdefault(key, (path, kind))
+        return output
+
+    def run(state: Any, inputs: Any) -> Any:
+        copy = nnx.merge(graphdef, state)
+        wrap_stages(copy, stage_paths(copy), call)
+        return copy(inputs)
+
+    jax.eval_shape(run, state, inputs)
+    return [(path, counts[key], kind) for key, (path, kind) in first.items() if counts[key]]
+
+
+def lower_stage(kind: Kind, mesh: Mesh, options: int, frames: int, probes: int) -> Any:
+    """The way back through one stage for all probes, and its layers' contraction."""
+
+    def step(
+        state: Any, constants: Any, fixed: list[Any], values: list[Any], cotangents: Any
+    ) -> Any:
+        names = tuple(name for name, *_ in kind.layers)
+        seen, at_outputs, at_inputs = pull_back_stage(
+            kind.stage, names, state, fixed, values, cotangents
+        )
+        costs = {}
+        for name, x in seen.items():
+            of_cotangent = CONTRACTIONS["jacobian"](per_frame(x, frames), constants[name])
+            costs[name] = sum_in_blocks(
+                lambda g, of=of_cotangent: of(per_frame(g, frames)), at_outputs[name], probes
+            )
+        return costs, at_inputs
+
+    def placed(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    def by_frame(leaf: Any) -> jax.ShapeDtypeStruct:
+        # Images of a frame lie side by side; what has no axis of frames is the same for all.
+        whole = leaf.ndim and leaf.shape[0] % frames == 0 and leaf.shape[0] >= frames
+        return placed(leaf, PartitionSpec(sharding.DATA_AXIS) if whole else PartitionSpec())
+
+    def by_weight(leaf: Any) -> jax.ShapeDtypeStruct:
+        return placed(leaf, sharding.largest_axis(mesh, leaf.shape))
+
+    constants = {
+        name: {
+            "changes": placed(
+                jax.ShapeDtypeStruct((options, outputs, inputs), jnp.bfloat16),
+                constant_specs(mesh, outputs)["changes"],
+            ),
+            "mean": placed(jax.ShapeDtypeStruct((inputs,), jnp.float32), PartitionSpec()),
+        }
+        for name, outputs, inputs in kind.layers
+    }
+    cotangents = jax.ShapeDtypeStruct((probes, *kind.output.shape), kind.output.dtype)
+    return jax.jit(step).lower(
+        jax.tree.map(
+            lambda leaf: placed(leaf, sharding.largest_axis(mesh, leaf.shape)), kind.state
+        ),
+        constants,
+        jax.tree.map(by_frame, kind.fixed),
+        jax.tree.map(by_frame, kind.values),
+        placed(cotangents, PartitionSpec(None, sharding.DATA_AXIS)),
+    )
+
+
+def compile_step(target: Target, name: str, frames: int, probes: int) -> Step:
+    """Lowers and compiles the step for a target."""
+    mesh = mesh_of(target)
     model = abstract_model(preset(name), dtype=jnp.bfloat16)
     layers = quantizable_layers(model)
     graphdef, state = nnx.split(model)
-    batch = frames * len(devices)
+    batch = frames * mesh.shape[sharding.DATA_AXIS]
 
     def placed(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))

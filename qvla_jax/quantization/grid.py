@@ -22,6 +22,7 @@ independent ones do. (Scales without bias for the same reason: EDEN, arXiv 2108.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeAlias
 
 import jax
@@ -92,7 +93,11 @@ def _codes(
 
 @functools.partial(jax.jit, static_argnames=("bits", "grid"))
 def quantize_rows(
-    weight: Float[Array, "c k"], bits: int, *, grid: Grid = "rtn"
+    weight: Float[Array, "c k"],
+    bits: int,
+    *,
+    grid: Grid = "rtn",
+    clips: Float[Array, "c 1"] | None = None,
 ) -> tuple[Int8[Array, "c k"], Float[Array, "c 1"]]:
     """Codes and scales of all rows at one bit-width.
 
@@ -100,6 +105,7 @@ def quantize_rows(
         weight: rows, any floating type, finite.
         bits: 2, 3, 4 or 8.
         grid: "rtn" or "fitted".
+        clips: from `fitted_clips`, if they are known already; for "fitted".
 
     Returns:
         int8 codes, and positive float32 scales that bfloat16 holds exactly. A row of zeros, or one
@@ -117,7 +123,7 @@ def quantize_rows(
         return _codes(weight, scale, bits, grid).astype(jnp.int8), scale
     # Rows are scaled to 1, so that squares of tiny or huge weights stay finite.
     unit = weight / jnp.maximum(largest, _SMALLEST_SCALE)
-    clip = _best_clips(unit, bits, top)
+    clip = _best_clips(unit, bits, top) if clips is None else clips
     if bits == 8:
         scale = _scales(largest, clip, top)
         return _codes(weight, scale, bits, grid).astype(jnp.int8), scale
@@ -127,6 +133,23 @@ def quantize_rows(
     onto = jnp.sum(unit * codes, axis=1, keepdims=True)
     stretch = energy / jnp.maximum(onto, _SMALLEST_SCALE)
     return codes.astype(jnp.int8), _scales(largest, stretch, 1)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def fitted_clips(weight: Float[Array, "c k"], bits: int) -> Float[Array, "c 1"]:
+    """The clip of least squared error of every row on the "fitted" grid.
+
+    The search takes 21 passes over the weights, which whoever quantizes the same rows again and
+    again can keep.
+
+    Raises:
+        InputError: `bits` has no grid.
+    """
+    _check(bits, "fitted")
+    weight = weight.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(weight), axis=1, keepdims=True)
+    top = 3 if _is_offset(bits, "fitted") else 2 ** (bits - 1) - 1
+    return _best_clips(weight / jnp.maximum(largest, _SMALLEST_SCALE), bits, top)
 
 
 def _best_clips(unit: Float[Array, "c k"], bits: int, top: int) -> Float[Array, "c 1"]:
@@ -146,7 +169,13 @@ def dequantize_rows(codes: Int8[Array, "c k"], scale: Float[Array, "c 1"]) -> Fl
     return codes.astype(jnp.float32) * scale
 
 
-def on_grid(weight: Float[Array, "c k"], bits: int, *, grid: Grid = "rtn") -> Float[Array, "c k"]:
+def on_grid(
+    weight: Float[Array, "c k"],
+    bits: int,
+    *,
+    grid: Grid = "rtn",
+    clips: Float[Array, "c 1"] | None = None,
+) -> Float[Array, "c k"]:
     """w_hat in float32 of every row at one of `BITS`.
 
     0 gives zeros (the pruned row), 16 the weight itself. float32, because
@@ -157,4 +186,24 @@ def on_grid(weight: Float[Array, "c k"], bits: int, *, grid: Grid = "rtn") -> Fl
         return source
     if bits == PRUNED:
         return jnp.zeros_like(source)
-    return dequantize_rows(*quantize_rows(weight, bits, grid=grid))
+    return dequantize_rows(*quantize_rows(weight, bits, grid=grid, clips=clips))
+
+
+@functools.partial(jax.jit, static_argnames=("options", "grid"))
+def changes_on_grid(
+    weight: Float[Array, "c k"],
+    options: tuple[int, ...],
+    *,
+    grid: Grid,
+    clips: Mapping[int, Float[Array, "c 1"]],
+) -> Float[Array, "n c k"]:
+    """w_hat - w of every row under every option, rounded to nearest, in one pass for each.
+
+    Args:
+        weight: rows, any floating type, finite.
+        options: out of `BITS`.
+        grid: "rtn" or "fitted".
+        clips: bits -> `fitted_clips`, for those that are known already.
+    """
+    source = weight.astype(jnp.float32)
+    return jnp.stack([on_grid(source, b, grid=grid, clips=clips.get(b)) - source for b in options])

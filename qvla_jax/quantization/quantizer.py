@@ -16,7 +16,16 @@ import numpy as np
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
 from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
-from qvla_jax.quantization.grid import GRID_BITS, PRUNED, SOURCE, Grid, levels, quantize_rows
+from qvla_jax.quantization.grid import (
+    GRID_BITS,
+    PRUNED,
+    SOURCE,
+    Grid,
+    changes_on_grid,
+    fitted_clips,
+    levels,
+    quantize_rows,
+)
 from qvla_jax.quantization.grid import dequantize_rows as dequantize
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.rotation import rotate, rotate_back
@@ -153,10 +162,32 @@ class Quantizer:
         on_grid = jnp.asarray((bits != PRUNED) & (bits != SOURCE))[:, None]
         return jnp.where(on_grid, values, result), jnp.where(on_grid, scale, 1.0)
 
+    def clips(
+        self, weight: Float[Array, "c k"], options: tuple[int, ...]
+    ) -> dict[int, Float[Array, "c 1"]]:
+        """What `row_changes` takes longest to find out, by bits; empty if it needs nothing."""
+        if self.settings.grid != "fitted" or not self._rounds_rows_alone:
+            return {}
+        return {b: fitted_clips(weight, b) for b in options if b in GRID_BITS}
+
     def row_changes(
-        self, path: str, weight: Float[Array, "c k"], options: tuple[int, ...]
+        self,
+        path: str,
+        weight: Float[Array, "c k"],
+        options: tuple[int, ...],
+        *,
+        clips: Mapping[int, Float[Array, "c 1"]] | None = None,
     ) -> Float[Array, "n c k"]:
-        """w_hat - w in float32 of every row under every option; exactly 0 for 16 bits."""
+        """w_hat - w in float32 of every row under every option; exactly 0 for 16 bits.
+
+        Args:
+            path: the layer.
+            weight: its rows.
+            options: out of 0, 2, 3, 4, 8 and 16.
+            clips: what `clips` gave for the same weight; None searches them again.
+        """
+        if self._rounds_rows_alone:
+            return changes_on_grid(weight, options, grid=self.settings.grid, clips=clips or {})
         source = weight.astype(jnp.float32)
         each = {PRUNED: -source, SOURCE: jnp.zeros_like(source)}
         for bits in options:
@@ -164,6 +195,11 @@ class Quantizer:
                 whole = self.rows(path, source, np.full(len(source), bits))
                 each[bits] = whole - source
         return jnp.stack([each[bits] for bits in options])
+
+    @property
+    def _rounds_rows_alone(self) -> bool:
+        """Whether a row's codes depend on its own weights only, one by one."""
+        return self.settings.rounding == "nearest" and not self.settings.rotation
 
     def _on_grids(
         self,

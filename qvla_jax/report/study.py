@@ -1,4 +1,4 @@
-"""A study as tables and as one picture: ranks, additivity, stability, and who is sensitive."""
+"""A study as tables and as one picture: ranks, additivity, stability, trajectories, modules."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +22,13 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    figure, panels = pyplot.subplots(3, 2, figsize=(12, 13), layout="constrained")
     _ranks(panels[0][0], study["ranks"])
     _additivity(panels[0][1], study["additivity"])
-    _stability(panels[1][0], study["stability"])
-    _modules(panels[1][1], study["modules"])
+    _stable_ranks(panels[1][0], study["stability"])
+    _stability(panels[1][1], study["stability"])
+    _cumulative(panels[2][0], study["cumulative"])
+    _modules(panels[2][1], study["modules"])
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)
@@ -122,6 +124,44 @@ def _additivity(panel: Any, rows: list[Mapping[str, Any]]) -> None:
         ylabel="squared error of the chunk",
         yscale="log",
     )
+    panel.legend()
+
+
+def _stable_ranks(panel: Any, rows: list[Mapping[str, Any]]) -> None:
+    frames = sorted({row["frames"] for row in rows})
+    for bits in rows[0]["spearman"] if rows else ():
+        worst = [
+            min(row["spearman"][bits] for row in rows if row["frames"] == count) for count in frames
+        ]
+        panel.plot(frames, worst, marker="o", label=f"{bits} bits")
+    panel.set(
+        title="Ranks of another calibration set",
+        xlabel="frames",
+        ylabel="Spearman with the table (worst seed)",
+        xscale="log",
+    )
+    if rows:
+        panel.legend()
+
+
+def _cumulative(panel: Any, cumulative: Mapping[str, Any] | None) -> None:
+    panel.set_title("Single steps against sums along trajectories")
+    if cumulative is None:
+        panel.text(0.5, 0.5, "not measured", ha="center", transform=panel.transAxes)
+        return
+    place = range(len(cumulative["spearman"]))
+    least, median, most = zip(*cumulative["single"].values(), strict=True)
+    below = [m - low for m, low in zip(median, least, strict=True)]
+    above = [high - m for m, high in zip(median, most, strict=True)]
+    panel.errorbar(place, median, (below, above), fmt="o", capsize=4, label="one trajectory")
+    panel.plot(
+        place,
+        list(cumulative["spearman"].values()),
+        "s",
+        label=f"mean of {cumulative['trajectories']}",
+    )
+    panel.set_xticks(place, [f"{bits} bits" for bits in cumulative["spearman"]])
+    panel.set_ylabel("Spearman with the table")
     panel.legend()
 
 

@@ -5,7 +5,8 @@
 A_{l,c}^{(n)} is the action chunk when only channel c of layer l is quantized. Quantizing a row
 changes one output channel by dY[t] = (x_t - E[x]) . (w_hat - w), which is added to the layer's
 output, so no weight matrix is copied. A block of perturbations is vmapped over a batch of frames,
-sorted by depth so that only the stages behind the shallowest of them are replayed.
+in the order in which the network calls their layers, so that only what lies behind the first of
+them is replayed.
 
 Which perturbations share a block, and the shapes that a device works on, do not depend on the mesh:
 every device along `channel` takes a block of its own, every device along `data` a batch of its own.
@@ -13,6 +14,7 @@ The sweep's result is therefore the same, bit for bit, on any mesh.
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Final
 
@@ -39,14 +41,18 @@ from qvla_jax.sensitivity.replay import (
     SPLIT_PERTURBATIONS,
     Perturbations,
     ReplaySpec,
-    Trace,
     record,
     replay,
     unperturbed,
 )
-from qvla_jax.sensitivity.stages import downstream, stage_paths
+from qvla_jax.sensitivity.stages import downstream, part_paths
 from qvla_jax.sensitivity.store import NOTHING_KEPT, SweepStore, digest_of
 
+DEFAULT_MEMORY: Final = 2**30
+# Of the largest output of a part: inputs, outputs and temporaries of the widest layer or attention.
+_ALIVE: Final = 8
+# Larger blocks gain nothing.
+_LARGEST_BLOCK: Final = 16
 # Blocks of one item: what a killed sweep may lose.
 _BLOCKS: Final = 32
 
@@ -61,7 +67,8 @@ def exact_costs(
     bits: tuple[int, ...],
     rows: Int[np.ndarray, " m"] | None = None,
     batch: int = 4,
-    block: int = 16,
+    block: int | None = None,
+    memory: int = DEFAULT_MEMORY,
     weights: np.ndarray | None = None,
     mesh: Mesh | None = None,
     store: SweepStore | None = None,
@@ -78,7 +85,9 @@ def exact_costs(
         bits: options, without 16.
         rows: rows of the table to measure; None measures all.
         batch: frames at a time on each device.
-        block: perturbations at a time on each device, one of which is the zero perturbation.
+        block: perturbations at a time on each device, one of which is the zero perturbation; None
+            takes as many as `memory` holds, within bounds.
+        memory: bytes that the activations of a block may take on each device.
         weights: weight of each action dimension.
         mesh: from `sharding.sweep_mesh`, which is also the default.
         store: keeps finished items.
@@ -91,8 +100,14 @@ def exact_costs(
     mesh = sharding.sweep_mesh() if mesh is None else mesh
     size = batch_size(calibration.frames, batch, mesh)
     graphdef, state = nnx.split(policy.model)
-    spec = ReplaySpec(graphdef, tuple(layers), stage_paths(policy.model), mesh)
+    parts = part_paths(policy.model, tuple(layers))
+    spec = ReplaySpec(graphdef, tuple(layers), parts, mesh)
     state = sharding.replicate(mesh, state)
+    batches = frame_batches(policy, calibration, size, mesh)
+    first = next(batches)
+    if block is None:
+        share = size // mesh.shape[sharding.DATA_AXIS]
+        block = _block_size(spec, state, first, share, memory)
     prober = _Prober(spec, state, layers, index, quantizer, bits, rows, max(block, 2))
     items = NOTHING_KEPT
     if store is not None:
@@ -105,7 +120,7 @@ def exact_costs(
     result, each = FrameMean(), len(rows) * len(bits)
     total = each * -(-calibration.frames // size)
     progress("exact", 0, total)
-    for number, frames in enumerate(frame_batches(policy, calibration, size, mesh)):
+    for number, frames in enumerate(itertools.chain([first], batches)):
         done, batch_costs = number * each, np.zeros((frames.count, each))
         base = _Unperturbed(spec, state, frames)
         for part, samples in enumerate(prober.parts(frames)):
@@ -117,6 +132,18 @@ def exact_costs(
         # Channels that no action reads are not probed.
         progress("exact", (number + 1) * each, total)
     return result.mean, result.standard_error
+
+
+def _block_size(
+    spec: ReplaySpec, state: nnx.State, batch: FrameBatch, frames: int, memory: int
+) -> int:
+    """Perturbations whose activations fit into `memory` for these frames of a device.
+
+    What is alive at once is taken for so many times the largest output of a part.
+    """
+    outputs, _ = jax.eval_shape(functools.partial(unperturbed, spec), state, batch.inputs)
+    largest = max(x.size * x.dtype.itemsize for x in outputs.values()) / len(batch.frames)
+    return int(np.clip(memory // (_ALIVE * largest * frames), 2, _LARGEST_BLOCK))
 
 
 class _Unperturbed:
@@ -133,7 +160,7 @@ class _Unperturbed:
 
     @property
     def outputs(self) -> dict[str, jax.Array]:
-        """Of the stages."""
+        """Of the parts."""
         return self._arrays[0]
 
     @property
@@ -168,16 +195,18 @@ class _Prober:
         self.spec, self.state, self.block = spec, state, block
         self.layers, self.index, self.quantizer = layers, index, quantizer
         self.bits, self.rows = bits, rows
-        self.trace: Trace | None = None
+        self.order: list[str] | None = None
         self.changes: dict[str, np.ndarray] = {}
 
     def parts(self, batch: FrameBatch) -> list[Int[np.ndarray, " p"]]:
         """Perturbations of all reached layers in the order of execution, an item's worth each."""
-        positions = self._trace(batch).positions
         numbers = {path: i for i, path in enumerate(self.spec.paths)}
-        by_depth = sorted(positions, key=lambda path: (positions[path], numbers[path]))
         layer_of = np.repeat(self.index.layer_of[self.rows], len(self.bits))
-        ordered = [np.flatnonzero(layer_of == numbers[path]) for path in by_depth]
+        ordered = [
+            np.flatnonzero(layer_of == numbers[path])
+            for path in self._order(batch)
+            if path in numbers
+        ]
         whole = np.concatenate([np.zeros(0, np.int64), *ordered])
         size = _BLOCKS * (self.block - 1)
         return [whole[start : start + size] for start in range(0, len(whole), size)]
@@ -210,21 +239,26 @@ class _Prober:
         self, base: _Unperturbed, blocks: list[Int[np.ndarray, " p"]]
     ) -> Float[np.ndarray, "d p b h a"]:
         """Action chunks in float64, one block for each device along `channel`."""
-        mesh, trace = self.spec.mesh, self._trace(base.batch)
-        needed = []
-        for block in blocks:
-            paths = {self.spec.paths[i] for i in self.index.layer_of[self._row(block)]}
-            needed.append(downstream(trace.order, trace.positions, sorted(paths)))
-        run = {
-            stage: sharding.put(mesh, np.stack([flags[stage] for flags in needed]), BY_CHANNEL)
-            for stage in trace.order
-        }
+        mesh, order = self.spec.mesh, self._order(base.batch)
+        hits = [
+            {self.spec.paths[i] for i in self.index.layer_of[self._row(block)]} for block in blocks
+        ]
+        needed = [downstream(order, paths) for paths in hits]
+        run, hit = (
+            sharding.put(mesh, np.asarray(flags), BY_CHANNEL)
+            for flags in (
+                [[part in of_block for part in self.spec.parts] for of_block in needed],
+                [[path in paths for path in self.spec.paths] for paths in hits],
+            )
+        )
         perturbations = jax.tree.map(
             lambda spec, *parts: sharding.put(mesh, np.concatenate(parts), spec),
             SPLIT_PERTURBATIONS,
             *(self._pack(base, block) for block in blocks),
         )
-        actions = replay(self.spec, self.state, base.batch.inputs, base.outputs, run, perturbations)
+        actions = replay(
+            self.spec, self.state, base.batch.inputs, base.outputs, run, hit, perturbations
+        )
         host = sharding.to_host(actions).astype(np.float64)
         return host.reshape(len(blocks), self.block, *host.shape[1:])
 
@@ -260,14 +294,14 @@ class _Prober:
         place = np.searchsorted(rows, self._row(samples))
         return self.changes[path][samples % len(self.bits), place]
 
-    def _trace(self, batch: FrameBatch) -> Trace:
-        if self.trace is None:
-            trace = Trace()
+    def _order(self, batch: FrameBatch) -> list[str]:
+        """All parts that the forward pass reaches, as it enters them."""
+        if self.order is None:
+            order: list[str] = []
 
             def run(state: nnx.State, inputs: object) -> None:
-                nonlocal trace
-                trace = record(self.spec, state, inputs)
+                order.extend(record(self.spec, state, inputs).order)
 
             jax.eval_shape(run, self.state, batch.inputs)
-            self.trace = Trace(order=trace.order, positions=trace.positions)
-        return self.trace
+            self.order = order
+        return self.order

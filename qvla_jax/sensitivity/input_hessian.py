@@ -69,7 +69,7 @@ def input_hessians(
     mesh = sweep_mesh() if mesh is None else mesh
     graphdef, state = nnx.split(policy.model)
     state = replicate(mesh, state)
-    spec = ReplaySpec(graphdef, tuple(layers), (), mesh)
+    spec = ReplaySpec(graphdef, tuple(layers), tuple(layers), mesh)
     sums = {p: np.zeros((layer.kernel.shape[0],) * 2) for p, layer in layers.items()}
     size, done = batch_size(calibration.frames, batch, mesh), 0
     progress("input covariance", 0, calibration.frames)

@@ -25,7 +25,7 @@ from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
 from qvla_jax.quantization.statistics import InputStatistics
 from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import Calibration
-from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.exact import DEFAULT_MEMORY, exact_costs
 from qvla_jax.sensitivity.input_hessian import input_hessian_costs
 from qvla_jax.sensitivity.jacobian import (
     CONTRACTIONS,
@@ -56,6 +56,7 @@ def sensitivities(
     exact_share: float = DEFAULT_SHARE,
     seed: int = 0,
     batch: int | None = None,
+    memory: int = DEFAULT_MEMORY,
     action_weights: np.ndarray | None = None,
     quantizer: QuantizerSettings = DEFAULT_QUANTIZER,
     statistics: InputStatistics | None = None,
@@ -93,6 +94,7 @@ def sensitivities(
         exact_share: forward passes that `refined` may take, as a share of those of `exact`.
         seed: of the probes.
         batch: frames at a time on each device; memory grows with it.
+        memory: bytes on each device for the perturbations that exact probing makes at a time.
         action_weights: weight of each of the a action dimensions; None weighs all alike.
         quantizer: grid, rounding and bias correction of the quantizer that is costed, and that
             `quantize` then uses; `input_hessian` costs that of the released code.
@@ -147,7 +149,7 @@ def sensitivities(
         )
     costs, error = _costs(
         policy, calibration, layers, index, bound, method, options, probes, exact_share, seed,
-        batch, weights, mesh, split_weights, streamed, store, progress,
+        batch, memory, weights, mesh, split_weights, streamed, store, progress,
     )  # fmt: skip
     columns = [options.index(b) if b != SOURCE else len(options) for b in bits]
 
@@ -193,6 +195,7 @@ def _costs(
     exact_share: float,
     seed: int,
     batch: int | None,
+    memory: int,
     weights: np.ndarray | None,
     mesh: Mesh | None,
     split_weights: bool,
@@ -217,13 +220,13 @@ def _costs(
         return costs, None
     if method == "exact":
         return exact_costs(
-            policy, calibration, layers, index, quantizer, bits=bits, batch=size, weights=weights,
-            mesh=mesh, store=store, progress=progress,
+            policy, calibration, layers, index, quantizer, bits=bits, batch=size, memory=memory,
+            weights=weights, mesh=mesh, store=store, progress=progress,
         )  # fmt: skip
     if method == "refined":
         return refined_costs(
             policy, calibration, layers, index, quantizer, bits=bits, probes=probes,
-            share=exact_share, seed=seed, batch=size, weights=weights, mesh=mesh,
+            share=exact_share, seed=seed, batch=size, memory=memory, weights=weights, mesh=mesh,
             split_weights=split_weights, store=store, progress=progress,
         )  # fmt: skip
     constants = layer_constants(layers, quantizer, bits)

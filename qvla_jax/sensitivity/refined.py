@@ -28,7 +28,7 @@ from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.quantizer import Quantizer
 from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import Calibration, FirstFrames, ModelPolicy
-from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.exact import DEFAULT_MEMORY, exact_costs
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.probes import Probes
 from qvla_jax.sensitivity.store import SweepStore
@@ -55,6 +55,7 @@ def refined_costs(
     frames: int = 8,
     seed: int = 0,
     batch: int = 4,
+    memory: int = DEFAULT_MEMORY,
     weights: np.ndarray | None = None,
     mesh: Mesh | None = None,
     split_weights: bool = False,
@@ -76,6 +77,7 @@ def refined_costs(
         frames: frames of the exact probing.
         seed: of the probes and of the pilot.
         batch: frames at a time on each device.
+        memory: of the exact probing, as in `exact.exact_costs`.
         weights: weight of each action dimension.
         mesh: from `sharding.sweep_mesh`, which is also the default.
         split_weights: of the first-order passes, as in `jacobian.frame_costs`.
@@ -110,7 +112,7 @@ def refined_costs(
             if rows.size:
                 measured, _ = exact_costs(
                     policy, part, layers, index, quantizer, bits=(b,), rows=rows, batch=batch,
-                    weights=weights, mesh=mesh, store=store, progress=progress,
+                    memory=memory, weights=weights, mesh=mesh, store=store, progress=progress,
                 )  # fmt: skip
                 exact[rows, column] = measured[:, 0]
 

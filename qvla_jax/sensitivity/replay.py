@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax.array_typing import Array, Bool, Float, Int
-from qvla_jax.sensitivity.instrument import hook_layers, per_frame
-from qvla_jax.sensitivity.stages import replay_or_reuse, wrap_stages
+from qvla_jax.sensitivity.instrument import per_frame
+from qvla_jax.sensitivity.stages import run_or_reuse, wrap_stages
 from qvla_jax.sharding import CHANNEL_AXIS, DATA_AXIS
 
 _EVERYWHERE, _SPLIT = PartitionSpec(), PartitionSpec(DATA_AXIS)
@@ -28,7 +28,8 @@ class ReplaySpec:
     graphdef: nnx.GraphDef[Any]
     # Layers that may be perturbed; a perturbation names one by its number here.
     paths: tuple[str, ...]
-    stages: tuple[str, ...]
+    # All that is reused or runs again, from `stages.part_paths`; the layers among them.
+    parts: tuple[str, ...]
     mesh: Mesh
 
 
@@ -49,33 +50,33 @@ SPLIT_PERTURBATIONS = Perturbations(layer=BY_CHANNEL, channel=BY_CHANNEL, change
 
 @dataclasses.dataclass
 class Trace:
-    """What a pass records: order of the stages, stages before each layer, and arrays."""
+    """What a pass records: the parts in the order in which they are entered, and arrays."""
 
     order: list[str] = dataclasses.field(default_factory=list)
-    positions: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Of all parts.
     outputs: dict[str, Array] = dataclasses.field(default_factory=dict)
+    # Of the layers.
     inputs: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
 def record(spec: ReplaySpec, state: Any, inputs: Any) -> Trace:
-    """Runs the unperturbed model; traceable."""
-    trace, model = Trace(), nnx.merge(spec.graphdef, state)
-    inside: list[str] = []
+    """Runs the unperturbed model; traceable.
 
-    def hook(path: str, x: Array, y: Array) -> Array:
-        trace.inputs[path] = x
-        trace.positions[path] = len(trace.order) - len(inside)
-        return y
+    Raises:
+        ValueError: the forward pass calls a part twice, which would then have two outputs.
+    """
+    trace, model, layers = Trace(), nnx.merge(spec.graphdef, state), frozenset(spec.paths)
 
     def call(path: str, inner: Any, *args: Any) -> Array:
+        if path in trace.order:
+            raise ValueError(f"{path} is called twice in one forward pass, which is not supported")
         trace.order.append(path)
-        inside.append(path)
+        if path in layers:
+            (trace.inputs[path],) = args
         trace.outputs[path] = inner(*args)
-        inside.pop()
         return trace.outputs[path]
 
-    hook_layers(model, spec.paths, hook)
-    wrap_stages(model, spec.stages, call)
+    wrap_stages(model, spec.parts, call)
     with jax.default_matmul_precision("float32"):
         model(inputs)
     return trace
@@ -85,7 +86,7 @@ def record(spec: ReplaySpec, state: Any, inputs: Any) -> Trace:
 def unperturbed(
     spec: ReplaySpec, state: Any, inputs: Any
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Outputs of the stages, and inputs [b, T, k] of the layers, by path."""
+    """Outputs of the parts, and inputs [b, T, k] of the layers, by path."""
 
     def run(state: Any, inputs: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         trace = record(spec, state, inputs)
@@ -103,7 +104,8 @@ def replay(
     state: Any,
     inputs: Any,
     outputs: Mapping[str, Array],
-    run: Mapping[str, Bool[Array, " d"]],
+    run: Bool[Array, "d m"],
+    hit: Bool[Array, "d l"],
     perturbations: Perturbations,
 ) -> Float[Array, "p b h a"]:
     """Action chunks under each perturbation, all of them in one batched pass.
@@ -112,17 +114,18 @@ def replay(
         spec: static description.
         state: the model's arrays.
         inputs: model inputs.
-        outputs: of the unperturbed stages.
-        run: which stages have to run for the perturbations of each device along `channel`.
+        outputs: of the unperturbed parts.
+        run: which of `spec.parts` have to run for the perturbations of each device along `channel`.
+        hit: which of `spec.paths` these perturb.
         perturbations: the changes; no weight is copied for them.
     """
     return jax.shard_map(
         functools.partial(_replay, spec),
         mesh=spec.mesh,
-        in_specs=(_EVERYWHERE, _SPLIT, _SPLIT, BY_CHANNEL, SPLIT_PERTURBATIONS),
+        in_specs=(_EVERYWHERE, _SPLIT, _SPLIT, BY_CHANNEL, BY_CHANNEL, SPLIT_PERTURBATIONS),
         out_specs=_BY_BOTH,
         check_vma=False,
-    )(state, inputs, outputs, run, perturbations)
+    )(state, inputs, outputs, run, hit, perturbations)
 
 
 def _replay(
@@ -130,24 +133,30 @@ def _replay(
     state: Any,
     inputs: Any,
     outputs: Mapping[str, Array],
-    run: Mapping[str, Bool[Array, " 1"]],
+    run: Bool[Array, "1 m"],
+    hit: Bool[Array, "1 l"],
     perturbations: Perturbations,
 ) -> Float[Array, "p b h a"]:
-    own = {path: flags[0] for path, flags in run.items()}
     number = {path: i for i, path in enumerate(spec.paths)}
+    part = {path: i for i, path in enumerate(spec.parts)}
     count = len(jax.tree.leaves(inputs)[0])
 
     def one(item: Perturbations) -> Float[Array, "b h a"]:
-        def hook(path: str, x: Array, y: Array) -> Array:
+        def change(path: str, y: Array) -> Array:
             tokens = y.shape[0] * y.shape[1] // count
-            change = item.change[:, :tokens].reshape(y.shape[:2]).astype(y.dtype)
+            added = item.change[:, :tokens].reshape(y.shape[:2]).astype(y.dtype)
             channel = jnp.where(item.layer == number[path], item.channel, -1)
-            hit = jnp.arange(y.shape[-1])[None, None] == channel
-            return y + jnp.where(hit, change[..., None], 0)
+            at = jnp.arange(y.shape[-1])[None, None] == channel
+            return y + jnp.where(at, added[..., None], 0)
+
+        def call(path: str, inner: Any, *args: Any) -> Array:
+            y = run_or_reuse(run[0, part[path]], inner, args, outputs[path])
+            if path not in number:
+                return y
+            return jax.lax.cond(hit[0, number[path]], lambda y: change(path, y), lambda y: y, y)
 
         model = nnx.merge(spec.graphdef, state)
-        hook_layers(model, spec.paths, hook)
-        wrap_stages(model, spec.stages, replay_or_reuse(own, outputs))
+        wrap_stages(model, spec.parts, call)
         with jax.default_matmul_precision("float32"):
             return model(inputs)
 

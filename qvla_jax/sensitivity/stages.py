@@ -1,26 +1,33 @@
 """Replaying only what lies behind a perturbation.
 
-The network is cut into stages (patch embeddings, transformer blocks, projectors). Each is wrapped
-so that it either runs or hands out the output of the unperturbed pass, by a flag that is an
-argument of the compiled function: one program replays from any stage, and the prefix costs a copy.
+The network is cut into stages (patch embeddings, transformer blocks, projectors), and further into
+parts: both towers together, the halves of a block, single layers. Each is wrapped so that it either
+runs or hands out the output of the unperturbed pass, by a flag that is an argument of the compiled
+function: one program replays from any layer, and the prefix costs a copy. Parts lie in one another;
+what is inside of one that does not run costs nothing.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
-from qvla_jax.array_typing import Array, Bool
+from qvla_jax.array_typing import Array
+from qvla_jax.models.llama import SAME_INPUT
 from qvla_jax.models.surgery import get_module, named_modules, replace_modules
 
-# Full matches on module paths; none may lie inside another.
+# Full matches on module paths; no stage may lie inside another.
 _STAGES = (
     r".+\.(blocks|layers)\.\d+",
     r".+\.patch_embed",
     r"(proprio_)?projector",
+)
+# What is reused as a whole besides: around stages, and inside of them.
+_PARTS = (
+    r"vision_backbone",
+    r".+\.(blocks|layers)\.\d+\.(block\.)?(attn|self_attn|mlp)",
 )
 
 
@@ -39,51 +46,65 @@ class Stage(nnx.Module):
 
 def stage_paths(model: nnx.Module) -> tuple[str, ...]:
     """Paths of all stages, in no particular order."""
+    return _matching(model, _STAGES)
+
+
+def part_paths(model: nnx.Module, layers: Sequence[str]) -> tuple[str, ...]:
+    """Paths of all that can be reused, stages and these layers included; in no order."""
+    return tuple(dict.fromkeys((*_matching(model, (*_STAGES, *_PARTS)), *layers)))
+
+
+def _matching(model: nnx.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         path
         for path in named_modules(model, nnx.Module)
-        if any(re.fullmatch(pattern, path) for pattern in _STAGES)
+        if any(re.fullmatch(pattern, path) for pattern in patterns)
     )
 
 
 def wrap_stages(model: nnx.Module, paths: Sequence[str], call: Callable[..., Array]) -> None:
-    """Puts a `Stage` around each of these modules, in place."""
-    replace_modules(model, {p: Stage(get_module(model, p), p, call) for p in paths})
+    """Puts a `Stage` around each of these modules, in place, those inside others first."""
+    inner_first = sorted(paths, key=lambda path: -path.count("."))
+    replace_modules(model, {p: Stage(get_module(model, p), p, call) for p in inner_first})
 
 
-def replay_or_reuse(run: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[..., Array]:
-    """A stage call that runs where `run[path]` is true and else returns `outputs[path]`."""
-
-    def call(path: str, inner: nnx.Module, *args: Any) -> Array:
-        if path not in outputs:
-            return inner(*args)  # type: ignore[operator]
-        return jax.lax.cond(
-            run[path],
-            lambda: inner(*args),  # type: ignore[operator]
-            lambda: outputs[path],
-        )
-
-    return call
+def run_or_reuse(run: Array, inner: nnx.Module, args: tuple[Any, ...], output: Array) -> Array:
+    """The module's output where `run` is true, else `output`."""
+    return jax.lax.cond(
+        run,
+        lambda: inner(*args),  # type: ignore[operator]
+        lambda: output,
+    )
 
 
-def downstream(
-    stages: Sequence[str], positions: Mapping[str, int], layers: Sequence[str]
-) -> dict[str, Bool[np.ndarray, ""]]:
-    """Which stages have to run when these layers are perturbed.
+def downstream(order: Sequence[str], layers: Collection[str]) -> frozenset[str]:
+    """The parts that have to run when the outputs of these layers are perturbed.
+
+    A perturbed layer itself runs only if another one's perturbation reaches it.
 
     Args:
-        stages: stage paths in the order in which the forward pass calls them.
-        positions: for each layer, the number of stages that were called before it, its own
-            excluded.
+        order: paths of all parts in the order in which the forward pass enters them.
         layers: the perturbed layers.
     """
-    return {
-        stage: np.asarray(any(number >= positions[p] and not _parallel(stage, p) for p in layers))
-        for number, stage in enumerate(stages)
-    }
+    entered = {path: number for number, path in enumerate(order)}
+    return frozenset(
+        part
+        for part in order
+        if any(
+            layer.startswith(f"{part}.")
+            or (entered[part] > entered[layer] and not _parallel(part, layer))
+            for layer in layers
+        )
+    )
 
 
-def _parallel(stage: str, layer: str) -> bool:
-    """The two vision towers do not see each other."""
-    first, second = stage.split(".")[:2], layer.split(".")[:2]
-    return first[0] == second[0] == "vision_backbone" and first[1] != second[1]
+def _parallel(part: str, layer: str) -> bool:
+    """Whether a part that is entered later than a layer sees nothing of it all the same."""
+    first, second = part.split("."), layer.split(".")
+    if first[0] == second[0] == "vision_backbone" and len(first) > 1 and first[1] != second[1]:
+        # The two towers do not see each other.
+        return True
+    if first[0] == "proprio_projector" and second[0] in ("vision_backbone", "projector"):
+        return True
+    siblings = first[:-1] == second[:-1]
+    return siblings and any(first[-1] in names and second[-1] in names for names in SAME_INPUT)

@@ -95,11 +95,7 @@ class _Tape:
             inner: its module.
             args: its arguments.
         """
-        graphdef, state = nnx.split(inner)
-        leaves, tree = jax.tree.flatten(args)
-        floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        fixed = [None if i in floats else x for i, x in enumerate(leaves)]
-        stage = _Stage(graphdef, tree, tuple(floats))
+        stage, state, fixed, given = split_stage(inner, args)
 
         def forward(values: list[Array]) -> Array:
             y = _run(stage, state, fixed, values)
@@ -109,7 +105,7 @@ class _Tape:
         def backward(values: list[Array], cotangents: Float[Array, "s ..."]) -> list[Array]:
             layers = self.layers[path]
             inside = tuple(layer.removeprefix(f"{path}.") for layer in layers)
-            seen, at_outputs, at_inputs = _pull_back(
+            seen, at_outputs, at_inputs = pull_back_stage(
                 stage, inside, state, fixed, values, cotangents
             )
             _release(state)
@@ -122,7 +118,7 @@ class _Tape:
             jax.block_until_ready(self.found)
             return at_inputs
 
-        return _pulled_back_together(forward, backward)(token, [leaves[i] for i in floats])
+        return _pulled_back_together(forward, backward)(token, given)
 
 
 def _pulled_back_together(
@@ -164,7 +160,7 @@ def _pulled_back_together(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stage:
+class StaticStage:
     """What a stage's compiled functions depend on beside arrays: equal blocks share them."""
 
     graphdef: nnx.GraphDef[Any]
@@ -179,14 +175,30 @@ class _Stage:
         return jax.tree.unflatten(self.tree, leaves)
 
 
+def split_stage(
+    module: nnx.Module, args: tuple[Any, ...]
+) -> tuple[StaticStage, Any, list[Any], list[Array]]:
+    """A stage's static part, its state, and its arguments: not differentiated, and differentiated.
+
+    Args:
+        module: the stage.
+        args: what it is called with.
+    """
+    graphdef, state = nnx.split(module)
+    leaves, tree = jax.tree.flatten(args)
+    floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    fixed = [None if i in floats else x for i, x in enumerate(leaves)]
+    return StaticStage(graphdef, tree, tuple(floats)), state, fixed, [leaves[i] for i in floats]
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _run(stage: _Stage, state: Any, fixed: list[Any], values: list[Array]) -> Array:
+def _run(stage: StaticStage, state: Any, fixed: list[Any], values: list[Array]) -> Array:
     return perturbed_call(stage.graphdef, state, stage.arguments(fixed, values), {})[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _pull_back(
-    stage: _Stage,
+def pull_back_stage(
+    stage: StaticStage,
     layers: tuple[str, ...],
     state: Any,
     fixed: list[Any],

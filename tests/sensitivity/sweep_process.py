@@ -2,7 +2,7 @@
 
     sweep_process.py MODEL STORE TABLES DEVICES [COORDINATOR PROCESSES NUMBER]
 
-MODEL is `tiny` (the preset, swept exactly) or `toy` (exactly and to first order).
+MODEL is `exact` or `both` (exactly and to first order): the toy policy, and how it is swept.
 """
 
 import sys
@@ -15,28 +15,25 @@ BITS = (0, 4, 16)
 
 
 def sweep(model, store, mesh):
-    """Name -> table of every sweep of a model."""
-    from qvla_jax.data.calibration import calibration_set
-    from qvla_jax.inference import random_policy
+    """Method -> table."""
     from qvla_jax.sensitivity import sensitivities
 
-    if model == "tiny":
-        policy, frames = random_policy("tiny-test"), calibration_set("bundled", frames=3)
-    else:
-        sys.path.insert(0, str(Path(__file__).parent))
-        from toys import ToyFrames, toy_policy
+    sys.path.insert(0, str(Path(__file__).parent))
+    from toys import ToyFrames, toy_policy
 
-        class SlowFrames(ToyFrames):
-            """Not too fast to be killed in the middle."""
+    class SlowFrames(ToyFrames):
+        """Not too fast to be killed in the middle."""
 
-            def batches(self, size):
-                for batch in super().batches(size):
-                    time.sleep(0.1)
-                    yield batch
+        def batches(self, size):
+            for batch in super().batches(size):
+                time.sleep(0.1)
+                yield batch
 
-        policy, frames = toy_policy(), SlowFrames(21)
+    policy, frames = toy_policy(), SlowFrames(21 if model == "both" else 8)
     settings = {"bits": BITS, "probes": 3, "batch": 1, "joint": False, "mesh": mesh, "store": store}
-    methods = ("exact",) if model == "tiny" else ("exact", "jacobian")
+    # The smallest blocks, so that a batch has several items.
+    settings["memory"] = 0
+    methods = ("exact", "jacobian") if model == "both" else ("exact",)
     return {m: sensitivities(policy, frames, method=m, **settings) for m in methods}
 
 

@@ -79,16 +79,34 @@ def test_stages_are_blocks_of_both_towers_and_the_language_model(policy):
 
 def test_only_what_lies_behind_a_perturbation_runs_again():
     one, two = "vision_backbone.featurizer.blocks.0", "vision_backbone.fused_featurizer.blocks.0"
-    llm = ["language_model.model.layers.0", "language_model.model.layers.1"]
-    stages = [one, two, *llm]
-    positions = {f"{s}.fc": i for i, s in enumerate(stages)}
+    llm = [f"language_model.model.layers.{i}" for i in (0, 1)]
+    inside = {
+        one: ["attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc1", "mlp.fc2"],
+        two: ["attn", "attn.qkv"],
+        llm[0]: ["mlp", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+        llm[1]: ["self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"],
+    }
+    behind = [f"{s}{p}" for s in llm for p in ("", *(f".{p}" for p in inside[s]))]
+    order = ["vision_backbone"]
+    order += [f"{s}{p}" for s in (one, two) for p in ("", *(f".{p}" for p in inside[s]))]
+    order += ["proprio_projector", *behind]
 
     def running(*layers):
-        flags = downstream(stages, positions, [f"{s}.fc" for s in layers])
-        return [s for s in stages if flags[s]]
+        return [part for part in order if part in downstream(order, layers)]
 
-    assert running(one) == [one, *llm]
-    assert running(two) == [two, *llm]
-    assert running(llm[0]) == llm
-    assert running(llm[1]) == [llm[1]]
-    assert running(llm[1], two) == [two, *llm]
+    # Two halves of a block, two towers, and the proprio projector beside them.
+    half = [f"{one}{p}" for p in ("", ".mlp", ".mlp.fc2")]
+    assert running(f"{one}.mlp.fc1") == ["vision_backbone", *half, *behind]
+    first = [f"{one}{p}" for p in ("", ".attn", ".attn.proj", ".mlp", ".mlp.fc1", ".mlp.fc2")]
+    assert running(f"{one}.attn.qkv") == ["vision_backbone", *first, *behind]
+    assert running(f"{two}.attn.qkv") == ["vision_backbone", two, f"{two}.attn", *behind]
+    # Gate and up take the same input, and so do query and key.
+    last = [p for p in behind if p.startswith(llm[1])]
+    own = [f"{llm[0]}{p}" for p in ("", ".mlp", ".mlp.down_proj")]
+    assert running(f"{llm[0]}.mlp.gate_proj") == [*own, *last]
+    assert running(f"{llm[0]}.mlp.down_proj") == [*own[:2], *last]
+    attention = [f"{llm[1]}{p}" for p in ("", ".self_attn", ".self_attn.o_proj")]
+    assert running(f"{llm[1]}.self_attn.q_proj") == attention
+    assert running(f"{llm[1]}.self_attn.o_proj") == attention[:2]
+    both = running(f"{llm[1]}.self_attn.o_proj", f"{llm[0]}.mlp.down_proj")
+    assert both == [*own[:2], *last]

@@ -7,7 +7,7 @@ from qvla_jax import load_policy
 from qvla_jax.data import calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import random_policy
-from qvla_jax.quantization import QuantizerSettings, policy_index
+from qvla_jax.quantization import QuantizerSettings
 from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.sensitivity import SweepStore, input_statistics, sensitivities
 from qvla_jax.sensitivity.statistics import streamed_means
@@ -58,11 +58,9 @@ def test_mapped_weights_visited_a_stage_at_a_time_give_the_same_table(
     np.testing.assert_array_equal(resumed.costs, streamed.costs)
 
 
-def test_means_are_those_of_the_pass_that_measures_covariances(calibration):
-    policy = random_policy("tiny-test")
-    index = policy_index(policy)
-    expected = input_statistics(policy, calibration, index, seed=3)
-    found = streamed_means(policy, calibration, index, seed=3, batch=2)
+def test_means_are_those_of_the_pass_that_measures_covariances(policy, frames, index):
+    expected = input_statistics(policy, frames, index, seed=3)
+    found = streamed_means(policy, frames, index, seed=3, batch=2)
     for path, mean in expected.means.items():
         np.testing.assert_allclose(found.means[path], mean, rtol=1e-4, atol=1e-6)
 

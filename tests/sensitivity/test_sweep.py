@@ -43,14 +43,14 @@ def wait_for_items(folder: Path, count: int, processes: list[subprocess.Popen]) 
 
 def test_a_killed_sweep_goes_on_and_ends_in_the_same_bytes(tmp_path, one_device):
     store = tmp_path / "store"
-    process = start("tiny", store, tmp_path, 2)
+    process = start("exact", store, tmp_path, 2)
     wait_for_items(store, 3, [process])
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     before = items_in(store)
 
     def saved(folder: Path, name: str) -> bytes:
-        table = sweep("tiny", SweepStore(folder), one_device)["exact"]
+        table = sweep("exact", SweepStore(folder), one_device)["exact"]
         table.save(tmp_path / f"{name}.safetensors")
         return (tmp_path / f"{name}.safetensors").read_bytes()
 
@@ -69,7 +69,7 @@ def test_two_processes_one_of_them_killed_give_the_table_of_one_device(tmp_path,
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        return [start("toy", store, tables, 4, address, 2, number) for number in (0, 1)]
+        return [start("both", store, tables, 4, address, 2, number) for number in (0, 1)]
 
     both = start_both()
     wait_for_items(store, 1, both)
@@ -83,7 +83,7 @@ def test_two_processes_one_of_them_killed_give_the_table_of_one_device(tmp_path,
     for process in start_both():
         assert process.wait(timeout=900) == 0
     assert before.items() <= items_in(store).items()
-    expected = sweep("toy", None, one_device)
+    expected = sweep("both", None, one_device)
     for method, tolerance in TOLERANCES.items():
         found = SensitivityTable.load(tables / f"{method}.safetensors")
         np.testing.assert_allclose(
@@ -96,7 +96,7 @@ def test_two_processes_one_of_them_killed_give_the_table_of_one_device(tmp_path,
 def test_one_and_eight_devices_give_the_same_table_and_allocation(tmp_path):
     def tables(devices: int, name: str) -> dict[str, SensitivityTable]:
         folder = tmp_path / name
-        assert start("toy", folder / "store", folder, devices).wait(timeout=900) == 0
+        assert start("both", folder / "store", folder, devices).wait(timeout=900) == 0
         return {m: SensitivityTable.load(folder / f"{m}.safetensors") for m in TOLERANCES}
 
     one, again, eight = tables(1, "one"), tables(8, "again"), tables(8, "eight")
