@@ -16,10 +16,11 @@ def product_operations(function: Callable[..., Any], *args: Any) -> int:
         function: traceable.
         args: arrays, or their shapes and dtypes.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return operations_of(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _of_jaxpr(jaxpr: Any) -> int:
+def operations_of(jaxpr: Any) -> int:
+    """The same of a traced function."""
     return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -30,10 +31,10 @@ def _of_equation(equation: Any) -> int:
         length = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
         return 2 * length * math.prod(equation.outvars[0].aval.shape)
     if name == "cond":
-        return max(_of_jaxpr(branch.jaxpr) for branch in parameters["branches"])
+        return max(operations_of(branch.jaxpr) for branch in parameters["branches"])
     inner = [j for value in parameters.values() for j in _jaxprs(value)]
     times = parameters["length"] if name == "scan" else 1
-    return times * sum(_of_jaxpr(jaxpr) for jaxpr in inner)
+    return times * sum(operations_of(jaxpr) for jaxpr in inner)
 
 
 def _jaxprs(value: Any) -> list[Any]:
