@@ -26,7 +26,7 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
     ...     qvla_jax.RunConfig(
     ...         out=Path("run"), model="tiny", budget_bits=8.0, frames=2, validate=0,
     ...         baselines=(), solvers=("greedy:marginal",), sweep=(), match_uniform=(),
-    ...         eval_frames=2, uniform_bits=(), latency_calls=1,
+    ...         eval_frames=2, uniform_bits=(), latency_calls=0,
     ...     )
     ... )  # fmt: skip
     >>> [method["label"] for method in report["methods"]]
