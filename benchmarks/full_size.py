@@ -4,6 +4,9 @@
     qvla pack --model synthetic --mean-bits 4 --activation-bits 8 --file oft.qvla
     python benchmarks/full_size.py oft.qvla
 
+`--random openvla-7b` makes a packed policy of random codes in memory instead, with as many channels
+of each width as such a file has: the same work, without 15 GB of files.
+
 The packed policy runs whole. The same architecture in bfloat16 and float32 does not fit beside it
 (nor, at 7B, at all on a small machine), so of PyTorch (bfloat16) and JAX (both) one transformer
 block of each kind runs, with random weights and the same inputs' shapes, and its time is multiplied
@@ -26,18 +29,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
 import qvla_jax
-from qvla_jax.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig
+from qvla_jax import kernels
+from qvla_jax.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig, preset
 from qvla_jax.inference import Policy
+from qvla_jax.inference.packed_linear import replace_by_packed
+from qvla_jax.inference.policy import make_policy
+from qvla_jax.inference.word_tokenizer import word_tokenizer
 from qvla_jax.kernels import cpu
-from qvla_jax.models import ModelInputs, abstract_model
+from qvla_jax.kernels.codes import CodeMap, num_words
+from qvla_jax.models import ModelInputs, abstract_model, named_modules
 from qvla_jax.models.llama import LlamaDecoderLayer, bidirectional_mask, causal_mask, rotary_angles
 from qvla_jax.models.projector import PrismaticProjector
+from qvla_jax.models.unread import drop_unread
 from qvla_jax.models.vision import Block
+from qvla_jax.quantization import quantizable_layers
 
+# Channels of each width in `openvla-oft-7b` at 4.0 bits.
+MIXED = {16: 0.02, 8: 0.215, 4: 0.592, 2: 0.151, 0: 0.022}
 TOWERS, PROJECTOR, PREFILL = "towers", "projector", "language model, all tokens"
 HEAD, STEP, WHOLE = "action head", "decode step", "whole call"
 
@@ -56,6 +69,72 @@ class Timer:
     def milliseconds(self) -> float:
         """Median of the phase."""
         return 1e3 * self.count * statistics.median(self.seconds)
+
+
+def random_packed_policy(name: str) -> Policy:
+    """A preset with random packed layers, at 4.0 bits as `qvla pack` mixes them.
+
+    Layers that are not quantized have 16 bits; quantized ones round their inputs to 8.
+    """
+    config, rng = preset(name), np.random.default_rng(0)
+    model = abstract_model(config, dtype=jnp.bfloat16)
+    drop_unread(model)
+    linears, quantized = named_modules(model, nnx.Linear), quantizable_layers(model)
+
+    def packed(path: str) -> kernels.PackedWeight:
+        k, c = linears[path].kernel.shape
+        shares = MIXED if path in quantized else {16: 1.0}
+        rows = {bits: int(share * c) for bits, share in shares.items()}
+        rows[max(rows, key=rows.__getitem__)] += c - sum(rows.values())
+        order = rng.permutation(c)
+        ends = np.cumsum(list(rows.values()))
+        parts = zip(rows.items(), np.split(order, ends[:-1]), strict=True)
+        kept = [(bits, np.sort(own)) for (bits, n), own in parts if n and bits]
+        bias = None if linears[path].bias is None else np.zeros(c, ml_dtypes.bfloat16)
+        return kernels.PackedWeight(
+            words=tuple(random_words(rng, len(own), k, bits) for bits, own in kept),
+            scales=tuple(
+                np.full((len(own), int(bits < 16)), 0.04 / 2**bits, ml_dtypes.bfloat16)
+                for bits, own in kept
+            ),
+            index=np.concatenate([own for _, own in kept]).astype(np.uint16),
+            bias=bias,
+            segments=tuple(
+                kernels.Segment(bits, len(own), CodeMap(1, -(2 ** (bits - 1))))
+                if bits < 16
+                else kernels.Segment(bits, len(own))
+                for bits, own in kept
+            ),
+            shape=(c, k),
+            group=None,
+            source_dtype="bfloat16",
+        )
+
+    names = sorted(linears, key=lambda path: path.rpartition("."))
+    weights = ((path, packed(path)) for path in names)
+    replace_by_packed(model, weights, {path: kernels.LayerInputs(8) for path in quantized})
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        values = np.ones if path[-1] in ("scale", "scale_factor") else np.zeros
+        table = path[-1] == "embedding"
+        dtype = jnp.bfloat16 if table else jnp.float32
+        filled = rng.standard_normal(variable.shape, np.float32) if table else None
+        variable.set_value(jnp.asarray(values(variable.shape) if filled is None else filled, dtype))
+    limits = {"q01": [-1.0] * config.action_dim, "q99": [1.0] * config.action_dim}
+    proprio = {"q01": [-1.0] * config.proprio_dim, "q99": [1.0] * config.proprio_dim}
+    statistics = {config.unnorm_key or "random": {"action": limits, "proprio": proprio}}
+    policy = make_policy(config, model, word_tokenizer(), statistics, source=name)
+    return dataclasses.replace(policy, quantization={"random": True})
+
+
+def random_words(rng: np.random.Generator, rows: int, k: int, bits: int) -> np.ndarray:
+    """Words of random codes; of small numbers at 16 bits."""
+    if bits == 16:
+        numbers = 0.02 * rng.standard_normal((rows, k + k % 2), np.float32)
+        return numbers.astype(ml_dtypes.bfloat16).view(np.uint32)[:, : num_words(k, bits)]
+    words = rng.integers(0, 2**32, (rows, num_words(k, bits)), np.uint32)
+    used = (k * bits - 1) % 32 + 1
+    words[:, -1] &= np.uint32(2**used - 1)
+    return words
 
 
 def compiled(module: nnx.Module, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -226,17 +305,29 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
+def held_bytes(policy: Policy) -> int:
+    """Bytes of all arrays of the model, those that layers share once."""
+    arrays = {id(array): array for array in jax.tree.leaves(nnx.state(policy.model))}
+    return sum(array.nbytes for array in arrays.values())
+
+
 def main() -> None:
     """Prints memory and a table of phases, in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="written by `qvla pack`")
+    parser.add_argument("file", type=Path, nargs="?", help="written by `qvla pack`")
+    parser.add_argument("--random", help="a preset, with random codes, in place of a file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help="no PyTorch, no JAX in full precision")
     arguments = parser.parse_args()
     jax.block_until_ready(jnp.zeros(1))  # what JAX itself takes
     before = resident()
     start = time.perf_counter()
-    policy = qvla_jax.load_policy(arguments.file)
+    if arguments.random:
+        policy = random_packed_policy(arguments.random)
+    elif arguments.file:
+        policy = qvla_jax.load_policy(arguments.file)
+    else:
+        parser.error("give a file or --random")
     gc.collect()
     loaded, load_seconds = resident() - before, time.perf_counter() - start
     config = policy.config
@@ -244,10 +335,12 @@ def main() -> None:
     whole = 2 * sum(int(np.prod(x.shape)) for x in shapes)
     print(f"{config.name}: kernel {cpu.instruction_set()}, {os.cpu_count()} cores, load "
           f"{os.getloadavg()[0]:.1f}")  # fmt: skip
-    print(f"file {arguments.file.stat().st_size / 1e9:.3f} GB; all weights in bfloat16 "
-          f"{whole / 1e9:.3f} GB")  # fmt: skip
-    print(f"resident after loading {loaded / 1e9:.3f} GB = {loaded / whole:.1%} of bfloat16, "
-          f"loaded in {load_seconds:.0f} s")  # fmt: skip
+    if arguments.file:
+        print(f"file {arguments.file.stat().st_size / 1e9:.3f} GB")
+    print(f"all weights in bfloat16 {whole / 1e9:.3f} GB")
+    held = held_bytes(policy)
+    print(f"weights in memory {held / 1e9:.3f} GB = {held / whole:.2%} of bfloat16; the process "
+          f"has grown by {loaded / 1e9:.3f} GB, loaded in {load_seconds:.0f} s")  # fmt: skip
     observation = policy.fake_observation()
     batch = {
         key: [value] if isinstance(value, str) else value[None]

@@ -2,13 +2,15 @@
 
     python benchmarks/kernels.py                                   # Llama-2-7B and both towers
     python benchmarks/kernels.py --shapes 4096x4096 --rows 1 8
+    python benchmarks/kernels.py --shapes 4096x4096 --json > a.json   # shape by shape, ...
+    python benchmarks/kernels.py --read a.json b.json                 # ... and all tables at once
 
 Every line is one product y = x W^T on one core. Weights are copied until they exceed the caches and
 are visited in turn, so that few rows run at the speed of memory. All products of one row count are
 timed in turn, round after round; the figure is the shortest call of all rounds, in microseconds of
 CPU time, which other processes on the machine disturb least. Rivals are added where they are
-installed (benchmarks/rivals.py). Below each table stand the targets, each with the ratio that was
-measured in this run: of the best rival's time to ours, per-channel weights against per-channel
+installed (benchmarks/rivals.py). Below the tables stand the targets, each with the ratio that was
+measured at each shape: of the best rival's time to ours, per-channel weights against per-channel
 ones and groups against groups.
 """
 
@@ -17,12 +19,12 @@ import dataclasses
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # One core, before any library counts them. Threads of XLA's pool share it.
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -48,12 +50,14 @@ SHAPES = (
     "3072x1024", "4096x1024", "1024x4096",
     "3456x1152", "4304x1152", "1152x4304",
 )  # fmt: skip
-MIXED = {2: 0.2, 4: 0.4, 8: 0.3, 16: 0.1}  # 6 bits per weight
+MIXED = {2: 0.25, 4: 0.5, 8: 0.125, 16: 0.125}  # 5.5 bits per weight
 MIXED_BITS = sum(bits * share for bits, share in MIXED.items())
 HALF, INT8 = "bfloat16 activations", "int8 activations"
 
 # Product -> microseconds of one call.
 Times = dict[str, float]
+# Shape -> rows -> times.
+Results = dict[str, dict[int, Times]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,54 +212,61 @@ def time_shape(shape: str, arguments: argparse.Namespace) -> dict[int, Times]:
     return times
 
 
-def time_avx2(arguments: argparse.Namespace) -> dict[str, dict[int, Times]]:
+def time_avx2(arguments: argparse.Namespace) -> Results:
     """Our times by shape on the AVX2 path: one path in one process."""
     command = [sys.executable, __file__, "--ours", "--json", "--shapes", *arguments.shapes]
     command += ["--rows", *map(str, arguments.rows), "--seconds", str(arguments.seconds)]
     command += ["--rotation-mib", str(arguments.rotation_mib)]
     environment = os.environ | {"QVLA_CPU_KERNEL": "avx2"}
     answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    found = json.loads(answer.stdout)
+    return by_rows(json.loads(answer.stdout)["times"])
+
+
+def by_rows(found: dict[str, dict[str, Times]]) -> Results:
+    """What JSON holds, with numbers of rows as numbers."""
     return {s: {int(rows): t for rows, t in by.items()} for s, by in found.items()}
 
 
-def print_table(shape: str, times: dict[int, Times]) -> None:
+def print_times(shape: str, times: dict[int, Times]) -> None:
     """The times of a shape, in Markdown."""
-    print(f"\n| {shape} | " + " | ".join(f"{rows} rows" for rows in times) + " |")
+    print(f"\n| {shape} | " + " | ".join(f"{n} row{'s' * (n > 1)}" for n in times) + " |")
     print("|---" * (1 + len(times)) + "|")
     for name in next(iter(times.values())):
         print(f"| {name} | " + " | ".join(f"{t[name]:,.0f}" for t in times.values()) + " |")
 
 
-def print_targets(shape: str, times: dict[int, Times], rate: float) -> None:
-    """What was asked for, and what this run measured."""
-    print(f"\n| {shape}: target | rows | at least | measured | met |")
-    print("|---|---|---|---|---|")
+def print_targets(times: Results, rates: dict[str, float]) -> None:
+    """What was asked for, and what was measured at each shape; bold where it was missed."""
+    print("\n| target | rows | at least | " + " | ".join(times) + " |")
+    print("|---" * (3 + len(times)) + "|")
     for target in TARGETS:
         for rows in target.rows:
-            ratio = target.ratio(times.get(rows, {}))
-            if ratio is not None:
-                verdict = "yes" if ratio >= target.least else "**no**"
-                print(f"| {target.what} | {rows} | {target.least:.2f} | {ratio:.2f} | {verdict} |")
-    decode = [t for name, t in times.get(1, {}).items() if name.startswith(FOUR)]
-    if decode:
+            ratios = [target.ratio(by.get(rows, {})) for by in times.values()]
+            print_target(target.what, rows, target.least, ratios)
+    shares = []
+    for shape, by in times.items():
+        decode = [t for name, t in by.get(1, {}).items() if name.startswith(FOUR)]
         c, k = map(int, shape.split("x"))
-        share = 1e6 * c * k / 2 / min(decode) / rate
-        verdict = "yes" if share >= LEAST_BANDWIDTH else "**no**"
-        print(
-            f"| 4 bits, share of the read rate | 1 | {LEAST_BANDWIDTH:.2f} | {share:.2f} "
-            f"| {verdict} |"
-        )
+        shares.append(1e6 * c * k / 2 / min(decode) / rates[shape] if decode else None)
+    print_target("4 bits, share of the read rate", 1, LEAST_BANDWIDTH, shares)
 
 
-def print_avx2(best: dict[str, dict[int, Times]], avx2: dict[str, dict[int, Times]]) -> None:
+def print_target(what: str, rows: int, least: float, ratios: list[float | None]) -> None:
+    """A line of the table; none where nothing was measured."""
+    if any(ratio is not None for ratio in ratios):
+        cells = ["" if r is None else f"{r:.2f}" if r >= least else f"**{r:.2f}**" for r in ratios]
+        print(f"| {what} | {rows} | {least:.2f} | " + " | ".join(cells) + " |")
+
+
+def print_avx2(best: Results, avx2: Results) -> None:
     """How many times as long the AVX2 path takes, at worst, by rows and product."""
     rows = list(next(iter(best.values())))
     print("\n| AVX2 over AVX-512, longest of all shapes | " + " | ".join(map(str, rows)) + " |")
     print("|---" * (1 + len(rows)) + "|")
-    for name in next(iter(avx2.values()))[rows[0]]:
+    names = dict.fromkeys(name for by in avx2.values() for name in by[rows[0]])
+    for name in names:
         ratios = [
-            max(avx2[s][r][name] / best[s][r][name] for s in best if name in avx2[s][r])
+            max(avx2[s][r][name] / best[s][r][name] for s in avx2 if name in avx2[s][r])
             for r in rows
         ]
         cells = [f"{r:.1f}" if r <= MOST_AVX2 else f"**{r:.1f}**" for r in ratios]
@@ -272,26 +283,47 @@ def main() -> None:
     parser.add_argument("--ggml", type=Path, help="folder of its libraries")
     parser.add_argument("--ours", action="store_true", help="no rivals")
     parser.add_argument("--avx2", action="store_true", help="our AVX2 path as well")
-    parser.add_argument("--json", action="store_true", help="print times alone, as JSON")
+    parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
+    parser.add_argument(
+        "--read", type=Path, nargs="+", help="print the tables of files of JSON; measures nothing"
+    )
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
-    rate = 0.0 if arguments.json else read_rate(arguments.seconds)
-    if not arguments.json:
-        print(f"one core, shortest call in microseconds of CPU time; JAX {jax.__version__}")
-        machine = platform.processor() or platform.machine()
-        print(f"kernel {cpu.instruction_set()} on {machine}, load before the run {load:.1f}")
-        print(f"this core reads {rate / 1e9:.1f} GB/s")
-    times = {}
-    with jax.default_matmul_precision("float32"):
-        for shape in arguments.shapes:
-            times[shape] = time_shape(shape, arguments)
-            if not arguments.json:
-                print_table(shape, times[shape])
-                print_targets(shape, times[shape], rate)
+    if arguments.read:
+        runs = [json.loads(path.read_text()) for path in arguments.read]
+    else:
+        runs = [run(arguments)]
     if arguments.json:
-        print(json.dumps(times))
-    elif arguments.avx2:
-        print_avx2(times, time_avx2(arguments))
+        print(json.dumps(runs[0]))
+        return
+    times, avx2, rates = {}, {}, {}
+    for found in runs:
+        own = by_rows(found["times"])
+        times |= own
+        avx2 |= by_rows(found["avx2"])
+        rates |= dict.fromkeys(own, found["rate"])
+        print(
+            f"{', '.join(own)}: {found['machine']}; this core reads {found['rate'] / 1e9:.1f} GB/s"
+        )
+    print("\nShortest call in microseconds of CPU time, one core:")
+    for shape, by in times.items():
+        print_times(shape, by)
+    print_targets(times, rates)
+    if avx2:
+        print_avx2(times, avx2)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures all shapes: what `--json` prints."""
+    load = os.getloadavg()[0]
+    rate = read_rate(arguments.seconds)
+    with jax.default_matmul_precision("float32"):
+        times = {shape: time_shape(shape, arguments) for shape in arguments.shapes}
+    return {
+        "machine": f"kernel {cpu.instruction_set()}, JAX {jax.__version__}, load before {load:.1f}",
+        "rate": rate,
+        "times": times,
+        "avx2": time_avx2(arguments) if arguments.avx2 else {},
+    }
 
 
 if __name__ == "__main__":

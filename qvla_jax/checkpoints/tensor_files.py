@@ -1,7 +1,8 @@
 """Sharded safetensors read and written one tensor at a time.
 
-A tensor is mapped into memory alone and unmapped with its array, so that resident memory is bounded
-by the tensors in use and not by the file.
+A file is mapped once, so that thousands of tensors take one open file. What was read of a tensor
+leaves resident memory with its last array, so memory is bounded by the tensors in use and not by
+the file.
 """
 
 import json
@@ -42,6 +43,31 @@ _COPY_BYTES: Final = 1 << 24
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+class _Region:
+    """Bytes of a mapped file; the base of the arrays over them."""
+
+    def __init__(self, mapping: mmap.mmap, offset: int, size: int):
+        self._mapping, self._offset, self._size = mapping, offset, size
+        address = np.frombuffer(mapping, np.uint8).ctypes.data + offset
+        self.__array_interface__ = {
+            "version": 3, "shape": (size,), "typestr": "|u1", "data": (address, True),
+        }  # fmt: skip
+
+    def release(
+        self, page: int = mmap.PAGESIZE, advice: int | None = getattr(mmap, "MADV_DONTNEED", None)
+    ) -> None:
+        """Takes the bytes out of resident memory; they are read again when they are used again.
+
+        Defaults are bound here, because the last arrays may go after the modules.
+        """
+        if advice is not None:
+            start = self._offset // page * page
+            self._mapping.madvise(advice, start, self._offset + self._size - start)
+
+    def __del__(self) -> None:
+        self.release()
+
+
 class TensorFile(Mapping[str, np.ndarray]):
     """The tensors of one safetensors file; arrays are read-only views of the file."""
 
@@ -68,6 +94,7 @@ class TensorFile(Mapping[str, np.ndarray]):
                 "again"
             ) from error
         self.path, self._begin = path, 8 + length
+        self._mapping: mmap.mmap | None = None
         self._entries = {name: header[name] for name in names}
         # The library takes null for none.
         self.metadata: dict[str, str] = header.get("__metadata__") or {}
@@ -81,13 +108,18 @@ class TensorFile(Mapping[str, np.ndarray]):
         dtype = _DTYPES[entry["dtype"]]
         if not math.prod(shape):
             return np.empty(shape, dtype)
-        offset = self._begin + entry["data_offsets"][0]
+        offset, size = self._begin + entry["data_offsets"][0], math.prod(shape) * dtype.itemsize
         try:
-            return np.memmap(self.path, dtype, mode="r", offset=offset, shape=shape)
+            if self._mapping is None:
+                self._mapping = _mapped(self.path)
+            # Reading what a file no longer holds would end the process.
+            if (found := self.path.stat().st_size) < offset + size:
+                raise ValueError(f"{found} bytes")
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path}: gone or changed since its header was read ({error}); fetch it again"
             ) from error
+        return np.asarray(_Region(self._mapping, offset, size)).view(dtype).reshape(shape)
 
     def spec(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """Dtype and shape of a tensor, which is not read."""
@@ -101,11 +133,28 @@ class TensorFile(Mapping[str, np.ndarray]):
         return len(self._entries)
 
 
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def mapped_bytes(path: Path) -> np.ndarray:
+    """A file's bytes, which must be some; read-only, read when they are used."""
+    return np.asarray(_Region(_mapped(path), 0, path.stat().st_size))
+
+
 def release_pages(array: Any) -> None:
     """Takes a mapped tensor out of resident memory; it is read again when it is used again."""
-    mapping = getattr(array, "_mmap", None)
-    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapping.madvise(mmap.MADV_DONTNEED)
+    region = region_of(array)
+    if region is not None:
+        region.release()
+
+
+def region_of(array: Any) -> _Region | None:
+    """The bytes of a file that an array is a view of; None if it is none."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array if isinstance(array, _Region) else None
 
 
 class ShardedTensors(Mapping[str, np.ndarray]):

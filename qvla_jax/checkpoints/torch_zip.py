@@ -19,6 +19,7 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
+from qvla_jax.checkpoints.tensor_files import mapped_bytes
 from qvla_jax.errors import CheckpointError
 
 STORAGE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
@@ -122,7 +123,7 @@ class _Archive:
             members = archive.infolist()
         if not members:
             raise CheckpointError("an empty archive")
-        self._bytes = np.memmap(path, np.uint8, mode="r")
+        self._bytes = mapped_bytes(path)
         self._spans: dict[str, tuple[int, int]] = {}
         end_of_last = 0
         for member in sorted(members, key=lambda m: m.header_offset):

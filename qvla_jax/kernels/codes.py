@@ -97,6 +97,13 @@ def unpack_words(words: AnyArray, bits: int, k: int) -> AnyArray:
     xp = array_module(words)
     c = words.shape[0]
     kind = xp.uint16 if bits > 8 else xp.uint8
+    if xp is np and bits in (2, 4, 8):
+        # Byte by byte, which takes an eighth of the memory and time: large files are loaded so.
+        data = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8)
+        codes = np.empty((c, data.shape[1], 8 // bits), np.uint8)
+        for i in range(8 // bits):
+            codes[:, :, i] = (data >> np.uint8(i * bits)) & np.uint8(2**bits - 1)
+        return codes.reshape(c, -1)[:, :k]
     if WORD_BITS % bits == 0:
         # Few operations, because every layer of a traced model holds them.
         shifts = xp.arange(0, WORD_BITS, bits, dtype=xp.uint32)

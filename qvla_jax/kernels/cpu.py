@@ -24,7 +24,13 @@ import ml_dtypes
 import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Array, Float
-from qvla_jax.kernels.codes import CodeMap, array_module, pack_words, unpack_words
+from qvla_jax.kernels.codes import (
+    CodeMap,
+    array_module,
+    num_words,
+    pack_words,
+    unpack_words,
+)
 from qvla_jax.kernels.packed import (
     REARRANGED,
     SOURCE_DTYPES,
@@ -43,8 +49,6 @@ _LANES: Final = 16
 _INPUTS: Final = 16
 # Bits of tiles that hold float32 numbers: rows of 16 bits whose source is not bfloat16.
 _WIDE: Final = 32
-# Order of the inputs of a quad in 16-bit tiles; its own inverse.
-_QUAD: Final = (0, 2, 1, 3)
 
 
 @functools.partial(
@@ -234,43 +238,57 @@ def _tiles(
             source_values(words, k, source_dtype), ((0, extra_rows), (0, -k % _INPUTS))
         )
         return _bytes_of(numbers.reshape(-1, _LANES, numbers.shape[1]).transpose(0, 2, 1))
-    codes = unpack_words(words, segment.bits, k)
     if segment.bits == 3:
-        codes = codes + xp.uint8(4)
-    codes = xp.pad(codes, ((0, extra_rows), (0, -k % _INPUTS)))
-    if bits == SOURCE:
-        quads = codes.reshape(-1, _LANES, codes.shape[1] // 4, 4)[..., np.asarray(_QUAD)]
-        pairs = quads.reshape(-1, _LANES, codes.shape[1] // 2, 2).transpose(0, 2, 1, 3)
-        return _bytes_of(pairs)
-    planes = 8 // bits
-    split = codes.reshape(-1, _LANES, codes.shape[1] // (4 * planes), planes, 4)
-    word = xp.zeros_like(split[:, :, :, 0])
-    for p in range(planes):
-        word = word | (split[:, :, :, p] << xp.uint8(bits * p))
-    return word.transpose(0, 2, 1, 3).reshape(-1)
+        words = pack_words(unpack_words(words, 3, k) + xp.uint8(4), 4)
+    extra = _tile_words(bits, k) - words.shape[1]
+    words = _exchanged(xp.pad(words, ((0, extra_rows), (0, extra))), bits)
+    return _bytes_of(words.reshape(-1, _LANES, words.shape[1]).transpose(0, 2, 1))
 
 
 def _untiled(segment: Segment, tiles: AnyArray, k: int, source_dtype: str) -> AnyArray:
     """Inverse of `_tiles`."""
     xp, bits = array_module(tiles), _stored_bits(segment, source_dtype)
-    padded = -(-k // _INPUTS) * _INPUTS
     if bits == _WIDE:
+        padded = -(-k // _INPUTS) * _INPUTS
         numbers = _elements_of(tiles, np.float32).reshape(-1, padded, _LANES).transpose(0, 2, 1)
         return _source_words(numbers.reshape(-1, padded)[: segment.rows, :k], source_dtype)
-    if bits == SOURCE:
-        pairs = (
-            _elements_of(tiles, np.uint16).reshape(-1, padded // 2, _LANES, 2).transpose(0, 2, 1, 3)
-        )
-        codes = pairs.reshape(-1, _LANES, padded // 4, 4)[..., np.asarray(_QUAD)]
-    else:
-        planes = 8 // bits
-        word = tiles.reshape(-1, padded // (4 * planes), _LANES, 4).transpose(0, 2, 1, 3)
-        parts = [(word >> xp.uint8(bits * p)) & xp.uint8(2**bits - 1) for p in range(planes)]
-        codes = xp.stack(parts, axis=3)
-    codes = codes.reshape(-1, padded)[: segment.rows, :k]
+    size = _tile_words(bits, k)
+    words = _elements_of(tiles, np.uint32).reshape(-1, size, _LANES).transpose(0, 2, 1)
+    words = _exchanged(words.reshape(-1, size)[: segment.rows], bits, inverse=True)
+    words = words[:, : num_words(k, bits)]
     if segment.bits == 3:
-        codes = codes - xp.uint8(4)
-    return pack_words(codes, segment.bits)
+        return pack_words(unpack_words(words, 4, k) - xp.uint8(4), 3)
+    return words
+
+
+def _tile_words(bits: int, k: int) -> int:
+    """Words of a row in a tile."""
+    return -(-k // _INPUTS) * _INPUTS * bits // 32
+
+
+# What brings the codes of a canonical word, code i in bits [i b, (i + 1) b), to their places in a
+# tile: bits under a mask change places with those so far above them.
+_EXCHANGES: Final = {
+    8: (),
+    4: ((0x0000FF00, 8), (0x00F000F0, 4)),
+    2: ((0x0000F0F0, 12), (0x00CC00CC, 6)),
+}
+
+
+def _exchanged(words: AnyArray, bits: int, *, inverse: bool = False) -> AnyArray:
+    """Canonical words [r, w] <-> words of tiles."""
+    xp = array_module(words)
+    if bits == SOURCE:  # halves (0, 1), (2, 3) <-> (0, 2), (1, 3)
+        first, second = words[:, 0::2], words[:, 1::2]
+        low = (first & xp.uint32(0xFFFF)) | (second << xp.uint32(16))
+        high = (first >> xp.uint32(16)) | (second & xp.uint32(0xFFFF0000))
+        return xp.stack([low, high], axis=2).reshape(words.shape)
+    steps = _EXCHANGES[bits]
+    for mask, distance in reversed(steps) if inverse else steps:
+        shift = xp.uint32(distance)
+        moved = ((words >> shift) ^ words) & xp.uint32(mask)
+        words = words ^ moved ^ (moved << shift)
+    return words
 
 
 def _bytes_of(elements: AnyArray) -> AnyArray:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from qvla_jax.array_typing import Array, Float, Int32
+from qvla_jax.array_typing import AnyArray, Array, Float, Int32
 from qvla_jax.errors import InputError
 from qvla_jax.kernels import dispatch
 from qvla_jax.kernels.codes import CodeMap, code_map, pack_words, unpack_words
@@ -45,9 +45,9 @@ class ShardedWeight(Rearranged):
     # A backend's arrangement, every array with a leading axis d that is split over the devices.
     shards: Any
     # int32 [c]: where a channel is among the outputs of all devices, d l, and the pruned ones.
-    position: Int32[Array, " c"]
+    position: Int32[AnyArray, " c"]
     # [p], biases of pruned channels, ascending; float32.
-    pruned_bias: Float[Array, " p"]
+    pruned_bias: Float[AnyArray, " p"]
     mesh: Mesh
     axis: str
 
@@ -79,6 +79,23 @@ def shard(
     Raises:
         InputError: the mesh has no such axis, or the implementation cannot run the weight here.
     """
+    arranged = arrange(w, mesh, axis, implementation)
+    split, every = PartitionSpec(axis), PartitionSpec()
+    return dataclasses.replace(
+        arranged,
+        shards=jax.tree.map(lambda array: put(mesh, array, split), arranged.shards),
+        position=put(mesh, arranged.position, every),
+        pruned_bias=put(mesh, arranged.pruned_bias, every),
+    )
+
+
+def arrange(
+    w: PackedWeight, mesh: Mesh, axis: str, implementation: str | None = None
+) -> ShardedWeight:
+    """What `shard` places, with its arrays on the host; the devices of the mesh need not be here.
+
+    See `shard` for arguments and errors.
+    """
     if axis not in mesh.shape:
         raise InputError(f"the mesh has the axes {', '.join(mesh.axis_names)}, none is {axis!r}")
     w = jax.device_get(w)
@@ -86,14 +103,12 @@ def shard(
     stacked = None
     if w.segments:
         prepared = [dispatch.prepare(share, implementation) for share in shares]
-        stacked = jax.tree.map(
-            lambda *arrays: put(mesh, np.stack(arrays), PartitionSpec(axis)), *prepared
-        )
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *prepared)
     bias = np.zeros(len(pruned)) if w.bias is None else np.asarray(w.bias)[pruned]
     return ShardedWeight(
         shards=stacked,
-        position=put(mesh, position, PartitionSpec()),
-        pruned_bias=put(mesh, bias.astype(np.float32), PartitionSpec()),
+        position=position,
+        pruned_bias=bias.astype(np.float32),
         mesh=mesh,
         axis=axis,
         **kept_of(w),
