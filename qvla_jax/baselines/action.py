@@ -12,6 +12,7 @@ import numpy as np
 from qvla_jax.array_typing import Int
 from qvla_jax.baselines.job import Job
 from qvla_jax.baselines.packing import described
+from qvla_jax.baselines.tuning import tune
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization import Quantizer, QuantizerSettings, quantize, quantize_uniform
@@ -31,25 +32,39 @@ class Recipe:
         quantizer: Grid, rounding, bias correction.
         options: Bits that the allocation chooses among; None gives all channels the same.
         by_layer: All channels of a layer have the same bits.
+        rotates: Inputs are rotated where activations have fewer than 8 bits: that makes them easier
+            to round, and weights harder.
+        tuned: Scales and biases are then tuned on the action error (baselines.tuning).
     """
 
     title: str
     quantizer: QuantizerSettings
     options: tuple[int, ...] | None
     by_layer: bool = False
+    rotates: bool = False
+    tuned: bool = False
 
     def __call__(self, job: Job) -> Policy:
         """The packed policy."""
+        quantizer = self.quantizer
+        if self.rotates and job.setting.activation_bits < 8:
+            quantizer = dataclasses.replace(quantizer, rotation=True)
+        packed = self._packed(job, quantizer)
+        if self.tuned:
+            packed = tune(job.policy, packed, job.calibration, progress=job.progress)
+        return packed
+
+    def _packed(self, job: Job, quantizer: QuantizerSettings) -> Policy:
         if self.options is None:
             statistics = None
-            if self.quantizer.needs_statistics:
-                statistics = job.measured.statistics(self.quantizer.weighting)
+            if quantizer.needs_statistics:
+                statistics = job.measured.statistics(quantizer.weighting)
             packed = quantize_uniform(
                 job.policy, int(job.setting.bits), rules=job.rules,
-                quantizer=Quantizer(self.quantizer, statistics),
+                quantizer=Quantizer(quantizer, statistics),
             )  # fmt: skip
             return with_activations(job, packed)
-        table = job.measured.table("jacobian", self.quantizer, self.options, True)
+        table = job.measured.table("jacobian", quantizer, self.options, True)
         bits = self._allocated(table, job.setting.bits)
         packed = quantize(job.policy, bits, quantizer=table.quantizer, rules=job.rules)
         return with_activations(job, packed)
@@ -123,5 +138,9 @@ RECIPES = {
     "action-aware": Recipe(
         title="action sensitivity, with 3 bits and action-aware rounding", quantizer=_AWARE,
         options=(0, 2, 3, 4, 8, 16),
+    ),
+    "action-tuned": Recipe(
+        title="the same, scales and biases tuned on the action error", quantizer=_AWARE,
+        options=(0, 2, 3, 4, 8, 16), rotates=True, tuned=True,
     ),
 }  # fmt: skip

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from qvla_jax.baselines.moments import InputMoments, input_moments
 from qvla_jax.inference.policy import Policy
@@ -15,7 +19,7 @@ from qvla_jax.quantization import (
     policy_index,
 )
 from qvla_jax.quantization.statistics import Weighting
-from qvla_jax.sensitivity import SensitivityTable, sensitivities
+from qvla_jax.sensitivity import SensitivityTable, SweepStore, sensitivities
 from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.joint import joint_factors
 from qvla_jax.sensitivity.statistics import input_statistics
@@ -36,6 +40,7 @@ class Measurements:
         rules: LayerRules = DEFAULT_RULES,
         moments: Moments | None = None,
         probes: int = 8,
+        folder: Path | None = None,
         progress: Progress = no_progress,
     ):
         """Measures nothing yet.
@@ -46,12 +51,18 @@ class Measurements:
             rules: which layers are quantized.
             moments: of the layers' inputs, if they are known already.
             probes: of sensitivities, for each frame.
+            folder: where statistics and sensitivities are kept, so that another process need not
+                measure them again; None keeps nothing.
             progress: called as it goes on.
         """
         self.policy, self.calibration, self.rules = policy, calibration, rules
         self.probes, self.progress = probes, progress
         if moments is not None:
             self.moments = moments
+        self._folder: Path | None = None
+        if folder is not None:
+            of = [policy.fingerprint, calibration.manifest["sha256"], probes]
+            self._folder = folder / _digest([*of, dataclasses.asdict(rules)])
         # Instances are compared by identity, so each has entries of its own.
         self.statistics = functools.lru_cache(maxsize=None)(self._statistics)
         self._whole_table = functools.lru_cache(maxsize=None)(self._measured_table)
@@ -64,18 +75,33 @@ class Measurements:
         return input_moments(self.policy, self.calibration, index, progress=self.progress)
 
     def _statistics(self, weighting: Weighting) -> InputStatistics:
-        index = policy_index(self.policy, self.rules)
-        return input_statistics(
-            self.policy, self.calibration, index, weighting=weighting, progress=self.progress
-        )
+        path = self._file(f"statistics_{weighting}")
+        if path is None or not path.is_file():
+            index = policy_index(self.policy, self.rules)
+            found = input_statistics(
+                self.policy, self.calibration, index, weighting=weighting, progress=self.progress
+            )
+            if path is None:
+                return found
+            found.save(path)
+        # Also right after they were measured: files hold fewer digits.
+        return InputStatistics.load(path)
 
     def _measured_table(self, method: str, quantizer: QuantizerSettings) -> SensitivityTable:
         needed = quantizer.needs_statistics
-        return sensitivities(
+        statistics = self.statistics(quantizer.weighting) if needed else None
+        path = self._file(f"sensitivity_{method}_{_digest(dataclasses.asdict(quantizer))}")
+        if path is not None and path.is_file():
+            return SensitivityTable.load(path, statistics=statistics)
+        table = sensitivities(
             self.policy, self.calibration, method=method, bits=OPTIONS, quantizer=quantizer,
-            statistics=self.statistics(quantizer.weighting) if needed else None,
-            probes=self.probes, joint=False, rules=self.rules, progress=self.progress,
+            statistics=statistics, probes=self.probes, joint=False, rules=self.rules,
+            store=None if path is None else SweepStore(path.parent / "sweep"),
+            progress=self.progress,
         )  # fmt: skip
+        if path is not None:
+            table.save(path)
+        return table
 
     def _table(
         self, method: str, quantizer: QuantizerSettings, options: tuple[int, ...], joint: bool
@@ -93,7 +119,24 @@ class Measurements:
         )
         if not joint:
             return table
+        name = _digest([dataclasses.asdict(quantizer), options])
+        path = self._file(f"joint_{method}_{name}")
+        if path is not None and path.is_file():
+            return SensitivityTable.load(path, statistics=table.statistics)
         factors = joint_factors(
             self.policy, self.calibration, table, rules=self.rules, progress=self.progress
         )
-        return dataclasses.replace(table, joint=factors)
+        table = dataclasses.replace(table, joint=factors)
+        if path is not None:
+            table.save(path)
+        return table
+
+    def _file(self, name: str) -> Path | None:
+        if self._folder is None:
+            return None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder / f"{name}.safetensors"
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

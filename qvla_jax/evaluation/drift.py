@@ -77,7 +77,10 @@ def summarize_drift(
         and `distance_upper` (m, the quantile `UPPER_QUANTILE`), and, over the reference's episodes
         on which the candidate was asked, `deviation_mean`: the mean deviation accumulated so far
         (episodes that have ended keep theirs); `deviation_episodes`, `deviation_total` and its
-        `deviation_standard_error` are those of whole episodes.
+        `deviation_standard_error` are those of whole episodes. `tells_failures` says, among those
+        that the reference solves, how well what is known before the candidate runs tells which it
+        fails: the area under the curve (1 always, 1/2 never) of the `deviation` that the episode
+        accumulates, and of the `steps` that the reference takes; None where it fails or solves all.
     """
     candidates = {result.episode.pair: result for result in candidate}
     pairs = [
@@ -88,11 +91,8 @@ def summarize_drift(
     distances = [_distances(a, b) for a, b in pairs if _comparable(a, b)]
     if not distances:
         return None
-    asked = [
-        np.cumsum(base.deviations[own.episode.policy_hash])
-        for own, base in pairs
-        if base.deviations.get(own.episode.policy_hash)
-    ]
+    deviating = [(own, base) for own, base in pairs if base.deviations.get(own.episode.policy_hash)]
+    asked = [np.cumsum(base.deviations[own.episode.policy_hash]) for own, base in deviating]
     matrix = _padded(distances, mode="constant", constant_values=np.nan)
     median = np.nanmedian(matrix, axis=0)
     upper = np.nanquantile(matrix, UPPER_QUANTILE, axis=0)
@@ -106,6 +106,7 @@ def summarize_drift(
         "deviation_mean": [],
         "deviation_total": None,
         "deviation_standard_error": None,
+        "tells_failures": None,
     }
     if asked:
         totals = np.array([row[-1] for row in asked])
@@ -114,7 +115,24 @@ def summarize_drift(
         if len(totals) > 1:
             error = totals.std(ddof=1) / np.sqrt(len(totals))
             content["deviation_standard_error"] = float(error)
+        solved = [
+            (own.success, base, row[-1])
+            for (own, base), row in zip(deviating, asked, strict=True)
+            if base.success
+        ]
+        failed = np.array([not success for success, _, _ in solved], bool)
+        if 0 < failed.sum() < failed.size:
+            content["tells_failures"] = {
+                "deviation": _area_under_curve(np.array([total for *_, total in solved]), failed),
+                "steps": _area_under_curve(np.array([base.steps for _, base, _ in solved]), failed),
+            }
     return content
+
+
+def _area_under_curve(values: NpArray, positive: NpArray) -> float:
+    """How often a positive has the greater value of a pair with a negative; ties count half."""
+    greater = values[positive][:, None] - values[~positive][None]
+    return float((np.sign(greater).mean() + 1) / 2)
 
 
 def _comparable(candidate: Result, reference: Result) -> bool:

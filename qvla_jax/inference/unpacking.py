@@ -11,7 +11,7 @@ from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
 from qvla_jax.inference.packed_linear import packed_layers, scale_inputs
 from qvla_jax.inference.policy import Policy
-from qvla_jax.kernels.activations import round_activations
+from qvla_jax.kernels.activations import largest_code, round_to
 from qvla_jax.models.surgery import named_modules, replace_modules
 from qvla_jax.quantization.rotation import rotate, rotate_back
 
@@ -35,7 +35,8 @@ class RoundingLinear(nnx.Module):
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(bias)
         self.scale = nnx.Param(scale)
-        self.activation_bits = activation_bits
+        # An array: one compiled program serves all bits, and fingerprints tell them apart.
+        self.largest_code = nnx.Param(jnp.float32(largest_code(activation_bits)))
         self.rotated = rotated
 
     def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b c"]:
@@ -43,29 +44,32 @@ class RoundingLinear(nnx.Module):
         scaled = scale_inputs(x, self.scale[...])
         if self.rotated:
             scaled = rotate(scaled).astype(x.dtype)
-        rounded = round_activations(scaled, self.activation_bits)
+        rounded = round_to(scaled, self.largest_code[...])
         # Plain matrices: see `models.linear.Linear`.
         y = jnp.matmul(rounded.reshape(-1, x.shape[-1]), self.kernel[...]) + self.bias[...][None]
         return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
-def unpacked(policy: Policy, packed: Policy) -> Policy:
+def unpacked(policy: Policy, packed: Policy, *, rounding: bool = False) -> Policy:
     """The full-precision policy with the values of a packed one, in float32.
 
-    One compiled program serves all policies made so whose activations have the same bits, where
-    packed layers of other shapes are compiled anew: for comparing many.
+    Two compiled programs serve all policies made so, one of them those that round activations
+    anywhere, where packed layers of other shapes are compiled anew: for comparing many.
 
     Args:
         policy: the full-precision policy that `packed` was made of.
         packed: the packed policy.
+        rounding: whether all its layers become a `RoundingLinear` even where none rounds.
 
     Raises:
         InputError: a packed layer is no linear layer of `policy`.
     """
     model = nnx.merge(*nnx.split(policy.model))
     linears = named_modules(model, nnx.Linear)
-    rounding: dict[str, nnx.Module] = {}
-    for path, layer in packed_layers(packed.model).items():
+    replaced: dict[str, nnx.Module] = {}
+    layers = packed_layers(packed.model)
+    rounds = rounding or any(layer.activation_bits != 16 for layer in layers.values())
+    for path, layer in layers.items():
         weight, inputs = layer.weight, layer.inputs
         linear = linears.get(path)
         if linear is None or linear.kernel.shape[::-1] != weight.shape:
@@ -74,9 +78,9 @@ def unpacked(policy: Policy, packed: Policy) -> Policy:
         kernel = kernels.dequantize(jax.tree.map(jnp.asarray, weight)).T
         scale = jnp.ones(k) if inputs.scale is None else jnp.asarray(inputs.scale, jnp.float32)
         bias = None if weight.bias is None else jnp.asarray(weight.bias).astype(jnp.float32)
-        if inputs.activation_bits != 16:
+        if rounds:
             bias = jnp.zeros(c) if bias is None else bias
-            rounding[path] = RoundingLinear(
+            replaced[path] = RoundingLinear(
                 kernel, bias, scale, inputs.activation_bits, rotated=inputs.rotated
             )
             continue
@@ -85,5 +89,5 @@ def unpacked(policy: Policy, packed: Policy) -> Policy:
         linear.kernel = nnx.Param(kernel * scale[:, None])
         if bias is not None:
             linear.bias, linear.use_bias = nnx.Param(bias), True
-    replace_modules(model, rounding)
+    replace_modules(model, replaced)
     return dataclasses.replace(policy, model=model, quantization=packed.quantization)

@@ -59,19 +59,38 @@ def quantize_activations(
     s = max|x| / qmax and q = round(x qmax / max|x|), ties to even, qmax = 2^(bits-1) - 1. A row of
     zeros gets codes 0 and scale 0. 4-bit codes are held in int8.
     """
+    codes, scale = _codes(x, jnp.float32(largest_code(bits)))
+    return codes.astype(jnp.int8), scale
+
+
+def largest_code(bits: int) -> int:
+    """The grid's largest code; 0 at 16 bits, which have no grid."""
+    return 0 if bits == 16 else 2 ** (bits - 1) - 1
+
+
+def _codes(
+    x: Float[Array, "*m k"], qmax: Float[Array, ""]
+) -> tuple[Float[Array, "*m k"], Float[Array, "*m 1"]]:
     x = x.astype(jnp.float32)
-    qmax = jnp.float32(2 ** (bits - 1) - 1)
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     # Below this the quotient overflows; such a row counts as zeros.
     zero = largest < jnp.float32(2.0**-100)
     inverse = jnp.where(zero, 0.0, qmax / jnp.where(zero, 1.0, largest))
     codes = jnp.clip(jnp.round(x * inverse), -qmax, qmax)
-    return codes.astype(jnp.int8), jnp.where(zero, 0.0, largest / qmax)
+    return codes, jnp.where(zero, 0.0, largest / qmax)
 
 
 def round_activations(x: Float[Array, "*m k"], bits: int) -> Float[Array, "*m k"]:
     """S q in float32; x itself at 16 bits."""
-    if bits == 16:
-        return x.astype(jnp.float32)
-    codes, scale = quantize_activations(x, bits)
-    return codes.astype(jnp.float32) * scale
+    return round_to(x, jnp.float32(largest_code(bits))) if bits != 16 else x.astype(jnp.float32)
+
+
+def round_to(x: Float[Array, "*m k"], qmax: Float[Array, ""]) -> Float[Array, "*m k"]:
+    """As `round_activations`, where one compiled program serves all bits.
+
+    Args:
+        x: activations.
+        qmax: `largest_code` of the bits.
+    """
+    codes, scale = _codes(x, jnp.where(qmax > 0, qmax, 1.0))
+    return jnp.where(qmax > 0, codes * scale, x.astype(jnp.float32))

@@ -22,9 +22,10 @@ ALLOCATION = "allocation.safetensors"
 POLICY = "policy.qvla"
 # Packed policies of other methods.
 METHODS = "methods"
-# Measurements of a study's cells, and its episodes.
+# What a study's methods measure, the measurements of its cells, and its episodes.
+MEASUREMENTS = "measurements"
 CELLS = "cells"
-CLOSED_LOOP = "closed_loop"
+EPISODES = "closed_loop"
 RESULTS = "results.json"
 RESULTS_TABLE = "results.md"
 RESULTS_ERROR_FIGURE = "results_error.png"

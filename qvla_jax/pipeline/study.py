@@ -7,15 +7,20 @@ A cell is one method at one setting. Its packed policy lies in `OUT/methods`, it
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
+
+import numpy as np
 
 from qvla_jax.atomic import write_json, write_text
 from qvla_jax.baselines import METHODS, Measurements, Setting, check_setting, quantize_by, title
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet
+from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.evaluation import Predictions, action_errors, predict
+from qvla_jax.evaluation.episodes import EpisodeLog
 from qvla_jax.evaluation.libero import make_libero
 from qvla_jax.evaluation.workers import MakeEnvironment
 from qvla_jax.inference import Policy, load_policy
@@ -29,6 +34,7 @@ from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, policy_index, uniform_bytes
 from qvla_jax.report.results import draw_error, draw_success, markdown
+from qvla_jax.sensitivity.ranks import spearman
 
 KIND: Final = "qvla_jax.results"
 CELL_KIND: Final = "qvla_jax.cell"
@@ -54,7 +60,8 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
     probes: int = 8
     # LIBERO suite for the success in closed loop, such as libero_spatial; left out: offline only.
     sim: str | None = None
-    # Episodes of each task, from the initial states 0, 1, ...; the same for every cell.
+    # Episodes of each task, from the initial states 0, 1, ...; 0 runs none. The table has all that
+    # are finished, also those of earlier commands, so that some cells can have more than others.
     episodes_per_task: int = 20
     # Tasks by number; all of the suite if none are named.
     tasks: tuple[int, ...] = ()
@@ -81,6 +88,10 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
         for row in self.rows:
             if not any(self.setting(row, column) for column in self.columns):
                 raise InputError(f"row {row!r} has none of the settings {', '.join(self.columns)}")
+        if self.episodes_per_task < 0:
+            raise InputError(
+                f"episodes_per_task must not be negative, got {self.episodes_per_task}"
+            )
         if self.sim is not None:
             self.closed_loop(self.sim, ())
 
@@ -102,12 +113,24 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
         except InputError:
             return None
 
-    def closed_loop(self, sim: str, names: tuple[str, ...]) -> closed_loop.ClosedLoopConfig:
-        """Settings of the paired episodes of these policies, full precision first."""
+    def closed_loop(
+        self, sim: str, names: tuple[str, ...], *, finished: bool = False
+    ) -> closed_loop.ClosedLoopConfig:
+        """Settings of the paired episodes of these policies, full precision first.
+
+        Args:
+            sim: The suite.
+            names: Policies beside full precision.
+            finished: All episodes that there can be, of which some are finished, in place of those
+                that are asked for.
+        """
+        everything = finished or not self.episodes_per_task
         return closed_loop.ClosedLoopConfig(
-            sim=sim, out=self.out / files.CLOSED_LOOP, policy=(self.model, *names),
-            episodes_per_task=self.episodes_per_task, tasks=self.tasks, rendering=self.rendering,
-            workers=self.workers, videos=False, seed=self.seed,
+            sim=sim, out=self.out / files.EPISODES, policy=(self.model, *names),
+            episodes_per_task=suites.get(sim).initial_states if everything
+            else self.episodes_per_task,
+            tasks=self.tasks, rendering=self.rendering, workers=self.workers, videos=False,
+            seed=self.seed,
         )  # fmt: skip
 
 
@@ -157,9 +180,39 @@ def study(
             progress("cells in closed loop", done, len(cells))
             if "unavailable" not in cell:
                 cell |= work.success(config.sim, cell["method"], make)
-                work.write(cells)
+                if config.episodes_per_task:
+                    work.write(cells)
         progress("cells in closed loop", len(cells), len(cells))
     return work.write(cells)
+
+
+def rank_correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Spearman's rank correlation of offline measures with success, over the cells that have both.
+
+    Args:
+        cells: of results.json.
+
+    Returns:
+        By measure; empty where fewer than 3 cells have success, or it is the same in all.
+    """
+    measured = [cell for cell in cells if "success" in cell]
+    success = [cell["success"]["rate"] for cell in measured]
+    if len(measured) < 3 or len(set(success)) == 1:
+        return {}
+    errors = [cell["versus_full_precision"] for cell in measured]
+    measures = {
+        "mean squared error of the action": [e["action_mse_normalized"] for e in errors],
+        "mean absolute error of the action": [e["action_l1_normalized"] for e in errors],
+        "mean squared error of the gripper": [e["mse_by_dimension"][-1] for e in errors],
+        "share of gripper commands that flip": [e["gripper_flip_rate"] for e in errors],
+        "largest error of the action": [max(e["worst_by_dimension"]) for e in errors],
+        "stored bytes": [cell["stored_bytes"] for cell in measured],
+    }
+    return {
+        name: spearman(np.asarray(values), np.asarray(success))
+        for name, values in measures.items()
+        if len(set(values)) > 1
+    }
 
 
 class _Study:
@@ -176,7 +229,10 @@ class _Study:
         self.config, self.policy = config, policy
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
         self.index: ChannelIndex = policy_index(policy)
-        self.measured = Measurements(policy, calibration, probes=config.probes, progress=progress)
+        self.measured = Measurements(
+            policy, calibration, probes=config.probes, folder=config.out / files.MEASUREMENTS,
+            progress=progress,
+        )  # fmt: skip
         self.made_from = {
             "policy fingerprint": policy.fingerprint,
             "calibration hash": calibration.hash,
@@ -184,6 +240,7 @@ class _Study:
         self._held: Held | None = None
         self._reference: Predictions | None = None
         self._full_success: dict[str, Any] | None = None
+        self._log: EpisodeLog | None = None
 
     def cell(self, setting: Setting) -> dict[str, Any]:
         """The cell's offline measurements, from its file where that is up to date."""
@@ -220,19 +277,46 @@ class _Study:
         """Success of a cell's policy, paired with full precision on the same episodes."""
         label = f"{self.config.model}@{self.config.out}:{name}"
         packed = self._packed(check_setting(name))
-        content = closed_loop.closed_loop(
-            self.config.closed_loop(sim, (label,)),
-            policies={self.config.model: self.policy, label: unpacked(self.policy, packed)},
-            make=make,
-            progress=self.progress,
-        )
-        full, candidate = (entry["overall"] for entry in content["policies"])
-        self._full_success = full
-        return {
-            "success": candidate,
-            "share_of_full_precision": candidate["rate"] / full["rate"] if full["rate"] else None,
-            "paired": content["comparisons"][0]["overall"],
+        policies = {self.config.model: self.policy, label: unpacked(self.policy, packed)}
+        if self.config.episodes_per_task:
+            closed_loop.closed_loop(
+                self.config.closed_loop(sim, (label,)), policies=policies, make=make,
+                progress=self.progress,
+            )  # fmt: skip
+            self._log = None
+        found = self._finished(sim, policies, make)
+        self._full_success = found[self.config.model]
+        return found.get(label, {})
+
+    def _finished(
+        self, sim: str, policies: Mapping[str, Policy], make: MakeEnvironment
+    ) -> dict[str, Any]:
+        """Success in all finished episodes: of full precision, and of others paired with it."""
+        if self._log is None:
+            self._log = EpisodeLog(self.config.out / files.EPISODES / closed_loop.EPISODES_FILE)
+        simulator = closed_loop.simulator_versions() if make is make_libero else "none"
+        config = self.config.closed_loop(sim, tuple(policies)[1:], finished=True)
+        results = {
+            name: found
+            for name, policy in policies.items()
+            if (found := self._log.outcomes(closed_loop.plan(config, policy, simulator)))
         }
+        if self.config.model not in results:
+            return {self.config.model: None}
+        content = closed_loop.summarize(results)
+        full, *others = (entry["overall"] for entry in content["policies"])
+        found = {self.config.model: full}
+        for entry, compared in zip(others, content["comparisons"], strict=True):
+            paired = compared["overall"]
+            # Of the episodes that both have run.
+            own = paired["both"] + paired["candidate_only"]
+            of_full = paired["both"] + paired["reference_only"]
+            found[compared["candidate"]] = {
+                "success": entry,
+                "share_of_full_precision": own / of_full if of_full else None,
+                "paired": paired,
+            }
+        return found
 
     def write(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes the tables and figures, and returns the content of results.json."""
@@ -248,6 +332,7 @@ class _Study:
             "rows": list(self.config.rows),
             "columns": list(self.config.columns),
             "cells": cells,
+            "rank_correlation_with_success": rank_correlations(cells),
             "provenance": provenance(seed=self.config.seed),
         }
         out = self.config.out

@@ -19,10 +19,18 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     if (full := results["full_precision"]["success"]) is not None:
         parts += [
-            f"\n### Success\n\n{results['sim']}, {full['episodes']} paired episodes for each "
-            f"cell; full precision {_rate(full)}. Success with Wilson's 95 % interval, and in "
-            "brackets the share of full precision.\n",
+            f"\n### Success\n\n{results['sim']}, full precision {_rate(full)}. Episodes solved, "
+            "success with Wilson's 95 % interval, and in brackets the share of what full precision "
+            "solves of the same episodes.\n",
             _table(results, _success),
+        ]
+    if found := results["rank_correlation_with_success"]:
+        cells = sum("success" in cell for cell in results["cells"])
+        parts += [
+            f"\n### What predicts success\n\nSpearman's rank correlation with success over {cells} "
+            "cells; bytes should have it positive, errors negative.\n",
+            "| measured offline | rank correlation |\n|---|---|",
+            *(f"| {name} | {value:+.2f} |" for name, value in found.items()),
         ]
     return "\n".join(parts) + "\n"
 
@@ -116,7 +124,8 @@ def _error(cell: Mapping[str, Any]) -> str:
 
 def _rate(success: Mapping[str, Any]) -> str:
     low, high = success["interval_95"]
-    return f"{success['rate']:.1%} [{low:.1%}, {high:.1%}]"
+    counts = f"{success['successes']} of {success['episodes']}"
+    return f"{counts}, {success['rate']:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def _success(cell: Mapping[str, Any]) -> str:

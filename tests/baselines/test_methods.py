@@ -136,6 +136,25 @@ def drawn(policy, calibration, rules):
     return result
 
 
+def test_what_was_measured_is_kept(policy, calibration, tmp_path, monkeypatch):
+    args = "jacobian", UNIFORM_BASELINE, (0, 2, 4, 8, 16), False
+    first = Measurements(policy, calibration, rules=RULES, probes=2, folder=tmp_path)
+    drawn_statistics = drawn(policy, calibration, RULES).statistics("action")
+    module = Measurements.__module__
+    monkeypatch.setattr(f"{module}.input_statistics", lambda *_, **__: drawn_statistics)
+    costs, means = first.table(*args).costs, first.statistics("action").means
+    for name in ("sensitivities", "input_statistics"):
+        monkeypatch.setattr(f"{module}.{name}", lambda *_, **__: pytest.fail("measured again"))
+    again = Measurements(policy, calibration, rules=RULES, probes=2, folder=tmp_path)
+    np.testing.assert_array_equal(again.table(*args).costs, costs)
+    for path, mean in again.statistics("action").means.items():
+        np.testing.assert_array_equal(mean, means[path])
+        np.testing.assert_allclose(mean, drawn_statistics.means[path])
+    other = Measurements(policy, calibration, rules=RULES, probes=3, folder=tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        other.statistics("action")
+
+
 def counted_bytes(loaded, index, setting):
     """By the rules of allocations, and 2 bytes for each input's factor."""
     if METHODS[setting.method].allocates:

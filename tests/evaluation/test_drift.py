@@ -7,7 +7,7 @@ from qvla_jax.evaluation.drift import action_deviation, summarize_drift
 from qvla_jax.evaluation.episodes import Episode, Result
 
 
-def result(policy, state, heights, deviations=None, open_loop_steps=8):
+def result(policy, state, heights, deviations=None, open_loop_steps=8, success=True):
     episode = Episode(
         policy_hash=policy, suite="s", task=0, initial_state=state, seed=0, max_steps=220,
         open_loop_steps=open_loop_steps, size=8, rendering="fast", simulator="none",
@@ -15,7 +15,7 @@ def result(policy, state, heights, deviations=None, open_loop_steps=8):
     return Result(
         episode=episode,
         task_name="t",
-        success=True,
+        success=success,
         steps=8 * len(heights),
         seconds=1.0,
         positions=[(0.0, 0.0, height) for height in heights],
@@ -48,6 +48,23 @@ def test_deviations_accumulate_and_ended_episodes_keep_theirs():
     assert drift["deviation_episodes"] == 2
     assert drift["deviation_total"] == pytest.approx(4.0)
     assert drift["deviation_standard_error"] == pytest.approx(np.std([3.0, 5.0], ddof=1) / 2**0.5)
+
+
+def test_what_tells_failures_is_counted_over_pairs_of_episodes():
+    totals, lengths, solved = [5.0, 1.0, 3.0, 2.0, 9.0], [4, 2, 2, 2, 9], [0, 1, 0, 1, 0]
+    reference = [
+        # The reference itself fails the last one.
+        result("r", state, [0.0] * lengths[state], {"q": [totals[state]]}, success=state < 4)
+        for state in range(5)
+    ]
+    candidate = [result("q", s, [0.0], success=bool(solved[s])) for s in range(5)]
+    drift = summarize_drift(candidate, reference)
+    assert drift is not None
+    # 5 and 3 lie above both 1 and 2; lengths 4 and 2 above, and level with, both of 2.
+    assert drift["tells_failures"] == {"deviation": 1.0, "steps": 0.75}
+    everything = summarize_drift([result("q", s, [0.0]) for s in range(4)], reference)
+    assert everything is not None
+    assert everything["tells_failures"] is None
 
 
 def test_nothing_in_common_is_none():

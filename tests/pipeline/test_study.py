@@ -164,10 +164,34 @@ def test_closed_loop_is_paired_with_full_precision(results, config, monkeypatch)
     table = (config.out / files.RESULTS_TABLE).read_text()
     assert "50.0% [9.5%, 90.5%] (100.0%)" in table
     assert (config.out / files.RESULTS_SUCCESS_FIGURE).read_bytes().startswith(b"\x89PNG")
-    episodes = config.out / files.CLOSED_LOOP / closed_loop.EPISODES_FILE
+    episodes = config.out / "closed_loop" / closed_loop.EPISODES_FILE
     before = episodes.read_bytes()
     pipeline.study(simulated, make=Count)
     assert episodes.read_bytes() == before
+    table_only = dataclasses.replace(simulated, rows=("rtn", "budget"), episodes_per_task=0)
+    finished, other = pipeline.study(table_only, make=Count)["cells"]
+    assert finished == cell
+    assert "success" not in other
+    assert episodes.read_bytes() == before
+
+
+def test_rank_correlations_are_those_of_cells_with_success():
+    def cell(error, flips, rate):
+        errors = {
+            "action_mse_normalized": error, "action_l1_normalized": error,
+            "mse_by_dimension": [0, error], "worst_by_dimension": [1, 1],
+            "gripper_flip_rate": flips,
+        }  # fmt: skip
+        found = {} if rate is None else {"success": {"rate": rate}}
+        return {"versus_full_precision": errors, "stored_bytes": 10, **found}
+
+    cells = [cell(1, 4, 0.9), cell(2, 5, 0.8), cell(3, 3, 0.1), cell(9, 9, None)]
+    found = STUDY["rank_correlations"](cells)
+    assert found["mean squared error of the action"] == pytest.approx(-1)
+    assert found["share of gripper commands that flip"] == pytest.approx(0.5)
+    # The same everywhere: no order.
+    assert not found.keys() & {"stored bytes", "largest error of the action"}
+    assert STUDY["rank_correlations"](cells[:2]) == {}
 
 
 def test_another_policy_s_cells_are_refused(results, config):
