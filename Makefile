@@ -109,4 +109,4 @@ format: $(VENV)/.dev  ## Fix style and formatting
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment and everything built
-	rm -rf $(VENV) build dist $(OUT)
+	rm -rf $(VENV) build dist .pytest_cache $(OUT)

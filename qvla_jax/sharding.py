@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qvla_jax.array_typing import AnyArray
 from qvla_jax.errors import InputError
 
 DATA_AXIS = "data"
@@ -108,8 +109,10 @@ def put(mesh: Mesh, leaf: Any, spec: PartitionSpec) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: AnyArray) -> np.ndarray:
     """The whole array, on every process that asks; all of them have to."""
+    if isinstance(array, np.ndarray):
+        return array
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

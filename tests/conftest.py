@@ -25,6 +25,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs, which take most of the time of tests, in pytest's cache.
+
+    Each worker has a folder of its own: entries are not written whole or not at all.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    if config.cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{worker}")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_network_proxies_needed() -> None:
     """Tests must not reach for the internet: make hubs fail at once instead of timing out."""

@@ -122,7 +122,7 @@ def matmul(x: Float[Array, "*m k"], w: ShardedWeight, activation_bits: int) -> F
     """
     every, split = PartitionSpec(), PartitionSpec(w.axis)
 
-    def whole(x: Array, shards: Any, position: Array, pruned_bias: Array) -> Array:
+    def whole(x: Array, shards: Any, position: AnyArray, pruned_bias: AnyArray) -> Array:
         parts = [jnp.broadcast_to(pruned_bias.astype(x.dtype), (*x.shape[:-1], len(pruned_bias)))]
         if shards is not None:
             own = jax.tree.map(lambda array: array[0], shards)
