@@ -44,13 +44,7 @@ inline __m256 bias_of(const Job& job, int tile, int half) {
 inline void store(const Job& job, int row, int tile, int half, __m256 value) {
   alignas(32) float lanes[kHalf];
   _mm256_store_ps(lanes, value);
-  const int32_t* index = job.index + tile * kLanes + half * kHalf;
-  for (int i = 0; i < kHalf; ++i) {
-    if (index[i] < 0) continue;
-    const ptrdiff_t at = row * job.y_stride + index[i];
-    if (job.y_bfloat16) static_cast<uint16_t*>(job.y)[at] = to_bfloat16(lanes[i]);
-    else static_cast<float*>(job.y)[at] = lanes[i];
-  }
+  store_lanes<kHalf>(job, row, tile * kLanes + half * kHalf, lanes);
 }
 
 // Memory of the calling thread, kept: a fresh one would be paged in by every call.
@@ -325,11 +319,9 @@ void all_float(const Job& job) {
 void multiply_float(const Job& job) {
   if (!job.rows) return;
   switch (job.bits) {
-    case 2: return all_float<2>(job);
-    case 4: return all_float<4>(job);
-    case 8: return all_float<8>(job);
     case 16: return all_float<16>(job);
     case 32: return all_float<32>(job);
+    default: return with_code_bits(job.bits, [&](auto bits) { all_float<bits>(job); });
   }
 }
 
@@ -498,11 +490,7 @@ void all_integer(const Job& job) {
 
 void multiply_integer(const Job& job) {
   if (!job.rows) return;
-  switch (job.bits) {
-    case 2: return all_integer<2>(job);
-    case 4: return all_integer<4>(job);
-    case 8: return all_integer<8>(job);
-  }
+  with_code_bits(job.bits, [&](auto bits) { all_integer<bits>(job); });
 }
 
 }  // namespace

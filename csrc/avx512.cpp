@@ -390,11 +390,9 @@ void all_float(const Job& job) {
 
 void multiply_float(const Job& job) {
   switch (job.bits) {
-    case 2: return all_float<2>(job);
-    case 4: return all_float<4>(job);
-    case 8: return all_float<8>(job);
     case 16: return all_float<16>(job);
     case 32: return all_wide(job);
+    default: return with_code_bits(job.bits, [&](auto bits) { all_float<bits>(job); });
   }
 }
 
@@ -580,11 +578,7 @@ void all_integer(const Job& job) {
 }
 
 void multiply_integer(const Job& job) {
-  switch (job.bits) {
-    case 2: return all_integer<2>(job);
-    case 4: return all_integer<4>(job);
-    case 8: return all_integer<8>(job);
-  }
+  with_code_bits(job.bits, [&](auto bits) { all_integer<bits>(job); });
 }
 
 }  // namespace

@@ -25,16 +25,6 @@ inline Floats8 lanes(const float* from) {
   return value;
 }
 
-inline void store(const Job& job, int row, int lane, Floats8 value) {
-  for (int i = 0; i < kHalf; ++i) {
-    const int32_t channel = job.index[lane + i];
-    if (channel < 0) continue;
-    const ptrdiff_t at = row * job.y_stride + channel;
-    if (job.y_bfloat16) static_cast<uint16_t*>(job.y)[at] = to_bfloat16(value[i]);
-    else static_cast<float*>(job.y)[at] = value[i];
-  }
-}
-
 inline int group_end(const Job& job, int g) {
   return g + 1 == job.groups ? job.k : (g + 1) * job.group;
 }
@@ -104,7 +94,7 @@ void tile_float(const Job& job, int tile, int row) {
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
-      if (row + m < job.rows) store(job, row + m, tile * kLanes + half, total[m]);
+      if (row + m < job.rows) store_lanes<kHalf>(job, row + m, tile * kLanes + half, total[m]);
   }
 }
 
@@ -118,11 +108,9 @@ void all_float(const Job& job) {
 
 void multiply_float(const Job& job) {
   switch (job.bits) {
-    case 2: return all_float<2>(job);
-    case 4: return all_float<4>(job);
-    case 8: return all_float<8>(job);
     case 16: return all_float<16>(job);
     case 32: return all_float<32>(job);
+    default: return with_code_bits(job.bits, [&](auto bits) { all_float<bits>(job); });
   }
 }
 
@@ -201,7 +189,7 @@ void tile_integer(const Job& job, int tile, int row) {
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
       if (row + m < job.rows)
-        store(job, row + m, tile * kLanes + half, total[m] * job.row_scale[row + m] + bias);
+        store_lanes<kHalf>(job, row + m, tile * kLanes + half, total[m] * job.row_scale[row + m] + bias);
   }
 }
 
@@ -214,11 +202,7 @@ void all_integer(const Job& job) {
 }
 
 void multiply_integer(const Job& job) {
-  switch (job.bits) {
-    case 2: return all_integer<2>(job);
-    case 4: return all_integer<4>(job);
-    case 8: return all_integer<8>(job);
-  }
+  with_code_bits(job.bits, [&](auto bits) { all_integer<bits>(job); });
 }
 
 }  // namespace

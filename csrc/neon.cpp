@@ -48,13 +48,7 @@ inline float32x4_t bias_of(const Job& job, int tile, int quarter) {
 inline void store(const Job& job, int row, int tile, int quarter, float32x4_t value) {
   float lanes[kQuarter];
   vst1q_f32(lanes, value);
-  const int32_t* const index = job.index + tile * kLanes + quarter * kQuarter;
-  for (int lane = 0; lane < kQuarter; ++lane) {
-    if (index[lane] < 0) continue;
-    const ptrdiff_t at = row * job.y_stride + index[lane];
-    if (job.y_bfloat16) static_cast<uint16_t*>(job.y)[at] = to_bfloat16(lanes[lane]);
-    else static_cast<float*>(job.y)[at] = lanes[lane];
-  }
+  store_lanes<kQuarter>(job, row, tile * kLanes + quarter * kQuarter, lanes);
 }
 
 // Every row of every tile, in the smallest blocks that take all rows.
@@ -314,11 +308,9 @@ void all_float(const Job& job) {
 
 void multiply_float(const Job& job) {
   switch (job.bits) {
-    case 2: return all_float<2>(job);
-    case 4: return all_float<4>(job);
-    case 8: return all_float<8>(job);
     case 16: return all_float<16>(job);
     case 32: return all_float<32>(job);
+    default: return with_code_bits(job.bits, [&](auto bits) { all_float<bits>(job); });
   }
 }
 
@@ -416,11 +408,7 @@ void all_integer(const Job& job) {
 }
 
 void multiply_integer(const Job& job) {
-  switch (job.bits) {
-    case 2: return all_integer<2>(job);
-    case 4: return all_integer<4>(job);
-    case 8: return all_integer<8>(job);
-  }
+  with_code_bits(job.bits, [&](auto bits) { all_integer<bits>(job); });
 }
 
 #undef INLINE

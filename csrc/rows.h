@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "kernel.h"
 
@@ -76,6 +77,28 @@ inline Ints nearest(Floats value) {
   for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int32_t>(std::nearbyint(value[i]));
 #endif
   return out;
+}
+
+// Writes N results, those of the lanes from `first` on, to their output channels.
+template <int N, class Values>
+inline void store_lanes(const Job& job, int row, int first, const Values& values) {
+  for (int i = 0; i < N; ++i) {
+    const int32_t channel = job.index[first + i];
+    if (channel < 0) continue;
+    const ptrdiff_t at = row * job.y_stride + channel;
+    if (job.y_bfloat16) static_cast<uint16_t*>(job.y)[at] = to_bfloat16(values[i]);
+    else static_cast<float*>(job.y)[at] = values[i];
+  }
+}
+
+// Calls `product` with the bits of the codes, 2, 4 or 8, as a constant.
+template <class Product>
+inline void with_code_bits(int bits, const Product& product) {
+  switch (bits) {
+    case 2: return product(std::integral_constant<int, 2>{});
+    case 4: return product(std::integral_constant<int, 4>{});
+    case 8: return product(std::integral_constant<int, 8>{});
+  }
 }
 
 // The activation quantizer of kernels/activations.py: codes of 16 inputs at a time go to `put`.
