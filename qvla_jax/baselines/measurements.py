@@ -4,9 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qvla_jax.baselines.moments import InputMoments, input_moments
 from qvla_jax.inference.policy import Policy
@@ -27,6 +27,8 @@ from qvla_jax.sensitivity.statistics import input_statistics
 Moments = Mapping[str, InputMoments]
 # All that rows can have; a table of fewer is a part of it.
 OPTIONS = (0, 2, 3, 4, 8, 16)
+
+Kept = TypeVar("Kept", InputStatistics, SensitivityTable)
 
 
 class Measurements:
@@ -75,33 +77,29 @@ class Measurements:
         return input_moments(self.policy, self.calibration, index, progress=self.progress)
 
     def _statistics(self, weighting: Weighting) -> InputStatistics:
-        path = self._file(f"statistics_{weighting}")
-        if path is None or not path.is_file():
+        def measure() -> InputStatistics:
             index = policy_index(self.policy, self.rules)
-            found = input_statistics(
+            return input_statistics(
                 self.policy, self.calibration, index, weighting=weighting, progress=self.progress
             )
-            if path is None:
-                return found
-            found.save(path)
-        # Also right after they were measured: files hold fewer digits.
-        return InputStatistics.load(path)
+
+        return self._kept(f"statistics_{weighting}", measure, InputStatistics.load)
 
     def _measured_table(self, method: str, quantizer: QuantizerSettings) -> SensitivityTable:
         needed = quantizer.needs_statistics
         statistics = self.statistics(quantizer.weighting) if needed else None
-        path = self._file(f"sensitivity_{method}_{_digest(dataclasses.asdict(quantizer))}")
-        if path is not None and path.is_file():
-            return SensitivityTable.load(path, statistics=statistics)
-        table = sensitivities(
-            self.policy, self.calibration, method=method, bits=OPTIONS, quantizer=quantizer,
-            statistics=statistics, probes=self.probes, joint=False, rules=self.rules,
-            store=None if path is None else SweepStore(path.parent / "sweep"),
-            progress=self.progress,
-        )  # fmt: skip
-        if path is not None:
-            table.save(path)
-        return table
+
+        def measure() -> SensitivityTable:
+            return sensitivities(
+                self.policy, self.calibration, method=method, bits=OPTIONS, quantizer=quantizer,
+                statistics=statistics, probes=self.probes, joint=False, rules=self.rules,
+                store=None if self._folder is None else SweepStore(self._folder / "sweep"),
+                progress=self.progress,
+            )  # fmt: skip
+
+        load = functools.partial(SensitivityTable.load, statistics=statistics)
+        name = f"sensitivity_{method}_{_digest(dataclasses.asdict(quantizer))}"
+        return self._kept(name, measure, load)
 
     def _table(
         self, method: str, quantizer: QuantizerSettings, options: tuple[int, ...], joint: bool
@@ -119,23 +117,26 @@ class Measurements:
         )
         if not joint:
             return table
-        name = _digest([dataclasses.asdict(quantizer), options])
-        path = self._file(f"joint_{method}_{name}")
-        if path is not None and path.is_file():
-            return SensitivityTable.load(path, statistics=table.statistics)
-        factors = joint_factors(
-            self.policy, self.calibration, table, rules=self.rules, progress=self.progress
-        )
-        table = dataclasses.replace(table, joint=factors)
-        if path is not None:
-            table.save(path)
-        return table
 
-    def _file(self, name: str) -> Path | None:
+        def measure() -> SensitivityTable:
+            factors = joint_factors(
+                self.policy, self.calibration, table, rules=self.rules, progress=self.progress
+            )
+            return dataclasses.replace(table, joint=factors)
+
+        load = functools.partial(SensitivityTable.load, statistics=table.statistics)
+        name = f"joint_{method}_{_digest([dataclasses.asdict(quantizer), options])}"
+        return self._kept(name, measure, load)
+
+    def _kept(self, name: str, measure: Callable[[], Kept], load: Callable[[Path], Kept]) -> Kept:
+        """What lies in the folder, measured first where it does not."""
         if self._folder is None:
-            return None
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return self._folder / f"{name}.safetensors"
+            return measure()
+        path = self._folder / f"{name}.safetensors"
+        if not path.is_file():
+            measure().save(path)
+        # Also right after it was measured: files hold fewer digits.
+        return load(path)
 
 
 def _digest(values: Any) -> str:
