@@ -11,8 +11,9 @@ weights, whose actions are compared with the policy's before anything is timed:
     layer's input covariance, then its inverse and a proxy for each channel and bit-width.
 
 Times are wall clock, without compilation; (a) and `exact` are timed on channels drawn evenly over
-all layers, without quantizing the rows; (b) on layers drawn evenly, and is scaled up. Everything
-runs in turn in one process; on a busy machine compare the ratios.
+all layers, without quantizing the rows; (b) on layers drawn evenly, and is scaled up. All are timed
+in turn, round after round, in one process; the figures are medians over the rounds, of the seconds
+and of the ratios within a round.
 """
 
 import argparse
@@ -105,7 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="libero-mini")
     parser.add_argument("--frames", type=int, default=32)
-    parser.add_argument("--channels", type=int, default=180, help="timed by exact")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--channels", type=int, default=90, help="timed by exact")
     parser.add_argument("--turns", type=int, default=24, help="of loop (a)")
     parser.add_argument("--layers", type=int, default=8, help="timed by loop (b)")
     arguments = parser.parse_args()
@@ -132,15 +134,10 @@ def main() -> None:
         raise SystemExit("the twin is not the policy's twin")
 
     few = FirstFrames(frames, min(8, frames.frames))
-    found: list[tuple[str, float, float]] = []
 
-    def first_order(label: str, probes: Any) -> None:
-        def run(of: Any) -> None:
-            constants = layer_constants(layers, quantizer, BITS)
-            mean_over_frames(frame_costs(policy, of, index, constants, probes=probes))
-
-        run(few)  # compiles
-        found.append((label, values, seconds(lambda: run(frames))))
+    def first_order(of: Any, probes: Any) -> None:
+        constants = layer_constants(layers, quantizer, BITS)
+        mean_over_frames(frame_costs(policy, of, index, constants, probes=probes))
 
     # Neighbours, as in a whole sweep: what perturbs one layer is replayed together.
     run_length = 15
@@ -162,31 +159,47 @@ def main() -> None:
         for (path, channel), row in changed.items():
             perturb(twin, path, channel, row, whole, base)
 
-    one_by_one()
-    found.append(("(a) PyTorch, one channel at a time", len(changed), seconds(one_by_one)))
-    exact(few)
-    found.append(("exact", len(rows) * len(BITS), seconds(lambda: exact(frames))))
-    first_order("jacobian, all probes", "full")
-    first_order("jacobian, 8 probes", 8)
     chosen = [
         index.layers[i] for i in np.linspace(0, len(index.layers) - 1, arguments.layers, dtype=int)
     ]
-    released_proxy(twin, chosen[0].path, batches)
-    each = seconds(lambda: [released_proxy(twin, layer.path, batches) for layer in chosen])
-    whole_model = each / len(chosen) * len(index.layers)
-    found.append((f"(b) the release's proxy, {len(index.layers)} passes", values, whole_model))
-    found.append(("(a) again", len(changed), seconds(one_by_one)))
 
-    loops = {"(a)": found[0], "(b)": next(f for f in found if f[0].startswith("(b)"))}
+    def proxies() -> None:
+        for layer in chosen:
+            released_proxy(twin, layer.path, batches)
+
+    # What is timed: its name, the values that it gives, and which share of the work is done.
+    timed: list[tuple[str, int, float, Callable[[], Any]]] = [
+        ("(a) PyTorch, one channel at a time", len(changed), 1, one_by_one),
+        (
+            f"(b) the release's proxy, {len(index.layers)} passes", values,
+            len(chosen) / len(index.layers), proxies,
+        ),
+        ("exact", len(rows) * len(BITS), 1, lambda: exact(frames)),
+        ("jacobian, all probes", values, 1, lambda: first_order(frames, "full")),
+        ("jacobian, 8 probes", values, 1, lambda: first_order(frames, 8)),
+    ]  # fmt: skip
+    one_by_one()
+    released_proxy(twin, chosen[0].path, batches)
+    exact(few)  # compiles, as the next ones do
+    first_order(few, "full")
+    first_order(few, 8)
+    took = np.array(
+        [
+            [seconds(run) / share for _, _, share, run in timed]
+            for _ in range(arguments.rounds)
+        ]
+    )  # fmt: skip
+    rates = np.array([count for _, count, *_ in timed]) / took
     print("| | values | seconds | values per second | over (a) | over (b) |\n" + "|---" * 6 + "|")
-    for label, count, took in found:
-        ratios = (count / took / (c / t) for _, c, t in loops.values())
+    for number, (label, count, *_) in enumerate(timed):
+        ratios = (np.median(rates[:, number] / rates[:, loop]) for loop in (0, 1))
         print(
-            f"| {label} | {count:,} | {took:.1f} | {count / took:,.0f} | {next(ratios):,.1f} "
-            f"| {next(ratios):,.2f} |"
+            f"| {label} | {count:,} | {np.median(took[:, number]):.1f} "
+            f"| {np.median(rates[:, number]):,.1f} | {next(ratios):,.1f} | {next(ratios):,.2f} |"
         )
-    load = os.getloadavg()[0]
-    print(f"{arguments.frames} frames, {jax.local_device_count()} devices, load {load:.1f}")
+    print(f"seconds, round by round: {np.round(took, 1).tolist()}")
+    load, devices = os.getloadavg()[0], jax.local_device_count()
+    print(f"{arguments.frames} frames, {devices} devices, load {load:.1f}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Tensors of a directory pass one at a time through the same path as in `load_poli
 checked, brought into Flax's layout and placed on the device; then back.
 """
 
+import dataclasses
 import functools
 import shutil
 from collections.abc import Iterator, Mapping
@@ -102,6 +103,11 @@ def export_model(
     write_shards(out, weights)
     for part, members in components.items():
         write_torch_zip(out / _FILES[part], members)
+    _write_settings(config, statistics, out)
+
+
+def _write_settings(config: OpenVLAConfig, statistics: Mapping[str, Any], out: Path) -> None:
+    """Everything but weights, which are there already, and the tokenizer."""
     for name, content in public_settings(config).items():
         write_json(out / name, content)
     write_json(out / STATISTICS_FILE, statistics)
@@ -200,13 +206,11 @@ def synthesize(config: OpenVLAConfig, out: Path, *, seed: int = 0) -> None:
         if members:
             write_torch_zip(out / _FILES[part], _Random(members, seed))
     write_shards(out, _Random(shapes, seed))
-    for name, content in public_settings(config).items():
-        write_json(out / name, content)
     blocks = {"action": config.action_dim, "proprio": config.proprio_dim}
     unit = {
         block: {"q01": [-1.0] * size, "q99": [1.0] * size} for block, size in blocks.items() if size
     }
-    write_json(out / STATISTICS_FILE, {"synthetic": unit})
+    _write_settings(dataclasses.replace(config, unnorm_key="synthetic"), {"synthetic": unit}, out)
 
 
 class _Random(Mapping[str, np.ndarray]):

@@ -21,7 +21,12 @@ from jax.custom_batching import custom_vmap
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.checkpoints.tensor_files import release_pages
 from qvla_jax.errors import InputError
-from qvla_jax.sensitivity.instrument import no_perturbations, per_frame, perturbed_call
+from qvla_jax.sensitivity.instrument import (
+    hooked_call,
+    no_perturbations,
+    per_frame,
+    perturbed_call,
+)
 from qvla_jax.sensitivity.probes import probe_vectors
 from qvla_jax.sensitivity.reverse import Contraction, ReverseSpec, sum_in_blocks
 from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
@@ -53,11 +58,13 @@ def streamed_sweep(
         are absent.
 
     Raises:
-        InputError: a layer is part of no stage.
+        InputError: a layer that the forward pass reaches is part of no stage.
     """
     stages = stage_paths(nnx.merge(spec.graphdef, state))
     layers = {s: tuple(p for p in spec.paths if p.startswith(f"{s}.")) for s in stages}
-    if outside := set(spec.paths).difference(*layers.values()):
+    outside = set(spec.paths).difference(*layers.values())
+    # Such as a tower's attention pool, which nothing reads.
+    if outside and (outside := outside & _reached(spec, state, inputs)):
         raise InputError(
             f"{sorted(outside)[0]} is part of no block, patch embedding or projector; streamed "
             "sweeps measure those only: exclude it"
@@ -74,6 +81,22 @@ def streamed_sweep(
         vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
         jax.vmap(pull_back)(vectors.astype(action.dtype))
     return tape.found
+
+
+def _reached(spec: ReverseSpec, state: Any, inputs: Any) -> set[str]:
+    """Those of the layers that the forward pass calls."""
+    found: set[str] = set()
+
+    def note(path: str, x: Array, y: Array) -> Array:
+        del x
+        found.add(path)
+        return y
+
+    def run(state: Any, inputs: Any) -> Array:
+        return hooked_call(spec.graphdef, state, (inputs,), spec.paths, note)
+
+    jax.eval_shape(run, state, inputs)
+    return found
 
 
 @dataclasses.dataclass

@@ -1,10 +1,13 @@
 """Streamed sweeps against sweeps with all weights on the device."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from qvla_jax import load_policy
 from qvla_jax.checkpoints.tensor_files import region_of
+from qvla_jax.config import PRESETS
 from qvla_jax.data import calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import random_policy
@@ -57,6 +60,33 @@ def test_mapped_weights_visited_a_stage_at_a_time_give_the_same_table(
     assert len(list(tmp_path.glob("*/batch*.npy"))) == 2
     resumed = sensitivities(policy, calibration, **arguments)
     np.testing.assert_array_equal(resumed.costs, streamed.costs)
+
+
+def test_what_no_action_reads_costs_nothing(calibration, tmp_path, monkeypatch):
+    """As at full size: last blocks behind the features, and an attention pool outside of blocks."""
+    small = PRESETS["tiny-test"]
+    first, second = (
+        dataclasses.replace(tower, depth=2, feature_block=0, final_norm=True)
+        for tower in small.vision
+    )
+    second = dataclasses.replace(second, attention_pool=True)
+    config = dataclasses.replace(small, name="unread-test", vision=(first, second))
+    monkeypatch.setitem(PRESETS, config.name, config)
+    random_policy(config.name).export(tmp_path / "policy")
+    policy = load_policy(tmp_path / "policy", mapped=True)
+    settings = dict(quantizer=NEAREST, joint=False, probes=2, seed=1)
+    streamed = sensitivities(policy, calibration, streamed=True, **settings)
+    whole = sensitivities(load_policy(tmp_path / "policy"), calibration, **settings)
+    np.testing.assert_allclose(streamed.costs, whole.costs, rtol=1e-4, atol=1e-6)
+    unread = [
+        number
+        for number, path in enumerate(streamed.index.paths)
+        if "attn_pool" in path or "featurizer.blocks.1" in path
+    ]
+    assert len(unread) > 6
+    nothing = np.isin(streamed.index.layer_of, unread)
+    assert not streamed.costs[nothing].any()
+    assert streamed.costs[~nothing].any()
 
 
 def test_means_are_those_of_the_pass_that_measures_covariances(policy, frames, index):
