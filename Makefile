@@ -47,7 +47,7 @@ test-lowest: pyproject.toml  ## Run the tests with every dependency at its lower
 	build/lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev \
 	  --python build/lowest/bin/python --output-file build/lowest/requirements.txt pyproject.toml
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python \
-	  --requirement build/lowest/requirements.txt .
+	  --requirement build/lowest/requirements.txt --editable .
 	build/lowest/bin/python -m pytest -n auto --dist loadfile $(LOWEST_TESTS)
 
 test-aarch64: $(VENV)/.dev  ## Cross-compile the CPU kernel for 64-bit ARM and check it in an emulator (g++-aarch64-linux-gnu, qemu-user)

@@ -19,8 +19,11 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
 from qvla_jax import cli
@@ -56,7 +59,7 @@ SMALLER: dict[str, dict[str, str]] = {
     "study": {**STUDY, "--rows": "rtn action", "--columns": "w4a16 w4a4"},
     "study --rows": {**STUDY, "--columns": "w4a4 w3"},
     "study --sim": {**STUDY, **EPISODES, "--rows": "action smoothquant", "--columns": "w4a4"},
-    "measure-solvers": {**EVALUATE, "--rounds": "1", "--turns": "2", "--population": "2"},
+    "measure-solvers": {**EVALUATE, "--rounds": "1", "--turns": "2", "--population": "4"},
     "compare-solvers": {"--time-limit": "2", "--budgets": "3"},
     "validate": {
         "--eval-frames": "8", "--channels": "8", "--frames": "3", "--sizes": "2 4", "--seeds": "1",
@@ -100,10 +103,9 @@ def small(command: str) -> list[str]:
     _, name, *arguments = shlex.split(command)
     if "--config" in arguments:
         return [name, *arguments]  # of a command that was made small
-    kinds = (f"{name} {option}" for option in ("--sim", "--rows", "--mixture"))
-    options = {name, *(kind for kind in kinds if kind.split()[1] in arguments)}
-    (chosen,) = [*(options & {*SMALLER} - {name}), *(options & {*SMALLER})][:1] or [""]
-    for option, value in SMALLER.get(chosen, {}).items():
+    special = (f"{name} {o}" for o in ("--sim", "--rows", "--mixture") if o in arguments)
+    kind = next((kind for kind in special if kind in SMALLER), name)
+    for option, value in SMALLER.get(kind, {}).items():
         if option not in arguments:
             arguments += [option, *value.split()]
             continue
@@ -158,8 +160,9 @@ def world(tmp_path_factory, closed_loop_summary) -> Path:
         open_x_sets.write(folder / "data" / "open_x", name, **long)
     structure = open_x_sets.STRUCTURES["libero"]
     written, _ = open_x_sets.write(folder, "libero_spatial", structure=structure, **long)
-    for name in ("libero_spatial_rlds", "rlds-visited/libero_spatial/1.0.0"):
-        shutil.copytree(written, folder / name)
+    shutil.copytree(written, folder / "libero_spatial_rlds")
+    if not SIMULATOR:  # which would write it
+        shutil.copytree(written, folder / "rlds-visited" / "libero_spatial" / "1.0.0")
     (folder / "runs" / "sim").mkdir(parents=True)
     (folder / "runs" / "sim" / files.CLOSED_LOOP).write_text(json.dumps(closed_loop_summary))
     with pytest.MonkeyPatch.context() as patch:
@@ -181,7 +184,9 @@ def done(command: str) -> None:
     elif "--coordinator" in arguments:
         subprocess.run([*PROGRAM, *arguments], check=True)
     else:
-        assert cli.main(arguments) == cli.DONE, shlex.join(arguments)
+        # As in a process of a reader's: optax's Muon promotes implicitly.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            assert cli.main(arguments) == cli.DONE, shlex.join(arguments)
 
 
 PROGRAM = [sys.executable, "-m", "qvla_jax.cli"]
@@ -208,38 +213,33 @@ def serves(arguments: list[str]) -> None:
         server.kill()
 
 
-def pages(simulator: bool) -> list[pytest.param]:
-    """The pages that have commands, with those that need the simulator or with the others."""
+SIMULATOR = importlib.util.find_spec("mujoco") is not None
+
+
+def pages() -> list[Any]:
+    """The pages that have commands, those with `--sim` left out where there is no simulator."""
     found = []
     for page in (*PAGES, *NOTEBOOKS):
-        commands = list(dict.fromkeys(commands_in(markdown(page))))
-        commands = [command for command in commands if ("--sim " in command) == simulator]
+        commands = [c for c in commands_in(markdown(page)) if SIMULATOR or "--sim " not in c]
         if commands:
-            found.append(pytest.param(commands, id=str(page.relative_to(ROOT))))
+            found.append(
+                pytest.param(list(dict.fromkeys(commands)), id=str(page.relative_to(ROOT)))
+            )
     return found
 
 
 @pytest.fixture
-def reader(world, tmp_path, monkeypatch) -> Path:
+def reader(world, tmp_path, monkeypatch) -> Iterator[Path]:
     """A reader's folder, which is the working directory."""
     folder = tmp_path / "reader"
     shutil.copytree(world, folder)
     monkeypatch.chdir(folder)
-    return folder
+    yield folder
+    jax.clear_caches()  # compiled programs of a page take a gigabyte
 
 
 @pytest.mark.usefixtures("reader")
-@pytest.mark.parametrize("commands", pages(simulator=False))
+@pytest.mark.parametrize("commands", pages())
 def test_commands_of_a_page_run(commands):
-    for command in commands:
-        done(command)
-
-
-@pytest.mark.libero
-@pytest.mark.usefixtures("reader")
-@pytest.mark.parametrize("commands", pages(simulator=True))
-def test_commands_with_the_simulator_run(commands):
-    if not importlib.util.find_spec("mujoco"):
-        pytest.skip("needs the LIBERO simulator (extra `libero`)")
     for command in commands:
         done(command)

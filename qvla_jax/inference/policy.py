@@ -47,7 +47,7 @@ from qvla_jax.models import (
     make_model,
     named_modules,
 )
-from qvla_jax.models.unread import DROPPED, drop_unread
+from qvla_jax.models.unread import DROPPED, drop_unread, is_dropped
 from qvla_jax.provenance import package_versions
 
 WEIGHTS_FILE = "model.safetensors"
@@ -268,6 +268,7 @@ class Policy:
                 "statistics": self.statistics,
                 "quantization": self.quantization,
                 "packages": package_versions(),
+                **({"unread": DROPPED} if is_dropped(self.model) else {}),
             },
         )
 

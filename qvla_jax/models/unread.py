@@ -23,3 +23,16 @@ def drop_unread(model: Prismatic) -> None:
     if model.config.decoding == "l1":
         language_model: Any = model.language_model  # whose type promises an output layer
         language_model.lm_head = None
+
+
+def is_dropped(model: Prismatic) -> bool:
+    """Whether `drop_unread` took anything from this model."""
+    backbone, language_model = model.vision_backbone, model.language_model
+    if model.config.decoding == "l1" and language_model.lm_head is None:
+        return True
+    return any(
+        len(tower.blocks) < tower.config.depth
+        or (tower.config.final_norm and tower.norm is None)
+        or (tower.config.attention_pool and tower.attn_pool is None)
+        for tower in (backbone.featurizer, backbone.fused_featurizer)
+    )

@@ -121,7 +121,8 @@ class _Tape:
         stage, state, fixed, given = split_stage(inner, args)
 
         def forward(values: list[Array]) -> Array:
-            y = _run(stage, state, fixed, values)
+            # Stages that wait for their turn would all hold their weights.
+            y = jax.block_until_ready(_run(stage, state, fixed, values))
             _release(state)
             return y
 

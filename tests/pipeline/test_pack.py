@@ -89,6 +89,15 @@ def test_a_mixed_file_acts_as_the_policy_quantized_at_its_bits(policy, mixed):
     )
 
 
+def test_a_file_without_unread_layers_is_saved_again(mixed, tmp_path):
+    loaded = load_policy(mixed)
+    loaded.save(tmp_path / "again.qvla")
+    again = load_policy(tmp_path / "again.qvla")
+    observation = loaded.fake_observation()
+    np.testing.assert_array_equal(again.infer(observation), loaded.infer(observation))
+    assert again.fingerprint == loaded.fingerprint
+
+
 def test_mixed_layers_keep_to_the_budget_and_use_it(policy, mixed):
     file = PackedFile(mixed)
     index = policy_index(policy)
