@@ -22,7 +22,7 @@ from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.checkpoints.tensor_files import release_pages
 from qvla_jax.errors import InputError
 from qvla_jax.sensitivity.instrument import (
-    hooked_call,
+    layer_outputs,
     no_perturbations,
     per_frame,
     perturbed_call,
@@ -63,8 +63,8 @@ def streamed_sweep(
     stages = stage_paths(nnx.merge(spec.graphdef, state))
     layers = {s: tuple(p for p in spec.paths if p.startswith(f"{s}.")) for s in stages}
     outside = set(spec.paths).difference(*layers.values())
-    # Such as a tower's attention pool, which nothing reads.
-    if outside and (outside := outside & _reached(spec, state, inputs)):
+    # Those that nothing reads, such as a tower's attention pool, need no stage.
+    if outside and (outside := layer_outputs(spec.graphdef, state, (inputs,), outside)):
         raise InputError(
             f"{sorted(outside)[0]} is part of no block, patch embedding or projector; streamed "
             "sweeps measure those only: exclude it"
@@ -81,22 +81,6 @@ def streamed_sweep(
         vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
         jax.vmap(pull_back)(vectors.astype(action.dtype))
     return tape.found
-
-
-def _reached(spec: ReverseSpec, state: Any, inputs: Any) -> set[str]:
-    """Those of the layers that the forward pass calls."""
-    found: set[str] = set()
-
-    def note(path: str, x: Array, y: Array) -> Array:
-        del x
-        found.add(path)
-        return y
-
-    def run(state: Any, inputs: Any) -> Array:
-        return hooked_call(spec.graphdef, state, (inputs,), spec.paths, note)
-
-    jax.eval_shape(run, state, inputs)
-    return found
 
 
 @dataclasses.dataclass
