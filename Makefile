@@ -41,13 +41,15 @@ test-long: $(VENV)/.dev  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m long
 
 # uv knows how to ask for the lowest versions that fit together; pip does not.
-test-lowest: pyproject.toml  ## Run the tests with every dependency at its lower bound (no TensorFlow)
+test-lowest: pyproject.toml  ## Run the tests with every dependency at its lower bound
 	$(PYTHON) -m venv build/lowest
 	build/lowest/bin/python -m pip install --quiet uv
-	build/lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev \
+	build/lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev --extra rlds \
 	  --python build/lowest/bin/python --output-file build/lowest/requirements.txt pyproject.toml
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python \
 	  --requirement build/lowest/requirements.txt --editable .
+	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python \
+	  --no-deps 'openpi-client==0.1.2'
 	build/lowest/bin/python -m pytest -n auto --dist loadfile $(LOWEST_TESTS)
 
 test-aarch64: $(VENV)/.dev  ## Cross-compile the CPU kernel for 64-bit ARM and check it in an emulator (g++-aarch64-linux-gnu, qemu-user)

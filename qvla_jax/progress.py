@@ -93,7 +93,8 @@ class ProgressBars:
 
     def __enter__(self) -> Self:
         """Starts drawing."""
-        self._rich.start()
+        if not self._rich.disable:
+            self._rich.start()
         return self
 
     def __exit__(
@@ -103,4 +104,5 @@ class ProgressBars:
         trace: TracebackType | None,
     ) -> None:
         """Stops drawing and leaves the bars as they are."""
-        self._rich.stop()
+        if not self._rich.disable:  # before 14.3 Rich ends bars that it did not draw, too
+            self._rich.stop()
