@@ -17,6 +17,18 @@ def make_model(config: OpenVLAConfig, *, rngs: nnx.Rngs) -> Prismatic:
     return _BY_DECODING[config.decoding](config, rngs=rngs)
 
 
+class _OneKey(nnx.RngStream):
+    """Gives the same key for every draw.
+
+    Where only shapes matter nothing is drawn, and a count of draws, traced, would make tracing
+    quadratic in the number of layers.
+    """
+
+    def __call__(self) -> jax.Array:
+        """The key."""
+        return self.key[...]
+
+
 def abstract_model(config: OpenVLAConfig, *, dtype: Any = None) -> Prismatic:
     """The architecture with shapes and dtypes in place of arrays: costs no memory, cannot run.
 
@@ -24,7 +36,13 @@ def abstract_model(config: OpenVLAConfig, *, dtype: Any = None) -> Prismatic:
         config: the architecture.
         dtype: of all parameters; float32 if left out. Arithmetic stays in float32.
     """
-    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
+
+    def make() -> Prismatic:
+        rngs = nnx.Rngs()
+        rngs.params = _OneKey(0, tag="params")
+        return make_model(config, rngs=rngs)
+
+    model = nnx.eval_shape(make)
     if dtype is not None:
         cast = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.state(model, nnx.Param)
