@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from operations import product_operations
+from operations import largest_rate, product_operations
 
 from qvla_jax.array_typing import Array
 from qvla_jax.data.calibration import calibration_set
@@ -65,19 +65,6 @@ def whole_search(layers: dict[str, Any], index: ChannelIndex) -> float:
     return quantizer.search * index.num_weights / weight.size
 
 
-def peak(size: int = 4096, rounds: int = 5) -> float:
-    """Operations per second of one large product in float32: the best of some rounds."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), jnp.float32)
-    product = jax.jit(lambda a: a @ a)
-    jax.block_until_ready(product(x))
-    best = float("inf")
-    for _ in range(rounds):
-        started = time.perf_counter()
-        jax.block_until_ready(product(x))
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
 def operations(policy: Policy, index: ChannelIndex, inputs: Any, probes: int) -> tuple[int, int]:
     """Of one forward pass, and of the sweep of one batch with what streaming runs again."""
     graphdef, state = nnx.split(policy.model)
@@ -118,7 +105,7 @@ def main() -> None:
     )  # fmt: skip
     arguments = parser.parse_args()
     use_all_cpu_cores()
-    before = peak()
+    before = largest_rate()
     started = time.perf_counter()
     policy = load_policy(arguments.directory, mapped=True)
     layers = quantizable_layers(policy.model)
@@ -156,7 +143,7 @@ def main() -> None:
         mean.add(costs)
         started = time.perf_counter()
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    best = max(before, peak())
+    best = max(before, largest_rate())
     seconds = rows[-1][1] / arguments.batch
     rate = whole / rows[-1][1]
     print("| | seconds | TFLOP | GFLOP/s |\n|---|---|---|---|")

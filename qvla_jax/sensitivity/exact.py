@@ -128,7 +128,7 @@ def exact_costs(
             batch_costs[:, samples] = items.get(f"batch{number:06d}-part{part:06d}", measure)
             done += len(samples)
             progress("exact", done, total)
-        result.add(batch_costs.reshape(-1, len(rows), len(bits)))
+        result.add(batch_costs.reshape(frames.count, len(rows), len(bits)))
         # Channels that no action reads are not probed.
         progress("exact", (number + 1) * each, total)
     return result.mean, result.standard_error

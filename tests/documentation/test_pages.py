@@ -4,47 +4,15 @@ import ast
 import importlib
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
 
 import qvla_jax
 from qvla_jax import cli, pipeline
 from qvla_jax.repeating import write_settings
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-def markdown(path: Path) -> str:
-    if path.suffix == ".md":
-        return path.read_text("utf-8")
-    cells = nbformat.read(path, as_version=4).cells
-    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-
-
-def commands_in(text: str) -> Iterator[str]:
-    """Calls of `qvla`: lines of code blocks (indented or fenced), and code within sentences."""
-    joined = re.sub(r"\\\n\s*", " ", text)
-    for line in joined.splitlines():
-        line, _, _ = line.partition(" #")
-        found = re.match(r"(?: {4,})?(?:\$ )?(qvla [a-z].*)", line)
-        if found and "`" not in line and (line.startswith("    ") or "--" in line):
-            yield found[1].strip()
-    for found in re.findall(r"`(qvla [^`]*)`", text.replace("\n", " ")):
-        # Others only name a command or an option, or leave something open.
-        words = found.split()
-        if len(words) > 2 and not words[-1].startswith("--") and not {"COMMAND", "..."} & {*words}:
-            yield found
-
-
-def all_commands() -> list[str]:
-    found = [c for page in (*PAGES, *NOTEBOOKS) for c in commands_in(markdown(page))]
-    return list(dict.fromkeys(found))
-
+from .pages import NOTEBOOKS, PAGES, ROOT, all_commands, markdown
 
 COMMANDS = all_commands()
 
