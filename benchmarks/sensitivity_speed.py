@@ -45,7 +45,7 @@ from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.input_hessian import inverse_factor_diagonal, proxy_costs
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.replay import ReplaySpec, record
-from qvla_jax.sensitivity.stages import part_paths
+from qvla_jax.sensitivity.stages import downstream, part_paths
 from qvla_jax.sharding import one_device_mesh, use_all_cpu_cores
 
 BITS = (0, 2, 4, 8)
@@ -109,17 +109,24 @@ def released_proxy(twin: Twin, path: str, batches: list[Any]) -> np.ndarray:
 
 
 def forward_operations(policy: Any, layers: dict[str, Any], inputs: Any) -> tuple[int, float]:
-    """Of a batch, and which share of the layers' lies behind a channel, averaged over channels."""
+    """Of a batch, and which share of the layers' has to run again, averaged over channels."""
     graphdef, state = nnx.split(policy.model)
     parts = part_paths(policy.model, tuple(layers))
     spec = ReplaySpec(graphdef, tuple(layers), parts, one_device_mesh())
-    called: dict[str, Any] = {}
-    jax.eval_shape(lambda s, x: called.update(record(spec, s, x).inputs), state, inputs)
-    channels = np.array([layers[path].kernel[...].shape[1] for path in called])
-    each = channels * [x.size for x in called.values()]
-    behind = 1 - np.cumsum(each) / each.sum()
+    order: list[str] = []
+    each: dict[str, int] = {}
+
+    def run(state: Any, inputs: Any) -> None:
+        trace = record(spec, state, inputs)
+        order.extend(trace.order)
+        for path, x in trace.inputs.items():
+            each[path] = x.size * layers[path].kernel[...].shape[1]
+
+    jax.eval_shape(run, state, inputs)
+    again = [sum(each.get(part, 0) for part in downstream(order, [path])) for path in each]
+    channels = np.array([layers[path].kernel[...].shape[1] for path in each])
     once = product_operations(lambda s, x: nnx.merge(graphdef, s)(x), state, inputs)
-    return once, float(behind @ channels / channels.sum())
+    return once, float(again @ channels / channels.sum() / sum(each.values()))
 
 
 def main() -> None:
@@ -219,11 +226,11 @@ def main() -> None:
             f"| {np.median(rates[:, number]):,.1f} | {next(ratios):,.1f} | {next(ratios):,.2f} |"
         )
     print(f"seconds, round by round: {np.round(took, 1).tolist()}")
-    once, behind = forward_operations(policy, layers, policy.prepare(next(frames.batches(1))))
-    wanted = 5 * np.median(rates[:, 0]) * arguments.frames * once * behind
+    once, again = forward_operations(policy, layers, policy.prepare(next(frames.batches(1))))
+    wanted = 5 * np.median(rates[:, 0]) * arguments.frames * once * again
     print(
-        f"a forward pass takes {once / 1e9:.2f} GFLOP a frame, of whose layers {behind:.0%} lie "
-        f"behind an average channel; 5 times (a) takes {wanted / 1e9:,.0f} GFLOP/s, "
+        f"a forward pass takes {once / 1e9:.2f} GFLOP a frame, of whose layers {again:.0%} run "
+        f"again for an average channel; 5 times (a) takes {wanted / 1e9:,.0f} GFLOP/s, "
         f"and one large product reaches {largest_rate() / 1e9:,.0f}"
     )
     load, devices = os.getloadavg()[0], jax.local_device_count()
