@@ -39,7 +39,7 @@ def abstract_model(config: OpenVLAConfig, *, dtype: Any = None) -> Prismatic:
 
     def make() -> Prismatic:
         rngs = nnx.Rngs()
-        rngs.params = _OneKey(0, tag="params")
+        rngs.params = _OneKey(0, tag="params")  # type: ignore[attr-defined]
         return make_model(config, rngs=rngs)
 
     model = nnx.eval_shape(make)
