@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def test_files_and_targets_that_pages_name_are_there():
             assert (ROOT / script).is_file(), f"{page.name}: {script}"
         for target in re.findall(r"(?:^    |`)make ([a-z0-9-]+)", text, re.MULTILINE):
             assert target in targets, f"{page.name}: make {target}"
+
+
+def test_extras_that_pages_name_are_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = "".join(markdown(page) for page in PAGES)
+    named = re.findall(r"pip install (?:-e )?'(?:\.|qvla-jax)\[([\w,-]+)\]'", texts)
+    assert len(named) > 5
+    assert {e for extras in named for e in extras.split(",")} <= {*project["optional-dependencies"]}
 
 
 def python_blocks() -> list[tuple[str, str]]:

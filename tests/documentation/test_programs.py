@@ -5,12 +5,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from .pages import PAGES, ROOT, all_programs, markdown
+from .pages import ROOT, all_programs, markdown
 from .running import server
 
 # TensorFlow and Beam warn about their own dependencies.
@@ -131,14 +130,6 @@ def test_targets_run(target, reader):
 def test_selections_of_tests_select_some(command):
     _, *arguments = shlex.split(command)
     run(sys.executable, "-m", "pytest", "--rootdir", ROOT, "--collect-only", "-q", *arguments)
-
-
-def test_extras_that_pages_name_are_there():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    texts = "".join(markdown(page) for page in PAGES)
-    named = re.findall(r"pip install (?:-e )?'(?:\.|qvla-jax)\[([\w,-]+)\]'", texts)
-    assert len(named) > 5
-    assert {e for extras in named for e in extras.split(",")} <= {*project["optional-dependencies"]}
 
 
 @pytest.mark.usefixtures("reader")
