@@ -6,10 +6,12 @@ bits. Activations are rounded for each token when the policy runs, in every quan
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from qvla_jax.array_typing import Int
+from qvla_jax.baselines.activations import allocate_activations
 from qvla_jax.baselines.job import Job
 from qvla_jax.baselines.packing import described
 from qvla_jax.baselines.tuning import tune
@@ -34,6 +36,9 @@ class Recipe:
         by_layer: All channels of a layer have the same bits.
         rotates: Inputs are rotated where activations have fewer than 8 bits: that makes them easier
             to round, and weights harder.
+        gripper: How much the squared error of the gripper, the last action dimension, counts in
+            the allocation; every other dimension counts 1.
+        allocates_activations: Activation bits of layers are allocated (baselines.activations).
         tuned: Scales and biases are then tuned on the action error (baselines.tuning).
     """
 
@@ -42,6 +47,8 @@ class Recipe:
     options: tuple[int, ...] | None
     by_layer: bool = False
     rotates: bool = False
+    gripper: float = 1
+    allocates_activations: bool = False
     tuned: bool = False
 
     def __call__(self, job: Job) -> Policy:
@@ -50,6 +57,14 @@ class Recipe:
         if self.rotates and job.setting.activation_bits < 8:
             quantizer = dataclasses.replace(quantizer, rotation=True)
         packed = self._packed(job, quantizer)
+        if self.allocates_activations:
+            bits = allocate_activations(
+                job.policy, packed, job.calibration, job.setting.activation_bits,
+                progress=job.progress,
+            )  # fmt: skip
+        else:
+            bits = dict.fromkeys(packed_layers(packed.model), int(job.setting.activation_bits))
+        packed = with_activations(job, packed, bits)
         if self.tuned:
             packed = tune(job.policy, packed, job.calibration, progress=job.progress)
         return packed
@@ -59,15 +74,16 @@ class Recipe:
             statistics = None
             if quantizer.needs_statistics:
                 statistics = job.measured.statistics(quantizer.weighting)
-            packed = quantize_uniform(
+            return quantize_uniform(
                 job.policy, int(job.setting.bits), rules=job.rules,
                 quantizer=Quantizer(quantizer, statistics),
             )  # fmt: skip
-            return with_activations(job, packed)
-        table = job.measured.table("jacobian", quantizer, self.options, True)
+        weights = None
+        if self.gripper != 1:
+            weights = (1.0,) * (job.policy.config.action_dim - 1) + (self.gripper,)
+        table = job.measured.table("jacobian", quantizer, self.options, True, weights)
         bits = self._allocated(table, job.setting.bits)
-        packed = quantize(job.policy, bits, quantizer=table.quantizer, rules=job.rules)
-        return with_activations(job, packed)
+        return quantize(job.policy, bits, quantizer=table.quantizer, rules=job.rules)
 
     def _allocated(self, table: SensitivityTable, budget_bits: float) -> Int[np.ndarray, " C"]:
         problem = table.problem(budget_bits=budget_bits)
@@ -82,10 +98,10 @@ class Recipe:
         return np.asarray(table.bits)[solve(whole, _SOLVER).choice][layer_of]
 
 
-def with_activations(job: Job, packed: Policy) -> Policy:
-    """The policy with the setting's activation bits in every packed layer, and its header."""
-    for layer in packed_layers(packed.model).values():
-        layer.activation_bits = job.setting.activation_bits
+def with_activations(job: Job, packed: Policy, bits: Mapping[str, int]) -> Policy:
+    """The policy with these activation bits in its packed layers, and its header."""
+    for path, layer in packed_layers(packed.model).items():
+        layer.activation_bits = bits[path]
     header = {**described(job.policy, job.setting, job.made_with)}
     if packed.quantization is not None and "quantizer" in packed.quantization:
         header["quantizer"] = packed.quantization["quantizer"]
@@ -139,8 +155,16 @@ RECIPES = {
         title="action sensitivity, with 3 bits and action-aware rounding", quantizer=_AWARE,
         options=(0, 2, 3, 4, 8, 16),
     ),
+    "action-gripper": Recipe(
+        title="the same, the gripper counts ten times", quantizer=_AWARE,
+        options=(0, 2, 3, 4, 8, 16), gripper=10,
+    ),
     "action-tuned": Recipe(
-        title="the same, scales and biases tuned on the action error", quantizer=_AWARE,
+        title="action-aware, scales and biases tuned on the action error", quantizer=_AWARE,
         options=(0, 2, 3, 4, 8, 16), rotates=True, tuned=True,
+    ),
+    "action-activations": Recipe(
+        title="the same, activation bits of layers allocated", quantizer=_AWARE,
+        options=(0, 2, 3, 4, 8, 16), rotates=True, allocates_activations=True, tuned=True,
     ),
 }  # fmt: skip

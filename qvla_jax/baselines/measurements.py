@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from qvla_jax.baselines.moments import InputMoments, input_moments
 from qvla_jax.inference.policy import Policy
 from qvla_jax.progress import Progress, no_progress
@@ -85,7 +87,9 @@ class Measurements:
 
         return self._kept(f"statistics_{weighting}", measure, InputStatistics.load)
 
-    def _measured_table(self, method: str, quantizer: QuantizerSettings) -> SensitivityTable:
+    def _measured_table(
+        self, method: str, quantizer: QuantizerSettings, weights: tuple[float, ...] | None
+    ) -> SensitivityTable:
         needed = quantizer.needs_statistics
         statistics = self.statistics(quantizer.weighting) if needed else None
 
@@ -93,19 +97,25 @@ class Measurements:
             return sensitivities(
                 self.policy, self.calibration, method=method, bits=OPTIONS, quantizer=quantizer,
                 statistics=statistics, probes=self.probes, joint=False, rules=self.rules,
+                action_weights=None if weights is None else np.asarray(weights),
                 store=None if self._folder is None else SweepStore(self._folder / "sweep"),
                 progress=self.progress,
             )  # fmt: skip
 
         load = functools.partial(SensitivityTable.load, statistics=statistics)
-        name = f"sensitivity_{method}_{_digest(dataclasses.asdict(quantizer))}"
+        name = f"sensitivity_{method}_{_digest(_of(quantizer, weights))}"
         return self._kept(name, measure, load)
 
     def _table(
-        self, method: str, quantizer: QuantizerSettings, options: tuple[int, ...], joint: bool
+        self,
+        method: str,
+        quantizer: QuantizerSettings,
+        options: tuple[int, ...],
+        joint: bool,
+        weights: tuple[float, ...] | None = None,
     ) -> SensitivityTable:
-        """Costs of a quantizer's options, with joint factors if wanted."""
-        whole = self._whole_table(method, quantizer)
+        """Costs of a quantizer's options, with joint factors and action weights if wanted."""
+        whole = self._whole_table(method, quantizer, weights)
         columns = [whole.bits.index(b) for b in options]
         error = whole.standard_error
         table = dataclasses.replace(
@@ -125,7 +135,7 @@ class Measurements:
             return dataclasses.replace(table, joint=factors)
 
         load = functools.partial(SensitivityTable.load, statistics=table.statistics)
-        name = f"joint_{method}_{_digest([dataclasses.asdict(quantizer), options])}"
+        name = f"joint_{method}_{_digest([*_of(quantizer, weights), options])}"
         return self._kept(name, measure, load)
 
     def _kept(self, name: str, measure: Callable[[], Kept], load: Callable[[Path], Kept]) -> Kept:
@@ -137,6 +147,10 @@ class Measurements:
             measure().save(path)
         # Also right after it was measured: files hold fewer digits.
         return load(path)
+
+
+def _of(quantizer: QuantizerSettings, weights: tuple[float, ...] | None) -> list[Any]:
+    return [dataclasses.asdict(quantizer), *([] if weights is None else [weights])]
 
 
 def _digest(values: Any) -> str:

@@ -223,7 +223,7 @@ def learned_rows(weight: Float[Array, "c k"], learned: Learned, grid: Grid) -> Q
 def omniquant_policy(job: Job) -> Policy:
     """Fits block after block and packs the result."""
     index = policy_index(job.policy, job.rules)
-    grid = Grid(int(job.setting.bits), job.setting.group, job.setting.activation_bits)
+    grid = Grid(int(job.setting.bits), job.setting.group, int(job.setting.activation_bits))
     rows: dict[str, QuantizedRows] = {}
     losses: dict[str, list[float]] = {}
     stages, calls = _recorded(job, index.paths)

@@ -41,7 +41,7 @@ def packed_policy(
     weights, inputs = {}, {}
     for layer, own in zip(index.layers, rows, strict=True):
         weights[layer.path] = _packed(linears[layer.path], layer, own, setting)
-        inputs[layer.path] = kernels.LayerInputs(setting.activation_bits, own.input_scale)
+        inputs[layer.path] = kernels.LayerInputs(int(setting.activation_bits), own.input_scale)
     replace_by_packed(model, weights.items(), inputs)
     return dataclasses.replace(
         policy, model=model, quantization=described(policy, setting, made_with)

@@ -35,6 +35,7 @@ class Method:
         grouped: Whether groups of inputs may have scales of their own.
         allocates: Whether bits are a budget, which may be broken.
         rounds_activations: Whether it is one for rounded activations alone.
+        allocates_activations: Whether bits of activations are a budget, too.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Method:
     grouped: bool = False
     allocates: bool = False
     rounds_activations: bool = False
+    allocates_activations: bool = False
 
 
 def _rtn(job: Job) -> Policy:
@@ -88,7 +90,10 @@ METHODS: Final[Mapping[str, Method]] = {
     "qvla": Method(title="QVLA, as the paper describes it", make=qvla_paper, allocates=True),
     "qvla-released": Method(title="QVLA, as released", make=qvla_released, allocates=True),
     **{
-        name: Method(title=recipe.title, make=recipe, allocates=recipe.options is not None)
+        name: Method(
+            title=recipe.title, make=recipe, allocates=recipe.options is not None,
+            allocates_activations=recipe.allocates_activations,
+        )
         for name, recipe in RECIPES.items()
     },
 }  # fmt: skip
@@ -108,7 +113,13 @@ def check_setting(name: str) -> Setting:
         raise InputError(f"{name}: a budget lies above 0 and at most 16 bits for each weight")
     if not method.allocates and setting.bits not in WIDTHS:
         raise InputError(f"{name}: {setting.method} has weights of {WIDTHS} bits")
-    if setting.activation_bits not in ACTIVATION_BITS:
+    if method.allocates_activations:
+        if not 4 < setting.activation_bits < 16:
+            raise InputError(
+                f"{name}: a budget of activations lies between 4 and 16 bits, such as a5; at "
+                "either end there is nothing to allocate"
+            )
+    elif setting.activation_bits not in ACTIVATION_BITS:
         raise InputError(f"{name}: activations have {ACTIVATION_BITS} bits")
     if method.rounds_activations and setting.activation_bits == 16:
         raise InputError(f"{name}: {setting.method} rounds activations: give a8 or a4")
@@ -123,7 +134,7 @@ def title(setting: Setting) -> str:
     """The row for people, without the bits of its weights."""
     group = "" if setting.group is None else f", groups of {setting.group}"
     bits = setting.activation_bits
-    return METHODS[setting.method].title + group + ("" if bits == 16 else f", A{bits}")
+    return METHODS[setting.method].title + group + ("" if bits == 16 else f", A{bits:g}")
 
 
 def quantize_by(

@@ -8,7 +8,7 @@ from qvla_jax.errors import InputError
 
 _NAME: Final = re.compile(
     r"(?P<method>[a-z]+(?:-[a-z]+)*?)-w(?P<bits>\d+(?:\.\d+)?)"
-    r"(?:a(?P<activation>\d+))?(?:-g(?P<group>\d+))?"
+    r"(?:a(?P<activation>\d+(?:\.\d+)?))?(?:-g(?P<group>\d+))?"
 )
 
 
@@ -19,15 +19,16 @@ class Setting:
     method: str
     # Of every weight's code; for methods that allocate, the budget in bits for each weight.
     bits: float
-    # Of activations; 16 leaves them as they are.
-    activation_bits: int = 16
+    # Of activations; 16 leaves them as they are. For methods that allocate them, the budget:
+    # averaged over multiplications.
+    activation_bits: float = 16
     # Inputs that share a scale; None: the whole row.
     group: int | None = None
 
     @property
     def name(self) -> str:
         """What `parse` takes."""
-        activation = f"a{self.activation_bits}" if self.activation_bits != 16 else ""
+        activation = f"a{self.activation_bits:g}" if self.activation_bits != 16 else ""
         group = f"-g{self.group}" if self.group is not None else ""
         return f"{self.method}-w{self.bits:g}{activation}{group}"
 
@@ -47,6 +48,6 @@ class Setting:
         return cls(
             method=found["method"],
             bits=float(found["bits"]),
-            activation_bits=int(found["activation"] or 16),
+            activation_bits=float(found["activation"] or 16),
             group=int(found["group"]) if found["group"] else None,
         )

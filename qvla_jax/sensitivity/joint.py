@@ -12,6 +12,7 @@ error instead of the sum.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -47,7 +48,7 @@ def joint_factors(
     Args:
         policy: the full-precision policy.
         calibration: the table's calibration set.
-        table: single-channel costs.
+        table: single-channel costs; where they weigh action dimensions, so do the factors.
         frames: frames that the joint errors are measured on.
         batch: frames at a time.
         rules: those of the table.
@@ -58,6 +59,7 @@ def joint_factors(
     part = FirstFrames(calibration, min(frames, calibration.frames))
     observations = list(part.batches(batch))
     source = [policy.infer_normalized(batch) for batch in observations]
+    weights = table.provenance.get("settings", {}).get("action_weights")
     factors = []
     for done, option in enumerate(table.bits):
         progress("joint errors", done, len(table.bits))
@@ -68,7 +70,7 @@ def joint_factors(
             continue
         changed = quantize(policy, only, quantizer=table.quantizer, rules=rules, packed=False)
         actions = [changed.infer_normalized(batch) for batch in observations]
-        ratio = _mean_square(actions, source) / predicted
+        ratio = _mean_square(actions, source, weights) / predicted
         factors.append(float(np.clip(ratio, 1.0, _LARGEST)))
     progress("joint errors", len(table.bits), len(table.bits))
     return tuple(factors)
@@ -85,6 +87,10 @@ def _sum(table: SensitivityTable, bits: np.ndarray, option: int) -> float:
     return float(table.costs[bits == option, table.bits.index(option)].sum())
 
 
-def _mean_square(a: list[Float[np.ndarray, "b h a"]], b: list[Float[np.ndarray, "b h a"]]) -> float:
+def _mean_square(
+    a: Sequence[Float[np.ndarray, "b h a"]],
+    b: Sequence[Float[np.ndarray, "b h a"]],
+    weights: Sequence[float] | None,
+) -> float:
     change = np.concatenate(a).astype(np.float64) - np.concatenate(b)
-    return float(np.mean(np.sum(change**2, axis=(1, 2))))
+    return float(np.mean(np.sum(change**2 * (1.0 if weights is None else weights), axis=(1, 2))))

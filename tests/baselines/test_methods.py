@@ -46,6 +46,8 @@ ROWS = (
     "qvla-released-w6",
     "aware-w3a8",
     "action-rotated-w9a4",
+    "action-activations-w9a6",
+    "action-gripper-w9",
 )
 # Few layers, with and without biases, joined and alone.
 RULES = LayerRules(
@@ -119,7 +121,7 @@ def drawn(policy, calibration, rules):
     def statistics(weighting):
         return InputStatistics(means, covariances, weighting=weighting)
 
-    def table(method, quantizer, options, joint):
+    def table(method, quantizer, options, joint, weights=None):
         if quantizer == UNIFORM_BASELINE:
             return real(method, quantizer, options, joint)
         return SensitivityTable(
@@ -161,7 +163,7 @@ def counted_bytes(loaded, index, setting):
         layers = packed_layers(loaded.model)
         bits = np.concatenate([layers[path].weight.bits() for path in index.paths])
         assert len(set(bits.tolist())) > 1
-        corrected = setting.method == "action-rotated"
+        corrected = setting.method not in ("qvla", "qvla-released")
         counted = stored_bytes(index, bits, bias_correction=corrected)
         if setting.method != "qvla-released":
             assert counted <= setting.bits * index.num_weights / 8
@@ -204,8 +206,13 @@ def test_a_row_stores_what_is_counted_and_its_layers_are_those_in_float(
     in_float = unpacked(policy, loaded)
     layers = packed_layers(loaded.model)
     assert set(layers) == set(index.paths)
+    rounded = {layer.inputs.activation_bits for layer in layers.values()}
+    if METHODS[setting.method].allocates_activations:
+        assert rounded <= {4, 8, 16}
+        assert min(rounded) < setting.activation_bits
+    else:
+        assert rounded == {setting.activation_bits}
     for layer_path, layer in layers.items():
-        assert layer.inputs.activation_bits == setting.activation_bits
         assert (layer.inputs.scale is not None) == (setting.method in ("awq", "smoothquant"))
         x = jax.random.normal(jax.random.key(0), (7, layer.weight.shape[1]))
         exact, ran = get_module(policy.model, layer_path)(x), layer(x)
@@ -256,6 +263,8 @@ def test_a_budget_below_the_smallest_option_is_refused(policy, calibration, meas
         ("gptk-w4", "did you mean gptq"),
         ("gptq-w5", r"weights of \(2, 3, 4, 8\) bits"),
         ("gptq-w4a7", r"activations have \(16, 8, 4\) bits"),
+        ("rtn-w4a4.5", r"activations have \(16, 8, 4\) bits"),
+        ("action-activations-w4", "nothing to allocate"),
         ("smoothquant-w4", "give a8 or a4"),
         ("qvla-w4-g32", "one scale for each channel"),
         ("qvla-w17", "at most 16 bits"),

@@ -62,6 +62,14 @@ def test_joint_factors_are_at_least_one_and_not_for_the_proxy(policy, frames, ta
     assert proxy.joint is None
 
 
+def test_joint_factors_weigh_action_dimensions_as_costs_do(policy, frames, table):
+    weights = np.full(3, 1 / 4)
+    weighed = sensitivities(policy, frames, probes="full", action_weights=weights, batch=4)
+    np.testing.assert_allclose(weighed.costs, table.costs / 4, rtol=1e-4)
+    assert max(table.joint) > 1
+    np.testing.assert_allclose(weighed.joint, table.joint, rtol=1e-4)
+
+
 def test_the_walk_from_table_to_quantized_policy(policy, frames, table):
     solution = solve(table.problem(budget_bits=12.0), "greedy:marginal")
     bits = table.bits_of(solution)
