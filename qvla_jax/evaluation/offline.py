@@ -56,6 +56,9 @@ class ActionErrors:
         action_sse_normalized: Squared error summed over a chunk, averaged over frames: the unit of
             the sensitivities.
         action_mse_normalized: The same, per action entry.
+        action_mse_median_normalized: Median over frames of what `action_mse_normalized` averages. A
+            few frames in which a policy is about to decide, such as when to close the gripper,
+            hold about half of the mean.
         action_l1_normalized: Mean absolute error per action entry.
         mse_by_dimension: Mean squared error of each action dimension, `[a]`.
         l1_by_dimension: Mean absolute error of each action dimension, `[a]`.
@@ -68,6 +71,7 @@ class ActionErrors:
 
     action_sse_normalized: float
     action_mse_normalized: float
+    action_mse_median_normalized: float
     action_l1_normalized: float
     mse_by_dimension: tuple[float, ...]
     l1_by_dimension: tuple[float, ...]
@@ -103,6 +107,7 @@ def action_errors(
     return ActionErrors(
         action_sse_normalized=float(square.sum(axis=(1, 2)).mean()),
         action_mse_normalized=float(square.mean()),
+        action_mse_median_normalized=float(np.median(square.mean(axis=(1, 2)))),
         action_l1_normalized=float(absolute.mean()),
         mse_by_dimension=tuple(square.mean(axis=(0, 1)).tolist()),
         l1_by_dimension=tuple(absolute.mean(axis=(0, 1)).tolist()),

@@ -19,7 +19,7 @@ from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.evaluation import Predictions, action_errors, predict
+from qvla_jax.evaluation import ActionErrors, Predictions, action_errors, predict
 from qvla_jax.evaluation.episodes import EpisodeLog
 from qvla_jax.evaluation.libero import make_libero
 from qvla_jax.evaluation.workers import MakeEnvironment
@@ -202,6 +202,9 @@ def rank_correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     errors = [cell["versus_full_precision"] for cell in measured]
     measures = {
         "mean squared error of the action": [e["action_mse_normalized"] for e in errors],
+        "median over frames of the squared error": [
+            e["action_mse_median_normalized"] for e in errors
+        ],
         "mean absolute error of the action": [e["action_l1_normalized"] for e in errors],
         "mean squared error of the gripper": [e["mse_by_dimension"][-1] for e in errors],
         "share of gripper commands that flip": [e["gripper_flip_rate"] for e in errors],
@@ -245,7 +248,9 @@ class _Study:
     def cell(self, setting: Setting) -> dict[str, Any]:
         """The cell's offline measurements, from its file where that is up to date."""
         path = self.config.out / files.CELLS / f"{setting.name}.json"
-        made_from = {**self.made_from, "heldout hash": self.heldout.hash}
+        # A cell of an older version, with fewer measures, is measured again.
+        measures = [field.name for field in dataclasses.fields(ActionErrors)]
+        made_from = {**self.made_from, "heldout hash": self.heldout.hash, "measures": measures}
         try:
             packed = self._packed(setting)
         except BudgetError as error:

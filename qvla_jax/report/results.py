@@ -16,6 +16,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{results['heldout']['frames']} held-out frames against full precision, and in brackets "
         "the bits per weight that are really stored.\n",
         _table(results, _error),
+        "\nThe median over these frames in place of the mean, of which a few frames hold much.\n",
+        _table(results, _median),
     ]
     if (full := results["full_precision"]["success"]) is not None:
         parts += [
@@ -120,6 +122,10 @@ def _mse(cell: Mapping[str, Any]) -> float:
 
 def _error(cell: Mapping[str, Any]) -> str:
     return f"{number(_mse(cell))} ({cell['stored_bits_per_weight']:.2f})"
+
+
+def _median(cell: Mapping[str, Any]) -> str:
+    return number(cell["versus_full_precision"]["action_mse_median_normalized"])
 
 
 def _rate(success: Mapping[str, Any]) -> str:

@@ -43,6 +43,7 @@ def test_errors_equal_the_formulas_written_out(chunks):
     candidate, reference = chunks
     errors = action_errors(candidate, reference)
     sse, mse, l1, flips = 0.0, 0.0, 0.0, 0
+    of_frames = [0.0] * 5
     by_dimension, worst = [0.0] * 7, [0.0] * 7
     for n in range(5):
         for h in range(3):
@@ -50,12 +51,15 @@ def test_errors_equal_the_formulas_written_out(chunks):
                 e = float(candidate[n, h, a]) - float(reference[n, h, a])
                 sse += e * e / 5
                 mse += e * e / (5 * 3 * 7)
+                of_frames[n] += e * e / (3 * 7)
                 l1 += abs(e) / (5 * 3 * 7)
                 by_dimension[a] += e * e / 15
                 worst[a] = max(worst[a], abs(e))
             flips += (candidate[n, h, 6] > 0.5) != (reference[n, h, 6] > 0.5)
     np.testing.assert_allclose(errors.action_sse_normalized, sse, rtol=1e-12)
     np.testing.assert_allclose(errors.action_mse_normalized, mse, rtol=1e-12)
+    median = sorted(of_frames)[2]
+    np.testing.assert_allclose(errors.action_mse_median_normalized, median, rtol=1e-12)
     np.testing.assert_allclose(errors.action_l1_normalized, l1, rtol=1e-12)
     np.testing.assert_allclose(errors.mse_by_dimension, by_dimension, rtol=1e-12)
     np.testing.assert_allclose(errors.worst_by_dimension, worst, rtol=1e-12)

@@ -178,7 +178,8 @@ def test_closed_loop_is_paired_with_full_precision(results, config, monkeypatch)
 def test_rank_correlations_are_those_of_cells_with_success():
     def cell(error, flips, rate):
         errors = {
-            "action_mse_normalized": error, "action_l1_normalized": error,
+            "action_mse_normalized": error, "action_mse_median_normalized": error,
+            "action_l1_normalized": error,
             "mse_by_dimension": [0, error], "worst_by_dimension": [1, 1],
             "gripper_flip_rate": flips,
         }  # fmt: skip
