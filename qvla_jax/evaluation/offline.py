@@ -58,7 +58,7 @@ class ActionErrors:
         action_mse_normalized: The same, per action entry.
         action_mse_median_normalized: Median over frames of what `action_mse_normalized` averages. A
             few frames in which a policy is about to decide, such as when to close the gripper,
-            hold about half of the mean.
+            hold much of the mean.
         action_l1_normalized: Mean absolute error per action entry.
         mse_by_dimension: Mean squared error of each action dimension, `[a]`.
         l1_by_dimension: Mean absolute error of each action dimension, `[a]`.

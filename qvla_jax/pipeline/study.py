@@ -39,7 +39,7 @@ from qvla_jax.sensitivity.ranks import spearman
 KIND: Final = "qvla_jax.results"
 CELL_KIND: Final = "qvla_jax.cell"
 _ROW: Final = re.compile(r"(?P<method>[a-z-]+?)(?P<group>-g\d+)?")
-_COLUMN: Final = re.compile(r"w(?P<bits>\d+(?:\.\d+)?)(?:a(?P<activation>\d+))?")
+_COLUMN: Final = re.compile(r"w(?P<bits>\d+(?:\.\d+)?)(?:a(?P<activation>\d+(?:\.\d+)?))?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
     rows: tuple[str, ...] = tuple(METHODS)
     # Settings: bits of weights (for methods that allocate, a budget of stored bits), and aBITS of
     # activations. Methods that have no such setting leave the cell empty.
-    columns: tuple[str, ...] = ("w8a16", "w4a16", "w8a8", "w4a4", "w3", "w2.5", "w2")
+    columns: tuple[str, ...] = ("w8a16", "w4a16", "w8a8", "w4a4", "w4a5", "w3", "w2.5", "w2")
     # Random probe vectors for each frame, of the sensitivities.
     probes: int = 8
     # LIBERO suite for the success in closed loop, such as libero_spatial; left out: offline only.
