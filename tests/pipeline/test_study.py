@@ -221,3 +221,11 @@ def test_stored_policies_load_by_name(results, config):
     del results
     loaded = load_policy(method_file(config.out, "budget-w9"))
     assert loaded.quantization["method"] == "budget-w9"
+
+
+def test_a_column_may_be_a_budget_of_activation_bits(tmp_path):
+    config = pipeline.StudyConfig(out=tmp_path)
+    setting = config.setting("action-activations", "w4a4.5")
+    assert setting is not None
+    assert (setting.bits, setting.activation_bits) == (4, 4.5)
+    assert config.setting("action-tuned", "w4a4.5") is None
