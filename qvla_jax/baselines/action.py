@@ -6,6 +6,7 @@ bits. Activations are rounded for each token when the policy runs, in every quan
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,6 +21,7 @@ from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization import Quantizer, QuantizerSettings, quantize, quantize_uniform
 from qvla_jax.quantization.quantizer import NEAREST_UNCORRECTED
 from qvla_jax.sensitivity import SensitivityTable
+from qvla_jax.sensitivity.joint import alternate
 from qvla_jax.solvers import AllocationProblem, solve
 
 _SOLVER = "greedy:marginal"
@@ -36,6 +38,8 @@ class Recipe:
         by_layer: All channels of a layer have the same bits.
         rotates: Inputs are rotated where activations have fewer than 8 bits: that makes them easier
             to round, and weights harder.
+        alternates: Allocations and the joint factors that they turn out to have follow each other
+            (sensitivity.joint.alternate).
         gripper: How much the squared error of the gripper, the last action dimension, counts in
             the allocation; every other dimension counts 1.
         allocates_activations: Activation bits of layers are allocated (baselines.activations).
@@ -47,6 +51,7 @@ class Recipe:
     options: tuple[int, ...] | None
     by_layer: bool = False
     rotates: bool = False
+    alternates: bool = False
     gripper: float = 1
     allocates_activations: bool = False
     tuned: bool = False
@@ -62,9 +67,9 @@ class Recipe:
                 job.policy, packed, job.calibration, job.setting.activation_bits,
                 progress=job.progress,
             )  # fmt: skip
+            packed = with_activations(job, packed, bits)
         else:
-            bits = dict.fromkeys(packed_layers(packed.model), int(job.setting.activation_bits))
-        packed = with_activations(job, packed, bits)
+            packed = with_activations(job, packed)
         if self.tuned:
             packed = tune(job.policy, packed, job.calibration, progress=job.progress)
         return packed
@@ -82,7 +87,14 @@ class Recipe:
         if self.gripper != 1:
             weights = (1.0,) * (job.policy.config.action_dim - 1) + (self.gripper,)
         table = job.measured.table("jacobian", quantizer, self.options, True, weights)
-        bits = self._allocated(table, job.setting.bits)
+        allocate = functools.partial(self._allocated, budget_bits=job.setting.bits)
+        if self.alternates:
+            bits = alternate(
+                job.policy, job.calibration, table, allocate, rules=job.rules,
+                progress=job.progress,
+            )  # fmt: skip
+        else:
+            bits = allocate(table)
         return quantize(job.policy, bits, quantizer=table.quantizer, rules=job.rules)
 
     def _allocated(self, table: SensitivityTable, budget_bits: float) -> Int[np.ndarray, " C"]:
@@ -98,10 +110,16 @@ class Recipe:
         return np.asarray(table.bits)[solve(whole, _SOLVER).choice][layer_of]
 
 
-def with_activations(job: Job, packed: Policy, bits: Mapping[str, int]) -> Policy:
-    """The policy with these activation bits in its packed layers, and its header."""
+def with_activations(job: Job, packed: Policy, bits: Mapping[str, int] | None = None) -> Policy:
+    """The policy with these activation bits in its packed layers, and its header.
+
+    Args:
+        job: what the header describes.
+        packed: the policy.
+        bits: by path of the layer; None gives all those of the setting.
+    """
     for path, layer in packed_layers(packed.model).items():
-        layer.activation_bits = bits[path]
+        layer.activation_bits = int(job.setting.activation_bits) if bits is None else bits[path]
     header = {**described(job.policy, job.setting, job.made_with)}
     if packed.quantization is not None and "quantizer" in packed.quantization:
         header["quantizer"] = packed.quantization["quantizer"]
@@ -155,8 +173,12 @@ RECIPES = {
         title="action sensitivity, with 3 bits and action-aware rounding", quantizer=_AWARE,
         options=(0, 2, 3, 4, 8, 16),
     ),
+    "action-alternating": Recipe(
+        title="the same, allocated anew with the joint errors of its allocation", quantizer=_AWARE,
+        options=(0, 2, 3, 4, 8, 16), alternates=True,
+    ),
     "action-gripper": Recipe(
-        title="the same, the gripper counts ten times", quantizer=_AWARE,
+        title="action-aware, the gripper counts ten times", quantizer=_AWARE,
         options=(0, 2, 3, 4, 8, 16), gripper=10,
     ),
     "action-tuned": Recipe(

@@ -17,7 +17,6 @@ import numpy as np
 
 from qvla_jax.baselines.action import with_activations
 from qvla_jax.baselines.job import Job
-from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization import quantize
 from qvla_jax.quantization.quantizer import UNIFORM_BASELINE, Quantizer
@@ -51,5 +50,4 @@ def _table(job: Job, method: str) -> SensitivityTable:
 def _applied(job: Job, table: SensitivityTable, choice: np.ndarray) -> Policy:
     bits = np.asarray(table.bits)[choice]
     packed = quantize(job.policy, bits, quantizer=Quantizer(UNIFORM_BASELINE), rules=job.rules)
-    layers = packed_layers(packed.model)
-    return with_activations(job, packed, dict.fromkeys(layers, int(job.setting.activation_bits)))
+    return with_activations(job, packed)

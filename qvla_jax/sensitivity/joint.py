@@ -8,16 +8,17 @@ factor of option n is
 
 A_n being the policy whose channels that a tight budget puts at option n are all at n, and all
 others at 16 bits. The allocator then pays what options cost in company, and predicts the joint
-error instead of the sum.
+error instead of the sum. `alternate` measures the factors at its own allocation instead of at a
+reference, and allocates anew.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 
-from qvla_jax.array_typing import Float
+from qvla_jax.array_typing import Float, Int
 from qvla_jax.inference.policy import Policy
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.apply import quantize
@@ -54,26 +55,95 @@ def joint_factors(
         rules: those of the table.
         progress: called with the options done.
     """
-    single = dataclasses.replace(table, joint=None)
-    bits = np.asarray(single.bits_of(solve(_reference(single), "greedy:marginal")))
-    part = FirstFrames(calibration, min(frames, calibration.frames))
-    observations = list(part.batches(batch))
-    source = [policy.infer_normalized(batch) for batch in observations]
-    weights = table.provenance.get("settings", {}).get("action_weights")
-    factors = []
-    for done, option in enumerate(table.bits):
-        progress("joint errors", done, len(table.bits))
-        only = np.where(bits == option, option, SOURCE)
-        predicted = _sum(single, bits, option)
-        if option == SOURCE or predicted <= 0:
-            factors.append(1.0)
-            continue
-        changed = quantize(policy, only, quantizer=table.quantizer, rules=rules, packed=False)
-        actions = [changed.infer_normalized(batch) for batch in observations]
-        ratio = _mean_square(actions, source, weights) / predicted
-        factors.append(float(np.clip(ratio, 1.0, _LARGEST)))
-    progress("joint errors", len(table.bits), len(table.bits))
-    return tuple(factors)
+    bits = single_costs(table).bits_of(solve(_reference(single_costs(table)), "greedy:marginal"))
+    return _JointErrors(policy, calibration, table, frames, batch, rules, progress).factors(bits)
+
+
+def alternate(
+    policy: Policy,
+    calibration: Calibration,
+    table: SensitivityTable,
+    allocate: Callable[[SensitivityTable], Int[np.ndarray, " C"]],
+    *,
+    rounds: int = 3,
+    frames: int = 64,
+    batch: int = 32,
+    rules: LayerRules = DEFAULT_RULES,
+    progress: Progress = no_progress,
+) -> Int[np.ndarray, " C"]:
+    """Bits of channels, after allocation and joint factors have followed each other.
+
+    Args:
+        policy: the full-precision policy.
+        calibration: the table's calibration set.
+        table: costs; its own joint factors hold for the first allocation.
+        allocate: bits [C] of a table.
+        rounds: allocations after the first one.
+        frames: frames that the joint errors are measured on.
+        batch: frames at a time.
+        rules: those of the table.
+        progress: called with the options done.
+
+    Returns:
+        Of these allocations, the one with the smallest measured error of the action.
+    """
+    measured = _JointErrors(policy, calibration, table, frames, batch, rules, progress)
+    bits = allocate(table)
+    best, least = bits, measured.error(bits)
+    for _ in range(rounds):
+        factors = measured.factors(bits)
+        bits = allocate(dataclasses.replace(table, joint=factors))
+        if (error := measured.error(bits)) < least:
+            best, least = bits, error
+    return best
+
+
+def single_costs(table: SensitivityTable) -> SensitivityTable:
+    """The table without joint factors."""
+    return dataclasses.replace(table, joint=None)
+
+
+class _JointErrors:
+    """Action errors of whole allocations, on the first calibration frames."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        calibration: Calibration,
+        table: SensitivityTable,
+        frames: int,
+        batch: int,
+        rules: LayerRules,
+        progress: Progress,
+    ):
+        self._policy, self._rules, self._progress = policy, rules, progress
+        self._table = single_costs(table)
+        part = FirstFrames(calibration, min(frames, calibration.frames))
+        self._observations = list(part.batches(batch))
+        self._source = [policy.infer_normalized(batch) for batch in self._observations]
+        self._weights = table.provenance.get("settings", {}).get("action_weights")
+
+    def error(self, bits: Int[np.ndarray, " C"]) -> float:
+        """Squared error of the action with these bits, as costs weigh it."""
+        changed = quantize(
+            self._policy, bits, quantizer=self._table.quantizer, rules=self._rules, packed=False
+        )
+        actions = [changed.infer_normalized(batch) for batch in self._observations]
+        return _mean_square(actions, self._source, self._weights)
+
+    def factors(self, bits: Int[np.ndarray, " C"]) -> tuple[float, ...]:
+        """One for each option: of the channels that have it here, in company."""
+        factors = []
+        for done, option in enumerate(self._table.bits):
+            self._progress("joint errors", done, len(self._table.bits))
+            predicted = _sum(self._table, bits, option)
+            if option == SOURCE or predicted <= 0:
+                factors.append(1.0)
+                continue
+            ratio = self.error(np.where(bits == option, option, SOURCE)) / predicted
+            factors.append(float(np.clip(ratio, 1.0, _LARGEST)))
+        self._progress("joint errors", len(self._table.bits), len(self._table.bits))
+        return tuple(factors)
 
 
 def _reference(table: SensitivityTable) -> AllocationProblem:

@@ -13,6 +13,7 @@ from qvla_jax.models import get_module
 from qvla_jax.quantization import quantize
 from qvla_jax.sensitivity import METHODS, joint_error, sensitivities, spearman, validate
 from qvla_jax.sensitivity.batches import FirstFrames
+from qvla_jax.sensitivity.joint import alternate
 from qvla_jax.sensitivity.strata import module_type
 from qvla_jax.sensitivity.validation import sample_channels
 from qvla_jax.solvers import solve
@@ -20,6 +21,8 @@ from qvla_jax.solvers import solve
 from .toys import LLM, ToyFrames, toy_policy
 
 BITS = (0, 2, 4, 8, 16)
+# Of three allocations, the second of which has the most bits.
+_SHARES = ((0.3, 0.3, 0.4, 0, 0), (0, 0, 0.2, 0.4, 0.4), (0, 1, 0, 0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,37 @@ def test_joint_factors_weigh_action_dimensions_as_costs_do(policy, frames, table
     np.testing.assert_allclose(weighed.costs, table.costs / 4, rtol=1e-4)
     assert max(table.joint) > 1
     np.testing.assert_allclose(weighed.joint, table.joint, rtol=1e-4)
+
+
+def test_alternation_takes_the_allocation_with_the_smallest_measured_error(policy, frames, table):
+    rng = np.random.default_rng(0)
+    offers = [rng.choice(BITS, len(table.index), p=p) for p in _SHARES]
+    tables = []
+
+    def allocate(of):
+        tables.append(of)
+        return offers[len(tables) - 1]
+
+    best = alternate(policy, frames, table, allocate, rounds=2)
+
+    def measured(bits):
+        changed = quantize(policy, bits, quantizer=table.quantizer, packed=False)
+        return joint_error(policy, changed, frames)
+
+    errors = [measured(bits) for bits in offers]
+    assert np.argmin(errors) == 1
+    np.testing.assert_array_equal(best, offers[1])
+
+    assert tables[0] is table
+    for bits, of in zip(offers, tables[1:], strict=False):
+        for b, factor in zip(BITS, of.joint, strict=True):
+            only = np.where(bits == b, b, 16)
+            sum_of_costs = table.costs[bits == b, BITS.index(b)].sum()
+            if b == 16 or not sum_of_costs:
+                assert factor == 1
+                continue
+            np.testing.assert_allclose(factor, max(measured(only) / sum_of_costs, 1), rtol=1e-5)
+    assert max(tables[1].joint) > 1
 
 
 def test_the_walk_from_table_to_quantized_policy(policy, frames, table):
