@@ -135,6 +135,7 @@ class CalibrationSet:
             horizon=self.manifest["horizon"] if horizon is None else horizon,
             max_episodes=self.manifest["max_episodes"],
             balance=False,
+            gripper_share=None,
             progress=no_progress,
         )
 
@@ -222,6 +223,7 @@ def calibration_set(
     spec: DatasetSpec | str | None = None,
     max_episodes: int = DEFAULT_EPISODES,
     balance: bool = False,
+    gripper_share: float | None = None,
     progress: Progress = no_progress,
 ) -> CalibrationSet:
     """Draws a calibration set.
@@ -257,6 +259,8 @@ def calibration_set(
         are asked for.
       balance: Multiply weights by the number of frames that each data set has, as the public
         training code does; see `open_x.mixture_below`.
+      gripper_share: Share of the frames that are drawn where the expert opens or closes the gripper
+        within the horizon, which decides success; None draws from all steps alike.
       progress: Called with the episodes looked at.
 
     Raises:
@@ -275,6 +279,11 @@ def calibration_set(
         raise InputError("a stride goes with whole trajectories: give `trajectories`, not `frames`")
     if frames is None and trajectories is None and stride == 1:
         frames = DEFAULT_FRAMES
+    if gripper_share is not None:
+        if not 0 <= gripper_share <= 1:
+            raise InputError(f"gripper_share must lie between 0 and 1, got {gripper_share}")
+        if frames is None:
+            raise InputError("gripper_share is a share of frames: give `frames`")
     if trajectories == "all":
         trajectories, max_episodes = None, sys.maxsize
     weights = source if isinstance(source, Mapping) else {str(source): 1.0}
@@ -295,6 +304,7 @@ def calibration_set(
         horizon=horizon,
         max_episodes=max_episodes,
         balance=balance,
+        gripper_share=gripper_share,
         progress=progress,
     )
 
@@ -309,6 +319,7 @@ def _drawn(
     horizon: int,
     max_episodes: int,
     balance: bool,
+    gripper_share: float | None,
     progress: Progress,
 ) -> CalibrationSet:
     total = sum(min(len(dataset), max_episodes) for dataset, _, _ in opened)
@@ -319,6 +330,7 @@ def _drawn(
             dataset,
             max_episodes=max_episodes,
             stride=stride,
+            horizon=horizon,
             seed=seed,
             seen=lambda: progress("calibrate", next(done), total),
         )
@@ -344,7 +356,9 @@ def _drawn(
         if some == 0 or few == 0:
             left_out.append(dataset.name)
             continue
-        pairs = draw(pool, frames=some, trajectories=few, rng=rng)
+        pairs = draw(
+            pool, frames=some, trajectories=few, rng=rng, gripper_share=gripper_share
+        )  # fmt: skip
         kept.append(dataset)
         rows += [(len(sources), episode, step) for episode, step in pairs]
         sources.append(

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qvla_jax.array_typing import Float32, NpArray
+from qvla_jax.data.episode import next_steps
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.sampling import interleave, spread, stratified
 from qvla_jax.errors import DatasetError
@@ -18,12 +20,14 @@ class Pool:
       tasks: Ids of the episodes of each instruction.
       lengths: Steps of each episode.
       stride: Every so manyth step may be drawn, the first one included.
+      deciding: Steps of each episode whose next actions open or close the gripper.
     """
 
     dataset: RldsDataset
     tasks: dict[str, list[int]]
     lengths: dict[int, int]
     stride: int
+    deciding: dict[int, frozenset[int]]
 
     @property
     def episodes(self) -> int:
@@ -51,6 +55,7 @@ def look(
     *,
     max_episodes: int,
     stride: int,
+    horizon: int,
     seed: int,
     seen: Callable[[], None] = lambda: None,
 ) -> Pool:
@@ -62,23 +67,37 @@ def look(
         seed until they hold as many. Their records come in an order that was shuffled when the set
         was written, so that they are a sample of the split.
       stride: See `Pool`.
+      horizon: Actions from a step on that may make it a deciding one.
       seed: Draws the files.
       seen: Called after each episode.
     """
     tasks: dict[str, list[int]] = {}
     lengths: dict[int, int] = {}
+    deciding: dict[int, frozenset[int]] = {}
     for encoded in dataset.encoded_episodes(dataset.sample_ids(max_episodes, seed=seed)):
         episode = encoded.episode
         tasks.setdefault(episode.instruction, []).append(episode.id)
         lengths[episode.id] = len(episode)
+        deciding[episode.id] = _deciding(episode.action[:, -1], horizon)
         seen()
     if not lengths:
         raise DatasetError(f"{dataset.path}: split {dataset.split!r} has no episode with a step")
-    return Pool(dataset, tasks, lengths, stride)
+    return Pool(dataset, tasks, lengths, stride, deciding)
+
+
+def _deciding(gripper: Float32[NpArray, " t"], horizon: int) -> frozenset[int]:
+    opened = gripper > 0.5
+    chunks = opened[next_steps(np.arange(len(opened)), len(opened), horizon)]
+    return frozenset(np.flatnonzero(chunks.any(axis=1) & ~chunks.all(axis=1)).tolist())
 
 
 def draw(
-    pool: Pool, *, frames: int | None, trajectories: int | None, rng: np.random.Generator
+    pool: Pool,
+    *,
+    frames: int | None,
+    trajectories: int | None,
+    rng: np.random.Generator,
+    gripper_share: float | None = None,
 ) -> list[tuple[int, int]]:
     """Draws frames: spread evenly over tasks, in a task over episodes, in an episode over steps.
 
@@ -87,6 +106,7 @@ def draw(
       frames: Number of frames; None takes every frame of the trajectories.
       trajectories: Number of episodes to draw from; None takes all.
       rng: Draws.
+      gripper_share: Share of the frames that are deciding ones; None draws from all alike.
 
     Returns:
       Ids of episodes and steps.
@@ -103,17 +123,33 @@ def draw(
                 f"{where}: {trajectories} trajectories asked for, there are {len(chosen)}"
             )
         chosen = chosen[:trajectories]
-    steps = [pool.steps(episode) for episode in chosen]
-    available = np.asarray([len(each) for each in steps])
+    steps = [list(pool.steps(episode)) for episode in chosen]
     if frames is None:
-        frames = int(available.sum())
-    if frames > available.sum():
-        raise DatasetError(
-            f"{where}: {frames} frames asked for, {len(chosen)} episodes have {available.sum()}"
-        )
-    counts = spread(frames, available).tolist()
-    return [
-        (episode, each[place])
-        for episode, each, count in zip(chosen, steps, counts, strict=True)
-        for place in stratified(len(each), count, rng)
-    ]
+        frames = sum(len(each) for each in steps)
+    if gripper_share is None:
+        parts = [("", frames, steps)]
+    else:
+        near = [pool.deciding[episode] for episode in chosen]
+        first = round(frames * gripper_share)
+        parts = [
+            (" where the gripper opens or closes", first,
+             [[t for t in each if t in own] for each, own in zip(steps, near, strict=True)]),
+            (" where it does not", frames - first,
+             [[t for t in each if t not in own] for each, own in zip(steps, near, strict=True)]),
+        ]  # fmt: skip
+    drawn: list[tuple[int, int]] = []
+    for what, count, steps in parts:
+        available = np.asarray([len(each) for each in steps])
+        if count > available.sum():
+            raise DatasetError(
+                f"{where}: {count} frames{what} asked for, {len(chosen)} episodes have "
+                f"{available.sum()}"
+            )
+        drawn += [
+            (episode, each[place])
+            for episode, each, own in zip(
+                chosen, steps, spread(count, available).tolist(), strict=True
+            )
+            for place in stratified(len(each), own, rng)
+        ]
+    return drawn

@@ -29,6 +29,7 @@ def calibrate(config: CalibrateConfig, *, progress: Progress = no_progress) -> C
         spec=config.spec,
         max_episodes=config.max_episodes,
         balance=config.mixture is not None,
+        gripper_share=config.gripper_share,
         progress=progress,
     )
     drawn.save(config.out / files.CALIBRATION)

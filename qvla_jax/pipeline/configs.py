@@ -39,11 +39,16 @@ class CalibrateConfig(StageConfig):
     max_episodes: int = 512
     # Frames to draw. Few frames overfit: 8 cost a factor of 10 to 60 in held-out error.
     frames: int = 128
+    # Share of them that is drawn where the expert is about to open or close the gripper; left out,
+    # all steps of an episode are alike.
+    gripper_share: float | None = None
     # Actions of the expert that go with each frame; must be the policy's.
     horizon: int = 8
 
     def __post_init__(self) -> None:
         _positive(self, "frames", "horizon", "max_episodes")
+        if self.gripper_share is not None and not 0 <= self.gripper_share <= 1:
+            raise InputError(f"gripper_share must lie between 0 and 1, got {self.gripper_share}")
         if self.weights and (self.mixture is not None or self.dataset != "bundled"):
             raise InputError("--weights name the data sets: no --dataset or --mixture beside them")
         if self.mixture is not None and self.spec is not None:

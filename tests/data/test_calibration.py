@@ -40,6 +40,25 @@ def test_frames_are_spread_over_tasks_and_episodes() -> None:
     assert len(set(pairs)) == 128
 
 
+def test_a_share_of_the_frames_lies_where_the_gripper_opens_or_closes() -> None:
+    def deciding(drawn: data.CalibrationSet) -> int:
+        (batch,) = drawn.batches(64)
+        gripper = batch["actions"][..., 6]
+        return int(np.sum(gripper.max(axis=1) != gripper.min(axis=1)))
+
+    shared = data.calibration_set("bundled", frames=64, gripper_share=0.75)
+    assert deciding(shared) == 48
+    assert len(set(shared.manifest["episodes"])) == 20
+    assert deciding(data.calibration_set("bundled", frames=64, gripper_share=0)) == 0
+    assert deciding(data.calibration_set("bundled", frames=64, gripper_share=1)) == 64
+    with pytest.raises(InputError, match="between 0 and 1"):
+        data.calibration_set("bundled", frames=64, gripper_share=1.5)
+    with pytest.raises(InputError, match="give `frames`"):
+        data.calibration_set("bundled", trajectories=3, gripper_share=0.5)
+    with pytest.raises(DatasetError, match="frames where the gripper opens or closes asked for"):
+        data.calibration_set("bundled", frames=1500, gripper_share=1)
+
+
 def test_first_frames_of_a_set_come_from_several_tasks() -> None:
     (batch, *_) = data.calibration_set("bundled", frames=64, seed=3).batches(16)
     assert len(set(batch["instruction"])) >= 5
