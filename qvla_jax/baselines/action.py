@@ -174,7 +174,7 @@ RECIPES = {
         options=(0, 2, 3, 4, 8, 16),
     ),
     "action-alternating": Recipe(
-        title="the same, allocated anew with the joint errors of its allocation", quantizer=_AWARE,
+        title="action-aware, allocated anew with its own joint errors", quantizer=_AWARE,
         options=(0, 2, 3, 4, 8, 16), alternates=True,
     ),
     "action-gripper": Recipe(

@@ -173,7 +173,8 @@ def study(
     cells: list[dict[str, Any]] = []
     for done, ((row, column), setting) in enumerate(settings.items()):
         progress("cells", done, len(settings))
-        cells.append({"row": row, "column": column, **work.cell(setting)})
+        own = {"row": row, "column": column, "activation_bits": setting.activation_bits}
+        cells.append({**own, **work.cell(setting)})
     progress("cells", len(settings), len(settings))
     if config.sim is not None:
         for done, cell in enumerate(cells):

@@ -40,6 +40,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 def draw_error(results: Mapping[str, Any], path: Path) -> None:
     """Draws action error (log) against stored bytes as PNG, a series for each row.
 
+    Cells with rounded activations are hollow; a line joins the best of the others.
+
     Args:
         results: what `pipeline.study` returns.
         path: of the picture, which is replaced.
@@ -71,24 +73,34 @@ def _draw(
 ) -> None:
     # Without pyplot: no display, no global state.
     figure_module: Any = importlib.import_module("matplotlib.figure")
-    figure = figure_module.Figure(figsize=(9, 5.5), layout="constrained")
+    figure = figure_module.Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(results["rows"]):
-        own = sorted(
-            ((c["stored_bytes"] / 2**20, y, e) for c, y, e in points if c["row"] == row),
-            key=lambda point: point[0],
-        )
-        if own:
-            axes.errorbar(
-                [x for x, _, _ in own],
-                [y for _, y, _ in own],
-                yerr=None if log else [[e[0] for *_, e in own], [e[1] for *_, e in own]],
-                marker="os^Dvx+*"[place % 8],
-                markersize=5,
-                linestyle="none",
-                color=f"C{place % 10}",
-                label=row,
-            )
+        for rounded in (False, True):
+            own = [
+                (cell["stored_bytes"] / 2**20, y, interval)
+                for cell, y, interval in points
+                if cell["row"] == row and (cell["activation_bits"] < 16) == rounded
+            ]
+            if own:
+                axes.errorbar(
+                    [x for x, _, _ in own],
+                    [y for _, y, _ in own],
+                    yerr=None if log else [[e[0] for *_, e in own], [e[1] for *_, e in own]],
+                    marker="os^Dvx+*"[place % 8],
+                    markersize=6,
+                    markerfacecolor="none" if rounded else None,
+                    linestyle="none",
+                    elinewidth=1,
+                    color=f"C{place % 10}",
+                    label=row + (", rounded activations" if rounded else ""),
+                )
+    weights_only = [(c, y) for c, y, _ in points if c["activation_bits"] == 16]
+    front = _front(weights_only, lowest=log)
+    axes.step(
+        [x for x, _ in front], [y for _, y in front], where="post", color="gray", linewidth=1,
+        linestyle=":", label="best of 16-bit activations",
+    )  # fmt: skip
     if line is not None:
         axes.axhline(line, color="black", linewidth=1, label="full precision")
     if log:
@@ -96,9 +108,22 @@ def _draw(
     axes.set_xlabel("stored for the quantized layers (MiB)")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
+
+
+def _front(
+    points: Sequence[tuple[Mapping[str, Any], float]], *, lowest: bool
+) -> list[tuple[float, float]]:
+    """MiB and value of the cells that are better than all that store no more."""
+    front: list[tuple[float, float]] = []
+    for cell, value in sorted(
+        points, key=lambda p: (p[0]["stored_bytes"], p[1] if lowest else -p[1])
+    ):
+        if not front or (value < front[-1][1] if lowest else value > front[-1][1]):
+            front.append((cell["stored_bytes"] / 2**20, value))
+    return front
 
 
 def _table(results: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str]) -> str:
