@@ -19,6 +19,11 @@ _MANY_MAPS = 25_000
 _STATM = Path("/proc/self/statm")
 _MANY_PAGES = 2**31 // os.sysconf("SC_PAGE_SIZE")
 
+# Most programs of tests run once, and optimizing them takes longer than that. Subprocesses inherit
+# the flag.
+_FLAG = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{_FLAG} {os.environ.get('XLA_FLAGS', '')}".strip()
+
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
