@@ -4,8 +4,8 @@ Codes stay as they are, so that w_hat = s q is linear in the scale of its row, a
 estimated through the rounding of weights; that of activations is passed straight through. The loss
 is the squared error of the action against full precision on calibration frames, so no labels are
 needed. (EfficientQAT, arXiv 2407.11062, tunes step sizes end to end on the loss of a language
-model.) The last frames are held back. After an epoch that makes the error on them larger, the next
-one goes back to the best so far, with smaller steps; without a better epoch nothing changes.
+model.) The last frames are held back: they say which epoch is taken, none of them if no epoch is
+better than the start.
 """
 
 import dataclasses
@@ -36,8 +36,6 @@ from qvla_jax.sensitivity.batches import Calibration
 _EPOCHS: Final = 12
 _BATCH: Final = 8
 _RATE: Final = 1e-3
-# What the rate is multiplied by after an epoch that was of no use.
-_BACKED_OFF: Final = 0.3
 # One frame of this many is held back.
 _HELD_BACK: Final = 8
 
@@ -126,15 +124,13 @@ def _step(
     state: Any,
     tuned: Any,
     memory: Any,
-    rate: Float[Array, ""],
     fixed: Mapping[str, Fixed],
     inputs: Any,
     target: Float[Array, "b h a"],
 ) -> tuple[Any, Any]:
     gradient = jax.grad(lambda own: _error(graphdef, state, own, fixed, inputs, target))(tuned)
     updates, memory = optimizer.update(gradient, memory, tuned)
-    tuned = jax.tree.map(lambda value, update: value - rate * update, tuned, updates)
-    return tuned, memory
+    return optax.apply_updates(tuned, updates), memory
 
 
 def tune(
@@ -153,7 +149,7 @@ def tune(
         packed: made of it.
         calibration: the frames to tune on.
         epochs: passes over them.
-        rate: Adam's, at first.
+        rate: Adam's, which falls to 0 on a cosine.
         progress: called with the epochs done.
 
     Returns:
@@ -170,7 +166,7 @@ def tune(
         for path, w in weights.items()
     }
     used, held_back = _batches(policy, calibration)
-    optimizer = optax.scale_by_adam()
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, max(epochs * len(used), 1)))
     with jax.numpy_dtype_promotion("standard"):
         memory = optimizer.init(tuned)
 
@@ -178,28 +174,24 @@ def tune(
         found = [float(_error(graphdef, state, own, fixed, *batch)) for batch in held_back]
         return float(np.mean(found))
 
-    best, errors = (tuned, memory), [error(tuned)]
+    best, errors = tuned, [error(tuned)]
     order = np.random.default_rng(0)
     for epoch in range(epochs):
         progress("tuning", epoch, epochs)
-        tuned, memory = best
         for number in order.permutation(len(used)):
             # Optax mixes Python numbers and integers.
             with jax.numpy_dtype_promotion("standard"):
                 tuned, memory = _step(
-                    optimizer, graphdef, state, tuned, memory, jnp.float32(rate), fixed,
-                    *used[number],
-                )  # fmt: skip
-        if (found := error(tuned)) < min(errors):
-            best = tuned, memory
-        else:
-            rate *= _BACKED_OFF
-        errors.append(found)
+                    optimizer, graphdef, state, tuned, memory, fixed, *used[number]
+                )
+        errors.append(error(tuned))
+        if errors[-1] <= min(errors):
+            best = tuned
     progress("tuning", epochs, epochs)
     model = nnx.merge(*nnx.split(policy.model))
     replace_by_packed(
         model,
-        [(path, _with(weights[path], *_stored(best[0][path], fixed[path]))) for path in weights],
+        [(path, _with(weights[path], *_stored(best[path], fixed[path]))) for path in weights],
         {path: layer.inputs for path, layer in layers.items()},
     )
     header = {**(packed.quantization or {}), "tuning errors": errors}
