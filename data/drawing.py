@@ -129,27 +129,30 @@ def draw(
     if gripper_share is None:
         parts = [("", frames, steps)]
     else:
-        near = [pool.deciding[episode] for episode in chosen]
-        first = round(frames * gripper_share)
+        near, far = (
+            [
+                [step for step in each if (step in pool.deciding[episode]) == deciding]
+                for episode, each in zip(chosen, steps, strict=True)
+            ]
+            for deciding in (True, False)
+        )
+        count = round(frames * gripper_share)
         parts = [
-            (" where the gripper opens or closes", first,
-             [[t for t in each if t in own] for each, own in zip(steps, near, strict=True)]),
-            (" where it does not", frames - first,
-             [[t for t in each if t not in own] for each, own in zip(steps, near, strict=True)]),
-        ]  # fmt: skip
+            (" where the gripper opens or closes", count, near),
+            (" where it does not", frames - count, far),
+        ]
     drawn: list[tuple[int, int]] = []
-    for what, count, steps in parts:
-        available = np.asarray([len(each) for each in steps])
+    for what, count, offered in parts:
+        available = np.asarray([len(each) for each in offered])
         if count > available.sum():
             raise DatasetError(
                 f"{where}: {count} frames{what} asked for, {len(chosen)} episodes have "
                 f"{available.sum()}"
             )
+        counts = spread(count, available).tolist()
         drawn += [
             (episode, each[place])
-            for episode, each, own in zip(
-                chosen, steps, spread(count, available).tolist(), strict=True
-            )
-            for place in stratified(len(each), own, rng)
+            for episode, each, some in zip(chosen, offered, counts, strict=True)
+            for place in stratified(len(each), some, rng)
         ]
     return drawn

@@ -62,14 +62,13 @@ class Recipe:
         if self.rotates and job.setting.activation_bits < 8:
             quantizer = dataclasses.replace(quantizer, rotation=True)
         packed = self._packed(job, quantizer)
+        bits = None
         if self.allocates_activations:
             bits = allocate_activations(
                 job.policy, packed, job.calibration, job.setting.activation_bits,
                 progress=job.progress,
             )  # fmt: skip
-            packed = with_activations(job, packed, bits)
-        else:
-            packed = with_activations(job, packed)
+        packed = with_activations(job, packed, bits)
         if self.tuned:
             packed = tune(job.policy, packed, job.calibration, progress=job.progress)
         return packed

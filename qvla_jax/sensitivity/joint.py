@@ -55,7 +55,8 @@ def joint_factors(
         rules: those of the table.
         progress: called with the options done.
     """
-    bits = single_costs(table).bits_of(solve(_reference(single_costs(table)), "greedy:marginal"))
+    single = dataclasses.replace(table, joint=None)
+    bits = single.bits_of(solve(_reference(single), "greedy:marginal"))
     return _JointErrors(policy, calibration, table, frames, batch, rules, progress).factors(bits)
 
 
@@ -78,7 +79,7 @@ def alternate(
         calibration: the table's calibration set.
         table: costs; its own joint factors hold for the first allocation.
         allocate: bits [C] of a table.
-        rounds: allocations after the first one.
+        rounds: most allocations after the first one; none follow one that repeats the last.
         frames: frames that the joint errors are measured on.
         batch: frames at a time.
         rules: those of the table.
@@ -91,16 +92,13 @@ def alternate(
     bits = allocate(table)
     best, least = bits, measured.error(bits)
     for _ in range(rounds):
-        factors = measured.factors(bits)
-        bits = allocate(dataclasses.replace(table, joint=factors))
+        last = bits
+        bits = allocate(dataclasses.replace(table, joint=measured.factors(last)))
+        if np.array_equal(bits, last):
+            break
         if (error := measured.error(bits)) < least:
             best, least = bits, error
     return best
-
-
-def single_costs(table: SensitivityTable) -> SensitivityTable:
-    """The table without joint factors."""
-    return dataclasses.replace(table, joint=None)
 
 
 class _JointErrors:
@@ -116,8 +114,8 @@ class _JointErrors:
         rules: LayerRules,
         progress: Progress,
     ):
-        self._policy, self._rules, self._progress = policy, rules, progress
-        self._table = single_costs(table)
+        self._policy, self._table, self._rules = policy, table, rules
+        self._progress = progress
         part = FirstFrames(calibration, min(frames, calibration.frames))
         self._observations = list(part.batches(batch))
         self._source = [policy.infer_normalized(batch) for batch in self._observations]
