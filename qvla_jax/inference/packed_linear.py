@@ -82,7 +82,8 @@ class PackedLinear(nnx.Module):
     @property
     def weight(self) -> kernels.PackedWeight:
         """The canonical weight of this layer alone, on the host."""
-        held = jax.device_get(kernels.canonical(self.arrays.get_value()))
+        # Not on the device: each mix of widths has shapes of its own, for which JAX would compile.
+        held = kernels.canonical(jax.device_get(self.arrays.get_value()))
         if self.stop - self.start == held.shape[0]:
             return held
         return kernels.part(held, self.start, self.stop, index=self.has_index)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -75,7 +74,7 @@ def unpacked(policy: Policy, packed: Policy, *, rounding: bool = False) -> Polic
         if linear is None or linear.kernel.shape[::-1] != weight.shape:
             raise InputError(f"{path}: the packed policy was not made of {policy.config.name}")
         c, k = weight.shape
-        kernel = kernels.dequantize(jax.tree.map(jnp.asarray, weight)).T
+        kernel = kernels.dequantize(weight).T
         scale = jnp.ones(k) if inputs.scale is None else jnp.asarray(inputs.scale, jnp.float32)
         bias = None if weight.bias is None else jnp.asarray(weight.bias).astype(jnp.float32)
         if rounds:
