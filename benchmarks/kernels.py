@@ -120,10 +120,10 @@ def our_products(c: int, k: int, copies: Copies) -> Iterator[tuple[str, Product]
     widths["mixed"] = rng.choice(shares, c, p=[MIXED[b] for b in shares])
     for label, bits in widths.items():
         for group in (None, 128) if label == "4 bits" and k % 128 == 0 else (None,):
-            weight = cpu.prepare(random_packed(c, k, bits, group))
-            size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
-            # Memory of its own for each.
-            weights = [jax.tree.map(jnp.array, weight) for _ in range(copies(size))]
+            packed = random_packed(c, k, bits, group)
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
+            # Memory of its own for each, as in a packed layer.
+            weights = [jax.device_put(cpu.prepare(packed)) for _ in range(copies(size))]
             kind = {128: ", groups of 128", None: ", per channel"}[group]
             name = f"qvla {label}{kind if label == '4 bits' else ''}"
             for activations in (16, 8):

@@ -13,36 +13,35 @@
 namespace qvla {
 namespace {
 
-constexpr int kAhead = 2048;  // bytes that are prefetched ahead of each stream
-
-// What a segment's codes stand for, as bfloat16, 32 entries for the low bits of a word.
-struct Tables {
-  __m512i low, high;
-
-  explicit Tables(const Job& job) {
-    alignas(64) uint16_t table[2][32];
-    for (int i = 0; i < 32; ++i) {
-      if (job.bits == 8) {
-        // A code is 16 high + low - 128: both parts are exact.
-        table[0][i] = to_bfloat16(static_cast<float>(i & 15));
-        table[1][i] = to_bfloat16(static_cast<float>(16 * (i & 15) + job.offset));
-      } else {
-        const int code = i & ((1 << (job.bits & 7)) - 1);
-        table[0][i] = table[1][i] =
-            to_bfloat16(static_cast<float>(job.multiplier * code + job.offset));
-      }
-    }
-    low = _mm512_load_si512(table[0]);
-    high = _mm512_load_si512(table[1]);
+// What a segment's codes of 2 or 4 bits stand for, as bfloat16, for the low 5 bits of a word.
+inline __m512i table_of(const Job& job) {
+  alignas(64) uint16_t table[32];
+  for (int i = 0; i < 32; ++i) {
+    const int code = i & ((1 << (job.bits & 7)) - 1);
+    table[i] = to_bfloat16(static_cast<float>(job.multiplier * code + job.offset));
   }
-};
+  return _mm512_load_si512(table);
+}
 
 inline __m512 dot(__m512 sum, __m512i w, __m512i x) {
   return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
 }
 
+// What a stream will come to. Where memory is the limit it goes to the second-level cache, because
+// streams whole pages apart push one another out of the first; where products are, to the first.
+template <int MR>
 inline void prefetch(const uint8_t* at) {
-  _mm_prefetch(reinterpret_cast<const char*>(at) + kAhead, _MM_HINT_T0);
+  const char* const next = reinterpret_cast<const char*>(at);
+  if constexpr (MR <= 2) _mm_prefetch(next + 1024, _MM_HINT_T1);
+  else _mm_prefetch(next + 2048, _MM_HINT_T0);
+}
+
+// What the next tile of each stream has beside its words.
+inline void prefetch_lanes(const Job& job, int tile) {
+  const ptrdiff_t next = (tile + 1) * kLanes;
+  _mm_prefetch(reinterpret_cast<const char*>(job.scales + next * job.groups), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(job.bias + next), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(job.index + next), _MM_HINT_T0);
 }
 
 // Lanes to channels in any order: plain stores are faster than a scatter instruction.
@@ -127,11 +126,15 @@ template <int BITS, int T>
 inline __m512i field(__m512i block, __m512i table) {
   if constexpr (BITS == 16) return block;
   if constexpr (BITS == 8) {
-    const __m512i low = _mm512_set1_epi32(255), offset = _mm512_set1_epi32(128);
-    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(block, 8 * T), low);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(block, 16 + 8 * T), low);
-    const __m512i a = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(even, offset)));
-    const __m512i b = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(odd, offset)));
+    // Code u in the low bits of the number 2^23 is 2^23 + u, exactly.
+    const __m512i byte = _mm512_set1_epi32(255), large = _mm512_set1_epi32(0x4b000000);
+    const __m512 zero = _mm512_set1_ps(0x1p23f + 128);
+    const auto value = [&](int shift) {
+      const __m512i number =
+          _mm512_ternarylogic_epi32(_mm512_srli_epi32(block, shift), byte, large, 0xea);
+      return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(number), zero));
+    };
+    const __m512i a = value(8 * T), b = value(16 + 8 * T);
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
   }
   return _mm512_permutexvar_epi16(_mm512_srli_epi16(block, T * BITS), table);
@@ -148,8 +151,12 @@ constexpr int pair_of(int t) {
 template <int BITS>
 constexpr int kFields = BITS == 16 ? 1 : 16 / BITS;  // pairs of a block, too
 
+// Sums of one row and tile: a single one would wait for each product before the next.
+template <int MR>
+constexpr int kSums = MR == 1 ? 2 : 1;
+
 template <int BITS, int T, int MR, int NT, bool SPLIT>
-inline void add_fields(__m512 (&sum)[MR][NT], const __m512i (&block)[NT], __m512i table,
+inline void add_fields(__m512 (&sum)[MR][NT][kSums<MR>], const __m512i (&block)[NT], __m512i table,
                        const int32_t* const (&x)[MR], ptrdiff_t pair, ptrdiff_t low) {
   if constexpr (T < kFields<BITS>) {
     __m512i w[NT];
@@ -159,11 +166,17 @@ inline void add_fields(__m512 (&sum)[MR][NT], const __m512i (&block)[NT], __m512
     for (int m = 0; m < MR; ++m) {
       const __m512i a = _mm512_set1_epi32(x[m][pair + pair_of<BITS>(T)]);
 #pragma GCC unroll 4
-      for (int n = 0; n < NT; ++n) sum[m][n] = dot(sum[m][n], w[n], a);
+      for (int n = 0; n < NT; ++n) {
+        __m512& s = sum[m][n][T % kSums<MR>];
+        s = dot(s, w[n], a);
+      }
       if constexpr (SPLIT) {
         const __m512i b = _mm512_set1_epi32(x[m][low + pair + pair_of<BITS>(T)]);
 #pragma GCC unroll 4
-        for (int n = 0; n < NT; ++n) sum[m][n] = dot(sum[m][n], w[n], b);
+        for (int n = 0; n < NT; ++n) {
+          __m512& s = sum[m][n][(T + 1) % kSums<MR>];
+          s = dot(s, w[n], b);
+        }
       }
     }
     add_fields<BITS, T + 1, MR, NT, SPLIT>(sum, block, table, x, pair, low);
@@ -172,11 +185,13 @@ inline void add_fields(__m512 (&sum)[MR][NT], const __m512i (&block)[NT], __m512
 
 // MR rows from `row` on times the tiles first, first + step, ...: each is a stream of its own.
 template <int BITS, int MR, int NT, bool SPLIT>
-void direct_float(const Job& job, int row, int first, int step) {
-  const Tables tables(job);
+void direct_float(const Job& job, __m512i table, int row, int first, int step) {
   const uint8_t* words[NT];
 #pragma GCC unroll 4
-  for (int n = 0; n < NT; ++n) words[n] = job.words + (first + n * step) * tile_bytes(BITS, job.k);
+  for (int n = 0; n < NT; ++n) {
+    words[n] = job.words + (first + n * step) * tile_bytes(BITS, job.k);
+    prefetch_lanes(job, first + n * step);
+  }
   const int32_t* x[MR];
 #pragma GCC unroll 12
   for (int m = 0; m < MR; ++m)
@@ -189,26 +204,32 @@ void direct_float(const Job& job, int row, int first, int step) {
     for (int m = 0; m < MR; ++m) total[m][n] = bias_of(job, first + n * step);
   ptrdiff_t pair = 0;
   for (int g = 0; g < job.groups; ++g) {
-    __m512 sum[MR][NT];
+    __m512 sum[MR][NT][kSums<MR>];
 #pragma GCC unroll 12
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-      for (int n = 0; n < NT; ++n) sum[m][n] = _mm512_setzero_ps();
+      for (int n = 0; n < NT; ++n)
+#pragma GCC unroll 2
+        for (int s = 0; s < kSums<MR>; ++s) sum[m][n][s] = _mm512_setzero_ps();
     for (const ptrdiff_t end = group_end(job, g) / 2; pair < end; pair += kFields<BITS>) {
       __m512i block[NT];
 #pragma GCC unroll 4
       for (int n = 0; n < NT; ++n) {
         block[n] = _mm512_loadu_si512(words[n]);
-        prefetch(words[n]);
+        prefetch<MR>(words[n]);
         words[n] += kBlock;
       }
-      add_fields<BITS, 0, MR, NT, SPLIT>(sum, block, tables.low, x, pair, low);
+      add_fields<BITS, 0, MR, NT, SPLIT>(sum, block, table, x, pair, low);
     }
 #pragma GCC unroll 4
     for (int n = 0; n < NT; ++n) {
       const __m512 scale = scale_of(job, first + n * step, g);
 #pragma GCC unroll 12
-      for (int m = 0; m < MR; ++m) total[m][n] = _mm512_fmadd_ps(sum[m][n], scale, total[m][n]);
+      for (int m = 0; m < MR; ++m) {
+        __m512 s = sum[m][n][0];
+        if constexpr (kSums<MR> == 2) s = _mm512_add_ps(s, sum[m][n][1]);
+        total[m][n] = _mm512_fmadd_ps(s, scale, total[m][n]);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -220,14 +241,14 @@ void direct_float(const Job& job, int row, int first, int step) {
 
 // The smallest of a few block heights that takes all rows, so that few kernels are compiled.
 template <int BITS, int NT, bool SPLIT>
-void few_rows_float(const Job& job, int first, int step) {
+void few_rows_float(const Job& job, __m512i table, int first, int step) {
   for (int row = 0; row < job.rows; row += kRowBlock) {
     const int rows = job.rows - row;
-    if (rows == 1) direct_float<BITS, 1, NT, SPLIT>(job, row, first, step);
-    else if (rows == 2) direct_float<BITS, 2, NT, SPLIT>(job, row, first, step);
-    else if (rows <= 4) direct_float<BITS, 4, NT, SPLIT>(job, row, first, step);
-    else if (rows <= 8) direct_float<BITS, 8, NT, SPLIT>(job, row, first, step);
-    else direct_float<BITS, kRowBlock, NT, SPLIT>(job, row, first, step);
+    if (rows == 1) direct_float<BITS, 1, NT, SPLIT>(job, table, row, first, step);
+    else if (rows == 2) direct_float<BITS, 2, NT, SPLIT>(job, table, row, first, step);
+    else if (rows <= 4) direct_float<BITS, 4, NT, SPLIT>(job, table, row, first, step);
+    else if (rows <= 8) direct_float<BITS, 8, NT, SPLIT>(job, table, row, first, step);
+    else direct_float<BITS, kRowBlock, NT, SPLIT>(job, table, row, first, step);
   }
 }
 
@@ -298,16 +319,15 @@ void panel_rows_float(const Job& job, int tile, const uint8_t* panel) {
 bool low_blocks(int rows) { return (rows + 7) / 8 * 8 < (rows + 11) / 12 * 12; }
 
 template <int BITS>
-void panel_float(const Job& job, int tile) {
-  const Tables tables(job);
+void panel_float(const Job& job, __m512i table, int tile) {
   uint8_t* panel = panel_of(static_cast<ptrdiff_t>(job.k) * kBlock);
 #pragma GCC unroll 4
   for (int n = 0; n < 2; ++n) {
     const uint8_t* words = job.words + (tile + n) * tile_bytes(BITS, job.k);
     uint8_t* out = panel + n * kBlock;
     for (int pair = 0; pair < job.k / 2; pair += kFields<BITS>, words += kBlock) {
-      prefetch(words);
-      unpack_fields<BITS, 0>(_mm512_loadu_si512(words), tables.low, out + pair * 2 * kBlock);
+      prefetch<kPanelRows>(words);
+      unpack_fields<BITS, 0>(_mm512_loadu_si512(words), table, out + pair * 2 * kBlock);
     }
   }
   const bool low = low_blocks(job.rows);
@@ -367,25 +387,20 @@ void all_wide(const Job& job) {
 
 template <int BITS>
 void all_float(const Job& job) {
+  const __m512i table = table_of(job);
   int done = 0;
   if (job.rows >= kPanelRows) {
-    for (; done + 2 <= job.tiles; done += 2) panel_float<BITS>(job, done);
-  } else if (job.rows == 1) {
-    const int step = job.tiles / 4;
-    for (; done < step; ++done)
-      job.split ? direct_float<BITS, 1, 4, true>(job, 0, done, step)
-                : direct_float<BITS, 1, 4, false>(job, 0, done, step);
-    done = 4 * step;
+    for (; done + 2 <= job.tiles; done += 2) panel_float<BITS>(job, table, done);
   } else {
     const int step = job.tiles / 2;
     for (; done < step; ++done)
-      job.split ? few_rows_float<BITS, 2, true>(job, done, step)
-                : few_rows_float<BITS, 2, false>(job, done, step);
+      job.split ? few_rows_float<BITS, 2, true>(job, table, done, step)
+                : few_rows_float<BITS, 2, false>(job, table, done, step);
     done = 2 * step;
   }
   for (; done < job.tiles; ++done)
-    job.split ? few_rows_float<BITS, 1, true>(job, done, 1)
-              : few_rows_float<BITS, 1, false>(job, done, 1);
+    job.split ? few_rows_float<BITS, 1, true>(job, table, done, 1)
+              : few_rows_float<BITS, 1, false>(job, table, done, 1);
 }
 
 void multiply_float(const Job& job) {
@@ -435,7 +450,10 @@ void direct_integer(const Job& job, int row, int first, int step) {
   constexpr int kPlanes = 8 / BITS;
   const uint8_t* words[NT];
 #pragma GCC unroll 4
-  for (int n = 0; n < NT; ++n) words[n] = job.words + (first + n * step) * tile_bytes(BITS, job.k);
+  for (int n = 0; n < NT; ++n) {
+    words[n] = job.words + (first + n * step) * tile_bytes(BITS, job.k);
+    prefetch_lanes(job, first + n * step);
+  }
   const int32_t* x[MR];
 #pragma GCC unroll 12
   for (int m = 0; m < MR; ++m)
@@ -457,7 +475,7 @@ void direct_integer(const Job& job, int row, int first, int step) {
 #pragma GCC unroll 4
       for (int n = 0; n < NT; ++n) {
         block[n] = _mm512_loadu_si512(words[n]);
-        prefetch(words[n]);
+        prefetch<MR>(words[n]);
         words[n] += kBlock;
       }
 #pragma GCC unroll 4
@@ -551,7 +569,7 @@ void panel_integer(const Job& job, int tile) {
     const uint8_t* words = job.words + (tile + n) * tile_bytes(BITS, job.k);
     uint8_t* out = panel + n * kBlock;
     for (int quad = 0; quad < job.k / 4; quad += kPlanes, words += kBlock) {
-      prefetch(words);
+      prefetch<kPanelRows>(words);
       const __m512i block = _mm512_loadu_si512(words);
       for (int p = 0; p < kPlanes; ++p)
         _mm512_store_si512(out + (quad + p) * 2 * kBlock, plane<BITS>(block, p));
@@ -565,10 +583,6 @@ void all_integer(const Job& job) {
   int done = 0;
   if (job.rows >= kPanelRows) {
     for (; done + 2 <= job.tiles; done += 2) panel_integer<BITS>(job, done);
-  } else if (job.rows == 1) {
-    const int step = job.tiles / 4;
-    for (; done < step; ++done) direct_integer<BITS, 1, 4>(job, 0, done, step);
-    done = 4 * step;
   } else {
     const int step = job.tiles / 2;
     for (; done < step; ++done) few_rows_integer<BITS, 2>(job, done, step);

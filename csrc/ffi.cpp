@@ -78,6 +78,16 @@ ffi::Error invalid(const std::string& what) {
   return ffi::Error::InvalidArgument("qvla_matmul: " + what);
 }
 
+// Whether a channel is named that is not there. Every call asks, so all at once, in vectors.
+bool outside(const int32_t* index, int64_t count, int64_t channels) {
+  int32_t least = 0, most = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    least = std::min(least, index[i]);
+    most = std::max(most, index[i]);
+  }
+  return least < -1 || most >= channels;
+}
+
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> words,
                   ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> bias,
                   ffi::Buffer<ffi::S32> index, ffi::Buffer<ffi::S32> pruned,
@@ -118,9 +128,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w
       count(pruned) != count(pruned_bias))
     return invalid("the arrays do not fit the segments; batched weights are not supported");
   const int32_t* const indices = index.typed_data();
-  const auto outside = [channels](int32_t i) { return i < -1 || i >= channels; };
-  if (std::any_of(indices, indices + count(index), outside) ||
-      std::any_of(pruned.typed_data(), pruned.typed_data() + count(pruned), outside))
+  if (outside(indices, count(index), channels) ||
+      outside(pruned.typed_data(), count(pruned), channels))
     return invalid("the index names a channel that is not there");
   if (!rows) return ffi::Error::Success();
 

@@ -97,7 +97,11 @@ def scale_inputs(x: Float[Array, "*b k"], scale: Float[Array, " k"]) -> Float[Ar
 
 def arranged(weight: kernels.PackedWeight, implementation: str | None = None) -> PackedArrays:
     """The weight as the kernel takes it, on the default device."""
-    return PackedArrays(jax.tree.map(jnp.asarray, kernels.prepare(weight, implementation)))
+    prepared = kernels.prepare(weight, implementation)
+    # What was rearranged stays where it lies. The reference takes the weight itself, which may be
+    # mapped from a file.
+    place = jnp.array if prepared is weight else jax.device_put
+    return PackedArrays(jax.tree.map(place, prepared))
 
 
 def joint_layers(

@@ -1,6 +1,7 @@
 """The CPU kernel: its arrangement, its threads, its instruction sets, and what it does without."""
 
 import dataclasses
+import mmap
 import os
 import subprocess
 import sys
@@ -36,6 +37,22 @@ def test_the_arrangement_is_inverted_exactly(weight):
     for found, expected in zip(jax.tree.leaves(again), jax.tree.leaves(w), strict=True):
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
+
+
+def test_words_of_whole_pages_stay_where_they_were_arranged():
+    # 130 tiles of 16 KiB: one page of 2 MiB and some of the next.
+    c, k = 2080, 2048
+    codes = np.random.default_rng(0).integers(-7, 8, (c, k))
+    w = kernels.pack(
+        np.ones((c, k), np.float32), np.full(c, 4), codes=codes, scales=np.ones((c, 1))
+    )
+    prepared = cpu.prepare(w)
+    assert prepared.words.nbytes == c * k // 2
+    np.testing.assert_array_equal(cpu.canonical(prepared).words[0], w.words[0])
+    (placed,) = jax.device_put([prepared.words])
+    assert placed.unsafe_buffer_pointer() == prepared.words.ctypes.data
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert prepared.words.ctypes.data % 2**21 == 0
 
 
 @pytest.mark.parametrize("source", ["bfloat16", "float16", "float32"])
