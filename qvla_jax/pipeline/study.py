@@ -6,6 +6,7 @@ A cell is one method at one setting. Its packed policy lies in `OUT/methods`, it
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -187,16 +188,23 @@ def study(
     return work.write(cells)
 
 
-def rank_correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Spearman's rank correlation of offline measures with success, over the cells that have both.
+def rank_correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Spearman's rank correlation of offline measures with success.
 
     Args:
         cells: of results.json.
 
     Returns:
-        By measure; empty where fewer than 3 cells have success, or it is the same in all.
+        `policies`, those whose success is known, and `spearman` by measure. Cells that hold the
+        same policy (all offline measures are equal: tuning changed nothing, say) count once.
+        Empty where fewer than 3 policies have success, or it is the same in all.
     """
-    measured = [cell for cell in cells if "success" in cell]
+    distinct = {
+        json.dumps([cell["stored_bytes"], cell["versus_full_precision"]]): cell
+        for cell in cells
+        if "success" in cell
+    }
+    measured = list(distinct.values())
     success = [cell["success"]["rate"] for cell in measured]
     if len(measured) < 3 or len(set(success)) == 1:
         return {}
@@ -213,9 +221,12 @@ def rank_correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "stored bytes": [cell["stored_bytes"] for cell in measured],
     }
     return {
-        name: spearman(np.asarray(values), np.asarray(success))
-        for name, values in measures.items()
-        if len(set(values)) > 1
+        "policies": len(measured),
+        "spearman": {
+            name: spearman(np.asarray(values), np.asarray(success))
+            for name, values in measures.items()
+            if len(set(values)) > 1
+        },
     }
 
 

@@ -27,12 +27,11 @@ def markdown(results: Mapping[str, Any]) -> str:
             _table(results, _success),
         ]
     if found := results["rank_correlation_with_success"]:
-        cells = sum("success" in cell for cell in results["cells"])
         parts += [
-            f"\n### What predicts success\n\nSpearman's rank correlation with success over {cells} "
-            "cells; bytes should have it positive, errors negative.\n",
+            "\n### What predicts success\n\nSpearman's rank correlation with success over "
+            f"{found['policies']} policies; bytes should have it positive, errors negative.\n",
             "| measured offline | rank correlation |\n|---|---|",
-            *(f"| {name} | {value:+.2f} |" for name, value in found.items()),
+            *(f"| {name} | {value:+.2f} |" for name, value in found["spearman"].items()),
         ]
     return "\n".join(parts) + "\n"
 
@@ -76,6 +75,7 @@ def _draw(
     figure = figure_module.Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(results["rows"]):
+        label_of_row: str | None = row
         for rounded in (False, True):
             own = [
                 (cell["stored_bytes"] / 2**20, y, interval)
@@ -87,14 +87,16 @@ def _draw(
                     [x for x, _, _ in own],
                     [y for _, y, _ in own],
                     yerr=None if log else [[e[0] for *_, e in own], [e[1] for *_, e in own]],
-                    marker="os^Dvx+*"[place % 8],
+                    marker="os^Dv*<>"[place % 8],
                     markersize=6,
                     markerfacecolor="none" if rounded else None,
                     linestyle="none",
                     elinewidth=1,
                     color=f"C{place % 10}",
-                    label=row + (", rounded activations" if rounded else ""),
+                    label=label_of_row,
                 )
+                label_of_row = None
+    axes.plot([], [], "ko", markerfacecolor="none", label="hollow: rounded activations")
     weights_only = [(c, y) for c, y, _ in points if c["activation_bits"] == 16]
     front = _front(weights_only, lowest=log)
     axes.step(

@@ -187,12 +187,17 @@ def test_rank_correlations_are_those_of_cells_with_success():
         return {"versus_full_precision": errors, "stored_bytes": 10, **found}
 
     cells = [cell(1, 4, 0.9), cell(2, 5, 0.8), cell(3, 3, 0.1), cell(9, 9, None)]
-    found = STUDY["rank_correlations"](cells)
+    counted = STUDY["rank_correlations"](cells)
+    assert counted["policies"] == 3
+    found = counted["spearman"]
     assert found["mean squared error of the action"] == pytest.approx(-1)
     assert found["share of gripper commands that flip"] == pytest.approx(0.5)
     # The same everywhere: no order.
     assert not found.keys() & {"stored bytes", "largest error of the action"}
     assert STUDY["rank_correlations"](cells[:2]) == {}
+    # The same policy in two cells counts once.
+    assert STUDY["rank_correlations"]([*cells, cells[0]]) == counted
+    assert STUDY["rank_correlations"]([*cells[:2], cells[0]]) == {}
 
 
 def test_another_policy_s_cells_are_refused(results, config):
