@@ -166,12 +166,8 @@ def packed_timers(policy: Policy, inputs: ModelInputs) -> list[Timer]:
         prefill = timer(PREFILL, language.model, lambda m, x, v: m(x, v), embeddings, mask)
         states = model.action_states(prefill.call(), given.prompt_length)
         return [*timers, prefill, timer(HEAD, model.action_head, lambda m, x: m(x), states)]
-    steps = policy.config.num_decoded_tokens
-    places = embeddings.shape[1] + steps - 1
     mask = causal_mask(valid)
-    prefill = timer(
-        PREFILL, language.model, lambda m, x, v: m.fill(x, v, places=places), embeddings, mask
-    )
+    prefill = timer(PREFILL, language.model, lambda m, x, v: m.fill(x, v), embeddings, mask)
     _, caches = prefill.call()
     place = policy.config.num_prefix_tokens + given.prompt_length
 
@@ -180,7 +176,7 @@ def packed_timers(policy: Policy, inputs: ModelInputs) -> list[Timer]:
         return m.lm_head(state), updated
 
     decode = timer(STEP, language, step, caches, place)
-    decode.count = steps - 1
+    decode.count = policy.config.num_decoded_tokens - 1
     return [*timers, prefill, decode]
 
 

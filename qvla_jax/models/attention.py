@@ -1,5 +1,7 @@
 """Scaled dot-product attention."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -28,9 +30,27 @@ def attention(
     """
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    logits = (q @ jnp.swapaxes(k, 2, 3)).astype(jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask, logits, _MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.swapaxes(weights @ v, 1, 2)
+    part = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
+    return heads_first(q.swapaxes(1, 2), part).swapaxes(1, 2)
+
+
+def heads_first(
+    q: Float[Array, "b n t d"],
+    *parts: tuple[Float[Array, "b n d s"], Float[Array, "b n s d"], Bool[Array, "b 1 #t s"] | None],
+) -> Float[Array, "b n t d"]:
+    """`attention` where axes lie as the products read them, so that nothing is moved.
+
+    Args:
+        q: queries.
+        parts: keys, values and mask each; a query attends to the places of all parts.
+    """
+    q = q * q.shape[-1] ** -0.5
+    logits = [(q @ k).astype(jnp.float32) for k, _, _ in parts]
+    masked = [
+        x if mask is None else jnp.where(mask, x, _MASKED)
+        for x, (_, _, mask) in zip(logits, parts, strict=True)
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(masked, axis=-1), axis=-1)
+    ends = list(itertools.accumulate(k.shape[-1] for k, _, _ in parts))
+    shares = jnp.split(weights, ends[:-1], axis=-1)
+    return sum(w.astype(v.dtype) @ v for w, (_, v, _) in zip(shares, parts, strict=True))

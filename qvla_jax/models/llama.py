@@ -13,7 +13,7 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Bool, Float, Int
 from qvla_jax.config import LlamaConfig
-from qvla_jax.models.attention import attention
+from qvla_jax.models.attention import attention, heads_first
 from qvla_jax.models.linear import Embed, Linear
 
 # Layers of one module that take the same input.
@@ -42,10 +42,17 @@ def apply_rotary(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one layer, for s places of which the first ones are filled."""
+    """Keys and values of one layer: of the prompt's t places and of r later tokens.
 
-    k: Float[Array, "b s m d"]
-    v: Float[Array, "b s m d"]
+    Axes lie as `heads_first` reads them, and what is there is never written again: XLA's CPU
+    backend would copy the whole cache for every token, which takes as long as the products with
+    all weights.
+    """
+
+    k: Float[Array, "b m d t"]
+    v: Float[Array, "b m t d"]
+    later_k: Float[Array, "b m d r"]
+    later_v: Float[Array, "b m r d"]
 
 
 class LlamaAttention(nnx.Module):
@@ -74,15 +81,12 @@ class LlamaAttention(nnx.Module):
         x: Float[Array, "b t c"],
         angles: tuple[Float[Array, "b t 1 r"], Float[Array, "b t 1 r"]],
         mask: Bool[Array, "b 1 #t t"],
-        cache: KVCache,
     ) -> tuple[Float[Array, "b t c"], KVCache]:
-        """As a call, and stores keys and values in the first t places of the cache."""
+        """As a call, and returns the cache of these places."""
         q, k, v = self._project(x, angles)
-        filled = KVCache(
-            k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, 0, axis=1),
-            v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, 0, axis=1),
-        )
-        return self.o_proj(attention(q, k, v, mask).reshape(x.shape)), filled
+        held_k, held_v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+        cache = KVCache(k=held_k, v=held_v, later_k=held_k[..., :0], later_v=held_v[:, :, :0])
+        return self.o_proj(attention(q, k, v, mask).reshape(x.shape)), cache
 
     def step(
         self,
@@ -91,14 +95,23 @@ class LlamaAttention(nnx.Module):
         places: Int[Array, " b"],
         cache: KVCache,
     ) -> tuple[Float[Array, "b 1 c"], KVCache]:
-        """One token of each sequence, at its place; attends to all places up to it."""
+        """One token of each sequence, at its place; attends to all places up to it.
+
+        The prompt's places that later tokens took, or will take, are its padding.
+        """
         q, k, v = self._project(x, angles)
-        rows = jnp.arange(x.shape[0])
-        cache = KVCache(
-            k=cache.k.at[rows, places].set(k[:, 0]), v=cache.v.at[rows, places].set(v[:, 0])
+        cache = dataclasses.replace(
+            cache,
+            later_k=jnp.concatenate([cache.later_k, k.transpose(0, 2, 3, 1)], axis=3),
+            later_v=jnp.concatenate([cache.later_v, v.swapaxes(1, 2)], axis=2),
         )
-        mask = jnp.arange(cache.k.shape[1])[None] <= places[:, None]
-        y = attention(q, cache.k, cache.v, mask[:, None, None])
+        b, m, d, t = cache.k.shape
+        prompt = jnp.arange(t)[None] <= places[:, None] - cache.later_k.shape[3]
+        y = heads_first(
+            q.reshape(b, m, -1, d),  # the queries of a key-value head are rows of one product
+            (cache.k, cache.v, prompt[:, None, None]),
+            (cache.later_k, cache.later_v, None),
+        )
         return self.o_proj(y.reshape(x.shape)), cache
 
     def _project(
@@ -150,10 +163,9 @@ class LlamaDecoderLayer(nnx.Module):
         x: Float[Array, "b t c"],
         angles: tuple[Float[Array, "b t 1 r"], Float[Array, "b t 1 r"]],
         mask: Bool[Array, "b 1 #t t"],
-        cache: KVCache,
     ) -> tuple[Float[Array, "b t c"], KVCache]:
         """See `LlamaAttention.fill`."""
-        y, cache = self.self_attn.fill(self.input_layernorm(x), angles, mask, cache)
+        y, cache = self.self_attn.fill(self.input_layernorm(x), angles, mask)
         return self._transform(x + y), cache
 
     def step(
@@ -198,18 +210,13 @@ class LlamaModel(nnx.Module):
         return self.norm(x)
 
     def fill(
-        self, embeddings: Float[Array, "b t c"], mask: Bool[Array, "b 1 #t t"], *, places: int
+        self, embeddings: Float[Array, "b t c"], mask: Bool[Array, "b 1 #t t"]
     ) -> tuple[Float[Array, "b t c"], list[KVCache]]:
-        """As a call, and returns a cache of `places` places for each layer, the first t filled."""
-        config, (b, _, c) = self.config, embeddings.shape
-        empty = jnp.zeros(
-            (b, places, config.num_key_value_heads, c // config.num_attention_heads),
-            embeddings.dtype,
-        )
+        """As a call, and returns the cache of each layer."""
         angles = self._angles(_positions(embeddings))
         x, caches = embeddings, []
         for layer in self.layers:
-            x, cache = layer.fill(x, angles, mask, KVCache(k=empty, v=empty))
+            x, cache = layer.fill(x, angles, mask)
             caches.append(cache)
         return self.norm(x), caches
 

@@ -176,7 +176,7 @@ class Autoregressive(Prismatic):
         return states, jnp.take_along_axis(states, places[:, :, None], axis=1)
 
     def decode(self, inputs: ModelInputs) -> Int[Array, "b n"]:
-        """The most likely tokens, one after the other, with a preallocated KV cache."""
+        """The most likely tokens, one after the other, with a KV cache."""
         return self.roll_out(inputs).tokens
 
     def roll_out(self, inputs: ModelInputs) -> "RollOut":
@@ -184,9 +184,7 @@ class Autoregressive(Prismatic):
         embeddings, valid = self.embed(inputs)
         first = self._first_place(inputs)
         steps = self.config.num_decoded_tokens
-        prompt, caches = self.language_model.model.fill(
-            embeddings, causal_mask(valid), places=embeddings.shape[1] + steps - 1
-        )
+        prompt, caches = self.language_model.model.fill(embeddings, causal_mask(valid))
         states = [jnp.take_along_axis(prompt, first[:, None, None], axis=1)]
         logits = [self.language_model.lm_head(states[0])[:, 0]]
         tokens = [self.choose(logits[0])]

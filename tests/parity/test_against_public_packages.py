@@ -207,9 +207,7 @@ def test_llama_matches_transformers(packages, seed):
         # Through the cache: all but the last places at once, then one by one.
         states, _ = reference(np.ones((b, t), np.int64))
         whole = jnp.ones((b, t - 2), bool)
-        _, caches = ours.model.fill(
-            jnp.asarray(embeddings[:, : t - 2]), causal_mask(whole), places=t
-        )
+        _, caches = ours.model.fill(jnp.asarray(embeddings[:, : t - 2]), causal_mask(whole))
         for place in (t - 2, t - 1):
             state, caches = ours.model.step(
                 jnp.asarray(embeddings[:, place : place + 1]), jnp.full(b, place), caches
