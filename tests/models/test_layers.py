@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qvla_jax.config import preset
+from qvla_jax.config import LlamaConfig, preset
 from qvla_jax.models.attention import attention
 from qvla_jax.models.linear import Linear
 from qvla_jax.models.llama import (
@@ -83,3 +83,29 @@ def test_masks_decide_who_sees_later_and_padded_positions(mask_of, sees_future):
     assert (np.abs(after - before)[0, :4].max() > 1e-4) == sees_future
     after_padding = np.asarray(model(jnp.asarray(padded), mask_of(valid)))
     np.testing.assert_array_equal(after_padding[0, :5], before[0, :5])
+
+
+@pytest.mark.parametrize("key_value_heads", [4, 2, 1])
+def test_tokens_through_the_cache_are_those_of_the_whole_sequence(key_value_heads):
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=key_value_heads,
+    )  # fmt: skip
+    model = LlamaModel(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    # Prompts of 5 and 3 tokens, padded to 6 places that later tokens take over.
+    lengths, steps = np.array([5, 3]), 3
+    sequences = jnp.asarray(rng.normal(size=(2, 5 + steps, 32)), jnp.float32)
+    prompt = sequences[:, :6].at[0, 5].set(7.0).at[1, 3:].set(7.0)
+    valid = jnp.arange(6)[None] < lengths[:, None]
+    with jax.default_matmul_precision("float32"):
+        _, caches = model.fill(prompt, causal_mask(valid))
+        for step in range(steps):
+            places = lengths + step
+            token = sequences[jnp.arange(2), places][:, None]
+            found, caches = model.step(token, jnp.asarray(places), caches)
+            for row, place in enumerate(places):
+                whole = sequences[row : row + 1, : place + 1]
+                mask = causal_mask(jnp.ones((1, place + 1), bool))
+                expected = model(whole, mask)[0, -1]
+                np.testing.assert_allclose(found[row, 0], expected, rtol=2e-5, atol=2e-5)
