@@ -343,11 +343,11 @@ def _in_huge_pages(parts: list[np.ndarray]) -> np.ndarray:
     size = sum(part.size for part in parts)
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return _joined(np, parts, np.uint8)
-    # One page more, so that the words can begin where a page does; pages that nothing touches cost
-    # nothing, and the rest of the last one is made of small pages.
+    # One page more, so that the words can begin where a page does. What nothing touches costs
+    # nothing, and small pages hold what does not fill a large one.
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a Linux without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a Linux without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, size // _HUGE_PAGE * _HUGE_PAGE)
     return np.concatenate(parts, out=whole[start : start + size])
