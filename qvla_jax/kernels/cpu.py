@@ -342,7 +342,7 @@ def _in_huge_pages(parts: list[np.ndarray]) -> np.ndarray:
     """
     size = sum(part.size for part in parts)
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return _joined(np, parts, np.uint8)
+        return np.concatenate([np.zeros(0, np.uint8), *parts])
     # One page more, so that the words can begin where a page does. What nothing touches costs
     # nothing, and small pages hold what does not fill a large one.
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,5 +1,6 @@
 """Scaled dot-product attention."""
 
+import functools
 import itertools
 
 import jax
@@ -53,4 +54,5 @@ def heads_first(
     weights = jax.nn.softmax(jnp.concatenate(masked, axis=-1), axis=-1)
     ends = list(itertools.accumulate(k.shape[-1] for k, _, _ in parts))
     shares = jnp.split(weights, ends[:-1], axis=-1)
-    return sum(w.astype(v.dtype) @ v for w, (_, v, _) in zip(shares, parts, strict=True))
+    outputs = (w.astype(v.dtype) @ v for w, (_, v, _) in zip(shares, parts, strict=True))
+    return functools.reduce(jnp.add, outputs)
