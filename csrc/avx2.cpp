@@ -60,12 +60,7 @@ uint8_t* scratch(size_t bytes) {
 
 size_t float_bytes(int padded, bool) { return sizeof(float) * padded; }
 
-void prepare_float(const Row& row, bool, uint8_t* out) {
-  for (int i = 0; i < row.padded; i += kLanes) {
-    const Floats x = load(row, i);
-    std::memcpy(out + sizeof(float) * i, &x, sizeof x);
-  }
-}
+void prepare_float(const Row& row, bool split, uint8_t* out) { prepare_wide(row, split, out); }
 
 inline const float* row_of(const Job& job, int row) {
   return reinterpret_cast<const float*>(job.x + row * job.stride);

@@ -139,7 +139,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w
 
   thread_local Scratch memory;
   Scratch& scratch = memory;
-  const bool split = !x_half;
+  // Beside rounded inputs, rows of 16 bits meet x in bfloat16.
+  const bool split = !x_half && activation_bits == 16;
   const ptrdiff_t float_stride = stride_of(kernel.float_bytes(padded, split));
   const ptrdiff_t integer_stride = stride_of(kernel.integer_bytes(padded));
   const auto reserve = [](auto& buffer, size_t size) {

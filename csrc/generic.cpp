@@ -33,12 +33,7 @@ inline int group_end(const Job& job, int g) {
 
 size_t float_bytes(int padded, bool) { return sizeof(float) * padded; }
 
-void prepare_float(const Row& row, bool, uint8_t* out) {
-  for (int i = 0; i < row.padded; i += kLanes) {
-    const Floats x = load(row, i);
-    std::memcpy(out + sizeof(float) * i, &x, sizeof x);
-  }
-}
+void prepare_float(const Row& row, bool split, uint8_t* out) { prepare_wide(row, split, out); }
 
 template <int BITS, int M>
 void tile_float(const Job& job, int tile, int row) {

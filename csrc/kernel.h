@@ -35,7 +35,7 @@ struct Job {
   int rows;
   const uint8_t* x;           // prepared rows; kRowBlock rows behind the last may be read
   ptrdiff_t stride;           // bytes from row to row
-  bool split;                 // bfloat16 kernels: x is the sum of two numbers
+  bool split;                 // x has float32's precision: the sum of two numbers in bfloat16 kernels
   const float* row_scale;     // integer products: scale of each row ...
   const int32_t* row_sums;    // ... and the sums of its codes, [rows][groups]
   void* y;                    // first row
@@ -56,6 +56,7 @@ struct Kernel {
   // Bytes of a prepared row.
   size_t (*float_bytes)(int padded, bool split);
   size_t (*integer_bytes)(int padded);
+  // Rounds float32 inputs to bfloat16 where they are not split.
   void (*prepare_float)(const Row&, bool split, uint8_t* out);
   // Codes of the row, their scale and sums.
   void (*prepare_integer)(const Row&, int qmax, uint8_t* out, float* scale, int32_t* sums);
@@ -68,7 +69,8 @@ inline ptrdiff_t tile_bytes(int bits, int k) { return static_cast<ptrdiff_t>(k) 
 extern const Kernel kPortable;
 #if defined(__x86_64__)
 extern const Kernel kAvx2;
-extern const Kernel kAvx512;
+extern const Kernel kAvx512;      // products of four 8-bit integers
+extern const Kernel kAvx512Bf16;  // ... and of two bfloat16 numbers
 #elif defined(__aarch64__)
 extern const Kernel kNeon;
 extern const Kernel kNeonDot;   // products of four 8-bit integers

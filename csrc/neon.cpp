@@ -207,12 +207,7 @@ struct FloatProduct {
 
 size_t float_bytes(int padded, bool) { return sizeof(float) * padded; }
 
-void prepare_float(const Row& row, bool, uint8_t* out) {
-  for (int i = 0; i < row.padded; i += kLanes) {
-    const Floats x = load(row, i);
-    std::memcpy(out + sizeof(float) * i, &x, sizeof x);
-  }
-}
+void prepare_float(const Row& row, bool split, uint8_t* out) { prepare_wide(row, split, out); }
 
 // Input J of quad P of a step, four channels, without the multiplier.
 template <int BITS, int P, int J>

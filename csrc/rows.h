@@ -53,6 +53,25 @@ inline Floats load(const Row& row, int i) {
   return out;
 }
 
+// Nearest bfloat16 numbers, as `to_bfloat16` has them, in the upper halves of the words.
+inline Words rounded(Floats value) {
+  Words word;
+  std::memcpy(&word, &value, sizeof word);
+  const Words near = (word + 0x7fffu + ((word >> 16) & 1)) & 0xffff0000u;
+  return value != value ? (word & 0xffff0000u) | 0x400000u : near;
+}
+
+// A row in float32, in its own order; rounded to bfloat16 where it is not to be split.
+inline void prepare_wide(const Row& row, bool split, uint8_t* out) {
+  const bool exact = split || row.bfloat16;
+  for (int i = 0; i < row.padded; i += kLanes) {
+    const Floats x = load(row, i);
+    const Words half = rounded(x);
+    if (exact) std::memcpy(out + sizeof(float) * i, &x, sizeof x);
+    else std::memcpy(out + sizeof(float) * i, &half, sizeof half);
+  }
+}
+
 // Nearest integers, ties to even. Not by adding a large number: the compiler may fuse that addition
 // with the product before it, and a product that was not rounded breaks ties in another way.
 inline Ints nearest(Floats value) {

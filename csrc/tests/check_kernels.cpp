@@ -43,6 +43,15 @@ uint16_t narrowed(float value) {
   return static_cast<uint16_t>(word >> 16);
 }
 
+// Nearest bfloat16 number, ties to even, by the distance to both neighbours.
+float nearest_half(float value) {
+  const uint16_t low = narrowed(value);
+  if (!std::isfinite(value)) return value;
+  const double below = std::fabs(static_cast<double>(value) - widened(low));
+  const double above = std::fabs(static_cast<double>(widened(low + 1)) - value);
+  return widened(below < above || (below == above && low % 2 == 0) ? low : low + 1);
+}
+
 // An array that starts `skew` bytes behind an aligned address and ends where its memory ends.
 template <class T>
 class Buffer {
@@ -183,7 +192,7 @@ bool run(const Kernel& kernel, const Case& c, Random& random) {
   }
 
   // Preparation: codes, scales and sums are exact.
-  const bool split = !c.x_bfloat16;
+  const bool split = !c.x_bfloat16 && c.activation_bits == 16;
   const size_t bytes = c.whole() ? kernel.float_bytes(padded, split) : kernel.integer_bytes(padded);
   const ptrdiff_t stride = static_cast<ptrdiff_t>((bytes + 63) / 64 * 64 + 64);
   Buffer<uint8_t> prepared((c.rows + kRowBlock) * stride, 4);
@@ -198,7 +207,8 @@ bool run(const Kernel& kernel, const Case& c, Random& random) {
     const Row row = {source, c.x_bfloat16, k, padded, groups, c.step()};
     if (c.whole()) {
       kernel.prepare_float(row, split, prepared.data() + m * stride);
-      for (int i = 0; i < k; ++i) x[static_cast<size_t>(m) * k + i] = given[i];
+      for (int i = 0; i < k; ++i)
+        x[static_cast<size_t>(m) * k + i] = split ? given[i] : nearest_half(given[i]);
       continue;
     }
     kernel.prepare_integer(row, static_cast<int>(largest), prepared.data() + m * stride,

@@ -6,7 +6,8 @@ tiles and blocks, so a prepared weight takes somewhat more than the file. Output
 the index by the kernel itself.
 
 bfloat16 activations meet the weights as they are. float32 ones count as the sum of two bfloat16
-numbers where the processor multiplies those (about 2^-17 relative), and in float32 elsewhere.
+numbers where the path multiplies those (about 2^-17 relative), and in float32 elsewhere. Intel's
+processors multiply float32 numbers faster than pairs of bfloat16 ones, and so do that.
 """
 
 import contextlib
@@ -104,9 +105,9 @@ def library() -> ctypes.CDLL | None:
 def instruction_set() -> str | None:
     """The path that runs here, as csrc/select.cpp names it; None without a compiled kernel.
 
-    On x86-64 "avx512" (with VNNI and BF16), "avx2" or "portable"; on 64-bit ARM "neon_bf16" (with
-    SDOT and BFDOT), "neon_dot" (with SDOT), "neon" or "portable". The environment variable
-    QVLA_CPU_KERNEL chooses a lower one.
+    On x86-64 "avx512_bf16" (with VNNI and BF16), "avx512" (with VNNI), "avx2" or "portable"; on
+    64-bit ARM "neon_bf16" (with SDOT and BFDOT), "neon_dot" (with SDOT), "neon" or "portable". The
+    environment variable QVLA_CPU_KERNEL chooses another one that the processor runs.
     """
     loaded = library()
     return None if loaded is None else loaded.qvla_kernel_name().decode()

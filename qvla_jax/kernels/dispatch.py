@@ -101,7 +101,8 @@ def mixed_matmul(
         x: activations, bfloat16 or float32, any number of leading axes.
         w: a `PackedWeight`, or what `prepare` or `shard` made of one. A canonical weight is
             rearranged by every call, so prepare those that are used more than once.
-        activation_bits: 16 takes x as it is, 8 and 4 round it to integers row by row.
+        activation_bits: 16 takes x as it is, 8 and 4 round it to integers row by row, or to
+            bfloat16 for rows of 16 bits.
         implementation: "reference" or another of `implementations()`; None takes the one that `w`
             was prepared for, or else the best for the platform.
 

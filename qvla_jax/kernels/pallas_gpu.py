@@ -93,14 +93,15 @@ def _rows(x: Float[Array, "m k"], w: GpuWeight, activation_bits: int) -> Float[A
         return jnp.broadcast_to(bias, (m, w.shape[0])).astype(x.dtype)
     bm = min(-(-m // _LEAST_ROWS) * _LEAST_ROWS, _MOST_ROWS)
     padding = ((0, -m % bm), (0, tiled.padded_k - k))
-    rounded = None
+    whole, rounded = x, None
     if activation_bits != 16:
+        whole = x.astype(jnp.bfloat16)
         codes, scale = quantize_activations(x, activation_bits)
         # Shorter sums than tensor cores take of int8: bfloat16 holds the codes as well.
         rounded = (codes if tiled.depth == _DEPTH else codes.astype(jnp.bfloat16), scale)
     sums, block, tile = [], 0, 0
     for part in tiled.parts:
-        given, scale = (x, None) if rounded is None or part.bits == SOURCE else rounded
+        given, scale = (whole, None) if rounded is None or part.bits == SOURCE else rounded
         own = _part(jnp.pad(given, padding), tiled, part, (block, tile), bm)[:m]
         count = part.tiles(tiled.lanes)
         if tiled.group is None:

@@ -158,7 +158,7 @@ def _rows(x: Float[Array, "m k"], w: TpuWeight, activation_bits: int) -> Float[A
     if rounded:
         operands["codes"], operands["scale"] = quantize_activations(x, activation_bits)
     if not rounded or SOURCE in widths:
-        operands["float"] = x
+        operands["float"] = x if activation_bits == 16 else x.astype(jnp.bfloat16)
     bytes_per_input = sum(operands[n].dtype.itemsize for n in ("codes", "float") if n in operands)
     bm = rows_per_block(m, w, bytes_per_input, x.dtype.itemsize)
     padded = {

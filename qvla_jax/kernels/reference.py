@@ -3,7 +3,8 @@
     y[..., c] = sum_i x_hat[..., i] w_hat[c, i] + bias[c],
 
 with w_hat as in `PackedWeight`, accumulated in float32. x_hat is x at 16 activation bits; at 8 and
-4 bits it is x rounded by `quantize_activations`, except for 16-bit rows, which meet x as it is.
+4 bits it is x rounded by `quantize_activations`, except for 16-bit rows: they meet x in bfloat16,
+because all else would cost them several times as long as the rest of the layer.
 """
 
 import dataclasses
@@ -61,10 +62,11 @@ def matmul(
     if w.segments:
         rows = stored_rows(w)
         exact = w.segments[0].rows if w.segments[0].bits == SOURCE else 0
+        whole = x.astype(jnp.bfloat16)
         if activation_bits == 16:
-            exact = len(rows)
+            exact, whole = len(rows), x
         if exact:
-            parts.append(_dot(x.astype(jnp.float32), rows[:exact].T))
+            parts.append(_dot(whole.astype(jnp.float32), rows[:exact].T))
         if exact < len(rows):
             parts.append(_dot(round_activations(x, activation_bits), rows[exact:].T))
     y = jnp.concatenate(parts, axis=-1)

@@ -148,13 +148,13 @@ for group, source in ((None, np.float32), (48, jnp.bfloat16)):
 
 # Every processor runs the rest of a list from one of its entries on.
 INSTRUCTION_SETS = (
-    ("avx512", "avx2", "portable"),
+    ("avx512_bf16", "avx512", "avx2", "portable"),
     ("neon_bf16", "neon_dot", "neon", "portable"),
 )
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", ["avx2", "neon_dot", "neon", "portable"])
+@pytest.mark.parametrize("name", ["avx512", "avx2", "neon_dot", "neon", "portable"])
 def test_lower_instruction_sets(name):
     best = cpu.instruction_set()
     if not any(name in names[names.index(best) :] for names in INSTRUCTION_SETS if best in names):
