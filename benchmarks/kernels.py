@@ -108,8 +108,8 @@ TARGETS = (
 )  # fmt: skip
 # Of the rate that this core reads memory at, in decoding.
 LEAST_BANDWIDTH = 0.85
-# The AVX2 path may take this many times as long as the AVX-512 path.
-MOST_AVX2 = 3.0
+# A path without AVX-512 may take this many times as long as one with it.
+MOST_WITHOUT = 3.0
 
 
 def our_products(c: int, k: int, copies: Copies) -> Iterator[tuple[str, Product]]:
@@ -218,14 +218,17 @@ def time_shape(shape: str, arguments: argparse.Namespace) -> dict[int, Times]:
     return times
 
 
-def time_avx2(arguments: argparse.Namespace) -> Results:
-    """Our times by shape on the AVX2 path: one path in one process."""
+def time_path(path: str, arguments: argparse.Namespace) -> Results:
+    """Our times by shape on another path: one path in one process."""
     command = [sys.executable, __file__, "--ours", "--json", "--shapes", *arguments.shapes]
     command += ["--rows", *map(str, arguments.rows), "--seconds", str(arguments.seconds)]
     command += ["--rotation-mib", str(arguments.rotation_mib)]
-    environment = os.environ | {"QVLA_CPU_KERNEL": "avx2"}
+    environment = os.environ | {"QVLA_CPU_KERNEL": path}
     answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return by_rows(json.loads(answer.stdout)["times"])
+    found = json.loads(answer.stdout)
+    if f"kernel {path}," not in found["machine"]:
+        sys.exit(f"{path}: this processor does not run it ({found['machine']})")
+    return by_rows(found["times"])
 
 
 def by_rows(found: dict[str, dict[str, Times]]) -> Results:
@@ -264,18 +267,17 @@ def print_target(what: str, rows: int, least: float, ratios: list[float | None])
         print(f"| {what} | {rows} | {least:.2f} | " + " | ".join(cells) + " |")
 
 
-def print_avx2(best: Results, avx2: Results) -> None:
-    """How many times as long the AVX2 path takes, at worst, by rows and product."""
+def print_path(path: str, best: Results, own: Results) -> None:
+    """How many times as long a path takes as the best one, at worst, by rows and product."""
     rows = list(next(iter(best.values())))
-    print("\n| AVX2 over AVX-512, longest of all shapes | " + " | ".join(map(str, rows)) + " |")
+    print(f"\n| {path} over the best, longest of all shapes | " + " | ".join(map(str, rows)) + " |")
     print("|---" * (1 + len(rows)) + "|")
-    names = dict.fromkeys(name for by in avx2.values() for name in by[rows[0]])
+    names = dict.fromkeys(name for by in own.values() for name in by[rows[0]])
     for name in names:
         ratios = [
-            max(avx2[s][r][name] / best[s][r][name] for s in avx2 if name in avx2[s][r])
-            for r in rows
+            max(own[s][r][name] / best[s][r][name] for s in own if name in own[s][r]) for r in rows
         ]
-        cells = [f"{r:.1f}" if r <= MOST_AVX2 else f"**{r:.1f}**" for r in ratios]
+        cells = [f"{r:.1f}" if r <= MOST_WITHOUT else f"**{r:.1f}**" for r in ratios]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -288,7 +290,9 @@ def main() -> None:
     parser.add_argument("--rotation-mib", type=int, default=150, help="copies of a weight together")
     parser.add_argument("--ggml", type=Path, help="folder of its libraries")
     parser.add_argument("--ours", action="store_true", help="no rivals")
-    parser.add_argument("--avx2", action="store_true", help="our AVX2 path as well")
+    parser.add_argument(
+        "--paths", nargs="+", default=[], help="other paths of our kernel as well, such as avx2"
+    )
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     parser.add_argument(
         "--read", type=Path, nargs="+", help="print the tables of files of JSON; measures nothing"
@@ -301,11 +305,12 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(runs[0]))
         return
-    times, avx2, rates = {}, {}, {}
+    times, paths, rates = {}, {}, {}
     for found in runs:
         own = by_rows(found["times"])
         times |= own
-        avx2 |= by_rows(found["avx2"])
+        for path, by in found["paths"].items():
+            paths[path] = paths.get(path, {}) | by_rows(by)
         rates |= dict.fromkeys(own, found["rate"])
         print(
             f"{', '.join(own)}: {found['machine']}; this core reads {found['rate'] / 1e9:.1f} GB/s"
@@ -314,8 +319,8 @@ def main() -> None:
     for shape, by in times.items():
         print_times(shape, by)
     print_targets(times, rates)
-    if avx2:
-        print_avx2(times, avx2)
+    for path, own in paths.items():
+        print_path(path, times, own)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -328,7 +333,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": f"kernel {cpu.instruction_set()}, JAX {jax.__version__}, load before {load:.1f}",
         "rate": rate,
         "times": times,
-        "avx2": time_avx2(arguments) if arguments.avx2 else {},
+        "paths": {path: time_path(path, arguments) for path in arguments.paths},
     }
 
 

@@ -69,6 +69,7 @@ inline ptrdiff_t tile_bytes(int bits, int k) { return static_cast<ptrdiff_t>(k) 
 extern const Kernel kPortable;
 #if defined(__x86_64__)
 extern const Kernel kAvx2;
+extern const Kernel kAvx2Vnni;    // products of four 8-bit integers
 extern const Kernel kAvx512;      // products of four 8-bit integers
 extern const Kernel kAvx512Bf16;  // ... and of two bfloat16 numbers
 #elif defined(__aarch64__)

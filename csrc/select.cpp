@@ -18,7 +18,9 @@ bool supported(const Kernel& kernel) {
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (&kernel == &kAvx512) return vnni;
   if (&kernel == &kAvx512Bf16) return vnni && __builtin_cpu_supports("avx512bf16");
-  if (&kernel == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&kernel == &kAvx2) return avx2;
+  if (&kernel == &kAvx2Vnni) return avx2 && __builtin_cpu_supports("avxvnni");
 #elif defined(__aarch64__)
   bool dot = false, bfloat16 = false;
 #if defined(__linux__)
@@ -46,7 +48,7 @@ std::vector<const Kernel*> runnable_kernels() {
 #endif
   for (const Kernel* kernel : {
 #if defined(__x86_64__)
-           &first, &second, &kAvx2,
+           &first, &second, &kAvx2Vnni, &kAvx2,
 #elif defined(__aarch64__)
            &kNeonBf16, &kNeonDot, &kNeon,
 #endif

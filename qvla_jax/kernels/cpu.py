@@ -105,9 +105,10 @@ def library() -> ctypes.CDLL | None:
 def instruction_set() -> str | None:
     """The path that runs here, as csrc/select.cpp names it; None without a compiled kernel.
 
-    On x86-64 "avx512_bf16" (with VNNI and BF16), "avx512" (with VNNI), "avx2" or "portable"; on
-    64-bit ARM "neon_bf16" (with SDOT and BFDOT), "neon_dot" (with SDOT), "neon" or "portable". The
-    environment variable QVLA_CPU_KERNEL chooses another one that the processor runs.
+    On x86-64 "avx512_bf16" (with VNNI and BF16), "avx512" (with VNNI), "avx2_vnni" (with AVX-VNNI),
+    "avx2" or "portable"; on 64-bit ARM "neon_bf16" (with SDOT and BFDOT), "neon_dot" (with SDOT),
+    "neon" or "portable". The environment variable QVLA_CPU_KERNEL chooses another one that the
+    processor runs.
     """
     loaded = library()
     return None if loaded is None else loaded.qvla_kernel_name().decode()

@@ -149,6 +149,7 @@ for group, source in ((None, np.float32), (48, jnp.bfloat16)):
 # Every processor runs the rest of a list from one of its entries on.
 INSTRUCTION_SETS = (
     ("avx512_bf16", "avx512", "avx2", "portable"),
+    ("avx2_vnni", "avx2", "portable"),
     ("neon_bf16", "neon_dot", "neon", "portable"),
 )
 
