@@ -7,9 +7,8 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <vector>
 
-#include "rows.h"
+#include "float32.h"
 
 namespace qvla {
 namespace {
@@ -39,10 +38,6 @@ inline __m256i load_half(const uint8_t* block, int half) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block) + half);
 }
 
-inline int group_end(const Job& job, int g) {
-  return g + 1 == job.groups ? job.k : (g + 1) * job.group;
-}
-
 inline __m256 scale_of(const Job& job, int tile, int g, int half) {
   const ptrdiff_t at = (static_cast<ptrdiff_t>(tile) * job.groups + g) * kLanes;
   return _mm256_loadu_ps(job.scales + at + half * kHalf);
@@ -58,24 +53,7 @@ inline void store(const Job& job, int row, int tile, int half, __m256 value) {
   store_lanes<kHalf>(job, row, tile * kLanes + half * kHalf, lanes);
 }
 
-// Memory of the calling thread, kept: a fresh one would be paged in by every call.
-template <int USE>
-uint8_t* scratch(size_t bytes) {
-  thread_local std::vector<uint8_t> memory;
-  if (memory.size() < bytes + kBlock) memory.resize(bytes + kBlock);
-  const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<uint8_t*>((at + kBlock - 1) / kBlock * kBlock);
-}
-
 // ---- activations in float32, natural order ----
-
-size_t float_bytes(int padded, bool) { return sizeof(float) * padded; }
-
-void prepare_float(const Row& row, bool split, uint8_t* out) { prepare_wide(row, split, out); }
-
-inline const float* row_of(const Job& job, int row) {
-  return reinterpret_cast<const float*>(job.x + row * job.stride);
-}
 
 // What code 0 stands for, in units of the multiplier, which goes with the scale.
 inline float shift_of(const Job& job) {
@@ -84,17 +62,6 @@ inline float shift_of(const Job& job) {
 
 inline __m256 times(__m256 scale, int multiplier) {
   return _mm256_mul_ps(scale, _mm256_set1_ps(static_cast<float>(multiplier)));
-}
-
-// Inputs of a block, and which of them its field T of every word meets; fields follow one another
-// from the low bits on.
-template <int BITS>
-constexpr int kFields = 32 / BITS;
-
-template <int BITS>
-constexpr int input_of(int t) {
-  if constexpr (BITS >= 16) return 2 * t;
-  else return t % (8 / BITS) * 4 + t * BITS / 8;
 }
 
 // Field T of every word in float32: u + shift, and numbers as they are.
@@ -107,12 +74,6 @@ inline __m256 value(__m256i words, __m256 shift) {
   const __m256i mask = _mm256_set1_epi32((1ll << BITS) - 1);
   return _mm256_add_ps(
       _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, T * BITS), mask)), shift);
-}
-
-// Inputs that blocks of k and k + 1 ... meet: 16-bit blocks alternate between (0, 2) and (1, 3).
-template <int BITS>
-inline int first_input(int k) {
-  return BITS == 16 ? (k & ~3) + ((k & 2) >> 1) : k;
 }
 
 template <int BITS, int M, int H, int T>

@@ -2,7 +2,6 @@
 #pragma once
 #include <immintrin.h>
 
-#include <vector>
 
 #include "rows.h"
 
@@ -82,10 +81,6 @@ inline void store(const Job& job, int row, int tile, __m512 value) {
   distribute(lanes, channels, all, y);
 }
 
-inline int group_end(const Job& job, int g) {
-  return g + 1 == job.groups ? job.k : (g + 1) * job.group;
-}
-
 inline __m512 scale_of(const Job& job, int tile, int g) {
   return _mm512_loadu_ps(job.scales + (static_cast<ptrdiff_t>(tile) * job.groups + g) * kLanes);
 }
@@ -94,13 +89,18 @@ inline __m512 bias_of(const Job& job, int tile) {
   return _mm512_loadu_ps(job.bias + tile * kLanes);
 }
 
-// Memory of the calling thread, kept: a fresh one would be paged in by every call.
-template <int USE>
-uint8_t* scratch(size_t bytes) {
-  thread_local std::vector<uint8_t> memory;
-  if (memory.size() < bytes + kBlock) memory.resize(bytes + kBlock);
-  const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<uint8_t*>((at + kBlock - 1) / kBlock * kBlock);
+// Calls `product(height, row)` for blocks of rows, each of the smallest of a few heights that takes what
+// is left, so that few kernels are compiled.
+template <class Product>
+inline void by_row_blocks(int rows, const Product& product) {
+  for (int row = 0; row < rows; row += kRowBlock) {
+    const int left = rows - row;
+    if (left == 1) product(std::integral_constant<int, 1>{}, row);
+    else if (left == 2) product(std::integral_constant<int, 2>{}, row);
+    else if (left <= 4) product(std::integral_constant<int, 4>{}, row);
+    else if (left <= 8) product(std::integral_constant<int, 8>{}, row);
+    else product(std::integral_constant<int, kRowBlock>{}, row);
+  }
 }
 
 // Whether blocks of 8 rows waste fewer than blocks of 12.

@@ -159,17 +159,11 @@ void direct_float(const Job& job, __m512i table, int row, int first, int step) {
       if (row + m < job.rows) store(job, row + m, first + n * step, total[m][n]);
 }
 
-// The smallest of a few block heights that takes all rows, so that few kernels are compiled.
 template <int BITS, int NT, bool SPLIT>
 void few_rows_float(const Job& job, __m512i table, int first, int step) {
-  for (int row = 0; row < job.rows; row += kRowBlock) {
-    const int rows = job.rows - row;
-    if (rows == 1) direct_float<BITS, 1, NT, SPLIT>(job, table, row, first, step);
-    else if (rows == 2) direct_float<BITS, 2, NT, SPLIT>(job, table, row, first, step);
-    else if (rows <= 4) direct_float<BITS, 4, NT, SPLIT>(job, table, row, first, step);
-    else if (rows <= 8) direct_float<BITS, 8, NT, SPLIT>(job, table, row, first, step);
-    else direct_float<BITS, kRowBlock, NT, SPLIT>(job, table, row, first, step);
-  }
+  by_row_blocks(job.rows, [&](auto height, int row) {
+    direct_float<BITS, height, NT, SPLIT>(job, table, row, first, step);
+  });
 }
 
 template <int BITS, int T>

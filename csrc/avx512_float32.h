@@ -4,19 +4,12 @@
 #include <algorithm>
 
 #include "avx512.h"
+#include "float32.h"
 
 namespace qvla {
 namespace {
 
 constexpr int kPanelInputs = 256;  // inputs of a panel of two tiles: 32 KiB
-
-size_t float_bytes(int padded, bool) { return sizeof(float) * padded; }
-
-void prepare_float(const Row& row, bool split, uint8_t* out) { prepare_wide(row, split, out); }
-
-inline const float* row_of(const Job& job, int row) {
-  return reinterpret_cast<const float*>(job.x + row * job.stride);
-}
 
 // What a segment's codes of 2 or 4 bits stand for, for the low 4 bits of a word.
 inline __m512 table_of(const Job& job) {
@@ -26,23 +19,6 @@ inline __m512 table_of(const Job& job) {
     table[i] = static_cast<float>(job.multiplier * code + job.offset);
   }
   return _mm512_load_ps(table);
-}
-
-// Inputs of a block, and which of them its field T of every word meets; fields follow one another
-// from the low bits on.
-template <int BITS>
-constexpr int kFields = 32 / BITS;
-
-template <int BITS>
-constexpr int input_of(int t) {
-  if constexpr (BITS >= 16) return 2 * t;
-  else return t % (8 / BITS) * 4 + t * BITS / 8;
-}
-
-// Inputs that the block at k meets: 16-bit blocks alternate between (0, 2) and (1, 3).
-template <int BITS>
-inline int first_input(int k) {
-  return BITS == 16 ? (k & ~3) + ((k & 2) >> 1) : k;
 }
 
 // Field T of every word.
@@ -141,17 +117,11 @@ void direct_float(const Job& job, __m512 table, int row, int first, int step) {
       if (row + m < job.rows) store(job, row + m, first + n * step, total[m][n]);
 }
 
-// The smallest of a few block heights that takes all rows, so that few kernels are compiled.
 template <int BITS, int NT>
 void few_rows_float(const Job& job, __m512 table, int first, int step) {
-  for (int row = 0; row < job.rows; row += kRowBlock) {
-    const int rows = job.rows - row;
-    if (rows == 1) direct_float<BITS, 1, NT>(job, table, row, first, step);
-    else if (rows == 2) direct_float<BITS, 2, NT>(job, table, row, first, step);
-    else if (rows <= 4) direct_float<BITS, 4, NT>(job, table, row, first, step);
-    else if (rows <= 8) direct_float<BITS, 8, NT>(job, table, row, first, step);
-    else direct_float<BITS, kRowBlock, NT>(job, table, row, first, step);
-  }
+  by_row_blocks(job.rows, [&](auto height, int row) {
+    direct_float<BITS, height, NT>(job, table, row, first, step);
+  });
 }
 
 template <int BITS, int T>

@@ -1,5 +1,5 @@
 // The kernel in vectors of 16 for any target; compiled again for AVX2 (QVLA_KERNEL names it).
-#include "rows.h"
+#include "float32.h"
 
 namespace qvla {
 namespace {
@@ -25,15 +25,7 @@ inline Floats8 lanes(const float* from) {
   return value;
 }
 
-inline int group_end(const Job& job, int g) {
-  return g + 1 == job.groups ? job.k : (g + 1) * job.group;
-}
-
 // ---- activations in float32, natural order ----
-
-size_t float_bytes(int padded, bool) { return sizeof(float) * padded; }
-
-void prepare_float(const Row& row, bool split, uint8_t* out) { prepare_wide(row, split, out); }
 
 template <int BITS, int M>
 void tile_float(const Job& job, int tile, int row) {

@@ -7,7 +7,11 @@
 
 #include <utility>
 
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include "rows.h"
+#else
+#include "float32.h"
+#endif
 
 namespace qvla {
 namespace {
@@ -30,10 +34,6 @@ INLINE inline void each_of(const F& f, std::integer_sequence<int, I...>) {
 template <int N, class F>
 INLINE inline void each(const F& f) {
   each_of(f, std::make_integer_sequence<int, N>{});
-}
-
-inline int group_end(const Job& job, int g) {
-  return g + 1 == job.groups ? job.k : (g + 1) * job.group;
 }
 
 inline float32x4_t scale_of(const Job& job, int tile, int g, int quarter) {
@@ -204,10 +204,6 @@ struct FloatProduct {
 #else
 
 // float32 in natural order.
-
-size_t float_bytes(int padded, bool) { return sizeof(float) * padded; }
-
-void prepare_float(const Row& row, bool split, uint8_t* out) { prepare_wide(row, split, out); }
 
 // Input J of quad P of a step, four channels, without the multiplier.
 template <int BITS, int P, int J>

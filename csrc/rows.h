@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "kernel.h"
 
@@ -61,17 +62,6 @@ inline Words rounded(Floats value) {
   return value != value ? (word & 0xffff0000u) | 0x400000u : near;
 }
 
-// A row in float32, in its own order; rounded to bfloat16 where it is not to be split.
-inline void prepare_wide(const Row& row, bool split, uint8_t* out) {
-  const bool exact = split || row.bfloat16;
-  for (int i = 0; i < row.padded; i += kLanes) {
-    const Floats x = load(row, i);
-    const Words half = rounded(x);
-    if (exact) std::memcpy(out + sizeof(float) * i, &x, sizeof x);
-    else std::memcpy(out + sizeof(float) * i, &half, sizeof half);
-  }
-}
-
 // Nearest integers, ties to even. Not by adding a large number: the compiler may fuse that addition
 // with the product before it, and a product that was not rounded breaks ties in another way.
 inline Ints nearest(Floats value) {
@@ -96,6 +86,20 @@ inline Ints nearest(Floats value) {
   for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int32_t>(std::nearbyint(value[i]));
 #endif
   return out;
+}
+
+// Behind the last input of group g.
+inline int group_end(const Job& job, int g) {
+  return g + 1 == job.groups ? job.k : (g + 1) * job.group;
+}
+
+// Memory of the calling thread, kept: a fresh one would be paged in by every call.
+template <int USE>
+uint8_t* scratch(size_t bytes) {
+  thread_local std::vector<uint8_t> memory;
+  if (memory.size() < bytes + kBlock) memory.resize(bytes + kBlock);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<uint8_t*>((at + kBlock - 1) / kBlock * kBlock);
 }
 
 // Writes N results, those of the lanes from `first` on, to their output channels.
