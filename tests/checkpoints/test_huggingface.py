@@ -68,6 +68,7 @@ def architecture(decoding: str, *, film: bool = False) -> OpenVLAConfig:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
+            max_position_embeddings=2048,
         ),
         num_images=2 if oft else 1,
         decoding=decoding,
