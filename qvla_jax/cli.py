@@ -295,8 +295,8 @@ def _parse_bare(name: str, arguments: Sequence[str]) -> _Call:
     command = COMMANDS[name]
     kind, function = command.load()
     if {"-h", "--help"} & set(arguments):
-        text = f"  {_JSON}  Print the result as one JSON object."
-        print(f"usage: qvla {name} [{_JSON}]\n\n{kind.__doc__}\n\nExample: {command.example}\n\n{text}")
+        usage, option = f"usage: qvla {name} [{_JSON}]", f"{_JSON}  Print one JSON object."
+        print("\n\n".join((usage, kind.__doc__ or "", f"Example: {command.example}", option)))
         raise SystemExit(DONE)
     if wrong := [argument for argument in arguments if argument != _JSON]:
         raise InputError(f"{unknown('option', wrong[0], (_JSON, '--help'))} `qvla {name} --help`")

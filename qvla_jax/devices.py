@@ -108,8 +108,10 @@ def check_flags(environment: Mapping[str, str]) -> None:
     code, output = _run(_START, {**without, "JAX_PLATFORMS": "cpu"})
     if code == 0 or "flag" not in output.lower():
         return
-    first = output.strip().splitlines()[0].rpartition("] ")[2]
-    raise InputError(f"{_FLAGS}={_short(flags)}: XLA does not take it ({first}); correct or unset it")
+    said = output.strip().splitlines()[0].rpartition("] ")[2]
+    raise InputError(
+        f"{_FLAGS}={_short(flags)}: XLA does not take it ({said}); correct or unset it"
+    )
 
 
 def platforms() -> list[str]:

@@ -317,7 +317,7 @@ def _isolated(program: str, **environment: str) -> tuple[bool, str]:
     """Runs a program; returns whether it ended well, and its last line."""
     code, output, said = _process(program, **environment)
     if code == 0:
-        return True, ([""] + output.strip().splitlines())[-1]
+        return True, _last(output)
     return False, said or _ending(code)
 
 
@@ -338,7 +338,11 @@ def _process(program: str, **environment: str) -> tuple[int, str, str]:
         output = error.stdout or b""
         text = output.decode("utf-8", "replace") if isinstance(output, bytes) else output
         return 1, text, "no answer within two minutes"
-    return done.returncode, done.stdout, ([""] + done.stderr.strip().splitlines())[-1].strip()
+    return done.returncode, done.stdout, _last(done.stderr)
+
+
+def _last(text: str) -> str:
+    return text.strip().rpartition("\n")[2].strip()
 
 
 _PATIENCE: Final = 120

@@ -165,7 +165,8 @@ def _parsed(path: Path, text: str, remedy: str) -> Mapping[str, Any]:
     try:
         import yaml  # LIBERO's own
     except ImportError as error:
-        raise InputError(f"{path}: LIBERO's paths are read with PyYAML: pip install pyyaml") from error
+        said = f"{path}: LIBERO's paths are read with PyYAML: pip install pyyaml"
+        raise InputError(said) from error
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -174,7 +175,9 @@ def _parsed(path: Path, text: str, remedy: str) -> Mapping[str, Any]:
     if content is None and not _is_installed("hf-libero"):
         return {}
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected LIBERO's paths by name, found {content!r:.80}; {remedy}")
+        raise InputError(
+            f"{path}: expected LIBERO's paths by name, found {content!r:.80}; {remedy}"
+        )
     return content
 
 

@@ -18,7 +18,6 @@ def main(config: Config) -> Result:
         lines += ["", comparison_table(comparison)]
         if comparison["drift"]:
             lines.append(drift_line(comparison["drift"]))
-    lines.append(
-        f"Episodes: {config.out / closed_loop.EPISODES_FILE}; summary: {config.out / files.CLOSED_LOOP}"
-    )
+    episodes, summary = config.out / closed_loop.EPISODES_FILE, config.out / files.CLOSED_LOOP
+    lines.append(f"Episodes: {episodes}; summary: {summary}")
     return Result(content, tuple(lines))

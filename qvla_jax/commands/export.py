@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from qvla_jax.checkpoints.export import reexport
 from qvla_jax.checkpoints.huggingface import is_huggingface
 from qvla_jax.commands.results import written
+from qvla_jax.inference import load_policy
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result
-from qvla_jax.pipeline.models import load_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,6 @@ def main(config: Config) -> Result:
         reexport(Path(config.model), config.out)
     else:
         # Of a public directory's tensors each is read when it is written, in its own dtype.
-        policy = load_model(config.model, config, mapped=public)
+        policy = load_policy(config.model, mapped=public, **config.said())
         policy.export(config.out, dtype=config.dtype and jnp.dtype(config.dtype))
     return written(config.out)

@@ -7,11 +7,11 @@ from typing import Any
 from rich.table import Table
 from tyro.conf import Positional
 
+from qvla_jax.checkpoints.huggingface import is_huggingface
 from qvla_jax.commands.results import packed
-from qvla_jax.errors import InputError
-from qvla_jax.model_options import ModelOptions, in_words
+from qvla_jax.inference import load_policy
+from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result
-from qvla_jax.pipeline.models import load_model
 from qvla_jax.quantization.layout import uniform_bytes
 from qvla_jax.report.modules import describe, modules_table
 
@@ -29,8 +29,8 @@ class Config(ModelOptions):
 def main(config: Config) -> Result:
     """What a policy or a file holds."""
     if config.model.endswith(".qvla"):
-        if said := config.said():
-            raise InputError(f"{config.model}: {in_words(said)} is for public directories")
+        if config.said():
+            load_policy(config.model, **config.said())  # which refuses what contradicts it
         return packed(Path(config.model), layers=True)
     described = describe(config.model)
     index = described.index
@@ -55,13 +55,13 @@ def main(config: Config) -> Result:
         f"channels of {len(index.layers)} layers",
     ]
     if config.said():
-        # The weights stay in their files.
-        found = load_model(config.model, config, mapped=True).config
+        public = is_huggingface(Path(config.model))  # whose weights stay in their files
+        found = load_policy(config.model, mapped=public, **config.said()).config
         names = ("unnorm_key", "num_images", "center_crop", "action_horizon")
         content["settings"] = {name: getattr(found, name) for name in names}
         lines.append(", ".join(f"{name}: {value}" for name, value in content["settings"].items()))
     if config.fingerprint:
-        content["fingerprint"] = load_model(config.model, config).fingerprint
+        content["fingerprint"] = load_policy(config.model, **config.said()).fingerprint
         lines.append(f"fingerprint {content['fingerprint']}")
     table = Table("uniform bits", box=None)
     table.add_column("bytes of the quantized layers", justify="right")

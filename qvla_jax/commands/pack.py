@@ -12,6 +12,4 @@ def main(config: Config) -> Result:
     with ProgressBars() as progress:
         pipeline.pack(config, progress=progress)
     found, peak = packed(config.file), peak_memory()
-    return Result(
-        {**found.content, "peak_resident_bytes": peak}, (*found.lines, peak_line(peak))
-    )
+    return Result({**found.content, "peak_resident_bytes": peak}, (*found.lines, peak_line(peak)))

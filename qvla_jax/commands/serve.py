@@ -5,7 +5,7 @@ import sys
 
 import jax.numpy as jnp
 
-from qvla_jax.pipeline.models import load_model
+from qvla_jax.inference import load_policy
 from qvla_jax.progress import ProgressBars
 from qvla_jax.serving import ServeConfig as Config
 
@@ -28,5 +28,5 @@ def main(config: Config) -> None:
             stack.close()  # the bars
             print(text, flush=True)
 
-        policy = load_model(config.policy, config, dtype=jnp.dtype(config.dtype))
+        policy = load_policy(config.policy, dtype=jnp.dtype(config.dtype), **config.said())
         serve(policy, config, progress=progress, ready=ready)
