@@ -180,7 +180,7 @@ def _inferred(folder: Path, raw: Mapping[str, Any], empty_token_id: int | None) 
     # UniVLA's actions are those of its LIBERO evaluation, as OpenVLA's.
     window, latent = (1, None) if decoder is None else decoder_sizes(decoder, _ACTION_DIM)
     for key in ("pad_token_id", "pad_to_multiple_of"):
-        if type(raw[key]) is not int or raw[key] < 0:
+        if type(raw[key]) is not int:
             raise CheckpointError(
                 f"{folder / CONFIG_FILE}: {key!r} is {shown(raw[key])}, expected a whole number"
             )
@@ -270,6 +270,7 @@ def _told(
     if key not in statistics:
         raise CheckpointError(f"{source}: {unknown('statistics', key, statistics)}")
     check_entry(statistics, key, str(source))
+    _check_sizes(folder, config, statistics[key], key)
     told = _conventions(config, key)
     asked = [
         name for name in ("action_horizon", "action_normalization", "num_images")
@@ -284,7 +285,6 @@ def _told(
         )
     if config.decoding != "l1":
         _check_tokens(folder, config, own.get("action_horizon"))
-    _check_sizes(folder, config, statistics[key], key, (told | own)["action_normalization"])
     return {"unnorm_key": key, **told}
 
 
@@ -486,19 +486,17 @@ def _action_dim(head: Path) -> int:
     return bias
 
 
-def _check_sizes(
-    folder: Path, config: OpenVLAConfig, entry: Mapping[str, Any], key: str, kind: str
-) -> None:
+def _check_sizes(folder: Path, config: OpenVLAConfig, entry: Mapping[str, Any], key: str) -> None:
     """Raises if a component's sizes are not those of the statistics that the policy uses."""
-    low = "min" if kind == "min_max" else "q01"
     for block, part, name, size in (
         ("action", "action_head", "model.fc2.weight", config.action_dim),
         ("proprio", "proprio_projector", "fc1.weight", config.proprio_dim),
         ("action", "action_decoder", "proj.0.weight", config.action_dim),
     ):
         path = component_file(folder, part)
-        found = entry.get(block, {}).get(low)
-        if path is not None and isinstance(found, list) and len(found) not in (0, size):
+        values = entry.get(block, {})
+        found = next((values[low] for low in ("q01", "min") if values.get(low)), None)
+        if path is not None and isinstance(found, list) and len(found) != size:
             raise CheckpointError(
                 f"{path}: tensor {name!r} is for {size} entries of {block}, expected {len(found)} "
                 f"as the statistics of {key!r} have"

@@ -178,13 +178,6 @@ class ShardedTensors(Mapping[str, np.ndarray]):
             files = [SINGLE_FILE]
         else:
             raise missing_weights(folder, index)
-        extra = sorted({path.name for path in folder.glob("*.safetensors")} - set(files))
-        if extra:
-            listed = f"{index.name} lacks it" if weight_map else f"{SINGLE_FILE} has all weights"
-            raise CheckpointError(
-                f"{folder / extra[0]}: would be passed over: {listed}; take away what belongs to "
-                "other weights"
-            )
         self._files: dict[str, TensorFile] = {}
         for name in files:
             path = folder / name
@@ -195,16 +188,29 @@ class ShardedTensors(Mapping[str, np.ndarray]):
             for key in file:
                 if key in self._files:
                     raise CheckpointError(f"{path}: {key!r} stands in another file too")
-                if weight_map is not None and weight_map.get(key) != name:
-                    raise CheckpointError(
-                        f"{path}: tensor {key!r} is unexpected: {index.name} "
-                        f"{f'has it in {weight_map[key]}' if key in weight_map else 'lacks it'}"
-                    )
                 self._files[key] = file
-        for key, name in (weight_map or {}).items():
-            if key not in self._files:
+        if weight_map is not None:
+            self._check_index(weight_map, index)
+        extra = sorted({path.name for path in folder.glob("*.safetensors")} - set(files))
+        if extra:
+            listed = f"{index.name} lacks it" if weight_map else f"{SINGLE_FILE} has all weights"
+            raise CheckpointError(
+                f"{folder / extra[0]}: would be passed over: {listed}; take away what belongs to "
+                "other weights"
+            )
+
+    def _check_index(self, weight_map: Mapping[str, str], index: Path) -> None:
+        for key, name in weight_map.items():
+            file = self._files.get(key)
+            if file is None or file.path.name != name:
                 raise CheckpointError(
-                    f"{index}: tensor {key!r} is missing: {folder / name} does not hold it"
+                    f"{index.parent / name}: tensor {key!r} is missing, which {index.name} has "
+                    f"there{'' if file is None else f'; it stands in {file.path.name}'}"
+                )
+        for key, file in self._files.items():
+            if key not in weight_map:
+                raise CheckpointError(
+                    f"{file.path}: tensor {key!r} is unexpected: {index.name} lacks it"
                 )
 
     def file_of(self, name: str) -> Path | None:

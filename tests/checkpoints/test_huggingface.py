@@ -202,7 +202,11 @@ def _edit(folder, file: str, **changes) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("config.json", {"arch_specifier": "linear"}, "arch_specifier 'linear' unsupported"),
+        (
+            "config.json",
+            {"arch_specifier": "linear"},
+            "'arch_specifier' is 'linear', which is not supported; expect",
+        ),
         ("config.json", {"timm_model_ids": ["a", "c"]}, "vision tower 'c' is not built in"),
         ("config.json", {"pad_token_id": None, "text_config": {}}, "missing or unusable key"),
         (
@@ -218,7 +222,7 @@ def _edit(folder, file: str, **changes) -> None:
         (
             "model.safetensors.index.json",
             {"weight_map": {"x": "model-1.safetensors"}},
-            "is missing",
+            "model-1.safetensors: tensor 'x' is missing",
         ),
     ],
 )
