@@ -104,7 +104,8 @@ def core(names: Iterable[str] | None = None) -> Iterator[Check]:
         if todo:  # it did not come to the end of this one
             text = f"its check ended with {_ending(code)}" + (f": {said}" if said else "")
             name = todo.pop(0).removeprefix(_PACKAGE)
-            yield Check(name, "broken", text, _REMEDIES.get(name, ""), needed=True)
+            remedy = _REMEDIES.get(name, f"pip install --force-reinstall {name}")
+            yield Check(name, "broken", text, remedy, needed=True)
     if sound:
         yield Check("packages", "ok", f"{sound} that the core is built on import", needed=True)
 
