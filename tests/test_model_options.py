@@ -59,7 +59,7 @@ def test_every_command_with_a_model_or_a_policy_takes_them():
     assert len(TAKING) > 12
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(said=SAID, data=st.data())
 def test_any_of_them_are_read_alike_by_every_command(said, data):
     name, option = data.draw(st.sampled_from(TAKING))
@@ -107,8 +107,9 @@ def test_every_command_hands_them_to_the_policy_that_it_loads(
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, load)
     monkeypatch.setattr(closed_loop, "check_simulator", lambda make: "none")
-    monkeypatch.setattr(importlib.import_module("qvla_jax.pipeline.collect"), "check_simulator",
-                        lambda make: "none")  # fmt: skip
+    collect = importlib.import_module("qvla_jax.pipeline.collect")
+    monkeypatch.setattr(collect, "check_simulator", lambda make: "none")
+    monkeypatch.setattr(closed_loop, "has_video_writer", lambda: True)
     for module in ("sensitivity", "validate"):
         found = importlib.import_module(f"qvla_jax.pipeline.{module}")
         for needed in ("load_calibration", "load_tables", "describe"):
