@@ -12,6 +12,7 @@ import numpy as np
 
 from qvla_jax.array_typing import Float, NpArray
 from qvla_jax.errors import InputError
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, track
 
 # A gripper entry is in [0, 1]; the controller opens above and closes below this.
@@ -118,6 +119,7 @@ def action_errors(
     )
 
 
+@in_32_bits
 def evaluate(
     policy: _Policy,
     frames: _Frames,

@@ -24,6 +24,7 @@ from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import EvaluateConfig, HeldoutConfig
 from qvla_jax.pipeline.methods import load_method, method_files
 from qvla_jax.pipeline.quantize import load_packed, packed_bits
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import (
@@ -58,6 +59,7 @@ class Held:
         yield from self.stored
 
 
+@in_32_bits
 def evaluate(
     config: EvaluateConfig, *, policy: Policy | None = None, progress: Progress = no_progress
 ) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import EvaluateConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.solvers import AllocationProblem, evolve, local_search, relax, solve
@@ -61,6 +62,7 @@ class MeasureSolversConfig(EvaluateConfig):
             )
 
 
+@in_32_bits
 def measure_solvers(
     config: MeasureSolversConfig,
     *,

@@ -11,10 +11,12 @@ from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.configs import QuantizeConfig
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import quantize as pack_policy
 
 
+@in_32_bits
 def quantize(
     config: QuantizeConfig, *, policy: Policy | None = None, progress: Progress = no_progress
 ) -> Policy:

@@ -32,6 +32,7 @@ from qvla_jax.pipeline.configs import CalibrateConfig, HeldoutConfig
 from qvla_jax.pipeline.evaluate import SOURCE_BITS, Held, check_disjoint, heldout_set
 from qvla_jax.pipeline.methods import load_method, method_file
 from qvla_jax.pipeline.policies import check_crop
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, policy_index, uniform_bytes
@@ -137,6 +138,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
         )  # fmt: skip
 
 
+@in_32_bits
 def study(
     config: StudyConfig,
     *,

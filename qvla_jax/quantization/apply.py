@@ -9,6 +9,7 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
+from qvla_jax.precision import in_32_bits
 from qvla_jax.quantization.bias import corrected_bias
 from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
@@ -39,6 +40,7 @@ def policy_index(policy: "Policy", rules: LayerRules = DEFAULT_RULES) -> Channel
     return channel_index(quantizable_layers(policy.model, rules))
 
 
+@in_32_bits
 def quantize(
     policy: "Policy",
     bits: Int[np.ndarray, " C"],
@@ -147,6 +149,7 @@ def _quantizer_of(bits: Any) -> Quantizer:
     return Quantizer(getattr(bits, "settings", None) or NEAREST_UNCORRECTED)
 
 
+@in_32_bits
 def quantize_uniform(
     policy: "Policy",
     bits: int,
