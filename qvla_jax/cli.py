@@ -8,6 +8,7 @@ object; progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input
 import contextlib
 import dataclasses
 import importlib
+import io
 import itertools
 import os
 import re
@@ -189,6 +190,9 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of terminals without a multiplication sign
     try:
         code = _main(arguments)
         sys.stdout.flush()

@@ -140,6 +140,8 @@ def no_device(error: BaseException, asked: Mapping[str, str], available: Sequenc
     remedy = f"unset {' and '.join(wrong)}"
     if available:
         remedy += f" or name {' or '.join(available)}"
+    if words & {"cuda", "gpu"} and (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        values += f" and CUDA_VISIBLE_DEVICES={_short(hidden)}"
     if extras:
         remedy += f"; pip install 'qvla-jax[{','.join(extras)}]' brings {' and '.join(extras)}"
     there = ", ".join(available) or "none that starts"

@@ -5,6 +5,7 @@ traceback.
 """
 
 import errno
+import os
 import traceback
 from typing import Final
 
@@ -46,13 +47,12 @@ def in_one_line(error: Exception) -> QvlaError | None:
         return QvlaError(f"out of memory ({_text(error)}){_MEMORY}")
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return QvlaError(f"out of memory on the device ({_text(error)}){_MEMORY}")
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        said = f"{error.filename}: {error.strerror}"
-        if error.errno in _INPUT:
-            return InputError(said)
-    if isinstance(error, OSError) and error.errno in _SYSTEM:
+    if isinstance(error, OSError):
         place = "" if error.filename is None else f"{error.filename}: "
-        return QvlaError(f"{place}{error.strerror}; {_SYSTEM[error.errno]}")
+        if error.errno in _INPUT:
+            return InputError(f"{place}{error.strerror}")
+        if error.errno in _SYSTEM:
+            return QvlaError(f"{place}{error.strerror}; {_SYSTEM[error.errno]}")
     return None
 
 
@@ -64,8 +64,18 @@ def broken_package(error: Exception) -> InputError | None:
     elif missing == _PACKAGE or (package := _raised_in(error)) == _PACKAGE:
         return None
     else:
-        said = f"{package} is broken ({_text(error)})"
+        said = f"{_variables(str(error))}{package} is broken ({_text(error)})"
     return InputError(f"{said}; `qvla doctor` says what to install")
+
+
+def _variables(text: str) -> str:
+    """Environment variables whose value an error quotes, as `NAME='value': `."""
+    quoted = [
+        f"{name}={value!r}"
+        for name, value in sorted(os.environ.items())
+        if len(value) > 2 and (repr(value) in text or f'"{value}"' in text)
+    ]
+    return f"{', '.join(quoted)}: " if quoted else ""
 
 
 def _raised_in(error: BaseException) -> str:

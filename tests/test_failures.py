@@ -2,12 +2,18 @@
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import qvla_jax
 from qvla_jax import cli, failures
 from qvla_jax.commands import report
 from qvla_jax.errors import InputError
+
+ROOT = str(Path(qvla_jax.__file__).parents[1])
 
 
 def of_the_system(number, name=None):
@@ -63,3 +69,18 @@ def test_a_package_that_is_broken_is_named(monkeypatch, tmp_path):
         __import__("brittle")
     error = failures.broken_package(caught.value)
     assert str(error).startswith("brittle is broken (AttributeError: no such symbol)")
+
+
+def test_a_variable_whose_value_an_error_quotes_is_named(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    error = failures.broken_package(ImportError("backend 'nonsense'", name="matplotlib"))
+    assert str(error).startswith("MPLBACKEND='nonsense': ")
+
+
+def test_output_that_cannot_be_spelled_is_no_error():
+    program = "import sys; from qvla_jax import cli; cli.main(['--version']); print('2 \u00d7 3')"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {ROOT!r}); {program}"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[1] == "2 ? 3"
