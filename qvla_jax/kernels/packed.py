@@ -1,4 +1,4 @@
-"""`PackedWeight`: a weight matrix in the canonical order of DESIGN.md section 6.
+"""`PackedWeight`: a weight matrix in the canonical order of docs/mathematics.md section 6.
 
 It is what files hold and what every backend starts from. Backends rearrange it once
 (`qvla_jax.kernels.prepare`); its own order is chosen for nothing but being canonical.

@@ -1,4 +1,4 @@
-"""Quantizer grids of one output channel (DESIGN.md section 3).
+"""Quantizer grids of one output channel (docs/mathematics.md section 1).
 
 A row w in R^k at b bits has a scale s, a bfloat16 number, because that is what is stored, and
 integer codes q, so that w_hat = s q. Two grids are offered.

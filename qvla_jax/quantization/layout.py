@@ -1,4 +1,4 @@
-"""Bytes that the packed layout of DESIGN.md section 6 stores, row by row.
+"""Bytes that the packed layout of docs/mathematics.md section 6 stores, row by row.
 
 A row of fan-in k at b bits is stored as
 

@@ -1,4 +1,4 @@
-"""First-order sensitivities of all channels from s reverse passes (DESIGN.md section 4).
+"""First-order sensitivities of all channels from s reverse passes (docs/mathematics.md section 3).
 
 Quantizing row c of a layer changes its output by dY[t, c] = (x_t - E[x]) . (w_hat - w)_c, the
 quantizer's bias correction included. To first order the action changes by
