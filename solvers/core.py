@@ -104,7 +104,7 @@ def core(
     return Proposal(found.choice, bound, status, relaxation, details)
 
 
-@register("ilp:core", requires=("pulp",))
+@register("ilp:core", requires=("pulp", "highspy"))
 def ilp_core(
     problem: AllocationProblem,
     *,

@@ -19,7 +19,7 @@ from qvla_jax.solvers.tying import tie
 _LEVELS = ("channel", "group")
 
 
-@register("ilp", requires=("pulp",), handles=("multiples", "resources"))
+@register("ilp", requires=("pulp", "highspy"), handles=("multiples", "resources"))
 def ilp(
     problem: AllocationProblem,
     *,

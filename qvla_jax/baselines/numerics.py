@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import qwix
-from qwix._src.core.qarray import HowToQuantize
 
 from qvla_jax.array_typing import Array, Float, Int8
 from qvla_jax.errors import InputError
@@ -41,6 +40,18 @@ class QuantizedRows:
     scales: Float[np.ndarray, "c g"]
     # Factor of each input, likewise; None: 1.
     input_scale: Float[np.ndarray, " k"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HowToQuantize:
+    """What functions of qwix read of their argument `how`, whose own class has no public name."""
+
+    qtype: Any
+    channelwise_axes: tuple[int, ...]
+    # Inputs that share a scale, by axis.
+    tiled_axes: dict[int, int]
+    calibration_method: str = "absmax"
+    noise_fn: None = None
 
 
 class _SyntheticType:
@@ -81,7 +92,7 @@ def qwix_context() -> Iterator[None]:
 
 
 def how_to_quantize(bits: int, group: int | None) -> HowToQuantize:
-    """Qwix's description of rows [c, k] at these bits.
+    """The description of rows [c, k] at these bits.
 
     Raises:
         InputError: qwix or the packed layout has no such width.
@@ -124,6 +135,7 @@ def nearest(weight: Float[Array, "c k"], bits: int, group: int | None) -> Quanti
             how.qtype,
             channelwise_axes=how.channelwise_axes,
             tiled_axes=how.tiled_axes,
+            calibration_method=how.calibration_method,
         )
     return taken(array, weight.shape[1])
 
