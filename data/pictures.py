@@ -144,6 +144,8 @@ def _decode_file(file: bytes) -> Picture:
 
     try:
         with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
+            image.verify()  # The checksums of PNG, which decoding passes over; it needs a new file.
+        with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
             deep = image.format == "PNG" and file[_PNG_BIT_DEPTH] > 8
             if not deep and image.mode in _MODES:
                 return np.asarray(image.convert("RGB"))
