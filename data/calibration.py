@@ -15,7 +15,7 @@ import numpy as np
 from qvla_jax.array_typing import Float32, NpArray
 from qvla_jax.atomic import write_json
 from qvla_jax.data.drawing import Pool, draw, look
-from qvla_jax.data.episode import EncodedEpisode, decode_each, next_steps
+from qvla_jax.data.episode import EncodedEpisode, next_steps
 from qvla_jax.data.manifest import (
     FORMAT,
     check_manifest,
@@ -23,6 +23,7 @@ from qvla_jax.data.manifest import (
     steps_by_source,
 )
 from qvla_jax.data.open_x.spec import DatasetSpec
+from qvla_jax.data.pictures import Pictures, check_each, decode_each
 from qvla_jax.data.records import split_names
 from qvla_jax.data.rlds import RldsDataset, find_version
 from qvla_jax.data.samples import bundled_path
@@ -184,18 +185,35 @@ class CalibrationSet:
     def _batch(self, rows: slice) -> Batch:
         pairs = list(zip(self.episode_keys[rows], self.manifest["steps"][rows], strict=True))
         found = [(self._episodes[key], step) for key, step in pairs]
-        batch: Batch = {"image": decode_each([e.image[t] for e, t in found])}
-        if self._common["wrist_image"]:
-            wrist = [e.wrist_image[t] for e, t in found if e.wrist_image is not None]
-            batch["wrist_image"] = decode_each(wrist)
+        batch: Batch = {
+            camera: decode_each(self._pictures(camera, rows)) for camera in self._cameras
+        }
         if self._common["state"]:
             states = [(e.episode.state, t) for e, t in found]
             batch["state"] = np.stack([state[t] for state, t in states if state is not None])
-        batch["instruction"] = [e.episode.instruction for e, _ in found]
+        batch["instruction"] = [e.episode.instructions[t] for e, t in found]
         batch["actions"] = np.stack([self._actions(e.episode.action, t) for e, t in found])
         batch["episode"] = np.asarray([episode for (_, episode), _ in pairs], np.int64)
         batch["step"] = np.asarray([step for _, step in pairs], np.int64)
         return batch
+
+    @property
+    def _cameras(self) -> list[str]:
+        return ["image", *(["wrist_image"] if self._common["wrist_image"] else [])]
+
+    def _pictures(self, camera: str, rows: slice) -> list[tuple[Pictures, int]]:
+        """The pictures of some frames, each by its episode's and its step."""
+        pairs = zip(self.episode_keys[rows], self.manifest["steps"][rows], strict=True)
+        return [(getattr(self._episodes[key], camera), step) for key, step in pairs]
+
+    def check_pictures(self) -> None:
+        """Decodes every picture once, so that none fails in the middle of a later stage.
+
+        Raises:
+          DatasetError: One does not decode, or pictures of one episode differ in size.
+        """
+        for camera in self._cameras:
+            check_each(self._pictures(camera, slice(None)))
 
     @cached_property
     def _common(self) -> Mapping[str, bool]:
@@ -264,7 +282,9 @@ def calibration_set(
       progress: Called with the episodes looked at.
 
     Raises:
-      DatasetError: The data cannot be read, or hold fewer frames or trajectories than asked for.
+      DatasetError: The data cannot be read, hold fewer frames or trajectories than asked for, or
+        hold what is no picture, number or instruction: where in the episodes looked at, or, for
+        pictures, in the frames drawn. docs/data.md lists what is checked.
     """
     for name, value in (
         ("frames", frames),
@@ -368,6 +388,7 @@ def _drawn(
                 "source": name,
                 "split": dataset.split,
                 "weight": weight,
+                "unlabeled": pool.unlabeled,
                 "spec": dataset.spec.to_json(),
                 "files": dataset.file_hashes([episode for episode, _ in pairs]),
             }
@@ -387,7 +408,9 @@ def _drawn(
         "steps": [row[2] for row in rows],
     }
     manifest["sha256"] = manifest_hash(manifest)
-    return CalibrationSet(manifest, _load(kept, steps_by_source(manifest)))
+    drawn = CalibrationSet(manifest, _load(kept, steps_by_source(manifest)))
+    drawn.check_pictures()
+    return drawn
 
 
 def _shares(

@@ -21,6 +21,7 @@ class Pool:
       lengths: Steps of each episode.
       stride: Every so manyth step may be drawn, the first one included.
       deciding: Steps of each episode whose next actions open or close the gripper.
+      unlabeled: Number of episodes that were passed over, since they have no instruction.
     """
 
     dataset: RldsDataset
@@ -28,6 +29,7 @@ class Pool:
     lengths: dict[int, int]
     stride: int
     deciding: dict[int, frozenset[int]]
+    unlabeled: int
 
     @property
     def episodes(self) -> int:
@@ -61,6 +63,8 @@ def look(
 ) -> Pool:
     """Reads the instructions and lengths of a split's episodes.
 
+    As in the public training code, episodes without an instruction are passed over.
+
     Args:
       dataset: The split.
       max_episodes: Most episodes to read. A larger split is not read whole: files are drawn by the
@@ -70,19 +74,31 @@ def look(
       horizon: Actions from a step on that may make it a deciding one.
       seed: Draws the files.
       seen: Called after each episode.
+
+    Raises:
+      DatasetError: No episode has a step, or an instruction; or one cannot be read.
     """
     tasks: dict[str, list[int]] = {}
     lengths: dict[int, int] = {}
     deciding: dict[int, frozenset[int]] = {}
+    unlabeled = 0
     for encoded in dataset.encoded_episodes(dataset.sample_ids(max_episodes, seed=seed)):
         episode = encoded.episode
+        seen()
+        if not episode.labeled:
+            unlabeled += 1
+            continue
         tasks.setdefault(episode.instruction, []).append(episode.id)
         lengths[episode.id] = len(episode)
         deciding[episode.id] = _deciding(episode.action[:, -1], horizon)
-        seen()
     if not lengths:
-        raise DatasetError(f"{dataset.path}: split {dataset.split!r} has no episode with a step")
-    return Pool(dataset, tasks, lengths, stride, deciding)
+        lacking = (
+            f"an instruction: {dataset.spec.instruction} is empty in all {unlabeled} looked at"
+            if unlabeled
+            else "a step"
+        )
+        raise DatasetError(f"{dataset.path}: split {dataset.split!r} has no episode with {lacking}")
+    return Pool(dataset, tasks, lengths, stride, deciding, unlabeled)
 
 
 def _deciding(gripper: Float32[NpArray, " t"], horizon: int) -> frozenset[int]:

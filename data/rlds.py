@@ -16,8 +16,9 @@ from etils import epath
 from qvla_jax.array_typing import Int64, NpArray
 from qvla_jax.data import open_x
 from qvla_jax.data.episode import EncodedEpisode, Episode, Frame
+from qvla_jax.data.open_x.features import check_features
 from qvla_jax.data.open_x.spec import DatasetSpec
-from qvla_jax.data.open_x.standardize import check_features, standardize
+from qvla_jax.data.open_x.standardize import standardize
 from qvla_jax.data.records import INFO_FILE, SplitRecords
 from qvla_jax.errors import DatasetError, InputError, QvlaError, unknown
 
@@ -64,7 +65,7 @@ class RldsDataset:
         self.split, self.num_episodes = split, self._records.num_episodes
         self.spec = self._find_spec() if spec is None else open_x.load(spec)
         try:
-            check_features(self.spec, self._records.shapes())
+            check_features(self.spec, self._records.features)
         except DatasetError as error:
             raise DatasetError(f"{self.path}: {error}") from error
         self.episode_ids = np.arange(process_index, self.num_episodes, process_count)
@@ -100,7 +101,8 @@ class RldsDataset:
           seed: Permutes the order; None keeps it.
 
         Raises:
-          DatasetError: An id is out of range, or a file is damaged.
+          DatasetError: An id is out of range, a file is damaged, or a step holds what is no
+            picture, number or instruction; docs/data.md lists what is checked.
         """
         for encoded in self.encoded_episodes(indices, seed=seed):
             yield encoded.decode() if images else encoded.episode
@@ -184,22 +186,21 @@ class RldsDataset:
         return self._records.fingerprint()
 
     def _to_episode(self, index: int, example: Mapping[str, Any]) -> EncodedEpisode | None:
-        steps = example["steps"]
+        steps, name = example["steps"], f"{self.path}: episode {index} of {self.split!r}"
         if not steps:
-            raise DatasetError(f"{self.path}: episode {index} of {self.split!r} has no steps")
+            raise DatasetError(f"{name} has no steps")
         try:
             return standardize(
                 self.spec,
                 partial(self._records.values, steps),
                 len(steps),
+                name=name,
                 episode_id=index,
                 metadata=_plain(example.get("episode_metadata", {})),
-                available=self._records.features,
+                features=self._records.features,
             )
         except DatasetError as error:
-            raise DatasetError(
-                f"{self.path}: episode {index} of {self.split!r}: {error}"
-            ) from error
+            raise DatasetError(f"{name}: {error}") from error
 
 
 def find_version(path: str | PathLike[str]) -> epath.Path:

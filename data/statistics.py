@@ -22,8 +22,8 @@ from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import DatasetError, InputError
 
 _VALUES: Final = ("mean", "std", "max", "min", "q01", "q99")
-# Part of the cache's key: a change of what is computed makes old caches stale.
-_VERSION: Final = 1
+# Part of the cache's key: a change of what is computed, or refused, makes old caches stale.
+_VERSION: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +102,10 @@ class DatasetStatistics:
                 states.append(episode.state)
             for name, array in (("action", episode.action), ("state", episode.state)):
                 if array is not None and not np.isfinite(array).all():
+                    step, entry = np.argwhere(~np.isfinite(array))[0].tolist()
                     raise DatasetError(
-                        f"{dataset_name}: {name} of episode {episode.id} holds non-finite values"
+                        f"{dataset_name}: {name} of episode {episode.id} holds non-finite values: "
+                        f"{array[step, entry]} in entry {entry} at step {step}"
                     )
         if not actions:
             raise DatasetError(f"{dataset_name}: no episodes to compute statistics from")
