@@ -2,10 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.plain import from_plain
+
+# Number of cameras -> what observations call their images, in the order that policies take them.
+# Two grippers have a camera each on ALOHA; names follow OpenVLA-OFT's.
+CAMERA_KEYS: Final[Mapping[int, tuple[str, ...]]] = {
+    1: ("image",),
+    2: ("image", "wrist_image"),
+    3: ("image", "left_wrist_image", "right_wrist_image"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,9 @@ class LlamaConfig:
     num_key_value_heads: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    # Places of a sequence that it was made for, which bound the prompt. None: only
+    # `max_prompt_tokens` does.
+    max_position_embeddings: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,12 +87,15 @@ class OpenVLAConfig:
     # featurizer (DINOv2), then fused_featurizer (SigLIP)
     vision: tuple[VisionTowerConfig, VisionTowerConfig]
     text: LlamaConfig
+    # Cameras: the main one, then those at the grippers (see `CAMERA_KEYS`).
     num_images: int = 1
     # "l1": OpenVLA-OFT's parallel decoding with a regression head; "tokens": OpenVLA's
     # autoregressive action tokens; "latents": UniVLA's latent action tokens, and a decoder.
     decoding: Literal["l1", "tokens", "latents"] = "l1"
     action_dim: int = 7
     action_horizon: int = 8
+    # What actions and proprio are scaled by to [-1, 1]: q01 and q99, or min and max.
+    action_normalization: Literal["quantiles", "min_max"] = "quantiles"
     # 0: the policy takes no proprio.
     proprio_dim: int = 0
     # Language modulates the towers' blocks (OpenVLA-OFT+).
@@ -92,7 +106,8 @@ class OpenVLAConfig:
     # Crop the central 90 % of the area: for policies that were trained with random crops.
     center_crop: bool = False
     prompt_template: str = "In: What action should the robot take to {instruction}?\nOut:"
-    # Longest prompt in tokens (BOS and the empty token included); shorter ones are padded.
+    # Prompts are padded to this many tokens (BOS and the empty token included). Where the language
+    # model has places for more, longer ones are padded to twice as many, and so on.
     max_prompt_tokens: int = 64
     bos_token_id: int = 1
     stop_token_id: int = 2
@@ -108,12 +123,43 @@ class OpenVLAConfig:
     latent_action: LatentActionConfig | None = None
 
     def __post_init__(self) -> None:
-        """Raises an `InputError` if the decoder's sizes are missing, or there for nothing."""
+        """Checks what no type says.
+
+        Raises:
+            InputError: there are no names for the cameras, or the decoder's sizes are missing, or
+                there for nothing.
+        """
+        if self.num_images not in CAMERA_KEYS:
+            raise InputError(
+                f"{self.name}: num_images is {self.num_images}, but 1 to {max(CAMERA_KEYS)} are "
+                "supported: the main camera, and those at the grippers"
+            )
         if (self.decoding == "latents") != (self.latent_action is not None):
             raise InputError(
                 f"{self.name}: decoding is {self.decoding!r} and latent_action is "
                 f"{self.latent_action}; give the sizes with 'latents', and only then"
             )
+
+    @property
+    def camera_keys(self) -> tuple[str, ...]:
+        """What observations call the images, in the order that the policy takes them."""
+        return CAMERA_KEYS[self.num_images]
+
+    @property
+    def prompt_limit(self) -> int:
+        """Tokens of the longest prompt: the places that images, proprio and actions leave."""
+        places = self.text.max_position_embeddings
+        if places is None:
+            return self.max_prompt_tokens
+        behind = self.num_action_tokens + 1 if self.decoding == "l1" else self.num_decoded_tokens
+        return places - self.num_prefix_tokens - behind
+
+    def padded_prompt(self, tokens: int) -> int:
+        """What a prompt is padded to; few lengths, since each takes a compilation."""
+        width = self.max_prompt_tokens
+        while width < tokens:
+            width *= 2
+        return min(width, max(self.prompt_limit, self.max_prompt_tokens))
 
     @property
     def image_size(self) -> int:
@@ -140,8 +186,19 @@ class OpenVLAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         values = dataclasses.asdict(self)
+        # Those that do without keep the fingerprints that they had before there were these.
         if self.latent_action is None:
-            del values["latent_action"]  # others keep the fingerprints that they had without it
+            del values["latent_action"]
+        if self.action_normalization == "quantiles":
+            del values["action_normalization"]
+        if self.text.max_position_embeddings is None:
+            del values["text"]["max_position_embeddings"]
+        return values
+
+    def identity(self) -> dict[str, Any]:
+        """`to_dict` without what changes no action: the part of a fingerprint."""
+        values = self.to_dict()
+        values["text"].pop("max_position_embeddings", None)
         return values
 
     @classmethod
@@ -193,6 +250,7 @@ _LLAMA_2_7B = LlamaConfig(
     num_hidden_layers=32,
     num_attention_heads=32,
     num_key_value_heads=32,
+    max_position_embeddings=2048,
 )
 
 

@@ -22,6 +22,10 @@ class CheckpointError(InputError):
     """A weights file is missing, corrupt, not finite, or does not fit its model."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds something that is left alone, and that may not be what was meant."""
+
+
 class DatasetError(InputError):
     """A dataset is missing, lacks a key, or has values of the wrong type or shape."""
 

@@ -1,48 +1,59 @@
 """All tensors of a public directory as one mapping, each of which knows its file."""
 
 import collections
-from collections.abc import Iterator, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from qvla_jax.checkpoints.files import (
+    ADAPTER_FOLDER,
+    COMPONENTS,
+    adapter_folders,
+    check_tensor_files,
+    component_file,
+)
 from qvla_jax.checkpoints.lora import merge_adapter, merge_inline
 from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
-from qvla_jax.errors import CheckpointError
+from qvla_jax.errors import CheckpointError, CheckpointWarning
 
-# Parts that may lie in a file of their own, which then replaces what the weights hold of them, and
-# what the file is called.
-COMPONENTS: Final = {
-    "action_head": "action_head--*_checkpoint.pt",
-    "proprio_projector": "proprio_projector--*_checkpoint.pt",
-    "vision_backbone": "vision_backbone--*_checkpoint.pt",
-    "action_decoder": "action_decoder*.pt",
-}
-_ADAPTER: Final = "lora_adapter"
+# Buffers that older versions of the public code stored, and that it computes anew and ignores.
+_IGNORED: Final = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$")
 
 
 class PublicTensors(Mapping[str, np.ndarray]):
-    """The tensors of a directory under the names of `qvla_jax.models`, LoRA merged.
+    """The tensors of a directory under the names of `qvla_jax.models`.
 
     Weights are mapped when they are asked for, components (`.pt`) at once. Adapters inside a
-    component are merged at once, too.
+    component are merged at once, too; the public code does so when it loads. An adapter in a folder
+    beside the weights is part of them already: the public scripts that write both have merged it.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, merge: bool = False):
         """Reads components and the headers of the weights.
+
+        Args:
+            folder: a public directory.
+            merge: the weights are the base of `lora_adapter/`, which is merged as they are read.
 
         Raises:
             CheckpointError: a file is missing, damaged or refused, or an adapter does not fit.
+
+        Warns:
+            CheckpointWarning: an adapter is left alone.
         """
         self._weights = ShardedTensors(folder)
+        check_tensor_files(folder)
         index = folder / INDEX_FILE
         self._listing = index if index.is_file() else folder / "model.safetensors"
         self._parts: dict[str, Path] = {}  # component -> file
         self._files: dict[str, Path] = {}  # tensor of a component -> file
         components: dict[str, np.ndarray] = {}
-        rest: Mapping[str, np.ndarray] = self._weights
+        rest: Mapping[str, np.ndarray] = _Without(self._weights, _IGNORED.search)
         for component in COMPONENTS:
             path = component_file(folder, component)
             if path is None:
@@ -56,10 +67,24 @@ class PublicTensors(Mapping[str, np.ndarray]):
             components |= merged
             self._files |= dict.fromkeys(merged, path)
             self._parts[component] = path
-            rest = _Without(rest, f"{component}.")
-        joined: Mapping[str, np.ndarray] = collections.ChainMap(components, rest)  # type: ignore[arg-type]
-        adapter = folder / _ADAPTER
-        self._tensors = merge_adapter(joined, adapter) if adapter.is_dir() else joined
+            rest = _Without(rest, re.compile(rf"{component}\.").match)
+        adapters = adapter_folders(folder)
+        if merge:
+            if not (folder / ADAPTER_FOLDER).is_dir():
+                raise CheckpointError(
+                    f"{folder}: merge_adapter: there is no {ADAPTER_FOLDER}/ to merge"
+                )
+            # A component file holds its own adapters.
+            rest = merge_adapter(rest, folder / ADAPTER_FOLDER, replaced=tuple(self._parts))
+        elif adapters:
+            warnings.warn(
+                f"{adapters[0]}: left alone, because the weights beside it ({self._listing.name}) "
+                "hold it already where OpenVLA-OFT's scripts wrote them; if they are its base, "
+                "load with merge_adapter=True",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+        self._tensors = collections.ChainMap(components, rest)  # type: ignore[arg-type]
 
     def file_of(self, name: str) -> str:
         """The file that a tensor stands in or, if it stands in none, that should hold it."""
@@ -77,13 +102,17 @@ class PublicTensors(Mapping[str, np.ndarray]):
 
 
 class _Without(Mapping[str, np.ndarray]):
-    """A mapping without the names that begin with a prefix."""
+    """A mapping without some names."""
 
-    def __init__(self, inner: Mapping[str, np.ndarray], prefix: str):
+    def __init__(
+        self, inner: Mapping[str, np.ndarray], drop: Callable[[str], re.Match[str] | None]
+    ):
         self._inner = inner
-        self._names = [name for name in inner if not name.startswith(prefix)]
+        self._names = dict.fromkeys(name for name in inner if not drop(name))
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
         return self._inner[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -93,16 +122,9 @@ class _Without(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
-def component_file(folder: Path, name: str) -> Path | None:
-    """The `.pt` file of a component; None if the directory has none.
-
-    Raises:
-        CheckpointError: there are several.
-    """
-    found = sorted(folder.glob(COMPONENTS[name]))
-    if len(found) > 1:
-        raise CheckpointError(f"{folder}: several {name} files: {[p.name for p in found]}")
-    return found[0] if found else None
+def component_names(path: Path) -> list[str]:
+    """Names of a component's tensors."""
+    return [name.removeprefix("module.") for name in read_torch_zip(path)]
 
 
 def component_shape(path: Path, name: str, *, dims: int) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from qvla_jax.checkpoints.huggingface import (
     read_json,
 )
 from qvla_jax.checkpoints.settings import public_settings
+from qvla_jax.checkpoints.statistics import finite
 from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors, write_shards
 from qvla_jax.checkpoints.torch_writer import write_torch_zip
 from qvla_jax.checkpoints.weights import (
@@ -112,9 +113,12 @@ def _write_settings(config: OpenVLAConfig, statistics: Mapping[str, Any], out: P
         write_json(out / name, content)
     write_json(out / STATISTICS_FILE, statistics)
     settings = read_json(out / CONFIG_FILE)
-    read, _ = read_config(out, unnorm_key="")
+    read, _ = read_config(out, sizes_only=True)
     told = read.to_dict() | {"name": None, "unnorm_key": None}  # folder and statistics may change
-    own = {key: value for key, value in config.to_dict().items() if value != told[key]}
+    own = {key: value for key, value in config.to_dict().items() if value != told.get(key)}
+    if config.decoding == "l1":  # what was made up, since the files do not tell it
+        for name in ("num_images", "action_horizon", "action_normalization", "center_crop"):
+            own[name] = getattr(config, name)
     write_json(out / CONFIG_FILE, {**settings, "norm_stats": statistics, OWN_KEY: own})
 
 
@@ -139,23 +143,27 @@ def reexport(source: Path, out: Path) -> None:
     """Imports a public directory tensor by tensor and writes it again, bit for bit.
 
     Component files (`.pt`), tokenizer and settings are copied as they are, and so are weights that
-    a component file replaces. A `lora_adapter` folder is refused: what is imported is the merged
-    weight, and the layout would no longer be the same.
+    a component file replaces. An adapter beside the weights, which hold it, is left alone. Numbers
+    that are no JSON (NaN, infinite) become null in the settings, as in a policy.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor does not fit its model.
-        InputError: `out` holds files already, or there is an unmerged adapter.
+        InputError: `out` holds files already.
     """
-    if (source / "lora_adapter").is_dir():
-        raise InputError(f"{source}: holds an unmerged adapter; name a dtype to export it merged")
     check_empty(out)
-    config, _ = read_config(source, unnorm_key="")
+    config, _ = read_config(source, sizes_only=True)
     imported = _Imported(abstract_model(config), PublicTensors(source), ShardedTensors(source))
     out.mkdir(parents=True, exist_ok=True)
     write_shards(out, imported)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX_FILE:
-            shutil.copyfile(path, out / path.name)
+        if not path.is_file() or path.suffix == ".safetensors" or path.name == INDEX_FILE:
+            continue
+        if path.name in (CONFIG_FILE, STATISTICS_FILE):
+            content = read_json(path)
+            if finite(content) != content:
+                write_json(out / path.name, finite(content))
+                continue
+        shutil.copyfile(path, out / path.name)
 
 
 class _Imported(Mapping[str, np.ndarray]):

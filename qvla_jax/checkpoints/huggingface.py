@@ -10,46 +10,71 @@
 | `proprio_projector--*_checkpoint.pt` | OFT's proprio projector                            |
 | `vision_backbone--*_checkpoint.pt`   | towers with FiLM and LoRA, instead of the weights' |
 | `action_decoder*.pt`                 | UniVLA's action decoder                            |
-| `lora_adapter/`                      | a PEFT adapter that was not merged                 |
+| `lora_adapter/`                      | a PEFT adapter, merged only if the user says so    |
 | `tiny_vision_archs.json`             | sizes of towers that are not built in              |
+| `tokenizer.json`                     | the tokenizer                                      |
+| `tokenizer_config.json`              | must say what `tokenizer.json` does                |
+| `generation_config.json`             | must ask for greedy decoding                       |
+
+What each of the settings files may declare is listed in `qvla_jax.checkpoints.keys`.
 """
 
-import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from qvla_jax.checkpoints.directory import COMPONENTS, component_file, component_shape
+from qvla_jax.checkpoints import keys
+from qvla_jax.checkpoints.declared import check_declared, shown
+from qvla_jax.checkpoints.directory import component_names, component_shape
+from qvla_jax.checkpoints.files import (
+    COMPONENTS,
+    CONFIG_FILE,
+    STATISTICS_FILE,
+    check_not_adapter_only,
+    check_tensor_files,
+    component_file,
+    read_json,
+)
+from qvla_jax.checkpoints.options import LoadOptions
+from qvla_jax.checkpoints.platforms import PLATFORMS, platform_of
+from qvla_jax.checkpoints.statistics import check_entry, finite
 from qvla_jax.checkpoints.univla import decoder_sizes
 from qvla_jax.config import PRESETS, LlamaConfig, OpenVLAConfig, VisionTowerConfig
-from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.errors import CheckpointError, InputError, unknown
 
-CONFIG_FILE: Final = "config.json"
-STATISTICS_FILE: Final = "dataset_statistics.json"
 # Of config.json: what our own export keeps and the public layout has no word for.
 OWN_KEY: Final = "qvla_jax"
 KNOWN_TOWERS: Final = {t.timm_id: t for t in PRESETS["openvla-7b"].vision}
-# OpenVLA-OFT's constant for LIBERO; the head's weights do not tell it.
-_ACTION_HORIZON: Final = 8
+TOWERS_FILE: Final = "tiny_vision_archs.json"
 # Entries of an action, where no tensor tells them.
 _ACTION_DIM: Final = 7
-# Every prompt is padded to this, so that one compiled program serves all instructions.
+# Prompts are padded to this, so that one compiled program serves nearly all instructions.
 _MAX_PROMPT_TOKENS: Final = 96
+# In OpenVLA-OFT's modeling_prismatic.py, and not in OpenVLA's.
+_OFT_CODE: Final = re.compile(r"NUM_ACTIONS_CHUNK|_regression_or_discrete_prediction")
 
 
 def is_huggingface(folder: Path) -> bool:
-    """Whether a directory holds a public checkpoint rather than one of ours."""
+    """Whether a directory holds a public checkpoint rather than one of ours.
+
+    Raises:
+        CheckpointError: config.json is no JSON, or there is nothing but an adapter.
+    """
     path = folder / CONFIG_FILE
-    return path.is_file() and "model_type" in read_json(path)
+    if not path.is_file():
+        check_not_adapter_only(folder)
+        return False
+    return "model_type" in read_json(path)
 
 
 def read_config(
     folder: Path,
+    options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
     *,
-    unnorm_key: str | None = None,
-    num_images: int | None = None,
-    center_crop: bool | None = None,
     empty_token_id: int | None = None,
+    sizes_only: bool = False,
 ) -> tuple[OpenVLAConfig, dict[str, Any]]:
     """The architecture of a directory and its statistics.
 
@@ -57,97 +82,298 @@ def read_config(
 
     Args:
         folder: the directory.
-        unnorm_key: statistics entry to use; may be left out where there is one, or one of LIBERO.
-        num_images: cameras, which the files do not tell; 2 for OFT, else 1, if left out.
-        center_crop: whether raw images are cropped; False for OpenVLA, else True, if left out.
+        options: what the files do not tell.
         empty_token_id: the tokenizer's lone word-boundary piece; Llama's 29871 if left out.
+        sizes_only: the caller needs no more than the shapes of the parameters, for which nothing
+            has to be said: what is not told by the files is made up.
 
     Raises:
-        CheckpointError: a file is missing or a key has no or an unsupported value.
+        CheckpointError: a file is missing or would be passed over; a key has no, an unknown or an
+            unsupported value; or an option is needed, or contradicts the files.
     """
     path = folder / CONFIG_FILE
     raw = read_json(path)
-    statistics = raw.get("norm_stats", {})
+    check_declared(raw, keys.CONFIG, str(path))
+    source, statistics = path, raw.get("norm_stats") or {}
     if (folder / STATISTICS_FILE).is_file():
-        statistics = read_json(folder / STATISTICS_FILE)
+        source = folder / STATISTICS_FILE
+        statistics = read_json(source)
+    if not isinstance(statistics, dict):
+        raise CheckpointError(f"{path}: norm_stats is {shown(statistics)}, expected an object")
+    statistics = finite(statistics)
+    own = _own(raw, path, options)
+    try:
+        config = _inferred(folder, raw, empty_token_id)
+        kept = raw.get(OWN_KEY, {}).get("num_images", 1)
+        if config.decoding != "l1" and options.num_images not in (None, kept):
+            raise CheckpointError(
+                f"{folder}: num_images={options.num_images}: policies without a regression head "
+                f"take {kept}"
+            )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: missing or unusable key ({error!r})") from error
+    check_tensor_files(folder)
+    if sizes_only:
+        told: dict[str, Any] = {"unnorm_key": "", **_conventions(config, None)}
+    else:
+        key = own.get("unnorm_key") or _only_key(statistics, folder)
+        told = _told(folder, config, key, own, statistics, source)
+    try:
+        config = OpenVLAConfig.from_dict(config.to_dict() | told | own)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {OWN_KEY}: {error}") from error
+    if config.decoding != "l1":
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            check_declared(read_json(generation), keys.GENERATION_CONFIG, str(generation))
+    if config.prompt_limit < 1:
+        raise CheckpointError(
+            f"{path}: text_config: max_position_embeddings is "
+            f"{config.text.max_position_embeddings}, which leaves no place for a prompt"
+        )
+    return config, statistics
+
+
+def _own(raw: Mapping[str, Any], path: Path, options: LoadOptions) -> dict[str, Any]:
+    """What our own export kept, and what the user says."""
+    kept = raw.get(OWN_KEY, {})
+    if not isinstance(kept, dict):
+        raise CheckpointError(f"{path}: {OWN_KEY}: expected an object, found {kept!r}")
+    for name in ("num_images", "action_horizon", "action_normalization"):
+        said = getattr(options, name)
+        if said is not None and kept.get(name, said) != said:
+            raise CheckpointError(
+                f"{path}: {name}={said!r} contradicts the {kept[name]!r} under {OWN_KEY!r}"
+            )
+    names = ("unnorm_key", "num_images", "center_crop", "action_horizon", "action_normalization")
+    said = {name: getattr(options, name) for name in names}
+    return kept | {name: value for name, value in said.items() if value is not None}
+
+
+def _inferred(folder: Path, raw: Mapping[str, Any], empty_token_id: int | None) -> OpenVLAConfig:
+    """The architecture, as far as the files tell it."""
     head, proprio, film, decoder = (component_file(folder, name) for name in COMPONENTS)
     if head is not None and decoder is not None:
         raise CheckpointError(
             f"{folder}: holds {head.name} of an OpenVLA-OFT policy and {decoder.name} of a UniVLA "
             "policy; take one of them away"
         )
+    for part in (proprio, film):
+        if decoder is not None and part is not None:
+            raise CheckpointError(
+                f"{folder}: holds {decoder.name} of a UniVLA policy and {part.name}, which its "
+                "decoder for chunks does not take; take one of them away"
+            )
+        if head is None and decoder is None and part is not None:
+            kind = "proprio projector" if part is proprio else "vision backbone with FiLM"
+            likely = sorted(path.name for path in folder.glob("*action_head*"))
+            raise CheckpointError(
+                f"{folder}: there is a {kind} of an OpenVLA-OFT policy ({part.name}), but no "
+                f"action_head--*_checkpoint.pt{f'; is it {likely[0]}?' if likely else ''} Policies "
+                "that decode tokens in parallel, without a head, are not supported"
+            )
+    names = [] if head is None else component_names(head)
+    if any(name.startswith("noise_predictor.") for name in names):
+        raise CheckpointError(f"{head}: is a diffusion head, which is not supported; L1 heads are")
     oft = head is not None
-    asked = {"unnorm_key": unnorm_key, "num_images": num_images, "center_crop": center_crop}
-    own = raw.get(OWN_KEY, {})
-    if not isinstance(own, dict):
-        raise CheckpointError(f"{path}: {OWN_KEY}: expected an object, found {own!r}")
-    own = own | {key: value for key, value in asked.items() if value is not None}
-    try:
-        if raw["arch_specifier"] != "no-align+fused-gelu-mlp":
-            raise CheckpointError(f"{path}: arch_specifier {raw['arch_specifier']!r} unsupported")
-        text = _text_config(raw["text_config"])
-        # UniVLA's actions are those of its LIBERO evaluation, as OpenVLA's.
-        window, latent = (1, None) if decoder is None else decoder_sizes(decoder, _ACTION_DIM)
-        config = OpenVLAConfig(
-            name=folder.resolve().name,
-            vision=_towers(folder, raw),
-            text=text,
-            num_images=2 if oft else 1,
-            decoding="l1" if oft else "tokens" if latent is None else "latents",
-            action_dim=_ACTION_DIM if head is None else _action_dim(head),
-            action_horizon=_ACTION_HORIZON if oft else window,
-            proprio_dim=0 if proprio is None else component_shape(proprio, "fc1.weight", dims=2)[1],
-            use_film=film is not None,
-            image_chain="openvla",
-            center_crop=oft or latent is not None,
-            max_prompt_tokens=_MAX_PROMPT_TOKENS,
-            pad_token_id=raw["pad_token_id"],
-            empty_token_id=29871 if empty_token_id is None else empty_token_id,
-            action_vocab_size=text.vocab_size - raw["pad_to_multiple_of"],
-            unnorm_key=_unnorm_key(statistics, own.get("unnorm_key"), folder),
-            latent_action=latent,
-        )
-        sizes = {}
-        if head is not None:
-            sizes["action"] = (head, "model.fc2.weight", config.action_dim)
-        if proprio is not None:
-            sizes["proprio"] = (proprio, "fc1.weight", config.proprio_dim)
-        if decoder is not None:
-            sizes["action"] = (decoder, "proj.0.weight", config.action_dim)
-        _check_statistics(statistics, str(config.unnorm_key), sizes)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: missing or unusable key ({error!r})") from error
-    try:
-        return OpenVLAConfig.from_dict(config.to_dict() | own), statistics
-    except InputError as error:
-        raise CheckpointError(f"{path}: {OWN_KEY}: {error}") from error
-
-
-def _text_config(raw: Mapping[str, Any]) -> LlamaConfig:
-    # Only what differs from LlamaConfig's defaults is stored: those of Llama-2-7B.
-    heads = raw.get("num_attention_heads", 32)
-    return LlamaConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw.get("hidden_size", 4096),
-        intermediate_size=raw.get("intermediate_size", 11008),
-        num_hidden_layers=raw.get("num_hidden_layers", 32),
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=raw.get("rope_theta", 10000.0),
+    text = _text_config(raw["text_config"], folder / CONFIG_FILE)
+    # UniVLA's actions are those of its LIBERO evaluation, as OpenVLA's.
+    window, latent = (1, None) if decoder is None else decoder_sizes(decoder, _ACTION_DIM)
+    for key in ("pad_token_id", "pad_to_multiple_of"):
+        if type(raw[key]) is not int:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE}: {key!r} is {shown(raw[key])}, expected a whole number"
+            )
+    return OpenVLAConfig(
+        name=folder.resolve().name,
+        vision=_towers(folder, raw),
+        text=text,
+        decoding="l1" if oft else "tokens" if latent is None else "latents",
+        action_dim=_ACTION_DIM if head is None else _action_dim(head),
+        action_horizon=window,
+        proprio_dim=0 if proprio is None else component_shape(proprio, "fc1.weight", dims=2)[1],
+        use_film=film is not None,
+        image_chain="openvla",
+        center_crop=oft or latent is not None,
+        max_prompt_tokens=_MAX_PROMPT_TOKENS,
+        pad_token_id=raw["pad_token_id"],
+        empty_token_id=29871 if empty_token_id is None else empty_token_id,
+        action_vocab_size=text.vocab_size - raw["pad_to_multiple_of"],
+        latent_action=latent,
     )
 
 
+def check_tokenizer(folder: Path, token_id: Callable[[str], int | None]) -> None:
+    """Checks that what stands beside `tokenizer.json` asks for nothing else.
+
+    Args:
+        folder: the directory.
+        token_id: of `tokenizer.json`: token -> id.
+
+    Raises:
+        CheckpointError: a setting is not supported, or a token has another id.
+    """
+    path = folder / "tokenizer_config.json"
+    added: dict[str, Any] = {}
+    if path.is_file():
+        settings = read_json(path)
+        check_declared(settings, keys.TOKENIZER, str(path))
+        for number, token in (settings.get("added_tokens_decoder") or {}).items():
+            content = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(content, str) or str(token_id(content)) != number:
+                raise CheckpointError(
+                    f"{path}: 'added_tokens_decoder' has {shown(content)} at {number}, but "
+                    "tokenizer.json does not"
+                )
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        added = read_json(path)
+    for content, number in added.items():
+        if token_id(content) != number:
+            raise CheckpointError(
+                f"{path}: {content!r} is {shown(number)}, but {token_id(content)} in tokenizer.json"
+            )
+
+
+def _only_key(statistics: Mapping[str, Any], folder: Path) -> str:
+    if len(statistics) == 1:
+        return next(iter(statistics))
+    raise CheckpointError(
+        f"{folder}: statistics of several data sets; name one with unnorm_key: "
+        f"{', '.join(statistics) or 'there are none'}"
+    )
+
+
+def _conventions(config: OpenVLAConfig, key: str | None) -> dict[str, Any]:
+    """Chunk length, normalization and images, where the kind of the policy or its robot tells."""
+    if config.decoding != "l1":
+        return {
+            "action_horizon": config.action_horizon,
+            "action_normalization": "quantiles",
+            "num_images": 1,
+        }
+    sizes = {"action_dim": config.action_dim, "proprio_dim": config.proprio_dim}
+    platform = PLATFORMS[0] if key is None else platform_of(key, **sizes)
+    names = ("action_horizon", "action_normalization", "num_images")
+    return {} if platform is None else {name: getattr(platform, name) for name in names}
+
+
+def _told(
+    folder: Path,
+    config: OpenVLAConfig,
+    key: str,
+    own: Mapping[str, Any],
+    statistics: Mapping[str, Any],
+    source: Path,
+) -> dict[str, Any]:
+    """Which statistics, and what goes with them; raises if the user has to say it."""
+    if key not in statistics:
+        raise CheckpointError(f"{source}: {unknown('statistics', key, statistics)}")
+    check_entry(statistics, key, str(source))
+    _check_sizes(folder, config, statistics[key], key)
+    told = _conventions(config, key)
+    asked = [
+        name for name in ("action_horizon", "action_normalization", "num_images")
+        if name not in told and name not in own
+    ]  # fmt: skip
+    if asked:
+        proprio = f" and {config.proprio_dim} of the state" if config.proprio_dim else ""
+        raise CheckpointError(
+            f"{folder}: the files do not tell which robot this OpenVLA-OFT policy is for "
+            f"(statistics {key!r}, {config.action_dim} entries of an action{proprio}); give "
+            f"{', '.join(asked)}. The public constants are {'; '.join(map(str, PLATFORMS))}"
+        )
+    if config.decoding != "l1":
+        _check_tokens(folder, config, own.get("action_horizon"))
+    return {"unnorm_key": key, **told}
+
+
+def _check_tokens(folder: Path, config: OpenVLAConfig, horizon: int | None) -> None:
+    """Checks the chunk length that is said of a policy without a regression head."""
+    kind = "OpenVLA" if config.decoding == "tokens" else "UniVLA"
+    if horizon not in (None, config.action_horizon):
+        raise CheckpointError(
+            f"{folder}: action_horizon={horizon!r}: this {kind} policy has chunks of "
+            f"{config.action_horizon}; decoding tokens in parallel (OpenVLA-OFT without a head) is "
+            "not supported"
+        )
+    code = folder / "modeling_prismatic.py"
+    if config.decoding != "tokens" or horizon is not None or not code.is_file():
+        return
+    if _OFT_CODE.search(code.read_text(encoding="utf-8", errors="replace")):
+        raise CheckpointError(
+            f"{folder}: {code.name} is that of OpenVLA-OFT, but there is no "
+            "action_head--*_checkpoint.pt; policies that decode tokens in parallel, without a "
+            "head, are not supported. If the weights are OpenVLA's, say so with action_horizon=1"
+        )
+
+
+def _text_config(raw: Mapping[str, Any], path: Path) -> LlamaConfig:
+    where = f"{path}: text_config"
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{where} is {shown(raw)}, expected an object")
+    check_declared(raw, keys.TEXT_CONFIG, where)
+    # Only what differs from LlamaConfig's defaults is stored: those of Llama-2-7B.
+    heads = _whole(raw, "num_attention_heads", where, 32)
+    hidden = _whole(raw, "hidden_size", where, 4096)
+    if raw.get("head_dim") not in (None, hidden / heads):
+        raise CheckpointError(
+            f"{where}: 'head_dim' is {shown(raw['head_dim'])}, which is not supported; expected "
+            f"{hidden / heads:g}, hidden_size / num_attention_heads"
+        )
+    theta = raw.get("rope_theta", 10000.0)
+    rope = raw.get("rope_parameters") or {}
+    if rope:  # as newer versions of transformers write it
+        extra = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type", "type")}
+        kinds = {rope.get(name, "default") for name in ("rope_type", "type")}
+        if (
+            extra
+            or kinds != {"default"}
+            or raw.get("rope_theta") not in (None, rope.get("rope_theta"))
+        ):
+            raise CheckpointError(
+                f"{where}: 'rope_parameters' is {shown(rope)}, which is not supported; expected "
+                "a rope_theta and rope_type 'default'"
+            )
+        theta = rope.get("rope_theta", theta)
+    numbers = {"rms_norm_eps": raw.get("rms_norm_eps", 1e-6), "rope_theta": theta}
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise CheckpointError(f"{where}: {key!r} is {shown(value)}, expected a positive number")
+    return LlamaConfig(
+        vocab_size=_whole(raw, "vocab_size", where),
+        hidden_size=hidden,
+        intermediate_size=_whole(raw, "intermediate_size", where, 11008),
+        num_hidden_layers=_whole(raw, "num_hidden_layers", where, 32),
+        num_attention_heads=heads,
+        num_key_value_heads=_whole(raw, "num_key_value_heads", where, heads),
+        rms_norm_eps=float(numbers["rms_norm_eps"]),
+        rope_theta=float(theta),
+        max_position_embeddings=_whole(raw, "max_position_embeddings", where, 2048),
+    )
+
+
+def _whole(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    """A positive whole number; null, and a key that is missing, stand for the default."""
+    value = raw.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise CheckpointError(f"{where}: missing or unusable key ({key!r})")
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{where}: {key!r} must be a whole number, got {shown(value)}")
+    return value
+
+
 def _towers(folder: Path, raw: Mapping[str, Any]) -> tuple[VisionTowerConfig, VisionTowerConfig]:
-    extra_path = folder / "tiny_vision_archs.json"
+    extra_path = folder / TOWERS_FILE
     extra = read_json(extra_path) if extra_path.is_file() else {}
-    constants = read_json(folder / "preprocessor_config.json")["tvf_normalize_params"]
     ids, sizes = raw["timm_model_ids"], raw["image_sizes"]
+    constants = _colours(folder / "preprocessor_config.json", sizes)
     towers = []
-    for timm_id, size, normalize in zip(ids, sizes, constants, strict=True):
-        colours = {"mean": tuple(normalize["mean"]), "std": tuple(normalize["std"])}
+    for timm_id, size, colours in zip(ids, sizes, constants, strict=True):
         if timm_id in extra:
-            tower = _described_tower(timm_id, extra[timm_id], size, colours)
+            where = f"{extra_path}: {timm_id}"
+            tower = _described_tower(where, timm_id, extra[timm_id], size, colours)
         elif timm_id in KNOWN_TOWERS:
             tower = KNOWN_TOWERS[timm_id]
             if size != tower.image_size or any(colours[k] != getattr(tower, k) for k in colours):
@@ -159,47 +385,92 @@ def _towers(folder: Path, raw: Mapping[str, Any]) -> tuple[VisionTowerConfig, Vi
             )
         towers.append(tower)
     first, second = towers
+    if first.num_patches != second.num_patches or first.image_size != second.image_size:
+        raise CheckpointError(
+            f"{folder}: the towers have {first.num_patches} and {second.num_patches} patches of "
+            f"images of {first.image_size} and {second.image_size} pixels; they must agree"
+        )
     return first, second
 
 
+def _colours(path: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The constants that each tower's input is normalized with."""
+    raw = read_json(path)
+    check_declared(raw, keys.PREPROCESSOR, str(path))
+    lists = {
+        "tvf_normalize_params": (keys.NORMALIZE, None),
+        "tvf_resize_params": (keys.RESIZE, "size"),
+        "tvf_crop_params": (keys.CROP, "output_size"),
+    }
+    for name, (rules, side) in lists.items():
+        for place, entry in enumerate(raw.get(name) or ()):
+            check_declared(entry, rules, f"{path}: {name}[{place}]")
+            if side is not None and entry.get(side) != [sizes[place]] * 2:
+                raise CheckpointError(
+                    f"{path}: {name}[{place}]: {side!r} is {shown(entry.get(side))}, which is not "
+                    f"supported; expected {[sizes[place]] * 2}, as image_sizes of {CONFIG_FILE}"
+                )
+    inputs = raw.get("input_sizes")
+    if inputs is not None and inputs != [[3, size, size] for size in sizes]:
+        raise CheckpointError(
+            f"{path}: 'input_sizes' is {shown(inputs)}, but image_sizes of {CONFIG_FILE} are "
+            f"{sizes}"
+        )
+    constants = []
+    for place, entry in enumerate(raw["tvf_normalize_params"]):
+        for key in ("mean", "std"):
+            if not all(type(v) in (int, float) and math.isfinite(v) for v in entry[key]):
+                raise CheckpointError(
+                    f"{path}: tvf_normalize_params[{place}]: {key!r} is {shown(entry[key])}, "
+                    "expected numbers"
+                )
+        constants.append({"mean": tuple(entry["mean"]), "std": tuple(entry["std"])})
+    return constants
+
+
 def _described_tower(
-    timm_id: str, sizes: Mapping[str, Any], image_size: int, colours: Mapping[str, Any]
+    where: str,
+    timm_id: str,
+    sizes: Mapping[str, Any],
+    image_size: int,
+    colours: Mapping[str, Any],
 ) -> VisionTowerConfig:
-    for key in ("patch_size", "embed_dim", "depth", "num_heads"):
-        if not isinstance(sizes[key], int):
+    check_declared(sizes, keys.TOWER, where)
+    patch, width, depth, heads = (
+        _whole(sizes, key, where) for key in ("patch_size", "embed_dim", "depth", "num_heads")
+    )
+    class_token, registers = sizes.get("class_token", True), sizes.get("reg_tokens", 0)
+    if not isinstance(class_token, bool) or type(registers) is not int or registers < 0:
+        raise CheckpointError(
+            f"{where}: 'class_token' is {shown(class_token)} and 'reg_tokens' {shown(registers)}, "
+            "expected a boolean and a number"
+        )
+    prefix = class_token or registers > 0
+    expected = {"img_size": (image_size,), "no_embed_class": (True,) if prefix else (True, False)}
+    for key, allowed in expected.items():
+        if key in sizes and sizes[key] not in allowed:
             raise CheckpointError(
-                f"{timm_id}: {key} must be a whole number, got {sizes[key]!r:.80}"
+                f"{where}: {key!r} is {shown(sizes[key])}, which is not supported; expected "
+                f"{allowed[0]!r}"
             )
-    ratio = float(sizes.get("mlp_ratio", 4.0))
-    class_token = sizes.get("class_token", True)
+    ratio = sizes.get("mlp_ratio", 4.0)
+    if type(ratio) not in (int, float) or not 0 < ratio < math.inf:
+        raise CheckpointError(f"{where}: 'mlp_ratio' is {shown(ratio)}, expected a number")
     return VisionTowerConfig(
         timm_id=timm_id,
         image_size=image_size,
-        patch_size=sizes["patch_size"],
-        embed_dim=sizes["embed_dim"],
-        depth=sizes["depth"],
-        num_heads=sizes["num_heads"],
-        mlp_dim=int(sizes["embed_dim"] * ratio),
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_dim=int(width * ratio),
         class_token=class_token,
-        num_registers=sizes.get("reg_tokens", 0),
+        num_registers=registers,
         layer_scale=sizes.get("init_values") is not None,
-        feature_block=sizes["depth"] - 2,
+        feature_block=depth - 2,
         final_norm=True,
         attention_pool=sizes.get("global_pool") == "map",
         **colours,
-    )
-
-
-def _unnorm_key(statistics: Mapping[str, Any], asked: str | None, folder: Path) -> str:
-    if asked is not None:
-        return asked
-    libero = [key for key in statistics if key.startswith("libero")]
-    for candidates in (list(statistics), libero):
-        if len(candidates) == 1:
-            return candidates[0]
-    raise CheckpointError(
-        f"{folder}: statistics of several data sets; name one with unnorm_key: "
-        f"{', '.join(statistics) or 'there are none'}"
     )
 
 
@@ -215,32 +486,18 @@ def _action_dim(head: Path) -> int:
     return bias
 
 
-def _check_statistics(
-    statistics: Mapping[str, Any], key: str, tensors: Mapping[str, tuple[Path, str, int]]
-) -> None:
+def _check_sizes(folder: Path, config: OpenVLAConfig, entry: Mapping[str, Any], key: str) -> None:
     """Raises if a component's sizes are not those of the statistics that the policy uses."""
-    entry = statistics.get(key, {})
-    for block, (path, name, size) in tensors.items():
-        expected = len(entry.get(block, {}).get("q01", ())) or size
-        if size != expected:
+    for block, part, name, size in (
+        ("action", "action_head", "model.fc2.weight", config.action_dim),
+        ("proprio", "proprio_projector", "fc1.weight", config.proprio_dim),
+        ("action", "action_decoder", "proj.0.weight", config.action_dim),
+    ):
+        path = component_file(folder, part)
+        values = entry.get(block, {})
+        found = next((values[low] for low in ("q01", "min") if values.get(low)), None)
+        if path is not None and isinstance(found, list) and len(found) != size:
             raise CheckpointError(
-                f"{path}: tensor {name!r} is for {size} entries of {block}, expected {expected} as "
-                f"the statistics of {key!r} have"
+                f"{path}: tensor {name!r} is for {size} entries of {block}, expected {len(found)} "
+                f"as the statistics of {key!r} have"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parses a JSON file that holds an object.
-
-    Raises:
-        CheckpointError: it is missing, not JSON, or another value.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content

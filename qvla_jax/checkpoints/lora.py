@@ -3,13 +3,19 @@
 W <- W + (alpha / r) B A. A convolution's A is [r, 3, p, p] and its B [c, r, 1, 1].
 """
 
-import json
-from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
+from qvla_jax.checkpoints.declared import check_declared, shown
+from qvla_jax.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from qvla_jax.checkpoints.keys import ADAPTER
+from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.checkpoints.weights import check_shape
 from qvla_jax.errors import CheckpointError
 
@@ -17,7 +23,6 @@ from qvla_jax.errors import CheckpointError
 _MAX_ALPHA = 16
 # The rank that it trains with, and what an error expects where an adapter is not there at all.
 _RANK = 32
-_PEFT_FILE = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -101,16 +106,16 @@ class _Adapted(Mapping[str, np.ndarray]):
     def __init__(
         self,
         tensors: Mapping[str, np.ndarray],
-        adapters: Mapping[str, tuple[np.ndarray, np.ndarray]],
-        scale: float,
+        adapters: Mapping[str, tuple[np.ndarray, np.ndarray, float]],
     ):
-        self._tensors, self._adapters, self._scale = tensors, adapters, scale
+        self._tensors, self._adapters = tensors, adapters
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         if name not in self._adapters:
             return tensor
-        delta = self._scale * low_rank(*self._adapters[name], tensor.shape)
+        a, b, scale = self._adapters[name]
+        delta = scale * low_rank(a, b, tensor.shape)
         return (tensor.astype(np.float32) + delta).astype(tensor.dtype)
 
     def __iter__(self) -> Iterator[str]:
@@ -120,29 +125,122 @@ class _Adapted(Mapping[str, np.ndarray]):
         return len(self._tensors)
 
 
-def merge_adapter(tensors: Mapping[str, np.ndarray], folder: Path) -> Mapping[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What an `adapter_config.json` says of each layer."""
+
+    file: str
+    rank: int
+    alpha: float
+    ranks: Mapping[str, Any]
+    alphas: Mapping[str, Any]
+    rank_stabilized: bool
+    targets: Any
+
+    @classmethod
+    def read(cls, path: Path) -> "_Settings":
+        raw = read_json(path)
+        check_declared(raw, ADAPTER, str(path), off_passes=True)
+        if "r" not in raw:
+            raise CheckpointError(f"{path}: 'r', the rank, is missing: not a PEFT adapter")
+        patterns = {}
+        for key in ("rank_pattern", "alpha_pattern"):
+            patterns[key] = raw.get(key) or {}
+            if not isinstance(patterns[key], dict):
+                raise CheckpointError(f"{path}: {key!r} is {shown(raw[key])}, expected an object")
+        stabilized = raw.get("use_rslora") or False
+        if not isinstance(stabilized, bool):
+            raise CheckpointError(f"{path}: 'use_rslora' is {shown(stabilized)}, expected a bool")
+        settings = cls(
+            file=str(path),
+            rank=raw["r"],
+            alpha=raw.get("lora_alpha", 8),
+            ranks=patterns["rank_pattern"],
+            alphas=patterns["alpha_pattern"],
+            rank_stabilized=stabilized,
+            targets=raw.get("target_modules"),
+        )
+        for key, value in (("r", settings.rank), *settings.ranks.items()):
+            if type(value) is not int or value < 1:
+                raise CheckpointError(f"{path}: {key!r}: {shown(value)} is no rank")
+        for key, value in (("lora_alpha", settings.alpha), *settings.alphas.items()):
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise CheckpointError(f"{path}: {key!r}: {shown(value)} is no number")
+        return settings
+
+    def of(self, layer: str) -> tuple[int, float]:
+        """Rank of a layer's adapter, and the factor of its product.
+
+        Raises:
+            CheckpointError: the settings do not make the layer one of the adapted ones, or a
+                pattern is no expression.
+        """
+        if not self._is_target(layer):
+            raise CheckpointError(
+                f"{self.file}: 'target_modules' is {shown(self.targets)}, which does not name "
+                f"{layer!r}, but there is an adapter for it"
+            )
+        rank_key, alpha_key = (self._pattern(keys, layer) for keys in (self.ranks, self.alphas))
+        if None not in (rank_key, alpha_key) and rank_key != alpha_key:
+            raise CheckpointError(
+                f"{self.file}: 'rank_pattern' has {rank_key!r} for {layer!r}, and 'alpha_pattern' "
+                f"has {alpha_key!r}: versions of PEFT differ in what they make of it; use one key"
+            )
+        rank = self.rank if rank_key is None else self.ranks[rank_key]
+        alpha = self.alpha if alpha_key is None else self.alphas[alpha_key]
+        return rank, alpha / (rank**0.5 if self.rank_stabilized else rank)
+
+    def _pattern(self, keys: Iterable[str], layer: str) -> str | None:
+        """The first key that is the layer's path, or an expression for the end of it."""
+        return next((key for key in keys if self._ends(key, layer)), None)
+
+    def _ends(self, key: str, layer: str) -> bool:
+        try:
+            return key == layer or re.match(rf"(.*\.)?({key})$", layer) is not None
+        except re.error as error:
+            raise CheckpointError(f"{self.file}: {key!r} is no expression ({error})") from error
+
+    def _is_target(self, layer: str) -> bool:
+        if self.targets in (None, "all-linear"):
+            return True
+        if isinstance(self.targets, list):
+            return any(isinstance(t, str) and f".{layer}".endswith(f".{t}") for t in self.targets)
+        if not isinstance(self.targets, str):
+            return False
+        try:
+            return re.fullmatch(self.targets, layer) is not None
+        except re.error as error:
+            raise CheckpointError(
+                f"{self.file}: 'target_modules': {self.targets!r} is no expression ({error})"
+            ) from error
+
+
+def merge_adapter(
+    tensors: Mapping[str, np.ndarray], folder: Path, *, replaced: tuple[str, ...] = ()
+) -> Mapping[str, np.ndarray]:
     """Merges a PEFT adapter directory (adapter_config.json, adapter_model.safetensors).
 
     Merged weights keep their dtype.
 
+    Args:
+        tensors: of the base.
+        folder: of the adapter.
+        replaced: parts of the model that are not merged, since other files hold them.
+
     Raises:
-        CheckpointError: a file is missing or damaged, or a half of an adapter is missing, adapts
-            no weight or has a shape that does not fit.
+        CheckpointError: a file is missing or damaged, a setting is not supported, or a half of an
+            adapter is missing, adapts no weight or has a shape that does not fit.
     """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        loaded = safetensors.numpy.load_file(folder / _PEFT_FILE)
-        rank = config["r"]
-        scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a readable PEFT adapter ({error!r})") from error
-    file = str(folder / _PEFT_FILE)
+    settings = _Settings.read(folder / ADAPTER_CONFIG)
+    loaded = TensorFile(folder / ADAPTER_WEIGHTS)
+    file = str(folder / ADAPTER_WEIGHTS)
     adapted: dict[str, dict[str, str]] = {}
     for name, tensor in loaded.items():
         layer, _, half = name.removeprefix(_PEFT_PREFIX).partition(".lora_")
         if half not in ("A.weight", "B.weight"):
             raise _unexpected(name, tensor, file)
-        adapted.setdefault(layer, {})[half[0]] = name
+        if layer.partition(".")[0] not in replaced:
+            adapted.setdefault(layer, {})[half[0]] = name
     adapters = {}
     for layer, present in adapted.items():
         weight = tensors.get(f"{layer}.weight")
@@ -154,5 +252,6 @@ def merge_adapter(tensors: Mapping[str, np.ndarray], folder: Path) -> Mapping[st
             )
         names = (f"{_PEFT_PREFIX}{layer}.lora_A.weight", f"{_PEFT_PREFIX}{layer}.lora_B.weight")
         halves = (loaded.get(names[0]), loaded.get(names[1]))
-        adapters[f"{layer}.weight"] = _checked(names, halves, weight.shape, file, rank)
-    return _Adapted(tensors, adapters, scale)
+        rank, scale = settings.of(layer)
+        adapters[f"{layer}.weight"] = (*_checked(names, halves, weight.shape, file, rank), scale)
+    return _Adapted(tensors, adapters)

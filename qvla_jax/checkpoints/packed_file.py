@@ -89,7 +89,8 @@ def write_packed(
                 **header,
                 "layers": table,
                 "sha256": others.hexdigest(),
-            }
+            },
+            allow_nan=False,
         )
         return {"header": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 

@@ -21,9 +21,11 @@ import numpy as np
 import safetensors
 
 from qvla_jax.atomic import atomic_path, write_json
+from qvla_jax.checkpoints.files import missing_weights
 from qvla_jax.errors import CheckpointError
 
 INDEX_FILE: Final = "model.safetensors.index.json"
+SINGLE_FILE: Final = "model.safetensors"
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -164,16 +166,18 @@ class ShardedTensors(Mapping[str, np.ndarray]):
         """Reads the headers of all files.
 
         Raises:
-            CheckpointError: a file is missing or damaged, a tensor stands in two files, or in
-                another one than the index says.
+            CheckpointError: a file is missing, damaged or not in the index, or a tensor stands in
+                two files, in none, or in another one than the index says.
         """
-        index = folder / INDEX_FILE
+        index, single = folder / INDEX_FILE, folder / SINGLE_FILE
         weight_map: dict[str, str] | None = None
         if index.is_file():
             weight_map = _weight_map(index)
             files = sorted(set(weight_map.values()))
+        elif single.is_file():
+            files = [SINGLE_FILE]
         else:
-            files = ["model.safetensors"]
+            raise missing_weights(folder, index)
         self._files: dict[str, TensorFile] = {}
         for name in files:
             path = folder / name
@@ -185,6 +189,29 @@ class ShardedTensors(Mapping[str, np.ndarray]):
                 if key in self._files:
                     raise CheckpointError(f"{path}: {key!r} stands in another file too")
                 self._files[key] = file
+        if weight_map is not None:
+            self._check_index(weight_map, index)
+        extra = sorted({path.name for path in folder.glob("*.safetensors")} - set(files))
+        if extra:
+            listed = f"{index.name} lacks it" if weight_map else f"{SINGLE_FILE} has all weights"
+            raise CheckpointError(
+                f"{folder / extra[0]}: would be passed over: {listed}; take away what belongs to "
+                "other weights"
+            )
+
+    def _check_index(self, weight_map: Mapping[str, str], index: Path) -> None:
+        for key, name in weight_map.items():
+            file = self._files.get(key)
+            if file is None or file.path.name != name:
+                raise CheckpointError(
+                    f"{index.parent / name}: tensor {key!r} is missing, which {index.name} has "
+                    f"there{'' if file is None else f'; it stands in {file.path.name}'}"
+                )
+        for key, file in self._files.items():
+            if key not in weight_map:
+                raise CheckpointError(
+                    f"{file.path}: tensor {key!r} is unexpected: {index.name} lacks it"
+                )
 
     def file_of(self, name: str) -> Path | None:
         """The file that a tensor stands in; None if it stands in none."""

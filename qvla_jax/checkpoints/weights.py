@@ -163,6 +163,11 @@ def through_flax(
         leaf, variable = parameters[name]
         value = tensors[name]
         check_shape(name, value, _public_shape(name, leaf, variable.shape), source)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise CheckpointError(
+                f"{_file(source, name)}: tensor {name!r} holds {value.dtype}, expected floating "
+                "point: quantized weights are not read"
+            )
         if dtype is not None:
             value = value.astype(dtype)
         if not np.isfinite(value.astype(np.float32, copy=False)).all():

@@ -1,12 +1,13 @@
 """Between metric units and the normalized space that the policies work in.
 
-OpenVLA's `BOUNDS_Q99`: quantiles q01 and q99 map to -1 and 1, values outside are clipped, entries
+Two numbers of each entry map to -1 and 1: the quantiles q01 and q99 (OpenVLA's `BOUNDS_Q99`) or the
+minimum and maximum (`BOUNDS`, as OpenVLA-OFT has it for ALOHA). Values outside are clipped, entries
 whose mask is False (the gripper) pass unchanged.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,49 +16,90 @@ from qvla_jax.errors import CheckpointError
 
 # As in OpenVLA-OFT: keeps entries without spread finite.
 _EPSILON = 1e-8
+# What a normalization reads of a block of the statistics.
+BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
+    "quantiles": ("q01", "q99"),
+    "min_max": ("min", "max"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalizer:
     """Normalizes the last axis of actions or proprio."""
 
-    q01: Float[np.ndarray, " a"]
-    q99: Float[np.ndarray, " a"]
+    # What maps to -1, and to 1.
+    low: Float[np.ndarray, " a"]
+    high: Float[np.ndarray, " a"]
     mask: Bool[np.ndarray, " a"]
 
     @classmethod
-    def from_statistics(cls, statistics: Mapping[str, Any], *, where: str) -> "Normalizer":
+    def from_statistics(
+        cls, statistics: Mapping[str, Any], *, where: str, kind: str = "quantiles"
+    ) -> "Normalizer":
         """From one block (`action` or `proprio`) of a public dataset_statistics.json.
 
+        Entries whose mask is False are not used, and may hold anything.
+
+        Args:
+            statistics: the block.
+            where: file and block, for errors.
+            kind: a key of `BOUNDS`.
+
         Raises:
-            CheckpointError: a key is missing, lengths differ, or a value is not finite.
+            CheckpointError: a key is missing, lengths differ, or a value is no finite number.
         """
-        try:
-            q01 = np.asarray(statistics["q01"], np.float64)
-            q99 = np.asarray(statistics["q99"], np.float64)
-            mask = np.asarray(statistics.get("mask", np.ones(q01.shape, bool)), bool)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{where}: expected lists 'q01' and 'q99' ({error!r})") from error
-        if not (q01.ndim == 1 and q01.shape == q99.shape == mask.shape):
+        low, high = BOUNDS[kind]
+        for name in (low, high):
+            if name not in statistics:
+                raise CheckpointError(f"{where}: {name!r} is missing, which the policy scales by")
+        bounds = [_numbers(statistics[name], f"{where}.{name}") for name in (low, high)]
+        shape = bounds[0].shape
+        mask = _mask(statistics.get("mask", [True] * len(bounds[0])), f"{where}.mask")
+        if not shape == bounds[1].shape == mask.shape:
             raise CheckpointError(
-                f"{where}: q01, q99 and mask have shapes {q01.shape}, {q99.shape}, {mask.shape}; "
-                "they must be equally long lists"
+                f"{where}: {low}, {high} and mask have shapes {shape}, {bounds[1].shape}, "
+                f"{mask.shape}; they must be equally long lists"
             )
-        if not (np.isfinite(q01).all() and np.isfinite(q99).all()):
-            raise CheckpointError(f"{where}: q01 or q99 holds NaN or inf")
-        return cls(q01=q01, q99=q99, mask=mask)
+        for name, values in zip((low, high), bounds, strict=True):
+            wrong = np.flatnonzero(mask & ~np.isfinite(values))
+            if len(wrong):
+                raise CheckpointError(
+                    f"{where}: {name}[{wrong[0]}] is {statistics[name][wrong[0]]}: {name!r} holds "
+                    "NaN or inf, but the policy scales by it"
+                )
+        used_low, used_high = (np.where(mask, values, 0.0) for values in bounds)
+        return cls(low=used_low, high=used_high, mask=mask)
 
     @property
     def units(self) -> Float[np.ndarray, " a"]:
         """Metric units in one unit of the normalized space."""
-        return np.where(self.mask, 0.5 * (self.q99 - self.q01 + _EPSILON), 1.0)
+        return np.where(self.mask, 0.5 * (self.high - self.low + _EPSILON), 1.0)
 
     def normalize(self, values: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
         """Metric units -> [-1, 1], float32."""
-        scaled = 2.0 * (values - self.q01) / (self.q99 - self.q01 + _EPSILON) - 1.0
+        scaled = 2.0 * (values - self.low) / (self.high - self.low + _EPSILON) - 1.0
         return np.where(self.mask, np.clip(scaled, -1.0, 1.0), values).astype(np.float32)
 
     def unnormalize(self, values: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
         """[-1, 1] -> metric units, float32."""
-        scaled = (values + 1.0) * self.units + self.q01
+        scaled = (values + 1.0) * self.units + self.low
         return np.where(self.mask, scaled, values).astype(np.float32)
+
+
+def _numbers(values: Any, where: str) -> Float[np.ndarray, " a"]:
+    """A list of numbers; null, which stands for NaN and inf, becomes NaN."""
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise CheckpointError(f"{where}: expected a list of numbers, found {values!r:.80}")
+    for place, value in enumerate(values):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise CheckpointError(f"{where}[{place}]: expected a number, found {value!r:.80}")
+    try:
+        return np.array([np.nan if value is None else value for value in values], np.float64)
+    except OverflowError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _mask(values: Any, where: str) -> Bool[np.ndarray, " a"]:
+    if not isinstance(values, Sequence) or not all(isinstance(v, bool) for v in values):
+        raise CheckpointError(f"{where}: expected a list of true and false, found {values!r:.80}")
+    return np.array(values, bool)

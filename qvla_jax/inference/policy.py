@@ -21,15 +21,12 @@ from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
 from qvla_jax.checkpoints.directory import PublicTensors
 from qvla_jax.checkpoints.export import check_empty, export_model
-from qvla_jax.checkpoints.huggingface import (
-    CONFIG_FILE,
-    STATISTICS_FILE,
-    is_huggingface,
-    read_config,
-    read_json,
-)
+from qvla_jax.checkpoints.files import CONFIG_FILE, STATISTICS_FILE, read_json
+from qvla_jax.checkpoints.huggingface import check_tokenizer, is_huggingface, read_config
+from qvla_jax.checkpoints.options import ActionNormalization, LoadOptions
 from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
 from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile, write_packed
+from qvla_jax.checkpoints.statistics import check_entry, finite
 from qvla_jax.checkpoints.univla import check_latent_tokens
 from qvla_jax.checkpoints.weights import assign_tensors, public_items
 from qvla_jax.config import OpenVLAConfig, preset
@@ -103,7 +100,7 @@ class Policy:
     config: OpenVLAConfig
     model: Prismatic
     processor: Processor
-    # The public dataset_statistics.json, kept as it is for `save`.
+    # The public dataset_statistics.json, kept for `save`; null where a number was not finite.
     statistics: Mapping[str, Any]
     # How the weights were quantized: quantizer, fingerprint of the source policy, calibration
     # hash. None in full precision.
@@ -162,8 +159,9 @@ class Policy:
         """One observation -> the un-normalized action chunk, float32.
 
         Args:
-            observation: `image` u8[H, W, 3]; `wrist_image` u8[H, W, 3] and `state` f32[p] where
-                the policy takes them; `instruction`; for UniVLA, `history` (see
+            observation: `image` u8[H, W, 3]; the images of the other cameras
+                (`config.camera_keys`) and `state` f32[p] where the policy takes them;
+                `instruction`; for UniVLA, `history` (see
                 `Processor.history`), empty or left out in the first call of an episode.
             preprocessed: the images are what the reference's processor receives (resized and
                 cropped uint8).
@@ -191,11 +189,37 @@ class Policy:
         """The same policy with another network."""
         return dataclasses.replace(self, model=model)
 
+    def with_unnorm_key(self, unnorm_key: str) -> "Policy":
+        """The same policy, whose actions and state are scaled by other statistics that it holds.
+
+        The network is shared, so that this costs next to nothing.
+
+        Args:
+            unnorm_key: name of a data set among `statistics`.
+
+        Raises:
+            InputError: there is none of this name, or its statistics do not fit the policy.
+        """
+        if unnorm_key == self.config.unnorm_key:
+            return self
+        if unnorm_key not in self.statistics:
+            raise InputError(
+                f"unnorm_key {unnorm_key!r:.60}: the policy has no such statistics; there are: "
+                f"{', '.join(self.statistics)}"
+            )
+        config = dataclasses.replace(self.config, unnorm_key=unnorm_key)
+        scaled = make_policy(
+            config, self.model, self.processor.tokenizer, self.statistics, source=config.name
+        )
+        return dataclasses.replace(scaled, quantization=self.quantization)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over configuration, statistics and weights: names the policy in results."""
         digest = hashlib.sha256()
-        digest.update(json.dumps([self.config.to_dict(), self.statistics], sort_keys=True).encode())
+        digest.update(
+            json.dumps([self.config.identity(), self.statistics], sort_keys=True).encode()
+        )
         for name, tensor in public_items(self.model):
             digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
             digest.update(tensor.tobytes())
@@ -298,6 +322,8 @@ def make_policy(
         key = next(iter(statistics))
     if key is None or key not in statistics:
         raise CheckpointError(f"{source}: {unknown('statistics', key, statistics)}")
+    statistics = finite(statistics)
+    check_entry(statistics, key, source)
     entry = statistics[key]
     blocks = {"action": config.action_dim}
     if config.proprio_dim:
@@ -307,11 +333,12 @@ def make_policy(
         where = f"{source}: {key}.{block}"
         if block not in entry:
             raise CheckpointError(f"{where}: missing")
-        normalizers[block] = Normalizer.from_statistics(entry[block], where=where)
-        if len(normalizers[block].q01) != size:
-            raise CheckpointError(
-                f"{where}: {len(normalizers[block].q01)} entries, the policy has {size}"
-            )
+        normalizer = Normalizer.from_statistics(
+            entry[block], where=where, kind=config.action_normalization
+        )
+        if len(normalizer.low) != size:
+            raise CheckpointError(f"{where}: {len(normalizer.low)} entries, the policy has {size}")
+        normalizers[block] = normalizer
     processor = Processor(
         config=config,
         tokenizer=tokenizer,
@@ -327,6 +354,9 @@ def load_policy(
     unnorm_key: str | None = None,
     num_images: int | None = None,
     center_crop: bool | None = None,
+    action_horizon: int | None = None,
+    action_normalization: ActionNormalization | None = None,
+    merge_adapter: bool = False,
     dtype: Any = None,
     sharding: jax.sharding.Sharding | None = None,
     mapped: bool = False,
@@ -344,12 +374,19 @@ def load_policy(
         source: the name of a preset that ships with weights ("libero-mini"), a directory or `.qvla`
             file written by `Policy.save`, one written by `import_policy`, or a public OpenVLA,
             OpenVLA-OFT or UniVLA directory.
-        unnorm_key: for public directories, which data set's statistics un-normalize the actions;
-            may be left out where there is one, or one of LIBERO.
-        num_images: for public directories, the number of cameras, which the files do not tell: 2
-            for OpenVLA-OFT, else 1, if left out.
-        center_crop: for public directories, whether raw images are cropped to the central 90 % of
-            their area: not for OpenVLA and for the others if left out.
+        unnorm_key: which data set's statistics un-normalize the actions; may be left out where
+            there is one, or one is recorded.
+        num_images: for public directories, the number of cameras, which the files do not tell; if
+            left out, 1 without a regression head, else that of the robot (see `action_horizon`).
+        center_crop: whether raw images are cropped to the central 90 % of their area; if left out,
+            as recorded or, for public directories, not for OpenVLA and for the others.
+        action_horizon: for OpenVLA-OFT, actions of a chunk, which the files do not tell; if left
+            out, that of LIBERO, ALOHA or Bridge, where the name and the size of the statistics say
+            that the policy is for one of them. Policies of other robots need it.
+        action_normalization: as for `action_horizon`, whether the quantiles q01 and q99 map to -1
+            and 1 ("quantiles"), or minimum and maximum ("min_max").
+        merge_adapter: for public directories, merge `lora_adapter/` into the weights: only where
+            they are its base. The public scripts leave it beside weights that hold it already.
         dtype: of the weights in memory, float32 if left out. bfloat16 halves them; arithmetic stays
             in float32.
         sharding: of every weight; None puts it on the default device.
@@ -359,9 +396,22 @@ def load_policy(
 
     Raises:
         InputError: neither a preset nor a directory; the message lists close matches. Or `mapped`
-            with weights that are in no public directory, or with `dtype` or `sharding`.
-        CheckpointError: a file of the directory is missing or broken.
+            with weights that are in no public directory, or with `dtype` or `sharding`. Or an
+            argument contradicts what is recorded.
+        CheckpointError: a file of the directory is missing, broken or asks for what is not
+            supported, or does not tell what an argument has to.
+
+    Warns:
+        CheckpointWarning: there is an adapter that is not merged.
     """
+    options = LoadOptions(
+        unnorm_key=unnorm_key,
+        num_images=num_images,
+        center_crop=center_crop,
+        action_horizon=action_horizon,
+        action_normalization=action_normalization,
+        merge_adapter=merge_adapter,
+    )
     folder = Path(source)
     if mapped and (not is_huggingface(folder) or dtype is not None or sharding is not None):
         raise InputError(
@@ -369,7 +419,7 @@ def load_policy(
             "own dtypes and on no device"
         )
     if folder.suffix == SUFFIX and not folder.is_dir():
-        return _load_packed(folder)
+        return _load_packed(folder, options)
     if not folder.is_dir():
         config = preset(str(source))
         folder = bundled_policy_path(config.name)
@@ -378,12 +428,18 @@ def load_policy(
                 f"{config.name!r} ships without weights; give a directory that holds them"
             )
     if is_huggingface(folder):
-        public = _read_public(folder, unnorm_key, num_images, center_crop)
+        public = _read_public(folder, options)
         model = abstract_model(public.config, dtype=dtype)
-        tensors = PublicTensors(folder)
+        tensors = PublicTensors(folder, merge=merge_adapter)
         assign_tensors(model, tensors, source=tensors.file_of, sharding=sharding, mapped=mapped)
         return public.replace(model=model)
-    config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
+    try:
+        config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
+    except CheckpointError:
+        raise
+    except InputError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+    config = _with_options(config, options, folder / CONFIG_FILE)
     model = abstract_model(config, dtype=dtype)
     if (folder / ORBAX_FOLDER).is_dir():
         load_orbax(model, folder / ORBAX_FOLDER, sharding=sharding)
@@ -398,7 +454,28 @@ def load_policy(
     )
 
 
-def _load_packed(path: Path) -> Policy:
+def _with_options(config: OpenVLAConfig, options: LoadOptions, source: Path) -> OpenVLAConfig:
+    """A recorded configuration with what may differ from it: statistics and crop.
+
+    Raises:
+        InputError: an option contradicts the record.
+    """
+    for name in ("num_images", "action_horizon", "action_normalization"):
+        said, recorded = getattr(options, name), getattr(config, name)
+        if said not in (None, recorded):
+            raise InputError(f"{source}: {name}={said!r} contradicts the recorded {recorded!r}")
+    if options.merge_adapter:
+        raise InputError(f"{source}: merge_adapter: only public directories hold adapters")
+    if options.center_crop and config.image_chain != "openvla":
+        raise InputError(
+            f"{source}: center_crop=True: {config.name} takes its images as they are, without a "
+            "crop"
+        )
+    changes = {"unnorm_key": options.unnorm_key, "center_crop": options.center_crop}
+    return dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _load_packed(path: Path, options: LoadOptions) -> Policy:
     """Reads a `.qvla` file, layer by layer."""
     file = PackedFile(path)
     try:
@@ -406,6 +483,7 @@ def _load_packed(path: Path) -> Policy:
         statistics, quantization = file.header["statistics"], file.header["quantization"]
     except (InputError, KeyError) as error:
         raise CheckpointError(f"{path}: unusable header ({error})") from error
+    config = _with_options(config, options, path)
     model = abstract_model(config)
     if file.header.get("unread") == DROPPED:
         # Files of large policies: those that were saved from memory load with the dtypes, and so
@@ -427,7 +505,7 @@ def _load_packed(path: Path) -> Policy:
     replace_by_packed(model, weights, {name: file.inputs(name) for name in names})
     assign_tensors(model, file.tensors, source=str(path))
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(file.tokenizer)
+        tokenizer = _whole_text(tokenizers.Tokenizer.from_str(file.tokenizer))
     except CheckpointError:
         raise
     except Exception as error:  # the library raises bare Exception
@@ -453,6 +531,9 @@ def import_policy(
     unnorm_key: str | None = None,
     num_images: int | None = None,
     center_crop: bool | None = None,
+    action_horizon: int | None = None,
+    action_normalization: ActionNormalization | None = None,
+    merge_adapter: bool = False,
     dtype: Any = None,
 ) -> None:
     """Imports a public directory into one of ours, with its weights as an orbax checkpoint.
@@ -462,22 +543,36 @@ def import_policy(
     Args:
         source: a public OpenVLA, OpenVLA-OFT or UniVLA directory.
         out: an empty or new folder.
-        unnorm_key: see `load_policy`, as for `num_images` and `center_crop`.
+        unnorm_key: see `load_policy`, as for all that follow.
         num_images: see there.
         center_crop: see there.
+        action_horizon: see there.
+        action_normalization: see there.
+        merge_adapter: see there.
         dtype: of all weights; bfloat16, as published, if left out.
 
     Raises:
         InputError: `source` is no public directory, or `out` holds files already.
         CheckpointError: a file is missing or damaged, or a tensor does not fit its model.
+
+    Warns:
+        CheckpointWarning: there is an adapter that is not merged.
     """
+    options = LoadOptions(
+        unnorm_key=unnorm_key,
+        num_images=num_images,
+        center_crop=center_crop,
+        action_horizon=action_horizon,
+        action_normalization=action_normalization,
+        merge_adapter=merge_adapter,
+    )
     folder, out = Path(source), Path(out)
     if not is_huggingface(folder):
         raise InputError(f"{folder}: not a public directory: there is no config.json of one")
     check_empty(out)
-    public = _read_public(folder, unnorm_key, num_images, center_crop)
+    public = _read_public(folder, options)
     model = abstract_model(public.config, dtype=dtype or jnp.bfloat16)
-    tensors = PublicTensors(folder)
+    tensors = PublicTensors(folder, merge=merge_adapter)
     try:
         save_orbax(out / ORBAX_FOLDER, model, tensors, source=tensors.file_of)
         public.save_settings(out)
@@ -487,20 +582,17 @@ def import_policy(
         raise
 
 
-def _read_public(
-    folder: Path, unnorm_key: str | None, num_images: int | None, center_crop: bool | None
-) -> Policy:
+def _read_public(folder: Path, options: LoadOptions) -> Policy:
     """A public directory without its weights: the model is abstract."""
     tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
+    check_tokenizer(folder, tokenizer.token_to_id)
     config, statistics = read_config(
-        folder,
-        unnorm_key=unnorm_key,
-        num_images=num_images,
-        center_crop=center_crop,
-        empty_token_id=tokenizer.token_to_id("\u2581"),
+        folder, options, empty_token_id=tokenizer.token_to_id("\u2581")
     )
     check_latent_tokens(config, tokenizer.token_to_id("<ACT_0>"), folder)
-    return make_policy(config, abstract_model(config), tokenizer, statistics, source=str(folder))
+    statistics_file = folder / STATISTICS_FILE
+    source = statistics_file if statistics_file.is_file() else folder / CONFIG_FILE
+    return make_policy(config, abstract_model(config), tokenizer, statistics, source=str(source))
 
 
 def random_policy(name: str, *, seed: int = 0) -> Policy:
@@ -537,6 +629,13 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return _whole_text(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{path}: not a tokenizers file ({error})") from error
+
+
+def _whole_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Without cutting or padding that its file may ask for, as transformers calls it."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import tokenizers
 
@@ -13,8 +14,6 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference.images import reference_chain, resize_bicubic
 from qvla_jax.inference.normalization import Normalizer
 from qvla_jax.models import ModelInputs
-
-CAMERA_KEYS = ("image", "wrist_image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +29,9 @@ class Processor:
         """A batch of observations -> model inputs (numpy).
 
         Args:
-            batch: `image` and, for two cameras, `wrist_image` u8[b, H, W, 3], or a sequence of
-                u8[H, W, 3] of any sizes; `state` f32[b, p] where the policy takes proprio;
+            batch: `image` and, for two cameras, `wrist_image`, for three, `left_wrist_image` and
+                `right_wrist_image` u8[b, H, W, 3], or a sequence of u8[H, W, 3] of any sizes;
+                `state` f32[b, p] where the policy takes proprio;
                 `instruction`, b strings; `history`, b strings that `history` made of the call
                 before, may stand for UniVLA. Other keys are ignored.
             preprocessed: the images are what the reference's processor receives (resized and
@@ -41,7 +41,7 @@ class Processor:
             InputError: a key is missing or has the wrong shape or dtype.
         """
         instructions = _require(batch, "instruction")
-        cameras = CAMERA_KEYS[: self.config.num_images]
+        cameras = self.config.camera_keys
         images = [self._images(key, _require(batch, key), preprocessed) for key in cameras]
         histories = batch.get("history") if self.config.latent_action is not None else None
         input_ids, length = self.tokenize(instructions, histories)
@@ -73,6 +73,8 @@ class Processor:
     ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, " b"]]:
         """Prompts -> padded token ids from BOS to the empty token, and their lengths.
 
+        All are padded to `max_prompt_tokens`, or to a multiple of it where one is longer.
+
         Args:
             instructions: what to do.
             histories: for UniVLA, the latent actions of the call before as text; empty at first.
@@ -88,9 +90,8 @@ class Processor:
                 f"history: {len(histories)} entries, but there are {len(instructions)} instructions"
             )
         config = self.config
-        ids = np.full((len(instructions), config.max_prompt_tokens), config.pad_token_id, np.int32)
-        lengths = np.empty(len(instructions), np.int32)
-        for row, (instruction, history) in enumerate(zip(instructions, histories, strict=True)):
+        prompts = []
+        for instruction, history in zip(instructions, histories, strict=True):
             template = config.prompt_template
             if history:
                 assert config.latent_action is not None  # who passes histories for others?
@@ -100,14 +101,34 @@ class Processor:
             # The reference appends the lone word-boundary piece unless it stands there already.
             if config.empty_token_id is not None and tokens[-1] != config.empty_token_id:
                 tokens = [*tokens, config.empty_token_id]
-            if len(tokens) > config.max_prompt_tokens:
+            if len(tokens) > config.prompt_limit:
                 raise InputError(
-                    f"instruction {instruction!r}: {len(tokens)} tokens, the policy takes at most "
-                    f"{config.max_prompt_tokens}"
+                    f"instruction {instruction!r:.200}: {len(tokens)} tokens, the policy takes at "
+                    f"most {config.prompt_limit}"
                 )
+            prompts.append(tokens)
+        lengths = np.array([len(tokens) for tokens in prompts], np.int32)
+        width = config.padded_prompt(max(lengths, default=0))
+        ids = np.full((len(prompts), width), config.pad_token_id, np.int32)
+        for row, tokens in enumerate(prompts):
             ids[row, : len(tokens)] = tokens
-            lengths[row] = len(tokens)
         return ids, lengths
+
+    def join(self, batches: Sequence[ModelInputs]) -> ModelInputs:
+        """Several prepared batches as one, with prompts padded to the longest."""
+        width = max(batch.input_ids.shape[1] for batch in batches)
+        widened = [
+            dataclasses.replace(
+                batch,
+                input_ids=np.pad(
+                    batch.input_ids,
+                    ((0, 0), (0, width - batch.input_ids.shape[1])),
+                    constant_values=self.config.pad_token_id,
+                ),
+            )
+            for batch in batches
+        ]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *widened)
 
     def history(self, inputs: ModelInputs) -> list[str]:
         """The `history` of the next observations, from inputs that `Policy.complete` completed.

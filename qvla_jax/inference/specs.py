@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvla_jax.config import OpenVLAConfig
-from qvla_jax.inference.processor import CAMERA_KEYS
 from qvla_jax.models import ModelInputs
 
 # Side of a camera image in LIBERO, which the reference's image chain starts from.
@@ -23,7 +22,8 @@ def inputs_spec(config: OpenVLAConfig, *, batch_size: int = 1) -> ModelInputs:
 
     Returns:
         `ModelInputs` with a `jax.ShapeDtypeStruct` in place of each array; proprio is None where
-        the policy takes none, and so are action tokens.
+        the policy takes none, and so are action tokens. Prompts are those of the first length that
+        they are padded to.
     """
 
     def spec(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -48,8 +48,7 @@ def fake_observation(config: OpenVLAConfig, *, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     side = _CAMERA_PIXELS if config.image_chain == "openvla" else config.image_size
     observation: dict[str, Any] = {
-        camera: rng.integers(0, 256, (side, side, 3), np.uint8)
-        for camera in CAMERA_KEYS[: config.num_images]
+        camera: rng.integers(0, 256, (side, side, 3), np.uint8) for camera in config.camera_keys
     }
     if config.proprio_dim:
         observation["state"] = rng.uniform(-1.0, 1.0, config.proprio_dim).astype(np.float32)

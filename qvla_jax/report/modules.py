@@ -103,8 +103,7 @@ def describe(source: str, *, rules: LayerRules = DEFAULT_RULES) -> Description:
             dtypes = dict.fromkeys(public_shapes(model), _PUBLISHED)
             return _described(config, model, dtypes, "a preset without weights, in bfloat16", rules)
     if is_huggingface(folder):
-        # The statistics are not needed: any entry will do where there are several.
-        config, _ = read_config(folder, unnorm_key="")
+        config, _ = read_config(folder, sizes_only=True)
         model = abstract_model(config)
         tensors = PublicTensors(folder)
         dtypes = _dtypes(model, tensors, tensors.file_of)

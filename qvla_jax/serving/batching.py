@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from qvla_jax import sharding
@@ -197,7 +196,7 @@ class Batcher:
     ) -> tuple[Float[np.ndarray, "b h a"], Sequence[str | None]]:
         """Runs the policy on a padded batch; in the thread."""
         size = next(size for size in self.sizes if size >= len(inputs))
-        stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves), *inputs)
+        stacked = self._policy.processor.join(inputs)
         padded, count = sharding.pad_batch(stacked, size)
         histories: Sequence[str | None] = [None] * count
         if self._policy.config.latent_action is not None:

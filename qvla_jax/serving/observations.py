@@ -8,13 +8,14 @@ import numpy as np
 from qvla_jax.array_typing import UInt8
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy
-from qvla_jax.inference.processor import CAMERA_KEYS
 from qvla_jax.models import ModelInputs
 
 # Our names, and those of openpi's LIBERO example, of OpenVLA and of OpenVLA-OFT.
 NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "image": ("image", "observation/image", "full_image"),
     "wrist_image": ("wrist_image", "observation/wrist_image"),
+    "left_wrist_image": ("left_wrist_image", "observation/left_wrist_image"),
+    "right_wrist_image": ("right_wrist_image", "observation/right_wrist_image"),
     "state": ("state", "observation/state"),
     "instruction": ("instruction", "prompt"),
     "history": ("history",),
@@ -35,7 +36,7 @@ class ObservationReader:
         """
         self._policy = policy
         self._max_image_side = max_image_side
-        self._cameras = CAMERA_KEYS[: policy.config.num_images]
+        self._cameras = policy.config.camera_keys
 
     def __call__(self, message: Mapping[str, Any]) -> ModelInputs:
         """One observation -> model inputs with a batch of one.

@@ -15,7 +15,6 @@ from qvla_jax import __version__
 from qvla_jax.data.libero.environment import libero_action
 from qvla_jax.errors import InputError, PolicyError
 from qvla_jax.inference import Policy
-from qvla_jax.inference.processor import CAMERA_KEYS
 from qvla_jax.serving.batching import Answer, Batcher
 from qvla_jax.serving.config import ServeConfig
 from qvla_jax.serving.counters import Counters
@@ -95,7 +94,7 @@ class Service:
     def metadata(self) -> dict[str, Any]:
         """What clients are told on connecting: what to send, what they get."""
         config = self.policy.config
-        cameras = list(CAMERA_KEYS[: config.num_images])
+        cameras = list(config.camera_keys)
         return {
             "server": f"qvla_jax {__version__}",
             "policy": config.name,

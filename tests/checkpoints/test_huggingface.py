@@ -68,6 +68,7 @@ def architecture(decoding: str, *, film: bool = False) -> OpenVLAConfig:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
+            max_position_embeddings=2048,
         ),
         num_images=2 if oft else 1,
         decoding=decoding,
@@ -201,7 +202,11 @@ def _edit(folder, file: str, **changes) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("config.json", {"arch_specifier": "linear"}, "arch_specifier 'linear' unsupported"),
+        (
+            "config.json",
+            {"arch_specifier": "linear"},
+            "'arch_specifier' is 'linear', which is not supported; expect",
+        ),
         ("config.json", {"timm_model_ids": ["a", "c"]}, "vision tower 'c' is not built in"),
         ("config.json", {"pad_token_id": None, "text_config": {}}, "missing or unusable key"),
         (
@@ -217,7 +222,7 @@ def _edit(folder, file: str, **changes) -> None:
         (
             "model.safetensors.index.json",
             {"weight_map": {"x": "model-1.safetensors"}},
-            "is missing",
+            "model-1.safetensors: tensor 'x' is missing",
         ),
     ],
 )

@@ -16,6 +16,7 @@ import numpy as np
 
 from qvla_jax import kernels
 from qvla_jax.checkpoints import huggingface, torch_zip
+from qvla_jax.checkpoints.options import LoadOptions
 from qvla_jax.checkpoints.packed_file import PackedFile, write_packed
 from qvla_jax.checkpoints.settings import public_settings
 from qvla_jax.checkpoints.tensor_files import ShardedTensors, write_shards
@@ -182,7 +183,7 @@ def _read_shards(folder: Path) -> None:
 
 def _read_settings(folder: Path) -> None:
     if huggingface.is_huggingface(folder):
-        huggingface.read_config(folder, unnorm_key="x")
+        huggingface.read_config(folder, LoadOptions(unnorm_key="x"))
 
 
 def example_table() -> SensitivityTable:

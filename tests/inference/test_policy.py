@@ -118,7 +118,7 @@ def test_normalization_is_inverted_inside_the_quantiles(seed):
     rng = np.random.default_rng(seed)
     q01 = rng.uniform(-2, 0, 7)
     q99 = q01 + rng.uniform(0.1, 2, 7)
-    normalizer = Normalizer(q01=q01, q99=q99, mask=np.arange(7) < 6)
+    normalizer = Normalizer(low=q01, high=q99, mask=np.arange(7) < 6)
     inside = rng.uniform(q01, q99, (4, 8, 7))
     normalized = normalizer.normalize(inside)
     assert np.abs(normalized[..., :6]).max() <= 1.0
@@ -127,7 +127,7 @@ def test_normalization_is_inverted_inside_the_quantiles(seed):
 
 
 def test_normalization_clips_outside_the_quantiles():
-    normalizer = Normalizer(q01=np.zeros(2), q99=np.ones(2), mask=np.array([True, False]))
+    normalizer = Normalizer(low=np.zeros(2), high=np.ones(2), mask=np.array([True, False]))
     np.testing.assert_allclose(normalizer.normalize(np.array([5.0, 5.0])), [1.0, 5.0])
     np.testing.assert_allclose(normalizer.normalize(np.array([-5.0, -5.0])), [-1.0, -5.0])
 

@@ -91,6 +91,6 @@ def test_bins_and_tokens(chain):
 
 def test_proprio_is_normalized_as_in_the_reference(chain):
     q01, q99 = chain["proprio_q01"], chain["proprio_q99"]
-    normalizer = Normalizer(q01=q01, q99=q99, mask=np.ones(len(q01), bool))
+    normalizer = Normalizer(low=q01, high=q99, mask=np.ones(len(q01), bool))
     ours = normalizer.normalize(chain["proprio_raw"])
     np.testing.assert_allclose(ours, chain["proprio_normalized"], atol=1e-6)
