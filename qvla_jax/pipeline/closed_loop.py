@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeAlias
 import tyro
 
 from qvla_jax.atomic import write_json
-from qvla_jax.data.libero import suites
+from qvla_jax.data.libero import installation, suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation.closed_loop import PATIENCE, run_episodes
@@ -22,8 +22,14 @@ from qvla_jax.evaluation.paired import Success, compare
 from qvla_jax.evaluation.video import film, has_video_writer
 from qvla_jax.evaluation.workers import MakeEnvironment, Replay
 from qvla_jax.inference import Policy
+from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
-from qvla_jax.pipeline.policies import load_named_policy
+from qvla_jax.pipeline.policies import (
+    check_crop,
+    load_named_policy,
+    model_of,
+    takes_options,
+)
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.report.drift import save_drift
@@ -44,7 +50,7 @@ Actor: TypeAlias = Policy | ExpertPolicy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClosedLoopConfig:
+class ClosedLoopConfig(ModelOptions):
     """Runs policies in the LIBERO simulator and reports how often they succeed.
 
     Episodes start from the official initial states, the same for every policy. An interrupted run
@@ -79,6 +85,7 @@ class ClosedLoopConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
         suite = suites.get(self.sim)
         if not self.policy:
             raise InputError("name at least one policy: --policy libero-mini")
@@ -118,13 +125,13 @@ def closed_loop(
     """
     files.check_folder(config.out)
     log = EpisodeLog(config.out / EPISODES_FILE)
-    simulator = simulator_versions() if make is make_libero else "none"
+    simulator = check_simulator(make)
     if config.videos and not has_video_writer():
         raise InputError(
             "videos need PyAV: pip install 'qvla-jax[libero]', or leave them out with --no-videos"
         )
     if policies is None:
-        policies = {name: load_actor(name) for name in config.policy}
+        policies = load_actors(config.policy, config)
     planned = {name: plan(config, policies[name], simulator) for name in config.policy}
     names = {policies[name].fingerprint: name for name in reversed(config.policy)}
     episodes = [
@@ -163,6 +170,7 @@ def closed_loop(
         "format": SUMMARY_KIND,
         "version": 1,
         "suite": config.sim,
+        "model_options": config.said(),
         "settings": _settings(planned[config.policy[0]][0]),
         **summarize({name: log.outcomes(planned[name]) for name in config.policy}),
         "provenance": provenance(seed=config.seed),
@@ -188,9 +196,32 @@ def shadows(policies: Mapping[str, Actor], names: Sequence[str]) -> dict[str, li
     }
 
 
-def load_actor(name: str) -> Actor:
-    """The scripted expert, or a policy by its name."""
-    return ExpertPolicy() if name == EXPERT else load_named_policy(name)
+def load_actors(names: Sequence[str], options: ModelOptions) -> dict[str, Actor]:
+    """The scripted expert, or policies by their names.
+
+    Args:
+        names: As `ClosedLoopConfig.policy`.
+        options: Of those among them that are public directories, or were made from one.
+
+    Raises:
+        InputError: There is no such policy, options mean none of them, or a fine-tune's crop is
+            not said.
+    """
+    models = {name: model_of(name)[0] for name in names if name != EXPERT}
+    taking = {name for name, model in models.items() if takes_options(model)}
+    if options.said() and not taking:
+        raise InputError(
+            f"{', '.join(options.said())}: said, but {', '.join(names)} take their settings from "
+            "their own files"
+        )
+    for model in models.values():
+        check_crop(model, options)
+    return {
+        name: load_named_policy(name, options if name in taking else None)
+        if name in models
+        else ExpertPolicy()
+        for name in names
+    }
 
 
 def horizon_and_size(policy: Actor) -> tuple[int, int]:
@@ -272,6 +303,26 @@ def video_path(folder: Path, policy: str, result: Result) -> Path | None:
     if folder.is_dir() and any(path.name.startswith(prefix) for path in folder.iterdir()):
         return None
     return folder / f"{prefix}{result.episode.initial_state:02d}.mp4"
+
+
+def check_simulator(make: MakeEnvironment | None) -> str:
+    """Checks that episodes can run, before a policy is loaded.
+
+    Args:
+        make: What makes their environments; only LIBERO's own are looked at.
+
+    Returns:
+        The packages that simulate, with their versions; "none" where it is not LIBERO.
+
+    Raises:
+        InputError: LIBERO is missing, has paths that are not there, or OpenGL does not render.
+    """
+    if make is not make_libero:
+        return "none"
+    versions = simulator_versions()
+    installation.check_paths()
+    installation.check_rendering()
+    return versions
 
 
 def simulator_versions() -> str:

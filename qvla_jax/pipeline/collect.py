@@ -17,15 +17,16 @@ from qvla_jax.evaluation.closed_loop import run_episodes
 from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
 from qvla_jax.evaluation.libero import EXPERT, ExpertPolicy, make_libero, noise_of, record
 from qvla_jax.evaluation.workers import Keep, MakeEnvironment, Replay
+from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.closed_loop import (
     EPISODES_FILE,
     Actor,
+    check_simulator,
     cores,
     horizon_and_size,
-    load_actor,
+    load_actors,
     patience_with,
-    simulator_versions,
 )
 from qvla_jax.progress import Progress, no_progress
 
@@ -33,7 +34,7 @@ RECORDINGS = "episodes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CollectConfig:
+class CollectConfig(ModelOptions):
     """Collects episodes in LIBERO and writes them as an RLDS data set.
 
     Starts are drawn at random, never the official initial states. The action of every step is the
@@ -73,6 +74,7 @@ class CollectConfig:
     file_format: Literal["array_record", "tfrecord"] = "array_record"
 
     def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
         suite = suites.get(self.sim)
         wrong = [task for task in self.tasks if not 0 <= task < suite.tasks]
         if wrong:
@@ -154,9 +156,9 @@ def collect(
     existing = config.out / (config.name or config.sim)
     if existing.exists():
         raise DatasetError(f"{existing}: exists already; remove it or choose another --name")
-    simulator = simulator_versions() if make is None else "none"
+    simulator = check_simulator(make_libero if make is None else make)
     if policy is None:
-        policy = load_actor(config.policy)
+        policy = load_actors([config.policy], config)[config.policy]
     if isinstance(policy, ExpertPolicy):
         policy = ExpertPolicy(config.noise)
     run = _Run(config, policy, simulator, keep)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from qvla_jax.errors import InputError
+from qvla_jax.model_options import ModelOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class CalibrateConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SensitivityConfig(StageConfig):
+class SensitivityConfig(StageConfig, ModelOptions):
     """Measures what each output channel costs at each bit-width; writes sensitivity.safetensors."""
 
     # A policy that ships with the package, or a directory that holds one.
@@ -86,6 +87,7 @@ class SensitivityConfig(StageConfig):
     streamed: bool = False
 
     def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
         _positive(self, "probes", "validate_frames", "channel_devices")
 
 
@@ -113,7 +115,7 @@ class AllocateConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizeConfig(StageConfig):
+class QuantizeConfig(StageConfig, ModelOptions):
     """Packs the weights at the chosen bits; writes policy.qvla, which `load_policy` runs."""
 
     # The policy that the bits were chosen for.
@@ -121,7 +123,7 @@ class QuantizeConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldoutConfig(StageConfig):
+class HeldoutConfig(StageConfig, ModelOptions):
     """The frames that results are measured on."""
 
     # A policy that ships with the package, or a directory that holds one.
@@ -148,6 +150,7 @@ class EvaluateConfig(HeldoutConfig):
     latency_calls: int = 50
 
     def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
         _positive(self, "eval_batch")
         if self.latency_calls < 0:
             raise InputError(f"latency_calls must not be negative, got {self.latency_calls}")
@@ -179,11 +182,12 @@ class ValidateConfig(HeldoutConfig):
     trajectories: int = 8
 
     def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
         _positive(self, "channels", "frames")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackConfig:
+class PackConfig(ModelOptions):
     """Packs a policy layer by layer, rounded to nearest: no calibration.
 
     The weights of a public directory stay in their files: policies are packed that do not fit into

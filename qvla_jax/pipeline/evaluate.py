@@ -77,7 +77,7 @@ def evaluate(
             evaluation frames are those of the calibration.
     """
     started = time.perf_counter()
-    policy = load_policy(config.model) if policy is None else policy
+    policy = load_policy(config.model, **config.said()) if policy is None else policy
     path = config.out / files.ALLOCATION
     allocations = Allocations.load(path)
     calibration = load_calibration(config.out)
@@ -133,6 +133,7 @@ def evaluate(
         "model": {
             "name": policy.config.name,
             "fingerprint": policy.fingerprint,
+            "options": config.said(),
             "parameters": count_parameters(policy),
             "layers": len(index.layers),
             "channels": len(index),

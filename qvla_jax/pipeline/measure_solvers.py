@@ -81,7 +81,7 @@ def measure_solvers(
             evaluation frames are those of the calibration.
         BudgetError: a budget is below what can be stored.
     """
-    policy = load_policy(config.model) if policy is None else policy
+    policy = load_policy(config.model, **config.said()) if policy is None else policy
     table = load_tables(config.out)[0]
     calibration = load_calibration(config.out)
     files.check_same(
@@ -143,6 +143,7 @@ def measure_solvers(
         "format": KIND,
         "version": 1,
         "made_from": files.made_from(table),
+        "model_options": config.said(),
         "calibration_frames": calibration.frames,
         "heldout": heldout.describe(),
         "allocations": records,

@@ -11,6 +11,7 @@ from qvla_jax.baselines.registry import METHODS
 from qvla_jax.checkpoints.packed_file import SUFFIX
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import StageConfig
@@ -18,7 +19,7 @@ from qvla_jax.progress import Progress, no_progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MethodConfig(StageConfig):
+class MethodConfig(StageConfig, ModelOptions):
     """Quantizes by methods' names, on the folder's calibration frames; writes methods/NAME.qvla.
 
     `qvla evaluate` and `qvla report` then list them beside the folder's allocations, and
@@ -32,6 +33,7 @@ class MethodConfig(StageConfig):
     model: str = "libero-mini"
 
     def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
         if not self.method:
             raise InputError(f"--method: name at least one of {', '.join(METHODS)}, with its bits")
         for name in self.method:
@@ -54,7 +56,7 @@ def quantize_by_methods(
     Raises:
         InputError: There is no calibration manifest, a name is wrong, or the policy is quantized.
     """
-    policy = load_policy(config.model) if policy is None else policy
+    policy = load_policy(config.model, **config.said()) if policy is None else policy
     calibration = load_calibration(config.out)
     measured = Measurements(policy, calibration, progress=progress)
     written = {}

@@ -51,7 +51,7 @@ def pack(config: PackConfig, *, progress: Progress = no_progress) -> None:
     if config.file.suffix != SUFFIX:
         raise InputError(f"{config.file}: a packed policy is one file; its name ends in {SUFFIX}")
     # Own directories and presets are loaded: they are small, or were imported to be.
-    policy = load_policy(config.model, mapped=is_huggingface(Path(config.model)))
+    policy = load_policy(config.model, mapped=is_huggingface(Path(config.model)), **config.said())
     if policy.quantization is not None:
         raise InputError(f"{config.model}: is packed already; pack the full-precision policy")
     fingerprint = policy.fingerprint

@@ -9,26 +9,35 @@ run's own policy.qvla, runs from its packed weights.
 
 import re
 from pathlib import Path
+from typing import Any
 
+from qvla_jax.checkpoints.files import CONFIG_FILE, component_file, read_json
+from qvla_jax.checkpoints.huggingface import OWN_KEY, is_huggingface
+from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.unpacking import unpacked
+from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.methods import is_method, load_method, method_file
 from qvla_jax.quantization import quantize, quantize_uniform
 
 
-def load_named_policy(name: str) -> Policy:
+def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
     """Loads a policy by its name.
+
+    Args:
+        name: As above.
+        options: What its files do not tell.
 
     Raises:
         InputError: There is no such policy or run, or the allocation is another policy's.
     """
-    model, separator, quantized = name.rpartition("@")
-    if not separator or Path(name).is_dir():
-        return load_policy(name)
-    policy = load_policy(model)
+    model, quantized = model_of(name)
+    policy = load_policy(model, **({} if options is None else options.said()))
+    if not quantized:
+        return policy
     if re.fullmatch(r"\d+", quantized):
         return quantize_uniform(policy, int(quantized), packed=False)
     folder, budget = _folder_and_budget(quantized)
@@ -48,6 +57,55 @@ def load_named_policy(name: str) -> Policy:
     table = load_tables(folder)[0]
     bits = allocations.at(budget).bits if budget else allocations.chosen.bits
     return quantize(policy, bits, quantizer=table.quantizer, packed=False)
+
+
+def model_of(name: str) -> tuple[str, str]:
+    """The model in a policy's name, and what comes after the `@`; empty where there is none."""
+    model, separator, quantized = name.rpartition("@")
+    if not separator or Path(name).is_dir():
+        return name, ""
+    return model, quantized
+
+
+def takes_options(model: str) -> bool:
+    """Whether options of public directories mean a model: it is one, or was made from one.
+
+    Others, such as `libero-mini`, take their images as they are.
+    """
+    folder = Path(model)
+    if folder.suffix == SUFFIX and folder.is_file():
+        config: Any = PackedFile(folder).header.get("config")
+    elif not (folder / CONFIG_FILE).is_file() or is_huggingface(folder):
+        return folder.is_dir()
+    else:
+        config = read_json(folder / CONFIG_FILE)
+    return isinstance(config, dict) and config.get("image_chain") == "openvla"
+
+
+def check_crop(model: str, options: ModelOptions) -> None:
+    """Asks whether images are cropped, before a public OpenVLA policy acts in the simulator.
+
+    Its files do not tell. Fine-tunes were trained with random crops, and their public evaluation
+    crops; the base model was not. Without the crop a fine-tune succeeds too seldom, and nothing
+    says so.
+
+    Raises:
+        InputError: The policy decodes action tokens, and neither its files nor the options tell.
+    """
+    folder = Path(model)
+    if options.center_crop is not None or not folder.is_dir() or not is_huggingface(folder):
+        return
+    own = read_json(folder / CONFIG_FILE).get(OWN_KEY)
+    if isinstance(own, dict) and "center_crop" in own:
+        return
+    # OpenVLA-OFT's and UniVLA's are always cropped.
+    if any(component_file(folder, name) for name in ("action_head", "action_decoder")):
+        return
+    raise InputError(
+        f"{model}: its files do not tell whether images are cropped, and success in the simulator "
+        "depends on it: say --center-crop (fine-tunes that were trained with random crops, as "
+        "OpenVLA's on LIBERO) or --no-center-crop (the base model)"
+    )
 
 
 def _folder_and_budget(text: str) -> tuple[Path, str]:

@@ -32,7 +32,7 @@ def quantize(
         InputError: A file is missing, or was made for another policy or calibration set.
     """
     progress("quantize", 0, 1)
-    policy = load_policy(config.model) if policy is None else policy
+    policy = load_policy(config.model, **config.said()) if policy is None else policy
     allocations = Allocations.load(config.out / files.ALLOCATION)
     table = load_tables(config.out)[0]
     made_from = files.made_from(table)

@@ -47,7 +47,7 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
     for name in config.solvers:
         get_solver(name)
     check_methods(config)
-    policy = load_policy(config.model)
+    policy = load_policy(config.model, **config.said())
     config = dataclasses.replace(config, horizon=policy.config.action_horizon)
     check_budget(policy, config.budget_bits)
     heldout = heldout_set(config, horizon=config.horizon)

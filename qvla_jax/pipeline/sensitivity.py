@@ -57,7 +57,7 @@ def sensitivity(
     check_methods(config)
     calibration = load_calibration(config.out) if calibration is None else calibration
     if policy is None:
-        policy = load_policy(config.model, mapped=config.streamed)
+        policy = load_policy(config.model, mapped=config.streamed, **config.said())
     mesh = sharding.sweep_mesh(config.channel_devices)
     store = SweepStore(config.out / files.SWEEP)
     tables: dict[str, SensitivityTable] = {}

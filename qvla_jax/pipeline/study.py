@@ -31,6 +31,7 @@ from qvla_jax.pipeline.calibrate import calibrate, load_calibration
 from qvla_jax.pipeline.configs import CalibrateConfig, HeldoutConfig
 from qvla_jax.pipeline.evaluate import SOURCE_BITS, Held, check_disjoint, heldout_set
 from qvla_jax.pipeline.methods import load_method, method_file
+from qvla_jax.pipeline.policies import check_crop
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, policy_index, uniform_bytes
@@ -75,6 +76,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
 
     def __post_init__(self) -> None:
         CalibrateConfig.__post_init__(self)
+        HeldoutConfig.__post_init__(self)
         for name in ("probes", "eval_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -131,7 +133,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
             episodes_per_task=suites.get(sim).initial_states if everything
             else self.episodes_per_task,
             tasks=self.tasks, rendering=self.rendering, workers=self.workers, videos=False,
-            seed=self.seed,
+            seed=self.seed, **self.said(),
         )  # fmt: skip
 
 
@@ -158,7 +160,10 @@ def study(
             evaluation frames are those of the calibration, or the simulator is missing.
     """
     files.check_folder(config.out)
-    policy = load_policy(config.model) if policy is None else policy
+    if config.sim is not None:
+        closed_loop.check_simulator(make)
+        check_crop(config.model, config)
+    policy = load_policy(config.model, **config.said()) if policy is None else policy
     config = dataclasses.replace(config, horizon=policy.config.action_horizon)
     heldout = heldout_set(config, horizon=config.horizon)
     known = (config.out / files.CALIBRATION).is_file()
@@ -342,7 +347,11 @@ class _Study:
             "format": KIND,
             "version": 1,
             "made_from": self.made_from,
-            "model": {"name": self.config.model, "quantized_weights": self.index.num_weights},
+            "model": {
+                "name": self.config.model,
+                "options": self.config.said(),
+                "quantized_weights": self.index.num_weights,
+            },
             "heldout": self.heldout.describe(),
             "sim": self.config.sim,
             "full_precision": {"stored_bytes": size, "success": self._full_success},

@@ -47,7 +47,7 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dic
     Raises:
         InputError: the calibration set or the table is missing, or belongs to another policy.
     """
-    policy = load_policy(config.model)
+    policy = load_policy(config.model, **config.said())
     calibration = load_calibration(config.out)
     table = load_tables(config.out)[0]
     files.check_same(
@@ -62,6 +62,7 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dic
         "format": STUDY_KIND,
         "version": 1,
         "made_from": files.made_from(table),
+        "model_options": config.said(),
         "method": table.method,
         "bits": list(table.bits),
         "ranks": _ranks(config, policy, calibration, table, progress),

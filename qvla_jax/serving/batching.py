@@ -47,6 +47,8 @@ class Answer:
 @dataclasses.dataclass(frozen=True)
 class _Waiting:
     inputs: ModelInputs
+    # With the statistics that the actions are un-normalized with.
+    policy: Policy
     since: float
     answer: asyncio.Future[Answer]
 
@@ -109,22 +111,28 @@ class Batcher:
             }
         )
         for size in track(self.sizes, len(self.sizes), "compile", progress):
-            actions, _ = self._thread.submit(self._call, [inputs] * size).result()
-            if not np.isfinite(actions).all():
+            batch = [(inputs, self._policy)] * size
+            actions, _ = self._thread.submit(self._call, batch).result()
+            if not all(np.isfinite(chunk).all() for chunk in actions):
                 raise PolicyError("the policy returns NaN or infinite actions; nothing to serve")
 
     def start(self) -> None:
         """Begins to answer, on the running event loop."""
         self._loop = asyncio.create_task(self._answer_all())
 
-    async def __call__(self, inputs: ModelInputs) -> Answer:
+    async def __call__(self, inputs: ModelInputs, policy: Policy | None = None) -> Answer:
         """Answers one prepared observation (a batch of one).
+
+        Args:
+            inputs: what the network takes.
+            policy: the same network with the statistics that un-normalize the actions; that of the
+                batcher if left out.
 
         Raises:
             PolicyError: the policy failed, or its actions are not finite.
         """
         answer = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(_Waiting(inputs, time.monotonic(), answer))
+        self._queue.put_nowait(_Waiting(inputs, policy or self._policy, time.monotonic(), answer))
         return await answer
 
     async def stop(self) -> None:
@@ -170,7 +178,7 @@ class Batcher:
         self.busy_since = start = time.monotonic()
         try:
             actions, histories = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._call, [waiting.inputs for waiting in batch]
+                self._thread, self._call, [(waiting.inputs, waiting.policy) for waiting in batch]
             )
         finally:
             self.busy_since = None
@@ -192,17 +200,22 @@ class Batcher:
                 self._observe(answer)
 
     def _call(
-        self, inputs: Sequence[ModelInputs]
-    ) -> tuple[Float[np.ndarray, "b h a"], Sequence[str | None]]:
+        self, batch: Sequence[tuple[ModelInputs, Policy]]
+    ) -> tuple[list[Float[np.ndarray, "h a"]], Sequence[str | None]]:
         """Runs the policy on a padded batch; in the thread."""
-        size = next(size for size in self.sizes if size >= len(inputs))
-        stacked = self._policy.processor.join(inputs)
+        size = next(size for size in self.sizes if size >= len(batch))
+        stacked = self._policy.processor.join([inputs for inputs, _ in batch])
         padded, count = sharding.pad_batch(stacked, size)
         histories: Sequence[str | None] = [None] * count
         if self._policy.config.latent_action is not None:
             padded = self._policy.complete(padded)
             histories = self._policy.processor.history(padded)[:count]
-        return self._policy.unnormalize_actions(self._policy.run(padded)[:count]), histories
+        chunks = self._policy.run(padded)[:count]
+        actions = [
+            policy.unnormalize_actions(chunk)
+            for chunk, (_, policy) in zip(chunks, batch, strict=True)
+        ]
+        return actions, histories
 
 
 def _fail(batch: Sequence[_Waiting], error: PolicyError) -> None:

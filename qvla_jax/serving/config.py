@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from qvla_jax.errors import InputError
+from qvla_jax.model_options import ModelOptions
 
 # A token shorter than this can be guessed.
 _MIN_TOKEN = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(ModelOptions):
     """Serves a policy to robots: the openpi websocket protocol and OpenVLA's REST, on one port.
 
     It is compiled for all batch sizes before the port opens. SIGTERM and Ctrl-C stop the server
@@ -30,8 +31,6 @@ class ServeConfig:
     port: int = 8000
     # File with the token that clients have to send; without one, everybody is served.
     token_file: Path | None = None
-    # Statistics entry that un-normalizes the actions, where a public directory holds several.
-    unnorm_key: str | None = None
     # Gripper entry of the actions: the policy's own (of OpenVLA policies 1 opens, 0 closes), or as
     # LIBERO's environments take it (-1 opens, +1 closes).
     gripper: Literal["policy", "libero"] = "policy"
@@ -55,6 +54,7 @@ class ServeConfig:
     shutdown_timeout: float = 10.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_batch", "max_clients", "max_image_side"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,5 +1,6 @@
 """From what robots send to what the policy takes."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -24,6 +25,20 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 MAX_INSTRUCTION: Final = 2000
 
 
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What a client saw, ready for the network.
+
+    Attributes:
+        inputs: a batch of one.
+        policy: the one that is served, with the statistics that the client asked for: they scaled
+            its state, and un-normalize its actions.
+    """
+
+    inputs: ModelInputs
+    policy: Policy
+
+
 class ObservationReader:
     """Checks the messages of clients and prepares them for one policy."""
 
@@ -35,22 +50,26 @@ class ObservationReader:
             max_image_side: of raw images, in pixels.
         """
         self._policy = policy
+        # By the statistics that requests name, each made when it is first asked for.
+        self._policies: dict[str, Policy] = {}
         self._max_image_side = max_image_side
         self._cameras = policy.config.camera_keys
 
-    def __call__(self, message: Mapping[str, Any]) -> ModelInputs:
-        """One observation -> model inputs with a batch of one.
+    def __call__(self, message: Mapping[str, Any]) -> Observation:
+        """One observation -> model inputs with a batch of one, and whose statistics hold.
 
         Args:
             message: `image` and, for two cameras, `wrist_image` u8[H, W, 3]; `state`, p finite
                 numbers, where the policy takes them; `instruction`; each under one of its `NAMES`.
-                Other entries are ignored.
+                `unnorm_key` names statistics of the policy; without it, its own hold. Other
+                entries are ignored.
 
         Raises:
-            InputError: an entry is missing, has the wrong type, shape or dtype, or is too large.
+            InputError: an entry is missing, has the wrong type, shape or dtype, or is too large;
+                or the policy has no statistics of the name.
         """
         config = self._policy.config
-        self._check_statistics(message.get("unnorm_key"))
+        policy = self._with_statistics(message.get("unnorm_key"))
         batch: dict[str, Any] = {
             camera: self._image(camera, _entry(message, camera))[None] for camera in self._cameras
         }
@@ -59,19 +78,21 @@ class ObservationReader:
         batch["instruction"] = [_text("instruction", _entry(message, "instruction"))]
         if config.latent_action is not None and "history" in message:
             batch["history"] = [_text("history", message["history"])]
-        return self._policy.prepare(batch)
+        return Observation(policy.prepare(batch), policy)
 
-    def _check_statistics(self, key: Any) -> None:
-        """Checks the statistics that a client asks for, which a server cannot change."""
-        if key is None or (isinstance(key, str) and key == self.unnorm_key):
-            return
-        raise InputError(
-            f"unnorm_key {str(key)[:60]!r}: this server un-normalizes with {self.unnorm_key!r}"
-        )
+    def _with_statistics(self, key: Any) -> Policy:
+        """The policy, scaled by the statistics that a client asks for."""
+        if key is None or key == self.unnorm_key:
+            return self._policy
+        if not isinstance(key, str):
+            raise InputError(f"unnorm_key: expected text, got {type(key).__name__}")
+        if key not in self._policies:
+            self._policies[key] = self._policy.with_unnorm_key(key)
+        return self._policies[key]
 
     @property
     def unnorm_key(self) -> str:
-        """The entry of the statistics that actions are un-normalized with."""
+        """The entry of the statistics that holds where a client names none."""
         return self._policy.config.unnorm_key or next(iter(self._policy.statistics))
 
     def _image(self, name: str, image: Any) -> UInt8[np.ndarray, "H W 3"]:

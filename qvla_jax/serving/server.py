@@ -46,7 +46,7 @@ class PolicyServer:
 
         Args:
             policy: what answers.
-            config: its `policy`, `unnorm_key` and `dtype` are not looked at.
+            config: its `policy`, `dtype` and options of public directories are not looked at.
             progress: of compiling.
         """
         self._config = config

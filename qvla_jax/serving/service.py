@@ -66,10 +66,10 @@ class Service:
             PolicyError: the policy is, or the server; the reason is in the log.
         """
         try:
-            inputs = await asyncio.get_running_loop().run_in_executor(
+            seen = await asyncio.get_running_loop().run_in_executor(
                 self._threads, lambda: self._read(decode(message))
             )
-            answer = await self.batcher(inputs)
+            answer = await self.batcher(seen.inputs, seen.policy)
         except InputError:
             self.counters.refused += 1
             raise
@@ -100,6 +100,7 @@ class Service:
             "policy": config.name,
             "quantized": self.policy.quantization is not None,
             "unnorm_key": self._read.unnorm_key,
+            "unnorm_keys": list(self.policy.statistics),
             "images": cameras,
             "state_dim": config.proprio_dim,
             "gripper": self.config.gripper,

@@ -63,6 +63,36 @@ def test_answers_differ_between_observations(policy):
     assert np.abs(first.actions - second.actions).max() > 1e-3
 
 
+def test_actions_of_a_mixed_batch_are_each_in_the_units_that_were_asked_for(policy):
+    (key, entry) = next(iter(policy.statistics.items()))
+    size = policy.config.action_dim
+    low, high = [-1.0 - i for i in range(size)], [float(i) for i in range(size)]
+    action = {"q01": low, "q99": high, "mask": [True] * size}
+    other = dataclasses.replace(
+        policy, statistics={key: entry, "other": {**entry, "action": action}}
+    ).with_unnorm_key("other")
+
+    async def main():
+        batcher = Batcher(policy, max_batch=4, window=0.05)
+        batcher.start()
+        try:
+            kinds = (policy, other, None, other)
+            return await asyncio.gather(*(batcher(inputs_of(policy, 1), kind) for kind in kinds))
+        finally:
+            await batcher.stop()
+
+    found = asyncio.run(main())
+    assert [answer.batch for answer in found] == [4] * 4
+    normalized = policy.infer_normalized(
+        {k: [v] if isinstance(v, str) else v[None] for k, v in policy.fake_observation(1).items()}
+    )[0].astype(np.float64)
+    metric = (normalized + 1) / 2 * (np.array(high) - low) + low
+    for answer, expected in zip(
+        found, (policy.unnormalize_actions(normalized), metric) * 2, strict=True
+    ):
+        np.testing.assert_allclose(answer.actions, expected, atol=1e-4)
+
+
 def test_nothing_compiles_after_the_warm_up(policy):
     batcher = Batcher(policy, max_batch=4, window=0.0)
     batcher.warm_up()

@@ -1,5 +1,7 @@
 """What robots send is prepared as `Policy.infer` does it, or refused by name."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +22,7 @@ def read(policy):
 
 def test_names_of_other_projects_mean_the_same(policy, read):
     own = policy.fake_observation()
-    expected = read(own)
+    expected = read(own).inputs
     openpi = {
         "observation/image": own["image"],
         "observation/wrist_image": own["wrist_image"],
@@ -36,7 +38,7 @@ def test_names_of_other_projects_mean_the_same(policy, read):
         "unnorm_key": "libero_spatial",
     }
     for other in (openpi, oft):
-        found = read(other)
+        found = read(other).inputs
         for a, b in zip(vars(found).values(), vars(expected).values(), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -73,7 +75,7 @@ IMAGE = np.zeros((32, 32, 3), np.uint8)
         ({"instruction": "\ud800"}, "instruction: holds half a character"),
         (
             {"unnorm_key": "bridge"},
-            "unnorm_key 'bridge': this server un-normalizes with",
+            "unnorm_key 'bridge': .* no such statistics; there are: libero_spatial",
         ),
     ],
 )
@@ -101,7 +103,7 @@ def test_entries_of_any_kind_end_in_inputs_or_in_one_error(policy, odd, missing)
     message = {**policy.fake_observation(), **odd}
     message = {key: value for key, value in message.items() if key in odd or key not in missing}
     try:
-        inputs = read(message)
+        inputs = read(message).inputs
     except InputError as error:
         # What a client sent is not sent back to it at length.
         assert len(str(error)) < 1000  # noqa: PT017
@@ -110,6 +112,38 @@ def test_entries_of_any_kind_end_in_inputs_or_in_one_error(policy, odd, missing)
         assert inputs.input_ids.shape == (1, policy.config.max_prompt_tokens)
         assert inputs.proprio.shape == (1, 8)
         assert np.isfinite(inputs.proprio).all()
+
+
+def with_two_keys(policy):
+    """The policy with statistics of another data set, whose values all differ."""
+    (key, entry), other = next(iter(policy.statistics.items())), {}
+    for block, values in entry.items():
+        size = len(values["q01"])
+        other[block] = {**values, "q01": [-3.0 - i for i in range(size)], "q99": [2.0] * size}
+    return dataclasses.replace(policy, statistics={key: entry, "another": other})
+
+
+@pytest.mark.parametrize("key", [None, "libero_spatial", "another"])
+def test_the_state_is_scaled_by_the_statistics_that_a_request_names(policy, key):
+    policy = with_two_keys(policy)
+    message = policy.fake_observation(1) | ({} if key is None else {"unnorm_key": key})
+    seen = ObservationReader(policy, max_image_side=64)(message)
+    block = policy.statistics[key or "libero_spatial"]["proprio"]
+    low, high = np.array(block["q01"]), np.array(block["q99"])
+    scaled = 2 * (message["state"].astype(np.float64) - low) / (high - low) - 1
+    np.testing.assert_allclose(seen.inputs.proprio[0], np.clip(scaled, -1, 1), atol=1e-6)
+    assert seen.policy.model is policy.model
+
+
+def test_statistics_that_do_not_fit_are_refused_and_others_still_hold(policy):
+    broken = {**policy.statistics, "broken": {"action": {"q01": [0.0], "q99": [1.0]}}}
+    read = ObservationReader(dataclasses.replace(policy, statistics=broken), max_image_side=64)
+    for _ in range(2):
+        with pytest.raises(InputError, match="broken"):
+            read(policy.fake_observation() | {"unnorm_key": "broken"})
+    with pytest.raises(InputError, match="unnorm_key: expected text, got list"):
+        read(policy.fake_observation() | {"unnorm_key": ["libero_spatial"]})
+    assert read(policy.fake_observation()).policy.config.unnorm_key == "libero_spatial"
 
 
 def test_images_of_many_sizes_leave_nothing_behind():

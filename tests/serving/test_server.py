@@ -192,6 +192,29 @@ def test_a_client_without_json_numpy_encodes_twice(policy, server):
     assert "infer;dur=" in reply.headers["Server-Timing"]
 
 
+def test_a_request_names_the_statistics_that_un_normalize(policy):
+    (key, entry) = next(iter(policy.statistics.items()))
+    wide = {**entry["action"], "q01": [-4.0] * 7, "q99": [4.0] * 7}
+    several = {key: entry, "another": {**entry, "action": wide}}
+    several = dataclasses.replace(policy, statistics=several)
+    observation = policy.fake_observation(3)
+    plain = policy.infer(observation)
+    with running(several, max_batch=1) as server:
+        found = {}
+        for asked in (None, key, "another"):
+            reply = post(server, observation | ({} if asked is None else {"unnorm_key": asked}))
+            assert reply.status_code == 200
+            found[asked] = np.stack(json_numpy.loads(reply.text))
+        refused = post(server, observation | {"unnorm_key": "missing"})
+    assert refused.status_code == 400
+    assert f"there are: {key}, another" in refused.json()["error"]
+    np.testing.assert_allclose(found[None], plain, atol=2e-5)
+    np.testing.assert_array_equal(found[key], found[None])
+    # Units of -1 to 1 became -4 to 4, but for the gripper, which is not scaled.
+    np.testing.assert_allclose(found["another"][:, :6], 4 * plain[:, :6], atol=1e-4)
+    np.testing.assert_array_equal(found["another"][:, 6], found[key][:, 6])
+
+
 def test_a_policy_of_single_steps_replies_with_one_action_as_openvla_does():
     action = np.arange(7, dtype=np.float32)
     np.testing.assert_array_equal(json_numpy.loads(action_text(action[None])), action)

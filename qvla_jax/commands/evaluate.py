@@ -1,0 +1,16 @@
+"""`qvla evaluate`: the action error on held-out frames."""
+
+from qvla_jax import pipeline
+from qvla_jax.output import Result
+from qvla_jax.pipeline import EvaluateConfig as Config
+from qvla_jax.pipeline import files
+from qvla_jax.progress import ProgressBars
+from qvla_jax.report.terminal import methods_table
+
+
+def main(config: Config) -> Result:
+    """Evaluates; the table of methods."""
+    with ProgressBars() as progress:
+        content = pipeline.evaluate(config, progress=progress)
+    place = f"Evaluation: {config.out / files.EVALUATION}"
+    return Result(content, (methods_table(content["methods"]), place))

@@ -1,0 +1,42 @@
+"""`qvla export`: a policy in the public layout."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+
+from qvla_jax.checkpoints.export import reexport
+from qvla_jax.checkpoints.huggingface import is_huggingface
+from qvla_jax.commands.results import written
+from qvla_jax.inference import load_policy
+from qvla_jax.model_options import ModelOptions
+from qvla_jax.output import Result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ModelOptions):
+    """Writes a policy in the public (Hugging Face) layout.
+
+    A public directory passes through the import one tensor at a time and comes back bit for bit;
+    any other policy, and one whose dtype or settings shall change, is loaded.
+    """
+
+    # A preset with weights, or a directory that holds a policy: a saved one or a public one.
+    model: str
+    # An empty or new folder.
+    out: Path
+    # Of all tensors; left out: as they are.
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+
+def main(config: Config) -> Result:
+    """Exports a policy; names the peak resident memory."""
+    public = is_huggingface(Path(config.model))
+    if config.dtype is None and public and not config.said():
+        reexport(Path(config.model), config.out)
+    else:
+        # Of a public directory's tensors each is read when it is written, in its own dtype.
+        policy = load_policy(config.model, mapped=public, **config.said())
+        policy.export(config.out, dtype=config.dtype and jnp.dtype(config.dtype))
+    return written(config.out)

@@ -1,0 +1,71 @@
+"""`qvla inspect`: what a policy or a file holds."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from tyro.conf import Positional
+
+from qvla_jax.checkpoints.huggingface import is_huggingface
+from qvla_jax.commands.results import packed
+from qvla_jax.inference import load_policy
+from qvla_jax.model_options import ModelOptions
+from qvla_jax.output import Result
+from qvla_jax.quantization.layout import uniform_bytes
+from qvla_jax.report.modules import describe, modules_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ModelOptions):
+    """Says what a policy is made of: parameters, bytes and output channels of every module."""
+
+    # A preset, a directory that holds a policy (a saved one or a public one), or a .qvla file.
+    model: Positional[str]
+    # Load the weights and print the fingerprint that results name the policy by.
+    fingerprint: bool = False
+
+
+def main(config: Config) -> Result:
+    """What a policy or a file holds."""
+    if config.model.endswith(".qvla"):
+        if config.said():
+            load_policy(config.model, **config.said())  # which refuses what contradicts it
+        return packed(Path(config.model), layers=True)
+    described = describe(config.model)
+    index = described.index
+    uniform = {bits: uniform_bytes(index, bits) for bits in (16, 8, 4, 3, 2)}
+    content: dict[str, Any] = {
+        "name": described.config.name,
+        "source": described.source,
+        "parameters": described.parameters,
+        "stored_bytes": described.stored_bytes,
+        "quantizable": {
+            "layers": len(index.layers),
+            "channels": len(index),
+            "weights": index.num_weights,
+            "bytes_by_uniform_bits": uniform,
+        },
+        "modules": [dataclasses.asdict(module) for module in described.modules],
+    }
+    lines: list[str | Table] = [
+        f"{described.config.name} ({described.source})",
+        f"{described.parameters:,} parameters in {described.stored_bytes:,} bytes; "
+        f"{index.num_weights:,} of them are the weights of {len(index):,} quantizable output "
+        f"channels of {len(index.layers)} layers",
+    ]
+    if config.said():
+        public = is_huggingface(Path(config.model))  # whose weights stay in their files
+        found = load_policy(config.model, mapped=public, **config.said()).config
+        names = ("unnorm_key", "num_images", "center_crop", "action_horizon")
+        content["settings"] = {name: getattr(found, name) for name in names}
+        lines.append(", ".join(f"{name}: {value}" for name, value in content["settings"].items()))
+    if config.fingerprint:
+        content["fingerprint"] = load_policy(config.model, **config.said()).fingerprint
+        lines.append(f"fingerprint {content['fingerprint']}")
+    table = Table("uniform bits", box=None)
+    table.add_column("bytes of the quantized layers", justify="right")
+    for bits, stored in uniform.items():
+        table.add_row("source" if bits == 16 else str(bits), f"{stored:,}")
+    lines += ["", modules_table(described.modules), "", table]
+    return Result(content, tuple(lines))

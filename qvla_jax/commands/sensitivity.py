@@ -1,0 +1,40 @@
+"""`qvla sensitivity`: what each channel costs, on one host or several."""
+
+import dataclasses
+
+from qvla_jax import devices, pipeline, sharding
+from qvla_jax.output import Result
+from qvla_jax.pipeline import files
+from qvla_jax.progress import ProgressBars
+from qvla_jax.report.terminal import spearman_line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(pipeline.SensitivityConfig):
+    """Measures what each output channel costs at each bit-width; writes sensitivity.safetensors.
+
+    A run that was killed goes on where it stopped when it is started again. On several hosts, start
+    it on each with the same options and another --process; --out has to hold the same
+    calibration.json everywhere, and results are written by process 0.
+    """
+
+    # HOST:PORT of process 0, for a sweep of several processes.
+    coordinator: str | None = None
+    # How many there are, and which one this is.
+    processes: int = 1
+    process: int = 0
+
+
+def main(config: Config) -> Result:
+    """Measures the sensitivities."""
+    if config.coordinator is not None:
+        sharding.join_processes(config.coordinator, config.processes, config.process)
+        devices.ready()  # which would have hindered joining
+    with ProgressBars() as progress:
+        validation = pipeline.sensitivity(config, progress=progress)
+    path = config.out / files.SENSITIVITY
+    content = {"method": config.method, "file": str(path), "validation": validation}
+    if not sharding.is_main_process():
+        return Result(content, ())
+    lines = () if validation is None else (spearman_line(validation, config.method),)
+    return Result(content, (*lines, f"Sensitivities: {path}"))

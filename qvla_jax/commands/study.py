@@ -1,0 +1,16 @@
+"""`qvla study`: the table of results."""
+
+from qvla_jax import pipeline
+from qvla_jax.output import Result
+from qvla_jax.pipeline import StudyConfig as Config
+from qvla_jax.pipeline import files
+from qvla_jax.progress import ProgressBars
+
+
+def main(config: Config) -> Result:
+    """Makes the table of results."""
+    with ProgressBars() as progress:
+        content = pipeline.study(config, progress=progress)
+    table = (config.out / files.RESULTS_TABLE).read_text("utf-8")
+    place = f"Results: {config.out / files.RESULTS}, {config.out / files.RESULTS_TABLE}"
+    return Result(content, (table, place))

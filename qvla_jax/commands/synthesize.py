@@ -1,0 +1,30 @@
+"""`qvla synthesize`: a public directory with random weights."""
+
+import dataclasses
+from pathlib import Path
+
+from qvla_jax.checkpoints.export import synthesize
+from qvla_jax.config import preset
+from qvla_jax.inference.word_tokenizer import word_tokenizer
+from qvla_jax.output import Result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Writes a public directory with random bfloat16 weights, for measurements at full size."""
+
+    # A preset without FiLM.
+    preset: str = "openvla-7b"
+    # An empty or new folder; openvla-7b takes 15 GB.
+    out: Path
+    seed: int = 0
+
+
+def main(config: Config) -> Result:
+    """Writes a synthetic directory."""
+    synthesize(preset(config.preset), config.out, seed=config.seed)
+    word_tokenizer().save(str(config.out / "tokenizer.json"))
+    return Result(
+        {"policy": str(config.out), "preset": config.preset},
+        (f"{config.out}: {config.preset} with random weights",),
+    )

@@ -1,0 +1,216 @@
+"""Whether JAX starts and has a device, and which environment variable is to blame if not.
+
+JAX reads its variables when it is imported (JAX_ENABLE_X64, JAX_NUM_CPU_DEVICES), when the first
+device is made (JAX_PLATFORMS, JAX_PLATFORM_NAME, XLA_FLAGS) and when the first array is
+(JAX_DEFAULT_DEVICE). People export them once and forget them. A value that cannot be used ends in
+an exception of JAX's, in an assertion, or in the end of the process: here it becomes an
+`InputError` that names the variable, its value and what there is.
+
+Nothing here imports JAX before it is called.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from qvla_jax.errors import InputError
+
+# What decides the devices, in the order in which JAX looks at it.
+_CHOICES: Final = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE")
+_COUNT: Final = "JAX_NUM_CPU_DEVICES"
+_FLAGS: Final = "XLA_FLAGS"
+# Extra that brings the platform.
+_EXTRAS: Final = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}
+_TIMEOUT: Final = 120
+
+_PLATFORMS: Final = """
+import contextlib
+import jax
+for name in ("cuda", "rocm", "tpu", "cpu"):
+    with contextlib.suppress(Exception):
+        print("there is", name, len(jax.devices(name)))
+"""
+_START: Final = "import jax; jax.devices()"
+
+
+def import_jax() -> None:
+    """Imports JAX.
+
+    Raises:
+        InputError: It refuses a variable, or is not installed.
+    """
+    try:
+        import jax  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"JAX does not import ({_one_line(error)}): pip install 'jax>=0.10.2'; `qvla doctor` "
+            "says more"
+        ) from error
+    except Exception as error:  # of the parsers of single variables
+        raise InputError(refused_variable(error, os.environ)) from error
+
+
+def ready() -> None:
+    """Makes JAX's devices, if they are not there yet, and puts a number on one.
+
+    Processes of one computation join before (`sharding.join_processes`).
+
+    Raises:
+        InputError: There is no device. The message names the variable that asks for one, its value
+            and the platforms that there are.
+    """
+    import_jax()
+    import jax
+    import numpy as np
+
+    if not _started():
+        _check_count()
+        check_flags(os.environ)
+    try:
+        jax.devices()
+        jax.device_put(np.float32(0)).block_until_ready()
+    except Exception as error:  # RuntimeError, an assertion without a word, or a plugin's own
+        raise InputError(no_device(error, _asked(), platforms())) from error
+
+
+def use_all_cpu_cores() -> None:
+    """Makes as many virtual CPU devices as this process may use cores.
+
+    One XLA CPU device uses about one core. A number that JAX_NUM_CPU_DEVICES names stays.
+
+    Raises:
+        InputError: JAX_NUM_CPU_DEVICES is no number of devices.
+    """
+    import_jax()
+    _check_count()
+    if _COUNT not in os.environ:
+        from qvla_jax.sharding import use_all_cpu_cores as use
+
+        use()
+
+
+def check_flags(environment: Mapping[str, str]) -> None:
+    """Refuses flags that XLA does not take: it ends the process that reads them.
+
+    So a process of its own reads them first, on the CPU.
+
+    Raises:
+        InputError: XLA refuses them; the message says which flag.
+    """
+    flags = environment.get(_FLAGS, "").strip()
+    if not flags:
+        return
+    without = {key: value for key, value in environment.items() if key not in _CHOICES}
+    code, output = _run(_START, {**without, "JAX_PLATFORMS": "cpu"})
+    if code == 0 or "flag" not in output.lower():
+        return
+    said = output.strip().splitlines()[0].rpartition("] ")[2]
+    raise InputError(
+        f"{_FLAGS}={_short(flags)}: XLA does not take it ({said}); correct or unset it"
+    )
+
+
+def platforms() -> list[str]:
+    """The platforms that there are, asked in a process of its own without the variables."""
+    without = {key: value for key, value in os.environ.items() if key not in _CHOICES}
+    _, output = _run(_PLATFORMS, without)
+    found = [line.split() for line in output.splitlines() if line.startswith("there is ")]
+    return [name for _, _, name, _ in found]
+
+
+def no_device(error: BaseException, asked: Mapping[str, str], available: Sequence[str]) -> str:
+    """The message where JAX makes no device.
+
+    Args:
+        error: What JAX said.
+        asked: The variables that choose a platform -> their values.
+        available: The platforms that there are.
+    """
+    said = _one_line(error)[:300]
+    wrong = {n: v for n, v in asked.items() if not set(v.split(",")) <= set(available)} or asked
+    if not wrong:
+        return f"JAX finds no device ({said}); `qvla doctor` says more"
+    values = " and ".join(f"{name}={_short(value)}" for name, value in wrong.items())
+    words = {word.strip().lower() for value in wrong.values() for word in value.split(",")}
+    extras = sorted({_EXTRAS[word] for word in words - set(available) if word in _EXTRAS})
+    remedy = f"unset {' and '.join(wrong)}"
+    if available:
+        remedy += f" or name {' or '.join(available)}"
+    if extras:
+        remedy += f"; pip install 'qvla-jax[{','.join(extras)}]' brings {' and '.join(extras)}"
+    there = ", ".join(available) or "none that starts"
+    return f"{values}: JAX cannot start this here, there is: {there}; {remedy} [{said}]"
+
+
+def refused_variable(error: BaseException, environment: Mapping[str, str]) -> str:
+    """The message where JAX does not import because of a variable's value."""
+    text = _one_line(error)
+    said = text.lower().replace(".", "_")  # `jax.default_device`
+    own = {name: value for name, value in environment.items() if name.startswith("JAX_")}
+    # The longest, as one name may begin another.
+    named = sorted((name for name in own if name.lower() in said), key=len)[-1:] or sorted(own)
+    if not named:
+        return f"JAX does not import ({text}); `qvla doctor` says more"
+    values = " and ".join(f"{name}={_short(own[name])}" for name in named)
+    return f"{values}: JAX does not take it ({text}); correct or unset it"
+
+
+def _check_count() -> None:
+    """Refuses no CPU devices, which JAX takes for an unknown process."""
+    said = os.environ.get(_COUNT, "1")
+    if not said.strip().isdecimal() or int(said) < 1:
+        raise InputError(f"{_COUNT}={_short(said)}: expected 1 or more; unset it to use all cores")
+
+
+def _asked() -> dict[str, str]:
+    """What chooses a platform: variables, or what a program told JAX in their place."""
+    import jax
+
+    asked = {name: value for name in _CHOICES if (value := os.environ.get(name))}
+    told = jax.config.jax_platforms
+    if told and told != asked.get("JAX_PLATFORMS"):
+        asked.pop("JAX_PLATFORMS", None)
+        asked = {"jax_platforms": str(told), **asked}
+    return asked
+
+
+def _started() -> bool:
+    """Whether JAX has made its devices: it refuses another number of them then."""
+    import jax
+
+    count = jax.config.jax_num_cpu_devices
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count + 1)
+        jax.config.update("jax_num_cpu_devices", count)
+        return False
+    return True
+
+
+def _run(program: str, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Exit code and all output of a program; what a signal ended has its negative number."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT,
+            check=False,
+            env=dict(environment),
+        )
+    except subprocess.TimeoutExpired:
+        return -signal.SIGALRM, ""
+    return done.returncode, done.stdout + done.stderr
+
+
+def _short(value: str) -> str:
+    return repr(value if len(value) <= 80 else value[:77] + "...")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

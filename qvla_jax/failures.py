@@ -1,0 +1,79 @@
+"""Exceptions of libraries and of the system that are no bug: what they mean, in one sentence.
+
+The command line's last line of defence: what this knows becomes one line, everything else keeps its
+traceback.
+"""
+
+import errno
+import traceback
+from pathlib import Path
+from typing import Final
+
+from qvla_jax.errors import InputError, QvlaError
+
+_OURS: Final = Path(__file__).parent
+# Of the system: the input's fault, and nobody's.
+_INPUT: Final = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+        *(errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY),
+    }
+)
+_SYSTEM: Final = {
+    errno.ENOSPC: "make room, and repeat the command",
+    errno.EDQUOT: "make room, and repeat the command",
+    errno.EFBIG: "the file system or `ulimit -f` allows no larger file",
+    errno.EIO: "the disk or the network file system fails",
+    errno.ESTALE: "the network file system fails",
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.ENOMEM: "less memory is free than is needed",
+    errno.EAGAIN: "raise `ulimit -u`",
+}
+_MEMORY: Final = (
+    "; smaller batches, fewer frames or --streamed take less, where the command has them"
+)
+
+
+def in_one_line(error: Exception) -> QvlaError | None:
+    """What an exception means to people; None for those that may be a bug.
+
+    Args:
+        error: Anything but a `QvlaError`.
+    """
+    if isinstance(error, ImportError):
+        return broken_package(error)
+    if isinstance(error, MemoryError):
+        return QvlaError(f"out of memory ({_text(error)}){_MEMORY}")
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return QvlaError(f"out of memory on the device ({_text(error)}){_MEMORY}")
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        said = f"{error.filename}: {error.strerror}"
+        if error.errno in _INPUT:
+            return InputError(said)
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return QvlaError(f"{place}{error.strerror}; {_SYSTEM[error.errno]}")
+    return None
+
+
+def broken_package(error: Exception) -> InputError | None:
+    """What it means that a module does not import; None if the fault may be in this package."""
+    if isinstance(error, ImportError):
+        package = (error.name or "").partition(".")[0]
+        if package == "qvla_jax":
+            return None
+        missing = isinstance(error, ModuleNotFoundError) and package
+        said = f"{package} is not installed" if missing else f"a package is broken ({_text(error)})"
+    else:
+        place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if _OURS in place.parents:
+            return None
+        said = f"a package is broken ({place.parent.name}/{place.name}: {_text(error)})"
+    return InputError(f"{said}; `qvla doctor` says what to install")
+
+
+def _text(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text[:300]}" if text else name

@@ -1,0 +1,26 @@
+"""What the files of a public checkpoint do not tell, as settings that commands share."""
+
+import dataclasses
+from typing import Any
+
+from qvla_jax.checkpoints.options import LoadOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(LoadOptions):
+    """Settings of a public OpenVLA, OpenVLA-OFT or UniVLA directory, as `load_policy` takes them.
+
+    What is not said is left to `load_policy`, which follows the files, and asks where they do not
+    decide.
+
+    >>> ModelOptions(unnorm_key="bridge_orig", center_crop=False).said()
+    {'unnorm_key': 'bridge_orig', 'center_crop': False}
+    """
+
+    def said(self) -> dict[str, Any]:
+        """Keyword arguments for `load_policy`: those that differ from their defaults."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(ModelOptions)
+            if (value := getattr(self, field.name)) != field.default
+        }
