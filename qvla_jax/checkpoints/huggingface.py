@@ -52,6 +52,12 @@ TOWERS_FILE: Final = "tiny_vision_archs.json"
 _ACTION_DIM: Final = 7
 # Prompts are padded to this, so that one compiled program serves nearly all instructions.
 _MAX_PROMPT_TOKENS: Final = 96
+_CLASSES: Final = {
+    "OpenVLAConfig",
+    "OpenVLAForActionPrediction",
+    "PrismaticImageProcessor",
+    "PrismaticProcessor",
+}
 # In OpenVLA-OFT's modeling_prismatic.py, and not in OpenVLA's.
 _OFT_CODE: Final = re.compile(r"NUM_ACTIONS_CHUNK|_regression_or_discrete_prediction")
 
@@ -94,6 +100,7 @@ def read_config(
     path = folder / CONFIG_FILE
     raw = read_json(path)
     check_declared(raw, keys.CONFIG, str(path))
+    _check_classes(raw.get("auto_map") or {}, path)
     source, statistics = path, raw.get("norm_stats") or {}
     if (folder / STATISTICS_FILE).is_file():
         source = folder / STATISTICS_FILE
@@ -132,6 +139,17 @@ def read_config(
             f"{config.text.max_position_embeddings}, which leaves no place for a prompt"
         )
     return config, statistics
+
+
+def _check_classes(auto_map: Any, path: Path) -> None:
+    """Checks that the code that transformers would load is that of OpenVLA."""
+    named = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    for name in named:
+        if not isinstance(name, str) or name.rpartition(".")[2] not in _CLASSES:
+            raise CheckpointError(
+                f"{path}: 'auto_map' is {shown(auto_map)}, which is not supported; expected the "
+                f"classes {' and '.join(sorted(_CLASSES))}"
+            )
 
 
 def _own(raw: Mapping[str, Any], path: Path, options: LoadOptions) -> dict[str, Any]:
