@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from flax import nnx
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qvla_jax.checkpoints import keys
@@ -71,7 +71,7 @@ def contents(folder):
 
 def _read(folder):
     """All that is read of the settings: configuration, statistics, adapters."""
-    check_tokenizer(folder, word_tokenizer().token_to_id)
+    check_tokenizer(folder, word_tokenizer())
     merged = merge_adapter(weights(), folder / "lora_adapter")
     config, statistics = read_config(folder)
     return config, statistics, {name: tensor.tobytes() for name, tensor in merged.items()}
@@ -97,6 +97,7 @@ def _refused(folder, contents, place, key, value) -> None:
     assert all(part in message for part in (Path(place[0]).name, repr(key), shown(value))), message
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(LISTS, key=str)), names, json_values)
 def test_a_key_that_nobody_knows_is_refused(folder, contents, place, key, value):
     assume(key not in LISTS[place])
@@ -106,6 +107,7 @@ def test_a_key_that_nobody_knows_is_refused(folder, contents, place, key, value)
     _refused(folder, contents, place, key, value)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_an_irrelevant_key_changes_nothing(folder, contents, data):
     place = data.draw(st.sampled_from(sorted(LISTS, key=str)))
@@ -119,6 +121,7 @@ def test_an_irrelevant_key_changes_nothing(folder, contents, data):
         assert statistics == expected[1]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_key_has_the_listed_values_only(folder, contents, data):
     place = data.draw(st.sampled_from(sorted(LISTS, key=str)))
