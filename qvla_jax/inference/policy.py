@@ -248,6 +248,8 @@ class Policy:
             self._save_packed(Path(path))
             return
         folder = Path(path)
+        if (folder / ORBAX_FOLDER).is_dir():
+            raise InputError(f"{folder}: holds an imported policy; name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.model, folder / WEIGHTS_FILE, dtype=dtype)
         self.save_settings(folder)
@@ -441,6 +443,11 @@ def load_policy(
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
     config = _with_options(config, options, folder / CONFIG_FILE)
     model = abstract_model(config, dtype=dtype)
+    if (folder / ORBAX_FOLDER).is_dir() and (folder / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: holds weights twice, in {WEIGHTS_FILE} and in {ORBAX_FOLDER}/; take away "
+            "those of the other policy"
+        )
     if (folder / ORBAX_FOLDER).is_dir():
         load_orbax(model, folder / ORBAX_FOLDER, sharding=sharding)
     else:
@@ -585,10 +592,15 @@ def import_policy(
 def _read_public(folder: Path, options: LoadOptions) -> Policy:
     """A public directory without its weights: the model is abstract."""
     tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
-    check_tokenizer(folder, tokenizer.token_to_id)
+    check_tokenizer(folder, tokenizer)
     config, statistics = read_config(
         folder, options, empty_token_id=tokenizer.token_to_id("\u2581")
     )
+    if tokenizer.get_vocab_size() > config.text.vocab_size:
+        raise CheckpointError(
+            f"{folder / TOKENIZER_FILE}: has {tokenizer.get_vocab_size()} tokens, but the language "
+            f"model has {config.text.vocab_size} (vocab_size of text_config)"
+        )
     check_latent_tokens(config, tokenizer.token_to_id("<ACT_0>"), folder)
     statistics_file = folder / STATISTICS_FILE
     source = statistics_file if statistics_file.is_file() else folder / CONFIG_FILE
