@@ -82,6 +82,9 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         value = importlib.import_module(f"qvla_jax.{name}")
     elif name in _LAZY:
+        from qvla_jax import devices
+
+        devices.import_jax()  # or an error that says which variable hinders it
         value = getattr(importlib.import_module(_LAZY[name]), name)
     else:
         raise AttributeError(f"module 'qvla_jax' has no attribute {name!r}")

@@ -8,15 +8,18 @@ object; progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import os
+import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from qvla_jax import __version__
-from qvla_jax.errors import InputError, QvlaError, unknown
+from qvla_jax.errors import CheckpointWarning, InputError, QvlaError, unknown
 from qvla_jax.failures import broken_package, in_one_line
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -200,7 +203,7 @@ def _main(arguments: Sequence[str]) -> int:
     try:
         return _dispatch(arguments)
     except InputError as error:
-        return _complain(error, BAD_INPUT, for_machines)
+        return _complain(_in_options(str(error), arguments), BAD_INPUT, for_machines)
     except QvlaError as error:
         return _complain(error, FAILED, for_machines)
     except KeyboardInterrupt as error:
@@ -308,7 +311,7 @@ def _with_values(kind: type[Any], arguments: Sequence[str]) -> list[str]:
     hints = typing.get_type_hints(kind)
     names = {f"--{name.replace('_', '-')}" for name, hint in hints.items() if hint == bool | None}
     spelled: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         option = argument.replace("_", "-") if argument.startswith("--") else argument
         if option in names and following not in ("True", "False", "None"):
             spelled += [option, "True"]
@@ -326,7 +329,7 @@ def _description(kind: type[Any]) -> str:
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     """The value of an option, which decides how the others are read."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         if argument == option:
             return following
         if argument.startswith(f"{option}="):
@@ -383,20 +386,33 @@ def _execute(call: _Call) -> int:
         print_result(result)
     if result.failure is not None:
         print(f"qvla: error: {result.failure}", file=sys.stderr)
-        return FAILED
+        return BAD_INPUT if result.bad_input else FAILED
     return DONE
 
 
 def _result_of(call: _Call) -> Any:
     """Runs it; errors of the system and of libraries that are no bug become ours."""
     try:
-        return call.function(call.settings)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return call.function(call.settings)
     except QvlaError:
         raise
     except Exception as error:
         if (known := in_one_line(error)) is None:
             raise
         raise known from error
+
+
+_SHOW = warnings.showwarning
+
+
+def _warn(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Shows a warning: what is meant for people in one line, without its place in the code."""
+    if issubclass(category, CheckpointWarning):
+        print(f"qvla: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        _SHOW(message, category, *place)
 
 
 def _keep_settings(call: _Call, output: Path) -> Path | None:
@@ -429,6 +445,22 @@ def _help() -> str:
             "2 bad input, 130 interrupted.",
         ]
     )
+
+
+def _in_options(message: str, arguments: Sequence[str]) -> str:
+    """Spells settings that a message names as options: `unnorm_key` is `--unnorm-key`."""
+    command = COMMANDS.get(arguments[0])
+    if command is None or command.bare:
+        return message
+    names: set[str] = set()
+    with contextlib.suppress(Exception):  # it is not installed, which the message says
+        for form in (command, *command.variants.values()):
+            names |= {field.name for field in dataclasses.fields(form.load()[0])}
+    for name in names:
+        if "_" in name:  # one word may be just that
+            word = rf"(?<![\w/.'\"-]){name}(?![\w/.'\"-])"
+            message = re.sub(word, f"--{name.replace('_', '-')}", message)
+    return message
 
 
 def _complain(error: object, code: int, for_machines: bool) -> int:

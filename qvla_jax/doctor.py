@@ -39,6 +39,10 @@ print(json.dumps({"suites": suites, "missing": [k for k, there in folders.items(
 """
 # What a distribution is imported as, where it is not its name with underscores.
 _MODULES: Final[Mapping[str, str]] = {"orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
+# What stands before a package's name in the name of its check.
+_PACKAGE: Final = "package "
+# Where a check ended its process.
+_REMEDIES: Final = {"JAX": "correct or unset XLA_FLAGS, where it is set; else install JAX again"}
 # What the process of `core` puts before what it found.
 _MARK: Final = "qvla doctor: "
 
@@ -53,6 +57,7 @@ class Check:
         found: What is there, or what is wrong.
         remedy: What to do about it; empty where nothing is needed.
         needed: Whether the core needs it; the rest are extras.
+        variable: The environment variable that is to blame; empty where none is.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Check:
     found: str
     remedy: str = ""
     needed: bool = False
+    variable: str = ""
 
 
 def checks() -> Iterator[Check]:
@@ -76,33 +82,57 @@ def found_by(name: str, check: Callable[[], Iterable[Check] | Check]) -> list[Ch
         found = check()
         return [found] if isinstance(found, Check) else list(found)
     except Exception as error:
-        return [Check(name, "broken", _one_line(error), needed=name in _CORE)]
+        return [Check(name, "broken", _one_line(error), needed=name in _NEEDED)]
 
 
 def core(names: Iterable[str] | None = None) -> Iterator[Check]:
     """The checks of what the core needs, in a process that may end early, then in another one.
 
     Args:
-        names: Of those of them that are wanted; all if left out.
+        names: Of those of them that are wanted, as `core_checks` calls them; all if left out.
     """
-    todo = list(_CORE if names is None else names)
+    todo = list(core_checks() if names is None else names)
+    sound = 0
     while todo:
-        program = f"from qvla_jax import doctor; doctor.report({todo!r})"
-        code, output, said = _process(program)
+        code, output, said = _process(f"from qvla_jax import doctor; doctor.report({todo!r})")
         while todo and (rows := _reported(output, todo[0])) is not None:
-            yield from rows
-            todo.pop(0)
+            name = todo.pop(0)
+            if name.startswith(_PACKAGE) and [row.status for row in rows] == ["ok"]:
+                sound += 1
+            else:
+                yield from rows
         if todo:  # it did not come to the end of this one
-            text = f"the check ended with {_ending(code)}" + (f": {said}" if said else "")
-            flags = os.environ.get("XLA_FLAGS")
-            remedy = f"XLA_FLAGS={flags!r}: correct or unset it" if flags else ""
-            yield Check(todo.pop(0), "broken", text, remedy, needed=True)
+            text = f"its check ended with {_ending(code)}" + (f": {said}" if said else "")
+            name = todo.pop(0).removeprefix(_PACKAGE)
+            remedy = _REMEDIES.get(name, f"pip install --force-reinstall {name}")
+            yield Check(name, "broken", text, remedy, needed=True)
+    if sound:
+        yield Check("packages", "ok", f"{sound} that the core is built on import", needed=True)
+
+
+def core_checks() -> dict[str, Callable[[], Iterable[Check] | Check]]:
+    """The checks of what the core needs, by name, in their order."""
+    required = importlib.metadata.requires("qvla-jax") if _version("qvla-jax") else None
+    core = sorted(r for r in required or [] if "extra ==" not in r)
+    packages = {
+        f"{_PACKAGE}{_name_in(requirement)}": functools.partial(requirement_check, requirement)
+        for requirement in core
+        if _name_in(requirement) != "jax"  # which has a check of its own
+    }
+    return {
+        "JAX": devices,
+        **packages,
+        "solvers": solvers,
+        "bundled files": bundled,
+        "kernels": kernels,
+    }
 
 
 def report(names: Iterable[str]) -> None:
     """Runs checks of the core and prints what each found: the program of `core`'s process."""
+    known = core_checks()
     for name in names:
-        rows = [dataclasses.asdict(check) for check in found_by(name, _CORE[name])]
+        rows = [dataclasses.asdict(check) for check in found_by(name, known[name])]
         print(f"{_MARK}{json.dumps([name, rows])}", flush=True)
 
 
@@ -111,36 +141,28 @@ def python() -> Check:
     return Check("Python", "ok", platform.python_version(), needed=True)
 
 
-def packages() -> Iterator[Check]:
-    """What the core is built on: installed, new enough and importable; a row for each that is not.
+def requirement_check(requirement: str) -> Check:
+    """A package that the core is built on: installed, new enough, and it imports.
 
-    JAX has a check of its own.
+    Args:
+        requirement: As in the metadata of this package, such as `flax>=0.12.7`.
     """
-    requirements = [r for r in importlib.metadata.requires("qvla-jax") or [] if "extra ==" not in r]
-    sound = 0
-    for requirement in sorted(requirements):
-        name = re.split(r"[^\w.-]", requirement)[0]
-        if name == "jax":
-            continue
-        version = _version(name)
-        remedy = f"pip install '{requirement}'"
-        if version is None:
-            yield Check(name, "missing", "not installed", remedy, needed=True)
-            continue
-        if _is_older(version, requirement):
-            text = f"{version}; the core needs {requirement}"
-            yield Check(name, "broken", text, remedy, needed=True)
-            continue
-        try:
-            importlib.import_module(_MODULES.get(name, name.replace("-", "_")))
-        except Exception as error:
-            text = f"{version} does not import: {_one_line(error)}"
-            again = f"pip install --force-reinstall '{requirement}'"
-            yield Check(name, "broken", text, again, needed=True)
-        else:
-            sound += 1
-    if sound:
-        yield Check("packages", "ok", f"{sound} of the core's import", needed=True)
+    name = _name_in(requirement)
+    version, remedy = _version(name), f"pip install '{requirement}'"
+    if version is None:
+        return Check(name, "missing", "not installed", remedy, needed=True)
+    if _is_older(version, requirement):
+        text = f"{version}; the core needs {requirement}"
+        return Check(name, "broken", text, remedy, needed=True)
+    try:
+        importlib.import_module(_MODULES.get(name, name.replace("-", "_")))
+    except Exception as error:
+        if not _imports("jax"):  # which many are built on, and whose own check says why
+            return Check(name, "missing", "not tried, as JAX does not import")
+        text = f"{version} does not import: {_one_line(error)}"
+        again = f"pip install --force-reinstall '{requirement}'"
+        return Check(name, "broken", text, again, needed=True)
+    return Check(name, "ok", version, needed=True)
 
 
 def devices() -> Check:
@@ -153,8 +175,16 @@ def devices() -> Check:
     try:
         check.ready()
     except InputError as error:
-        remedy = "correct or unset the variable, or install the extra that brings the device"
-        return Check("JAX", "broken", f"{version}: {error}", remedy, needed=True)
+        blamed = re.match(r"([A-Z_0-9]+)=", str(error))
+        remedy = "" if blamed else "install it again, or the extra for the accelerator: cuda, tpu"
+        return Check(
+            "JAX",
+            "broken",
+            f"{version}: {error}",
+            remedy,
+            needed=True,
+            variable=blamed[1] if blamed else "",
+        )
     import jax
 
     found = jax.local_devices()
@@ -181,18 +211,15 @@ def bundled() -> Check:
     return Check("bundled files", "ok", "episodes, libero-mini", needed=True)
 
 
-def commands() -> Check:
-    """Whether every command imports."""
-    from qvla_jax.cli import COMMANDS
-
-    for command in COMMANDS.values():
-        for form in (command, *command.variants.values()):
-            form.load()
-    return Check("commands", "ok", f"{len(COMMANDS)} import", needed=True)
-
-
 def kernels() -> Iterator[Check]:
     """Implementations of the packed product, each tried on a small weight."""
+    from qvla_jax import devices as check
+
+    try:
+        check.ready()
+    except InputError:
+        yield Check("kernels", "missing", "not tried, as JAX does not start")
+        return
     import numpy as np
 
     from qvla_jax import kernels as packed
@@ -365,6 +392,18 @@ def _ending(code: int) -> str:
     return f"exit code {code}"
 
 
+def _name_in(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement)[0]
+
+
+def _imports(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except Exception:
+        return False
+    return True
+
+
 def _is_older(version: str, requirement: str) -> bool:
     """Whether a version is below the lower bound of a requirement such as `flax>=0.12.7`."""
     bound = re.search(r">=\s*([\d.]+)", requirement)
@@ -382,15 +421,9 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-# In the order in which they are run. The core's import other packages: see `core`.
-_CORE: Final[Mapping[str, Callable[[], Iterable[Check] | Check]]] = {
-    "JAX": devices,
-    "packages": packages,
-    "solvers": solvers,
-    "bundled files": bundled,
-    "commands": commands,
-    "kernels": kernels,
-}
+# Whose own exceptions mean that the core does not work.
+_NEEDED: Final = ("JAX", "solvers", "bundled files")
+# Those that import nothing, or that in a process of their own.
 _OTHERS: Final[Mapping[str, Callable[[], Iterable[Check] | Check]]] = {
     "C++ compiler": compiler,
     "TensorFlow": functools.partial(

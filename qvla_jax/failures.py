@@ -6,12 +6,11 @@ traceback.
 
 import errno
 import traceback
-from pathlib import Path
 from typing import Final
 
 from qvla_jax.errors import InputError, QvlaError
 
-_OURS: Final = Path(__file__).parent
+_PACKAGE: Final = __name__.partition(".")[0]
 # Of the system: the input's fault, and nobody's.
 _INPUT: Final = frozenset(
     {
@@ -59,18 +58,23 @@ def in_one_line(error: Exception) -> QvlaError | None:
 
 def broken_package(error: Exception) -> InputError | None:
     """What it means that a module does not import; None if the fault may be in this package."""
-    if isinstance(error, ImportError):
-        package = (error.name or "").partition(".")[0]
-        if package == "qvla_jax":
-            return None
-        missing = isinstance(error, ModuleNotFoundError) and package
-        said = f"{package} is not installed" if missing else f"a package is broken ({_text(error)})"
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and missing not in ("", _PACKAGE):
+        said = f"{missing} is not installed"
+    elif missing == _PACKAGE or (package := _raised_in(error)) == _PACKAGE:
+        return None
     else:
-        place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if _OURS in place.parents:
-            return None
-        said = f"a package is broken ({place.parent.name}/{place.name}: {_text(error)})"
+        said = f"{package} is broken ({_text(error)})"
     return InputError(f"{said}; `qvla doctor` says what to install")
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code raised an exception."""
+    names = [
+        str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    own = [name for name in names if not name.startswith("importlib")]
+    return own[-1].partition(".")[0] if own else _PACKAGE
 
 
 def _text(error: Exception) -> str:

@@ -19,11 +19,13 @@ class Result:
         content: For machines: JSON types. Numbers that are not finite become null.
         lines: For people: lines of text and tables, one below the other.
         failure: What makes it a failure all the same; None where nothing does.
+        bad_input: The failure is the fault of what was handed in.
     """
 
     content: Mapping[str, Any]
     lines: "tuple[str | Table, ...]"
     failure: str | None = None
+    bad_input: bool = False
 
 
 def print_result(result: Result) -> None:

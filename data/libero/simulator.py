@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 import numpy as np
 
+from qvla_jax.data.libero import installation
 from qvla_jax.errors import InputError
 
 Rendering: TypeAlias = Literal["fast", "libero"]
@@ -101,6 +102,9 @@ class Cameras:
           size: Height and width of the pictures in pixels.
           supersample: As in `TaskScene`; "libero" renders single pixels.
           rendering: "fast" or "libero", see the module.
+
+        Raises:
+          InputError: OpenGL does not work here.
         """
         mujoco: Any = importlib.import_module("mujoco")  # Compiled, so without types.
         self._data, model = sim.data._data, sim.model._model
@@ -113,7 +117,10 @@ class Cameras:
         quality.shadowsize = 64  # No light in LIBERO casts a shadow; the default map is 4096 wide.
         view.offwidth, view.offheight = max(view.offwidth, rendered), max(view.offheight, rendered)
         self._reflection = mujoco.mjtRndFlag.mjRND_REFLECTION
-        self._renderer = mujoco.Renderer(model, rendered, rendered, max_geom=1000)
+        try:
+            self._renderer = mujoco.Renderer(model, rendered, rendered, max_geom=1000)
+        except Exception as error:  # of MuJoCo, of PyOpenGL, or of the library
+            raise InputError(installation.rendering_failed(error)) from error
         self._options = mujoco.MjvOption()
         self._options.geomgroup[0] = 0  # Group 0 holds the collision shapes.
 
@@ -205,7 +212,8 @@ def _import_libero() -> tuple[Any, Path]:
             "TensorFlow is loaded in this process, and Mesa's software OpenGL crashes beside it "
             "(both bring LLVM): render in a process of its own"
         )
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    installation.check_paths()
+    os.environ["MUJOCO_GL"] = installation.chosen_backend()
     # Rendering is bound by vertices, which Mesa's software rasterizer does not thread.
     os.environ.setdefault("LP_NUM_THREADS", "1")
     # robosuite warns that nobody has edited its macros.
@@ -217,11 +225,15 @@ def _import_libero() -> tuple[Any, Path]:
             from libero.libero import get_libero_path
             from libero.libero.envs.env_wrapper import ControlEnv
     except ImportError as error:
+        if "PYOPENGL_PLATFORM" in str(error):
+            raise InputError(installation.rendering_failed(error)) from error
         raise InputError(
             "LIBERO needs the simulator: pip install 'qvla-jax[libero]', and an OpenGL library "
             f"(Debian: libegl1 libgl1-mesa-dri libegl-mesa0 libgl1); `qvla doctor` says more "
             f"[{error}]"
         ) from error
+    except (RuntimeError, AttributeError) as error:  # no such library, or a part of one
+        raise InputError(installation.rendering_failed(error)) from error
     return ControlEnv, Path(get_libero_path("bddl_files"))
 
 

@@ -21,12 +21,14 @@ def main(config: Config) -> Result:
         lines.append(f"{check.status:<8} {check.name}: {check.found}")
         if check.remedy:
             lines.append(f"{'':<8}   {check.remedy}")
-    lacking = [check.name for check in made if check.needed and check.status != "ok"]
+    lacking = [check for check in made if check.needed and check.status != "ok"]
+    blamed = [check for check in lacking if check.variable]
     content = {
         "version": __version__,
         "system": platform.system(),
         "machine": platform.machine(),
         "checks": [dataclasses.asdict(check) for check in made],
     }
-    failure = f"the core does not work without: {', '.join(lacking)}" if lacking else None
-    return Result(content, tuple(lines), failure)
+    failure = f"the core does not work without: {', '.join(check.name for check in lacking)}"
+    failure += "".join(f"; {check.found}" for check in blamed)
+    return Result(content, tuple(lines), failure if lacking else None, bad_input=lacking == blamed)

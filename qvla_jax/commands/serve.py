@@ -2,9 +2,11 @@
 
 import contextlib
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 
+from qvla_jax.checkpoints.huggingface import is_huggingface, read_config
 from qvla_jax.inference import load_policy
 from qvla_jax.progress import ProgressBars
 from qvla_jax.serving import ServeConfig as Config
@@ -28,5 +30,29 @@ def main(config: Config) -> None:
             stack.close()  # the bars
             print(text, flush=True)
 
-        policy = load_policy(config.policy, dtype=jnp.dtype(config.dtype), **config.said())
-        serve(policy, config, progress=progress, ready=ready)
+        said, keys = config.said(), undecided_statistics(config)
+        if keys:
+            said["unnorm_key"] = keys[0]  # which no request gets unless it says so
+            print(
+                f"qvla: note: requests have to name their statistics, as unnorm_key; there are: "
+                f"{', '.join(keys)}; --unnorm-key chooses for those that do not",
+                file=sys.stderr,
+            )
+        policy = load_policy(config.policy, dtype=jnp.dtype(config.dtype), **said)
+        serve(policy, config, key_needed=bool(keys), progress=progress, ready=ready)
+
+
+def undecided_statistics(config: Config) -> list[str]:
+    """The data sets of a public directory, where neither it nor the options choose one of several.
+
+    Args:
+        config: of the server.
+
+    Raises:
+        CheckpointError: a file is missing or broken.
+    """
+    folder = Path(config.policy)
+    if config.unnorm_key is not None or not folder.is_dir() or not is_huggingface(folder):
+        return []
+    read, statistics = read_config(folder, config, sizes_only=True)
+    return [] if read.unnorm_key or len(statistics) < 2 else list(statistics)

@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from qvla_jax import sharding
+from qvla_jax import devices, sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
@@ -406,6 +406,7 @@ def load_policy(
     Warns:
         CheckpointWarning: there is an adapter that is not merged.
     """
+    devices.ready()
     options = LoadOptions(
         unnorm_key=unnorm_key,
         num_images=num_images,
@@ -621,6 +622,7 @@ def random_policy(name: str, *, seed: int = 0) -> Policy:
     Raises:
         InputError: unknown preset.
     """
+    devices.ready()
     config = preset(name)
     unit = {
         size: {"q01": [-1.0] * size, "q99": [1.0] * size}

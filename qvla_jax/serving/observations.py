@@ -42,13 +42,15 @@ class Observation:
 class ObservationReader:
     """Checks the messages of clients and prepares them for one policy."""
 
-    def __init__(self, policy: Policy, *, max_image_side: int) -> None:
+    def __init__(self, policy: Policy, *, max_image_side: int, key_needed: bool = False) -> None:
         """Fixes what is asked for.
 
         Args:
             policy: whose processor prepares them.
             max_image_side: of raw images, in pixels.
+            key_needed: messages have to say `unnorm_key`: nobody has chosen among the statistics.
         """
+        self._key_needed = key_needed
         self._policy = policy
         # By the statistics that requests name, each made when it is first asked for.
         self._policies: dict[str, Policy] = {}
@@ -82,7 +84,12 @@ class ObservationReader:
 
     def _with_statistics(self, key: Any) -> Policy:
         """The policy, scaled by the statistics that a client asks for."""
-        if key is None or key == self.unnorm_key:
+        if key is None and self._key_needed:
+            raise InputError(
+                "observation has no unnorm_key, and the policy has statistics of several data "
+                f"sets: {', '.join(self._policy.statistics)}"
+            )
+        if key is None or key == self._own_key:
             return self._policy
         if not isinstance(key, str):
             raise InputError(f"unnorm_key: expected text, got {type(key).__name__}")
@@ -91,8 +98,12 @@ class ObservationReader:
         return self._policies[key]
 
     @property
-    def unnorm_key(self) -> str:
-        """The entry of the statistics that holds where a client names none."""
+    def unnorm_key(self) -> str | None:
+        """The statistics that hold where a client names none; None: a client has to."""
+        return None if self._key_needed else self._own_key
+
+    @property
+    def _own_key(self) -> str:
         return self._policy.config.unnorm_key or next(iter(self._policy.statistics))
 
     def _image(self, name: str, image: Any) -> UInt8[np.ndarray, "H W 3"]:

@@ -40,18 +40,25 @@ class PolicyServer:
     """
 
     def __init__(
-        self, policy: Policy, config: ServeConfig, *, progress: Progress = no_progress
+        self,
+        policy: Policy,
+        config: ServeConfig,
+        *,
+        key_needed: bool = False,
+        progress: Progress = no_progress,
     ) -> None:
         """Reads the token; nothing runs yet.
 
         Args:
             policy: what answers.
             config: its `policy`, `dtype` and options of public directories are not looked at.
+            key_needed: requests have to say `unnorm_key`; without it, the policy's own holds for
+                those that do not.
             progress: of compiling.
         """
         self._config = config
         self._progress = progress
-        self._service = Service(policy, config, token=config.read_token())
+        self._service = Service(policy, config, token=config.read_token(), key_needed=key_needed)
         self._websockets = Websockets(self._service)
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
@@ -138,6 +145,7 @@ def serve(
     policy: Policy,
     config: ServeConfig,
     *,
+    key_needed: bool = False,
     progress: Progress = no_progress,
     ready: Callable[[str], None] = print,
 ) -> None:
@@ -154,6 +162,7 @@ def serve(
     Args:
         policy: what answers.
         config: how.
+        key_needed: requests have to say `unnorm_key`; else the policy's own holds without.
         progress: of compiling.
         ready: is told in one line where the server listens, once it does.
 
@@ -164,7 +173,7 @@ def serve(
 
     async def run() -> None:
         stop = asyncio.Event()
-        async with PolicyServer(policy, config, progress=progress) as server:
+        async with PolicyServer(policy, config, key_needed=key_needed, progress=progress) as server:
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
             host = f"[{config.host}]" if ":" in config.host else config.host

@@ -34,7 +34,14 @@ class Service:
         closing: no new requests are taken.
     """
 
-    def __init__(self, policy: Policy, config: ServeConfig, *, token: str | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: ServeConfig,
+        *,
+        token: str | None = None,
+        key_needed: bool = False,
+    ) -> None:
         """Prepares; the batcher is warmed up and started by the server."""
         self.policy = policy
         self.config = config
@@ -47,7 +54,9 @@ class Service:
             window=1e-3 * config.batch_window_ms,
             observe=self.counters.observe,
         )
-        self._read = ObservationReader(policy, max_image_side=config.max_image_side)
+        self._read = ObservationReader(
+            policy, max_image_side=config.max_image_side, key_needed=key_needed
+        )
         self._threads = concurrent.futures.ThreadPoolExecutor(
             min(4, os.cpu_count() or 1), "qvla-prepare"
         )
