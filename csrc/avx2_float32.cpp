@@ -59,7 +59,7 @@ inline void add_fields(__m256 (&sum)[M][H], const __m256i (&words)[H], __m256 sh
 
 // M rows straight from the blocks, H halves of the tile from `first` on: M H sums are in registers.
 template <int BITS, int M, int H>
-void direct_float(const Job& job, int tile, int first) {
+[[gnu::noinline]] void direct_float(const Job& job, int tile, int first) {
   const float* x[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) x[m] = row_of(job, m);
@@ -113,7 +113,7 @@ inline void add_in_place(__m256 (&sum)[16 / BITS], __m256i words, __m256i upper,
 
 // One row of codes of 2 or 4 bits.
 template <int BITS>
-void one_row(const Job& job, int tile) {
+[[gnu::noinline]] void one_row(const Job& job, int tile) {
   constexpr int kSums = 16 / BITS, kHalves = BITS == 4 ? 2 : 1;  // so that all sums are in registers
   const float* const x = row_of(job, 0);
   for (int first = 0; first < 2; first += kHalves) {

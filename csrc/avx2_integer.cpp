@@ -159,7 +159,7 @@ inline void add_quads(__m256i (&sum)[M][2], const int32_t* const (&x)[M], const 
 }
 
 template <int BITS, int M, bool PANEL>
-void rows_integer(const Job& job, int tile, int row, const uint8_t* at) {
+[[gnu::noinline]] void rows_integer(const Job& job, int tile, int row, const uint8_t* at) {
   const int32_t* x[M];
   __m256 total[M][2];
 #pragma GCC unroll 6

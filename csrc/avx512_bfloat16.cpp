@@ -104,7 +104,7 @@ inline void add_fields(__m512 (&sum)[MR][NT][kSums<MR>], const __m512i (&block)[
 
 // MR rows from `row` on times the tiles first, first + step, ...: each is a stream of its own.
 template <int BITS, int MR, int NT, bool SPLIT>
-void direct_float(const Job& job, __m512i table, int row, int first, int step) {
+[[gnu::noinline]] void direct_float(const Job& job, __m512i table, int row, int first, int step) {
   const uint8_t* words[NT];
 #pragma GCC unroll 4
   for (int n = 0; n < NT; ++n) {
@@ -170,7 +170,7 @@ inline void unpack_fields(__m512i block, __m512i table, uint8_t* out) {
 }
 
 template <int MR, bool SPLIT>
-void panel_rows_float(const Job& job, int tile, const uint8_t* panel) {
+[[gnu::noinline]] void panel_rows_float(const Job& job, int tile, const uint8_t* panel) {
   const ptrdiff_t low = job.k / 2;
   for (int row = 0; row < job.rows; row += MR) {
     const int32_t* x[MR];
@@ -234,7 +234,7 @@ void panel_float(const Job& job, __m512i table, int tile) {
 
 // Weights in float32 meet the numbers whose halves x is, widened.
 template <int MR, bool SPLIT>
-void wide_rows(const Job& job, int tile, int row) {
+[[gnu::noinline]] void wide_rows(const Job& job, int tile, int row) {
   constexpr int kOrder[4] = {0, 2, 1, 3};  // of the inputs of a quad in x
   const auto widened = [](const uint8_t* at) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));

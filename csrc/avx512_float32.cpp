@@ -63,7 +63,7 @@ inline void add_fields(__m512 (&sum)[MR][NT][kSums<MR, NT>], const __m512i (&blo
 
 // MR rows from `row` on times the tiles first, first + step, ...: each is a stream of its own.
 template <int BITS, int MR, int NT>
-void direct_float(const Job& job, __m512 table, int row, int first, int step) {
+[[gnu::noinline]] void direct_float(const Job& job, __m512 table, int row, int first, int step) {
   constexpr int S = kSums<MR, NT>;
   const uint8_t* words[NT];
 #pragma GCC unroll 4
@@ -130,7 +130,7 @@ inline void unpack_fields(__m512i block, __m512 table, __m512 scale, float* out)
 
 // The inputs from begin to end of a tile, times their scales, in every other vector of the panel.
 template <int BITS>
-void unpack(const Job& job, __m512 table, int tile, int begin, int end, float* panel) {
+[[gnu::noinline]] void unpack(const Job& job, __m512 table, int tile, int begin, int end, float* panel) {
   const uint8_t* words = job.words + tile * tile_bytes(BITS, job.k) + begin * (2 * BITS);
   int g = std::min(begin / job.group, job.groups - 1);
   for (int k = begin; k < end; ++g) {
@@ -146,7 +146,7 @@ void unpack(const Job& job, __m512 table, int tile, int begin, int end, float* p
 
 // Adds what a panel gives to the sums of all rows, [rows][2][16].
 template <int MR, int NT>
-void panel_rows_float(const Job& job, const float* panel, int begin, int end, float* sums) {
+[[gnu::noinline]] void panel_rows_float(const Job& job, const float* panel, int begin, int end, float* sums) {
   for (int row = 0; row < job.rows; row += MR) {
     const float* x[MR];
     __m512 sum[MR][NT];

@@ -73,6 +73,12 @@ inline __m512i plane(__m512i block, int p) {
   return _mm512_and_si512(p ? _mm512_srli_epi16(block, p * BITS) : block, mask);
 }
 
+// GCC would copy the sums in every step of the loop before, were they not read here in one place.
+inline __m512i settled(__m512i sum) {
+  __asm__("" : "+v"(sum));
+  return sum;
+}
+
 // Adds a group's sums of codes times their scales: multiplier (codes x) + offset sum(x), as floats.
 template <int MR, int NT>
 inline void add_group(const Job& job, int row, int first, int step, int g,
@@ -86,7 +92,7 @@ inline void add_group(const Job& job, int row, int first, int step, int g,
       // Of rows behind the last one, which have no sums and are not stored, anything will do.
       const ptrdiff_t at = std::min(row + m, job.rows - 1);
       const __m512i shift = _mm512_set1_epi32(job.offset * job.row_sums[at * job.groups + g]);
-      const __m512i product = _mm512_mullo_epi32(sum[m][n], multiplier);
+      const __m512i product = _mm512_mullo_epi32(settled(sum[m][n]), multiplier);
       total[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(product, shift)), scale,
                                     total[m][n]);
     }
@@ -94,7 +100,7 @@ inline void add_group(const Job& job, int row, int first, int step, int g,
 }
 
 // Totals [height][2][16] times the scales of their rows, and the biases, to where `store_rows` writes.
-void finish_rows(const Job& job, int row, int height, int first, int tiles, int step,
+[[gnu::noinline]] void finish_rows(const Job& job, int row, int height, int first, int tiles, int step,
                  const float* totals) {
   for (int n = 0; n < tiles; ++n) {
     const int tile = first + n * step;
@@ -115,7 +121,7 @@ inline void finish_block(const Job& job, int row, int first, int step,
 }
 
 template <int BITS, int MR, int NT>
-void direct_integer(const Job& job, int row, int first, int step) {
+[[gnu::noinline]] void direct_integer(const Job& job, int row, int first, int step) {
   constexpr int kPlanes = 8 / BITS;
   const uint8_t* words[NT];
 #pragma GCC unroll 2
@@ -175,7 +181,7 @@ void few_rows_integer(const Job& job, int first, int step) {
   }
 }
 
-void panel_rows_integer(const Job& job, int tile, const uint8_t* panel) {
+[[gnu::noinline]] void panel_rows_integer(const Job& job, int tile, const uint8_t* panel) {
   constexpr int MR = kIntegerRows;
   for (int row = 0; row < job.rows; row += MR) {
     const int32_t* x[MR];
