@@ -20,7 +20,6 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.kernels import planes, tiles
@@ -29,6 +28,11 @@ from qvla_jax.kernels.batching import over_rows
 from qvla_jax.kernels.codes import WORD_BITS
 from qvla_jax.kernels.packed import PackedWeight
 from qvla_jax.quantization.grid import SOURCE
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # JAX 0.11 says that a later release will leave this backend out
+    plgpu = None
 
 # Channels of a tile.
 _LANES: Final = 64
@@ -64,6 +68,8 @@ class GpuWeight:
 
 def supports(w: PackedWeight) -> str | None:
     """Why this implementation cannot run the weight; None if it can."""
+    if plgpu is None:
+        return f"JAX {jax.__version__} has no Triton backend of Pallas; install an older one"
     return tiles.unsupported(w)
 
 
@@ -145,6 +151,7 @@ def _launch(
     shares = min(max(_PROGRAMS // (rows // bm * count), 1), blocks)
     each = -(-blocks // shares)
     shares = -(-blocks // each)
+    assert plgpu is not None, "supports() says so before"
     call = pl.pallas_call(
         functools.partial(
             _kernel,

@@ -8,7 +8,7 @@ import pytest
 
 from qvla_jax import kernels
 from qvla_jax.errors import InputError
-from qvla_jax.kernels import pallas_tpu, tiles
+from qvla_jax.kernels import pallas_gpu, pallas_tpu, tiles
 from qvla_jax.kernels.packed import Segment
 
 from .weights import random_weight
@@ -79,3 +79,12 @@ def test_16_bit_rows_must_be_bfloat16(implementation):
     w = kernels.pack(random_weight(4, 8, 0), np.full(4, 16), source_dtype="float32")
     with pytest.raises(InputError, match="must be bfloat16, not float32"):
         kernels.prepare(w, implementation)
+
+
+def test_without_tritons_backend_the_gpu_kernel_says_so(monkeypatch):
+    w = kernels.pack(random_weight(8, 16, 0), np.full(8, 4))
+    monkeypatch.setattr(pallas_gpu, "plgpu", None)
+    with pytest.raises(InputError, match="has no Triton backend"):
+        kernels.prepare(w, "pallas_gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert kernels.prepare(w).implementation == "reference"
