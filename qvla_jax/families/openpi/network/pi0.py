@@ -142,7 +142,7 @@ class FlowMatching(nnx.Module):
     ) -> Float[Array, "b h a"]:
         """One Euler step towards the actions, under the conditioning of its time."""
         change = -1.0 / self.config.num_steps * self.velocity(x, prefix, conditioning)
-        return x + change
+        return x + change.astype(x.dtype)
 
     def prefix(self, inputs: Pi0Inputs) -> Prefix:
         """Keys and values of images and prompt, and what else no step changes."""
