@@ -32,6 +32,8 @@ class Case:
     inputs: Pi0Inputs
     patch: pytest.MonkeyPatch
     processor: Processor
+    # Of both observations, in the robot's units.
+    states: np.ndarray
     steps_left_out: int = 0
 
     def wrap(self, owner: object, name: str, change: Callable[..., object]) -> None:
@@ -266,7 +268,9 @@ def last_step_dropped(case: Case) -> None:
 
 def other_statistics(case: Case) -> None:
     other = {"zscore": "quantile", "quantile": "zscore"}[case.processor.config.normalization]
-    case.processor = case.reference.processor(normalization=other)
+    right, case.processor = case.processor, case.reference.processor(normalization=other)
+    # openpi un-normalizes the state, too, before it is added.
+    case.states = case.processor.state.unnormalize(right.state.normalize(case.states))
 
 
 def relative_actions_flipped(case: Case) -> None:
@@ -352,11 +356,8 @@ def _chunk_stages(case: Case) -> dict[str, np.ndarray]:
         found = integrate(case.model, case.inputs.noise, run.prefix, run.conditioning)
         return {"actions": found["x_t"][config.num_steps - case.steps_left_out]}
     arrays = case.reference.arrays
-    chunks, states = (
-        np.stack([arrays[f"policy_{key}"] for key in keys])
-        for keys in (("model_actions0", "model_actions1"), ("obs0_state", "obs1_state"))
-    )
-    return {"env_actions": case.processor.robot_actions(chunks, states)}
+    chunks = np.stack([arrays["policy_model_actions0"], arrays["policy_model_actions1"]])
+    return {"env_actions": case.processor.robot_actions(chunks, case.states)}
 
 
 def _unchanged(case: Case) -> dict[str, np.ndarray]:
@@ -397,6 +398,21 @@ MUTATIONS = {
 CASES = [(name, mutation) for name in NAMES for mutation in MUTATIONS[name]]
 
 
+def _as_recorded(
+    found: dict[str, np.ndarray], whole: dict[str, np.ndarray], moved: dict[str, float]
+) -> dict[str, float]:
+    """How far the stages moved that the record of the mutations measures otherwise."""
+    amounts = {"kv_cache_last": max(moved.get(f"kv_cache_last_{part}", 0.0) for part in "kv")}
+    if "image_tokens" in moved:  # of both samples
+        amounts["image_tokens"] = moved["prefix_tokens"]
+        if moved["language_tokens"]:
+            amounts["image_tokens"] = moved["image_tokens"]
+    for stage, name in (("adarms_cond_steps", "adarms_cond"), ("env_actions", "env_actions")):
+        if stage in found:  # of the first step, and of the first observation
+            amounts[name] = float(np.abs(found[stage][0] - whole[stage][0]).max())
+    return amounts
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_all_recorded_mutations_are_made(openpi_references, name):
     recorded = {m for m in openpi_references(name).mutations if not m.startswith("_")}
@@ -409,9 +425,14 @@ def test_a_porting_mistake_breaks_parity_as_far_as_in_openpi(
 ):
     reference, run = openpi_runs(name)
     case = Case(
-        reference, run, nnx.clone(reference.policy.model), reference.inputs, monkeypatch,
+        reference,
+        run,
+        nnx.clone(reference.policy.model),
+        reference.inputs,
+        monkeypatch,
         reference.policy.processor,
-    )  # fmt: skip
+        np.stack([reference.arrays[f"policy_obs{i}_state"] for i in range(2)]),
+    )
     for group in (IMAGES, PREFIX, SUFFIX, CHUNK):
         if mutation in group:
             group[mutation](case)
@@ -443,8 +464,7 @@ def test_a_porting_mistake_breaks_parity_as_far_as_in_openpi(
         elif moved[stage] > 1e-6:  # actions in the robot's units
             broken.add(stage)
     assert broken, f"{mutation} passes for parity: {moved}"
-    moved["kv_cache_last"] = max(moved.get(f"kv_cache_last_{part}", 0.0) for part in "kv")
-    moved["adarms_cond"] = moved.get("adarms_cond_steps", 0.0)
+    moved |= _as_recorded(found, whole, moved)
     for stage, recorded in reference.mutations[mutation].items():
         if stage not in moved:
             continue
