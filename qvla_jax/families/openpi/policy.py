@@ -73,7 +73,7 @@ class OpenpiPolicy:
         Raises:
             InputError: a key is missing or has the wrong shape or dtype.
         """
-        batch = {
+        batch: dict[str, Any] = {
             key: [value] if isinstance(value, str) else np.asarray(value)[None]
             for key, value in observation.items()
         }
