@@ -40,7 +40,7 @@ from qvla_jax.families.openpi.lora import Adapters
 from qvla_jax.families.openpi.names import Slot, parameters, public_shapes, slots
 from qvla_jax.families.openpi.network import FlowMatching, abstract_model
 from qvla_jax.families.openpi.orbax_tree import StoredTree, write_tree
-from qvla_jax.plain import from_plain
+from qvla_jax.plain import from_plain, to_plain
 
 PARAMS: Final = "params"
 ASSETS: Final = "assets"
@@ -172,9 +172,7 @@ def _with_sizes(config: OpenpiConfig, folder: Path) -> OpenpiConfig:
     if variant != config.variant:
         raise CheckpointError(f"{path}: describes {variant}, but the weights are {config.variant}")
     try:
-        plain = {
-            k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in told.items()
-        }
+        plain = {key: to_plain(value) for key, value in told.items()}
         return OpenpiConfig.from_dict(config.to_dict() | plain)
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -149,7 +149,7 @@ def variant_defaults(variant: Literal["pi0", "pi05"]) -> dict[str, Any]:
 
 
 def _preset(name: str, **settings: Any) -> OpenpiConfig:
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         vision=SIGLIP["So400m/14"], language=GEMMA["gemma_2b"], action_expert=GEMMA["gemma_300m"]
     )
     variant: Any = "pi05" if name.startswith("pi05") else "pi0"

@@ -7,6 +7,7 @@ checkpoints do not.
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,11 @@ _ROOT: Final = "params"
 # Put behind every leaf by the trainer.
 _VALUE: Final = "value"
 _FLOATS: Final = ("float32", "bfloat16", "float16")
+# Read and held at once of a leaf with several layers. A chunk that is larger is read again for its
+# other layers, which takes less time than its memory is worth.
+_BLOCK_BYTES: Final = 1 << 29
+# Numbers that are checked at once.
+_CHECKED: Final = 1 << 24
 
 
 class StoredTree(Mapping[str, "StoredLeaf"]):
@@ -72,9 +78,9 @@ class StoredLeaf:
 
     def __init__(self, folder: Path, name: str, stored: str, described: Any):
         self.folder, self.name, self._stored = folder, name, stored
-        self.shape = tuple(described.shape or ())
-        self.dtype = np.dtype(described.dtype) if described.dtype is not None else None
-        if self.dtype is None or self.dtype.name not in _FLOATS:
+        self.shape: tuple[int, ...] = tuple(described.shape)
+        self.dtype = np.dtype(described.dtype)
+        if self.dtype.name not in _FLOATS:
             raise CheckpointError(
                 f"{folder}: parameter {name!r} has dtype {self.dtype}, expected one of "
                 f"{', '.join(_FLOATS)}"
@@ -85,8 +91,9 @@ class StoredLeaf:
     def read(self, index: tuple[int, ...] = ()) -> np.ndarray:
         """The array at an index of its first axes.
 
-        What is stored together along the first axis (one chunk) is read together and held until
-        another part or `close` is asked for: the order of indices should be theirs.
+        Neighbours along the first axis that are stored together are read together, up to half a
+        gigabyte, and held until another part or `close` is asked for: the order of indices should
+        be theirs.
 
         Raises:
             CheckpointError: the array cannot be read, or this part of it holds NaN or inf.
@@ -98,7 +105,7 @@ class StoredLeaf:
             raise CheckpointError(
                 f"{self.folder}: parameter {self.name!r} cannot be read ({reason})"
             ) from error
-        if not np.isfinite(value.astype(np.float32, copy=False)).all():
+        if not is_finite(value):
             raise CheckpointError(f"{self.folder}: parameter {self.name!r} holds NaN or inf")
         return value
 
@@ -113,13 +120,23 @@ class StoredLeaf:
                 raise ValueError(f"the array has shape {list(self._store.shape)}")
         if not index:
             return self._store.read().result()
-        rows = max(self._store.chunk_layout.read_chunk.shape[0], 1)
+        together = self._store.chunk_layout.read_chunk.shape[0]
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        rows = max(min(together, _BLOCK_BYTES // row_bytes), 1)
         start = index[0] // rows * rows
         if self._rows is None or self._rows[0] != start:
             self._rows = None  # before the next is read
             stop = min(start + rows, self.shape[0])
             self._rows = start, self._store[start:stop].read().result()
         return self._rows[1][(index[0] - start, *index[1:])]
+
+
+def is_finite(value: np.ndarray) -> bool:
+    """Whether there is neither NaN nor inf, without a copy of the whole."""
+    flat = np.ravel(value)
+    return all(
+        np.isfinite(flat[start : start + _CHECKED]).all() for start in range(0, flat.size, _CHECKED)
+    )
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.errors import CheckpointError
 from qvla_jax.families.openpi.names import Slot, slots
 from qvla_jax.families.openpi.network import FlowMatching
+from qvla_jax.families.openpi.orbax_tree import is_finite
 
 FILE: Final = "model.safetensors"
 _PREFIX: Final = "model."
@@ -148,7 +149,7 @@ class TorchTensors(Mapping[str, np.ndarray]):
     def __getitem__(self, path: str) -> np.ndarray:
         name = self._names[path]
         value = self._read(name)
-        if not np.isfinite(value.astype(np.float32, copy=False)).all():
+        if not is_finite(value):
             raise CheckpointError(f"{self._path}: tensor {name!r} holds NaN or inf")
         return from_torch(path, self._slots[path], value)
 

@@ -243,7 +243,7 @@ class Block(nnx.Module):
 
 
 def _norm(
-    norm: RMSNorm | AdaRMSNorm, x: Float[Array, "b t c"], modulation: Modulation | None
+    norm: Any, x: Float[Array, "b t c"], modulation: Modulation | None
 ) -> tuple[Float[Array, "b t c"], Float[Array, "#b 1 c"] | None]:
     """The norm's output and, if it is adaptive, its gate."""
     return (norm(x), None) if modulation is None else norm(x, modulation)
@@ -297,15 +297,17 @@ class Gemma(nnx.Module):
 
     def modulations(self, condition: Float[Array, "#b n c"]) -> Modulations:
         """What the adaptive norms make of each conditioning vector."""
+        layers: list[Any] = list(self.layers)  # whose norms are adaptive, or nobody asks
+        final: Any = self.final_norm_1
         return Modulations(
             layers=[
-                tuple(
-                    norm.modulation(condition)
-                    for norm in (layer.pre_attention_norm_1, layer.pre_ffw_norm_1)
+                (
+                    layer.pre_attention_norm_1.modulation(condition),
+                    layer.pre_ffw_norm_1.modulation(condition),
                 )
-                for layer in self.layers
+                for layer in layers
             ],
-            final=self.final_norm_1.modulation(condition),
+            final=final.modulation(condition),
         )
 
     def fill(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qvla_jax.array_typing import Array, Bool, Float, Float32, Int, UInt8
+from qvla_jax.array_typing import AnyArray, Array, Bool, Float, Float32, Int, UInt8
 from qvla_jax.families.openpi.config import OpenpiConfig
 from qvla_jax.families.openpi.network.gemma import Gemma, KeysValues, Modulations
 from qvla_jax.families.openpi.network.siglip import Siglip
@@ -142,7 +142,7 @@ class FlowMatching(nnx.Module):
     ) -> Float[Array, "b h a"]:
         """One Euler step towards the actions, under the conditioning of its time."""
         change = -1.0 / self.config.num_steps * self.velocity(x, prefix, conditioning)
-        return x + change
+        return x + change.astype(x.dtype)
 
     def prefix(self, inputs: Pi0Inputs) -> Prefix:
         """Keys and values of images and prompt, and what else no step changes."""
@@ -193,7 +193,7 @@ class FlowMatching(nnx.Module):
         """Which suffix token attends to which; None: all to all."""
         raise NotImplementedError
 
-    def conditioning(self, times: Float[Array, "#b n"]) -> Conditioning:
+    def conditioning(self, times: Float[AnyArray, "#b n"]) -> Conditioning:
         """What the network makes of times alone."""
         raise NotImplementedError
 
@@ -229,7 +229,7 @@ class Pi0(FlowMatching):
         place = jnp.arange(length)
         return ((place[:, None] > 0) | (place[None] == 0))[None, None]
 
-    def conditioning(self, times: Float[Array, "#b n"]) -> Conditioning:
+    def conditioning(self, times: Float[AnyArray, "#b n"]) -> Conditioning:
         embedding = time_embedding(times, self.config.action_expert.width)
         return Conditioning(embedding=embedding, modulations=None)
 
@@ -254,18 +254,18 @@ class Pi05(FlowMatching):
     def suffix_mask(self, length: int) -> None:
         return None
 
-    def conditioning(self, times: Float[Array, "#b n"]) -> Conditioning:
+    def conditioning(self, times: Float[AnyArray, "#b n"]) -> Conditioning:
         return Conditioning(
             embedding=None, modulations=self.PaliGemma.llm.modulations(self.condition(times))
         )
 
-    def condition(self, times: Float[Array, "#b n"]) -> Float[Array, "#b n c"]:
+    def condition(self, times: Float[AnyArray, "#b n"]) -> Float[Array, "#b n c"]:
         """The vectors that all adaptive norms take."""
         x = time_embedding(times, self.config.action_expert.width)
         return jax.nn.swish(self.time_mlp_out(jax.nn.swish(self.time_mlp_in(x))))
 
 
-def time_embedding(times: Float[Array, "#b n"], width: int) -> Float[Array, "#b n c"]:
+def time_embedding(times: Float[AnyArray, "#b n"], width: int) -> Float[Array, "#b n c"]:
     """Sines, then cosines of t with periods from 0.004 to 4, in geometric progression.
 
     Angles reach 1,570 rad, where float32 is off by 2e-4: the order of operations is openpi's.

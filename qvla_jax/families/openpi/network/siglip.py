@@ -46,13 +46,23 @@ class MultiHeadAttention(nnx.Module):
         return self.out(attention(q, k, v).reshape(b, t, c))
 
 
+class LayerNorm(nnx.LayerNorm):
+    """In float32, whatever the dtype of the tokens."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        super().__init__(dim, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t c"], *, mask: Any = None) -> Float[Array, "b t c"]:
+        return super().__call__(x.astype(jnp.float32), mask=mask).astype(x.dtype)
+
+
 class EncoderBlock(nnx.Module):
     """Pre-norm transformer block."""
 
     def __init__(self, config: SiglipConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.LayerNorm_0 = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.LayerNorm_0 = LayerNorm(config.width, rngs=rngs)
         self.MultiHeadDotProductAttention_0 = MultiHeadAttention(config, dtype=dtype, rngs=rngs)
-        self.LayerNorm_1 = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.LayerNorm_1 = LayerNorm(config.width, rngs=rngs)
         self.MlpBlock_0 = MlpBlock(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
@@ -67,7 +77,7 @@ class Encoder(nnx.Module):
         self.encoderblock = nnx.List(
             [EncoderBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.depth)]
         )
-        self.encoder_norm = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.encoder_norm = LayerNorm(config.width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         for block in self.encoderblock:
