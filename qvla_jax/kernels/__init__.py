@@ -6,7 +6,6 @@ y = kernels.mixed_matmul(x, w)            # x w_hat^T + bias
 """
 
 from qvla_jax.kernels.activations import LayerInputs, quantize_activations
-from qvla_jax.kernels.codes import CodeMap
 from qvla_jax.kernels.dispatch import canonical, implementations, mixed_matmul, prepare
 from qvla_jax.kernels.joining import cannot_join, join, part
 from qvla_jax.kernels.packed import (

@@ -6,7 +6,7 @@ import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Float, Int
 from qvla_jax.errors import InputError
-from qvla_jax.kernels.codes import CodeMap, code_map, pack_words, to_unsigned
+from qvla_jax.kernels.codes import pack_words, to_unsigned
 from qvla_jax.kernels.packed import (
     GROUP_MULTIPLE,
     SOURCE_DTYPES,
@@ -16,7 +16,8 @@ from qvla_jax.kernels.packed import (
     source_words,
     validate,
 )
-from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE, Grid, quantize_rows
+from qvla_jax.quantization.codes import BITS, PRUNED, SOURCE, Grid, code_map
+from qvla_jax.quantization.grid import quantize_rows
 from qvla_jax.quantization.index import MAX_CHANNELS
 from qvla_jax.quantization.layout import source_bytes
 
@@ -78,7 +79,7 @@ def pack(
             q, s = np.asarray(codes), np.asarray(scales)
             _check_given(q, s, rows.shape, group)
         meaning = code_map(width, grid)
-        segments.append(Segment(width, chosen.size, CodeMap(*meaning)))
+        segments.append(Segment(width, chosen.size, meaning))
         words.append(pack_words(to_unsigned(q[chosen], width, meaning), width))
         kept.append(_exact_scales(s[chosen]))
     packed = PackedWeight(

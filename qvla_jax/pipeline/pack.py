@@ -27,7 +27,8 @@ from qvla_jax.pipeline.configs import PackConfig
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import package_versions
 from qvla_jax.quantization import ChannelIndex, option_sizes, quantizable_layers, quantize_rows
-from qvla_jax.quantization.grid import GRID_BITS, PRUNED, SOURCE, Grid, on_grid
+from qvla_jax.quantization.codes import GRID_BITS, PRUNED, SOURCE, Grid
+from qvla_jax.quantization.grid import on_grid
 from qvla_jax.quantization.layers import layer_info, weight_rows
 from qvla_jax.quantization.quantizer import NEAREST_UNCORRECTED, UNIFORM_BASELINE
 from qvla_jax.solvers import AllocationProblem, solve

@@ -10,7 +10,7 @@ from flax import nnx
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
 from qvla_jax.quantization.bias import corrected_bias
-from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE
+from qvla_jax.quantization.codes import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,

@@ -15,17 +15,9 @@ import numpy as np
 
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
+from qvla_jax.quantization.codes import GRID_BITS, PRUNED, SOURCE, Grid, levels
 from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
-from qvla_jax.quantization.grid import (
-    GRID_BITS,
-    PRUNED,
-    SOURCE,
-    Grid,
-    changes_on_grid,
-    fitted_clips,
-    levels,
-    quantize_rows,
-)
+from qvla_jax.quantization.grid import changes_on_grid, fitted_clips, quantize_rows
 from qvla_jax.quantization.grid import dequantize_rows as dequantize
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.rotation import rotate, rotate_back

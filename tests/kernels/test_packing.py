@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from qvla_jax import kernels
 from qvla_jax.errors import InputError
-from qvla_jax.kernels.codes import CodeMap
 from qvla_jax.quantization import Quantizer, QuantizerSettings, quantize_rows, row_bytes
+from qvla_jax.quantization.codes import CodeMap
 
 from .weights import CHANNELS, FAN_INS, expected_rows, random_bits, random_weight
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qvla_jax import kernels
 from qvla_jax.quantization import quantize_rows
-from qvla_jax.quantization.grid import BITS
+from qvla_jax.quantization.codes import BITS
 
 # Lengths around words, vector blocks and groups.
 FAN_INS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 129, 200, 300]))

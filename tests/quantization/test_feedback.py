@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from qvla_jax.quantization import InputStatistics, Quantizer, QuantizerSettings
+from qvla_jax.quantization.codes import levels
 from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
-from qvla_jax.quantization.grid import levels, quantize_rows
+from qvla_jax.quantization.grid import quantize_rows
 
 
 def covariance(k, seed=0, rank=None):
