@@ -15,12 +15,11 @@ from qvla_jax.kernels.packed import (
     dequantize,
     validate,
 )
-from qvla_jax.kernels.packing import pack
+from qvla_jax.kernels.packing import nearest_rows, pack, pack_rows
 from qvla_jax.kernels.sharded import ShardedWeight, shard
 
 __all__ = [
     "SOURCE_DTYPES",
-    "CodeMap",
     "LayerInputs",
     "PackedWeight",
     "Segment",
@@ -31,7 +30,9 @@ __all__ = [
     "implementations",
     "join",
     "mixed_matmul",
+    "nearest_rows",
     "pack",
+    "pack_rows",
     "part",
     "prepare",
     "quantize_activations",

@@ -51,7 +51,7 @@ def test_feedback_is_that_of_its_definition(bits, k):
         by_definition(row, float(s), levels(bits, "fitted"), matrix, 0.01)
         for row, s in zip(weight, np.asarray(scale)[:, 0], strict=True)
     ]
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found) * np.asarray(scale), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_feedback_lies_between_nearest_and_the_best_of_all_roundings():
