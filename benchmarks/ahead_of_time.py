@@ -29,8 +29,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from qvla_jax import kernels
 from qvla_jax.kernels import sharded
-from qvla_jax.kernels.codes import CodeMap, code_map, num_words
-from qvla_jax.kernels.packed import SOURCE_CODES, PackedWeight, Segment
+from qvla_jax.kernels.codes import num_words
+from qvla_jax.kernels.packed import PackedWeight, Segment
+from qvla_jax.quantization.codes import SOURCE_CODES, CodeMap, code_map
 
 # Name -> topology that has such a chip.
 TPUS: Final = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

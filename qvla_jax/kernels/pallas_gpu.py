@@ -27,7 +27,7 @@ from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.batching import over_rows
 from qvla_jax.kernels.codes import WORD_BITS
 from qvla_jax.kernels.packed import PackedWeight
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE, CodeMap
 
 try:
     from jax.experimental.pallas import triton as plgpu
@@ -156,7 +156,7 @@ def _launch(
         functools.partial(
             _kernel,
             bits=part.bits,
-            odd=tiled.odd and part.bits == 2,
+            codes=tiled.code_map(part.bits),
             step=tiled.scale_step if part.bits != SOURCE else None,
             first=first,
             blocks=blocks,
@@ -184,7 +184,7 @@ def _kernel(
     y: Any,
     *,
     bits: int,
-    odd: bool,
+    codes: CodeMap,
     step: int | None,
     first: tuple[int, int],
     blocks: int,
@@ -203,7 +203,7 @@ def _kernel(
         held = words[first_block + tile * blocks + block]
         for plane in range(WORD_BITS // bits):
             start = (block * (WORD_BITS // bits) + plane) * depth
-            part = planes.dot(x[:, pl.ds(start, depth)], planes.unpack(held, bits, plane, odd))
+            part = planes.dot(x[:, pl.ds(start, depth)], planes.unpack(held, bits, plane, codes))
             if step is not None:
                 own = scales[jax.lax.div(start, step), here].astype(jnp.float32)
                 part = part.astype(jnp.float32) * own[None]

@@ -15,7 +15,7 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import AllocateConfig
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import InputStatistics, uniform_bytes
-from qvla_jax.quantization.grid import BITS
+from qvla_jax.quantization.codes import BITS
 from qvla_jax.sensitivity.table import SensitivityTable
 from qvla_jax.solvers.storage import read_arrays, write_arrays
 

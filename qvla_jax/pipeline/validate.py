@@ -19,7 +19,7 @@ from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import quantize
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.report.study import draw
 from qvla_jax.sensitivity import SensitivityTable, joint_error, sensitivities, spearman

@@ -5,7 +5,8 @@ from qvla_jax.quantization.apply import (
     quantize,
     quantize_uniform,
 )
-from qvla_jax.quantization.grid import BITS, dequantize_rows, quantize_rows
+from qvla_jax.quantization.codes import BITS
+from qvla_jax.quantization.grid import dequantize_rows, quantize_rows
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
 from qvla_jax.quantization.layout import option_sizes, row_bytes, stored_bytes, uniform_bytes

@@ -23,37 +23,18 @@ independent ones do. (Scales without bias for the same reason: EDEN, arXiv 2108.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 
 from qvla_jax.array_typing import Array, Float, Int8
-from qvla_jax.errors import InputError
-
-Grid: TypeAlias = Literal["fitted", "rtn"]
-
-PRUNED: Final = 0
-SOURCE: Final = 16
-# Allocations have 3 bits only where they are asked for.
-GRID_BITS: Final = (2, 3, 4, 8)
-BITS: Final = (PRUNED, *GRID_BITS, SOURCE)
+from qvla_jax.quantization.codes import PRUNED, SOURCE, Grid, code_map, levels
 
 _SMALLEST_SCALE: Final = 2.0**-126
 _LARGEST_SCALE: Final = float(jnp.finfo(jnp.bfloat16).max)
 # Of the row's largest magnitude; 1 comes first and so wins ties.
 _CLIPS: Final = (1.0, *(0.96 - 0.04 * i for i in range(20)))
-
-
-def _is_offset(bits: int, grid: Grid) -> bool:
-    return bits == 2 and grid == "fitted"
-
-
-def _check(bits: int, grid: Grid) -> None:
-    if bits not in GRID_BITS:
-        raise InputError(f"no grid has {bits} bits; choose from {GRID_BITS}")
-    if grid not in ("fitted", "rtn"):
-        raise InputError(f"unknown grid {grid!r}; choose 'fitted' or 'rtn'")
 
 
 def _scales(largest: Float[Array, "c 1"], clip: float | Array, top: int) -> Float[Array, "c 1"]:
@@ -64,23 +45,10 @@ def _scales(largest: Float[Array, "c 1"], clip: float | Array, top: int) -> Floa
     return jnp.clip(rounded, _SMALLEST_SCALE, _LARGEST_SCALE)
 
 
-def levels(bits: int, grid: Grid) -> tuple[int, int, int, int]:
-    """A grid's codes as (lowest, highest, step, offset): offset + step i, within the bounds.
-
-    Raises:
-        InputError: `bits` has no grid, or the grid is unknown.
-    """
-    _check(bits, grid)
-    if _is_offset(bits, grid):
-        return -3, 3, 2, 1
-    qmax = 2 ** (bits - 1) - 1
-    return -qmax - 1, qmax, 1, 0
-
-
 def nearest_code(
     ratio: Float[Array, "..."], low: Any, high: Any, step: Any, offset: Any
 ) -> Float[Array, "..."]:
-    """The code of `levels` that is nearest to w / s, as float32."""
+    """The code of `codes.levels` that is nearest to w / s, as float32."""
     return jnp.clip(step * jnp.round((ratio - offset) / step) + offset, low, high)
 
 
@@ -114,10 +82,9 @@ def quantize_rows(
     Raises:
         InputError: `bits` has no grid.
     """
-    _check(bits, grid)
+    top = code_map(bits, grid).highest(bits)
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=1, keepdims=True)
-    top = 3 if _is_offset(bits, grid) else 2 ** (bits - 1) - 1
     if grid == "rtn":
         scale = _scales(largest, 1.0, top)
         return _codes(weight, scale, bits, grid).astype(jnp.int8), scale
@@ -145,10 +112,9 @@ def fitted_clips(weight: Float[Array, "c k"], bits: int) -> Float[Array, "c 1"]:
     Raises:
         InputError: `bits` has no grid.
     """
-    _check(bits, "fitted")
+    top = code_map(bits, "fitted").highest(bits)
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=1, keepdims=True)
-    top = 3 if _is_offset(bits, "fitted") else 2 ** (bits - 1) - 1
     return _best_clips(weight / jnp.maximum(largest, _SMALLEST_SCALE), bits, top)
 
 

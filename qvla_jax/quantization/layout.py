@@ -22,7 +22,7 @@ import numpy as np
 
 from qvla_jax.array_typing import Int
 from qvla_jax.errors import InputError
-from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE
+from qvla_jax.quantization.codes import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex
 
 WORD_BYTES: Final = 4

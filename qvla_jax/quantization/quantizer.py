@@ -5,9 +5,8 @@ it, and `quantize` applies it.
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +14,12 @@ import numpy as np
 
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
+from qvla_jax.quantization.codes import GRID_BITS, PRUNED, SOURCE, Grid, levels
 from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
-from qvla_jax.quantization.grid import (
-    GRID_BITS,
-    PRUNED,
-    SOURCE,
-    Grid,
-    changes_on_grid,
-    fitted_clips,
-    levels,
-    quantize_rows,
-)
-from qvla_jax.quantization.grid import dequantize_rows as dequantize
+from qvla_jax.quantization.grid import changes_on_grid, fitted_clips, quantize_rows
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.rotation import rotate, rotate_back
+from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.quantization.statistics import InputStatistics, Weighting
 
 Rounding: TypeAlias = Literal["nearest", "feedback"]
@@ -83,6 +74,33 @@ UNIFORM_BASELINE = QuantizerSettings(grid="rtn", rounding="nearest", bias_correc
 UNIFORM_FEEDBACK = QuantizerSettings(bias_correction=False)
 
 
+# Bytes of factors that a quantizer keeps: all those of a small policy, some layers' at 7B.
+_FACTOR_BYTES: Final = 2**30
+
+
+class _BoundedCache:
+    """Results of a function by path, the latest that fit into so many bytes."""
+
+    def __init__(
+        self,
+        compute: Callable[[str], tuple[jax.Array, jax.Array]],
+        limit: int = _FACTOR_BYTES,
+    ):
+        self._compute, self._limit = compute, limit
+        self._kept: dict[str, tuple[jax.Array, jax.Array]] = {}
+
+    def __call__(self, path: str) -> tuple[jax.Array, jax.Array]:
+        found = self._kept.pop(path, None)
+        found = self._compute(path) if found is None else found
+        self._kept[path] = found  # last in order: the latest
+        held = sum(array.nbytes for arrays in self._kept.values() for array in arrays)
+        for oldest in list(self._kept)[:-1]:
+            if held <= self._limit:
+                break
+            held -= sum(array.nbytes for array in self._kept.pop(oldest))
+        return found
+
+
 class Quantizer:
     """Settings bound to the statistics of a policy's layers."""
 
@@ -104,7 +122,7 @@ class Quantizer:
             )
         self.settings, self.statistics = settings, statistics
         # A layer's factor takes longer than its rows, and one policy is quantized many times.
-        self._factor = functools.lru_cache(maxsize=None)(self._compute_factor)
+        self._factors = _BoundedCache(self._compute_factor)
 
     def check(self, index: ChannelIndex) -> None:
         """Raises an `InputError` unless the statistics fit these layers."""
@@ -138,29 +156,36 @@ class Quantizer:
         """
         bits = np.asarray(bits)
         if not self.settings.rotation:
-            return self.rows_and_scales(path, weight, bits)[0]
-        back = rotate_back(self.rows_and_scales(path, rotate(weight), bits)[0])
+            return self.quantized(path, weight, bits).dequantized(weight)
+        rotated = rotate(weight)
+        back = rotate_back(self.quantized(path, rotated, bits).dequantized(rotated))
         return jnp.where(jnp.asarray(bits == SOURCE)[:, None], weight.astype(jnp.float32), back)
 
-    def rows_and_scales(
+    def quantized(
         self, path: str, weight: Float[Array, "c k"], bits: Int[np.ndarray, " c"]
-    ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
-        """W_hat, and the scale s of each row, so that codes are w_hat / s exactly.
+    ) -> QuantizedRows:
+        """Codes and scales where row c has `bits[c]` bits.
 
-        The scale of rows with 0 and 16 bits is 1. With rotation, `weight` and w_hat are rotated
-        rows.
+        The scale of rows with 0 and 16 bits is 1. With rotation, `weight` holds rotated rows.
         """
-        bits = np.asarray(bits)
-        options = tuple(b for b in GRID_BITS if np.any(bits == b))
+        bits, grid = np.asarray(bits), self.settings.grid
         source = weight.astype(jnp.float32)
-        result = jnp.where(jnp.asarray(bits == PRUNED)[:, None], 0.0, source)
-        if not options:
-            return result, jnp.ones_like(source[:, :1])
-        values, scale = self._on_grids(
-            path, source, options, np.stack([bits == b for b in options])
-        )
-        on_grid = jnp.asarray((bits != PRUNED) & (bits != SOURCE))[:, None]
-        return jnp.where(on_grid, values, result), jnp.where(on_grid, scale, 1.0)
+        codes = jnp.zeros(source.shape, jnp.int8)
+        scales = jnp.ones_like(source[:, :1])
+        options = tuple(b for b in GRID_BITS if np.any(bits == b))
+        masks = [jnp.asarray(bits == b)[:, None] for b in options]
+        for mask, option in zip(masks, options, strict=True):
+            own_codes, own_scales = quantize_rows(source, option, grid=grid)
+            codes = jnp.where(mask, own_codes, codes)
+            scales = jnp.where(mask, own_scales, scales)
+        if options and self.settings.rounding == "feedback":
+            code_levels = jnp.ones((4, len(source)))
+            for mask, option in zip(masks, options, strict=True):
+                own_levels = jnp.asarray(levels(option, grid), jnp.float32)[:, None]
+                code_levels = jnp.where(mask.T, own_levels, code_levels)
+            order, factor = self._factors(path)
+            codes = feedback_rows(source, scales, code_levels, order, factor)
+        return QuantizedRows(bits=bits, codes=codes, scales=scales, grid=grid)
 
     def clips(
         self, weight: Float[Array, "c k"], options: tuple[int, ...]
@@ -200,32 +225,6 @@ class Quantizer:
     def _rounds_rows_alone(self) -> bool:
         """Whether a row's codes depend on its own weights only, one by one."""
         return self.settings.rounding == "nearest" and not self.settings.rotation
-
-    def _on_grids(
-        self,
-        path: str,
-        source: Float[Array, "c k"],
-        options: tuple[int, ...],
-        chosen: np.ndarray,
-    ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
-        """Rows on the grid of the option that is `chosen` [n, c] for them, and their scales."""
-        grid = self.settings.grid
-        parts = [quantize_rows(source, b, grid=grid) for b in options]
-        mask = [jnp.asarray(row)[:, None] for row in chosen]
-        scale = jnp.ones_like(source[:, :1])
-        for which, (_, own) in zip(mask, parts, strict=True):
-            scale = jnp.where(which, own, scale)
-        if self.settings.rounding == "nearest":
-            values = jnp.zeros_like(source)
-            for which, (codes, own) in zip(mask, parts, strict=True):
-                values = jnp.where(which, dequantize(codes, own), values)
-            return values, scale
-        code_levels = jnp.ones((4, len(source)))
-        for which, bits in zip(mask, options, strict=True):
-            own_levels = jnp.asarray(levels(bits, grid), jnp.float32)[:, None]
-            code_levels = jnp.where(which.T, own_levels, code_levels)
-        order, factor = self._factor(path)
-        return feedback_rows(source, scale, code_levels, order, factor), scale
 
     def _compute_factor(self, path: str) -> tuple[jax.Array, jax.Array]:
         assert self.statistics is not None

@@ -12,7 +12,7 @@ from qvla_jax.errors import InputError, unknown
 from qvla_jax.inference.policy import Policy
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
-from qvla_jax.quantization.grid import BITS, SOURCE
+from qvla_jax.quantization.codes import BITS, SOURCE
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,

@@ -11,7 +11,7 @@ import numpy as np
 
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.errors import InputError
-from qvla_jax.quantization.grid import BITS, SOURCE
+from qvla_jax.quantization.codes import BITS, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
 from qvla_jax.quantization.statistics import InputStatistics

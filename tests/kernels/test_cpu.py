@@ -16,7 +16,7 @@ from qvla_jax import kernels
 from qvla_jax.errors import InputError
 from qvla_jax.kernels import cpu
 
-from .weights import packed_weights, random_bits, random_weight
+from .weights import pack_codes, packed_weights, random_bits, random_weight
 
 needs_kernel = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernel")
 
@@ -43,9 +43,7 @@ def test_words_of_whole_pages_stay_where_they_were_arranged():
     # 130 tiles of 16 KiB: one page of 2 MiB and some of the next.
     c, k = 2080, 2048
     codes = np.random.default_rng(0).integers(-7, 8, (c, k))
-    w = kernels.pack(
-        np.ones((c, k), np.float32), np.full(c, 4), codes=codes, scales=np.ones((c, 1))
-    )
+    w = pack_codes(np.ones((c, k), np.float32), np.full(c, 4), codes, np.ones((c, 1)))
     prepared = cpu.prepare(w)
     assert prepared.words.nbytes == c * k // 2
     np.testing.assert_array_equal(cpu.canonical(prepared).words[0], w.words[0])

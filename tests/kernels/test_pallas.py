@@ -11,7 +11,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.kernels import pallas_gpu, pallas_tpu, tiles
 from qvla_jax.kernels.packed import Segment
 
-from .weights import random_weight
+from .weights import pack_codes, random_weight
 
 each_kernel = pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 
@@ -28,9 +28,7 @@ def make(group):
     codes = 2 * rng.integers(-2, 2, (c, k)) + 1
     groups = 1 if group is None else -(-k // group)
     scales = (2.0 ** rng.integers(-8, -4, (c, groups))).astype(np.float32)
-    return kernels.pack(
-        source, bits, group, bias=bias, codes=codes, scales=scales, source_dtype="bfloat16"
-    )
+    return pack_codes(source, bits, codes, scales, group, bias=bias, source_dtype="bfloat16")
 
 
 # Without groups, with groups within planes, and with groups of whole planes.

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from qvla_jax import kernels
 from qvla_jax.quantization import quantize_rows
-from qvla_jax.quantization.grid import BITS, levels
+from qvla_jax.quantization.codes import BITS, levels
+from qvla_jax.quantization.rows import QuantizedRows
 
 # Lengths around words, vector blocks and groups.
 FAN_INS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 129, 200, 300]))
@@ -21,6 +22,12 @@ def random_weight(c, k, seed, dtype=np.float32):
 
 def random_bits(c, seed, options=BITS):
     return np.random.default_rng(seed + 1).choice(options, c)
+
+
+def pack_codes(weight, bits, codes, scales, group=None, grid="fitted", **settings):
+    """Packs codes that were not found by rounding."""
+    rows = QuantizedRows(bits=bits, codes=codes, scales=scales, grid=grid, group=group)
+    return kernels.pack_rows(rows, weight, **settings)
 
 
 def expected_rows(weight, bits, group, grid):

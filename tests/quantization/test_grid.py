@@ -12,12 +12,8 @@ from hypothesis.extra import numpy as hnp
 from qvla_jax.errors import InputError
 from qvla_jax.quantization import Quantizer, QuantizerSettings
 from qvla_jax.quantization.bias import bias_shift, corrected_bias
-from qvla_jax.quantization.grid import (
-    GRID_BITS,
-    dequantize_rows,
-    on_grid,
-    quantize_rows,
-)
+from qvla_jax.quantization.codes import GRID_BITS
+from qvla_jax.quantization.grid import dequantize_rows, on_grid, quantize_rows
 
 # One shape, so that each bit-width is compiled once.
 SHAPE = (5, 12)
