@@ -77,8 +77,8 @@ def packed_weights(draw, options=BITS, group=True):
     bias = np.random.default_rng(seed + 2).normal(size=c).astype(np.float32)
     has_bias = draw(st.booleans())
     codes, scales = nearest_codes(weight, bits, size, grid)
-    w = kernels.pack(
-        weight, bits, size, grid=grid, codes=codes, scales=scales, bias=bias if has_bias else None,
+    w = pack_codes(
+        weight, bits, codes, scales, size, grid, bias=bias if has_bias else None,
         source_dtype=np.dtype(source).name,
     )  # fmt: skip
     spread = np.repeat(scales, size or k, axis=1)[:, :k].astype(np.float64)
