@@ -77,6 +77,12 @@ def ready() -> None:
         raise InputError(no_device(error, _asked(), platforms())) from error
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def use_all_cpu_cores() -> None:
     """Makes as many virtual CPU devices as this process may use cores.
 

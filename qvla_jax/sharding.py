@@ -10,7 +10,6 @@ multi-controller model); each puts the shards of its own devices.
 """
 
 import contextlib
-import os
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qvla_jax import devices
 from qvla_jax.array_typing import AnyArray
 from qvla_jax.errors import InputError
 
@@ -36,8 +36,7 @@ def use_all_cpu_cores() -> int:
     Returns:
         The number of CPU devices asked for.
     """
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
-    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    cores = devices.cores()
     # JAX refuses the setting once its devices exist; whoever made them has decided their number.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", cores)

@@ -21,10 +21,8 @@ import numpy as np
 from qvla_jax.errors import InputError
 from qvla_jax.solvers.arrays import FloatArray, IntArray, Progress, no_progress
 from qvla_jax.solvers.blackbox import Objective, Search, SearchResult, inner_solver
-from qvla_jax.solvers.marginal import marginal_from
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.registry import Proposal, check_constraints, get_solver, register
-from qvla_jax.solvers.relaxation import relax
 
 _ALGORITHMS = {"cma_es": "CMA_ES", "snes": "SNES"}
 
@@ -86,10 +84,7 @@ def evolve(
         candidates: list[IntArray] = []
         for vector in vectors:
             weighted = scaled.problem(vector)
-            if solver.name == "greedy:marginal":
-                candidates.append(marginal_from(weighted, relax(weighted)).choice)
-            else:
-                candidates.append(solver.function(weighted, **solver.settings({})).choice)
+            candidates.append(solver.function(weighted, **solver.settings({})).choice)
         strategy.tell(vectors, search.advance(candidates))
     progress("evolutionary", generations, generations)
     return search.result()

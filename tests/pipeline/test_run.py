@@ -255,8 +255,14 @@ def test_allocations_survive_the_round_trip(content, config):
 
 
 @pytest.mark.parametrize(
-    "change", [{"frames": 0}, {"budget_bits": 0.0}, {"budget_bits": 17.0}, {"solvers": ()}]
+    ("change", "message"),
+    [
+        ({"frames": 0}, "frames must be at least 1, got 0"),
+        ({"budget_bits": 0.0}, "above 0 and at most 16 bits, got 0.0"),
+        ({"budget_bits": 17.0}, "above 0 and at most 16 bits, got 17.0"),
+        ({"solvers": ()}, "at least one solver"),
+    ],
 )
-def test_settings_out_of_range_are_refused(config, change):
-    with pytest.raises(InputError):
+def test_settings_out_of_range_are_refused(config, change, message):
+    with pytest.raises(InputError, match=message):
         dataclasses.replace(config, **change)
