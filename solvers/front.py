@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qvla_jax.array_files import write_arrays
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers.arrays import FloatArray, IntArray, pick
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.relaxation import Hulls, convex_hulls
-from qvla_jax.solvers.storage import write_arrays
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,10 +10,10 @@ from typing import SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike
 
+from qvla_jax.array_files import read_arrays, write_arrays
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers.arrays import BoolArray, FloatArray, IntArray, frozen, pick
 from qvla_jax.solvers.resource import Resource
-from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 _FORMAT = "qvla_jax.allocation_problem"
 _OPTIONAL = ("groups", "fixed", "minimums", "multiples")

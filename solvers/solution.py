@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qvla_jax.array_files import read_arrays, write_arrays
 from qvla_jax.errors import InputError
 from qvla_jax.solvers.arrays import IntArray, frozen
-from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 _FORMAT = "qvla_jax.allocation_solution"
 

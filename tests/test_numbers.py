@@ -13,8 +13,8 @@ from qvla_jax import kernels
 from qvla_jax.errors import InputError
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.quantize import policy_index, quantize
 from qvla_jax.kernels import cpu
-from qvla_jax.quantization import policy_index, quantize
 from qvla_jax.quantization.codes import GRID_BITS
 from qvla_jax.quantization.grid import dequantize_rows, quantize_rows
 from qvla_jax.solvers import AllocationProblem, available, solve

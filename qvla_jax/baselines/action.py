@@ -18,7 +18,8 @@ from qvla_jax.baselines.packing import described
 from qvla_jax.baselines.tuning import tune
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.policy import Policy
-from qvla_jax.quantization import Quantizer, QuantizerSettings, quantize, quantize_uniform
+from qvla_jax.inference.quantize import quantize, quantize_uniform
+from qvla_jax.quantization import Quantizer, QuantizerSettings
 from qvla_jax.quantization.quantizer import NEAREST_UNCORRECTED
 from qvla_jax.sensitivity import SensitivityTable
 from qvla_jax.sensitivity.joint import alternate

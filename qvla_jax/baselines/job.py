@@ -9,7 +9,8 @@ from qvla_jax.baselines.moments import InputMoments
 from qvla_jax.baselines.packing import packed_policy
 from qvla_jax.baselines.settings import Setting
 from qvla_jax.inference.policy import Policy
-from qvla_jax.quantization import LayerRules, policy_index, quantizable_layers
+from qvla_jax.inference.quantize import policy_index
+from qvla_jax.quantization import LayerRules, quantizable_layers
 from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.sensitivity.batches import Calibration
 

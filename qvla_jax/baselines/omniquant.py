@@ -38,9 +38,10 @@ from qvla_jax.baselines.smoothquant import smoothing_scales
 from qvla_jax.errors import InputError
 from qvla_jax.inference.packed_linear import scale_inputs
 from qvla_jax.inference.policy import Policy
+from qvla_jax.inference.quantize import policy_index
 from qvla_jax.kernels.activations import round_activations
 from qvla_jax.models.surgery import get_module, named_modules, replace_modules
-from qvla_jax.quantization import policy_index, quantizable_layers
+from qvla_jax.quantization import quantizable_layers
 from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
 

@@ -129,7 +129,7 @@ def evaluate(
     """How far a policy's actions are from another's on the same frames.
 
     >>> import qvla_jax
-    >>> from qvla_jax.quantization import quantize_uniform
+    >>> from qvla_jax.inference.quantize import quantize_uniform
     >>> full = qvla_jax.random_policy("tiny-test")
     >>> four = quantize_uniform(full, 4)
     >>> heldout = qvla_jax.calibration_set("bundled", frames=2, split="heldout")

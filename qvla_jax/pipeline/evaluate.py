@@ -17,6 +17,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.evaluation import Predictions, action_errors, predict
 from qvla_jax.evaluation.latency import WARM_UP, chunk_seconds, summarize_seconds
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
@@ -26,14 +27,7 @@ from qvla_jax.pipeline.methods import load_method, method_files
 from qvla_jax.pipeline.quantize import load_packed, packed_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
-from qvla_jax.quantization import (
-    ChannelIndex,
-    Quantizer,
-    policy_index,
-    quantize,
-    quantize_uniform,
-    uniform_bytes,
-)
+from qvla_jax.quantization import ChannelIndex, Quantizer, uniform_bytes
 from qvla_jax.quantization.quantizer import UNIFORM_FEEDBACK
 
 EVALUATION_KIND = "qvla_jax.evaluation"

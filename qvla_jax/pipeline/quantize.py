@@ -8,11 +8,11 @@ from qvla_jax.array_typing import Int
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.quantize import quantize as pack_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.configs import QuantizeConfig
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization import quantize as pack_policy
 
 
 def quantize(

@@ -10,11 +10,12 @@ from qvla_jax.atomic import write_json
 from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.errors import BudgetError, InputError, unknown
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.quantize import policy_index
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
 from qvla_jax.progress import Progress, no_progress, prefixed
-from qvla_jax.quantization import QuantizerSettings, option_sizes, policy_index
+from qvla_jax.quantization import QuantizerSettings, option_sizes
 from qvla_jax.sensitivity import (
     METHODS,
     SensitivityTable,

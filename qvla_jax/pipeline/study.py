@@ -25,6 +25,7 @@ from qvla_jax.evaluation.episodes import EpisodeLog
 from qvla_jax.evaluation.libero import make_libero
 from qvla_jax.evaluation.workers import MakeEnvironment
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.quantize import policy_index
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.pipeline import closed_loop, files
 from qvla_jax.pipeline.calibrate import calibrate, load_calibration
@@ -34,7 +35,7 @@ from qvla_jax.pipeline.methods import load_method, method_file
 from qvla_jax.pipeline.policies import check_crop
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
-from qvla_jax.quantization import ChannelIndex, policy_index, uniform_bytes
+from qvla_jax.quantization import ChannelIndex, uniform_bytes
 from qvla_jax.report.results import draw_error, draw_success, markdown
 from qvla_jax.sensitivity.ranks import spearman
 

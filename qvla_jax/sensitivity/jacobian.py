@@ -26,7 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
-from qvla_jax.checkpoints.tensor_files import release_pages
+from qvla_jax.mapping import release_pages
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.quantizer import Quantizer

@@ -20,8 +20,8 @@ import numpy as np
 
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.inference.policy import Policy
+from qvla_jax.inference.quantize import quantize
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.apply import quantize
 from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules
 from qvla_jax.sensitivity.batches import Calibration, FirstFrames

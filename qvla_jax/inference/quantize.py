@@ -1,7 +1,7 @@
 """Quantizing a policy: module surgery that packs weights and corrects biases."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,10 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
+from qvla_jax.inference.packed_linear import replace_by_packed
+from qvla_jax.inference.packing import pack_layer
+from qvla_jax.inference.policy import Policy
+from qvla_jax.kernels import LayerInputs
 from qvla_jax.quantization.bias import corrected_bias
 from qvla_jax.quantization.codes import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
@@ -26,11 +30,8 @@ from qvla_jax.quantization.quantizer import (
 from qvla_jax.quantization.rotation import rotate, rotate_back
 from qvla_jax.quantization.rows import QuantizedRows
 
-if TYPE_CHECKING:
-    from qvla_jax.inference.policy import Policy
 
-
-def policy_index(policy: "Policy", rules: LayerRules = DEFAULT_RULES) -> ChannelIndex:
+def policy_index(policy: Policy, rules: LayerRules = DEFAULT_RULES) -> ChannelIndex:
     """The policy's quantized layers and the order of their channels.
 
     Raises:
@@ -40,13 +41,13 @@ def policy_index(policy: "Policy", rules: LayerRules = DEFAULT_RULES) -> Channel
 
 
 def quantize(
-    policy: "Policy",
+    policy: Policy,
     bits: Int[np.ndarray, " C"],
     *,
     quantizer: Quantizer | None = None,
     rules: LayerRules = DEFAULT_RULES,
     packed: bool = True,
-) -> "Policy":
+) -> Policy:
     """A copy of the policy with every channel at its bit-width; the source is left as it is.
 
     >>> import qvla_jax
@@ -84,14 +85,14 @@ def quantize(
 
 
 def _quantize(
-    policy: "Policy",
+    policy: Policy,
     bits: Int[np.ndarray, " C"],
     quantizer: Quantizer | None,
     rules: LayerRules,
     *,
     packed: bool,
     index: bool,
-) -> "Policy":
+) -> Policy:
     if policy.quantization is not None:
         raise InputError("the policy is quantized already; quantize the full-precision one")
     channels = channel_index(quantizable_layers(policy.model, rules))
@@ -102,11 +103,6 @@ def _quantize(
     model = nnx.merge(*nnx.split(policy.model))
     copies = quantizable_layers(model, rules)
     if packed:
-        # Imported late: kernels imports grids and layouts from quantization.
-        from qvla_jax.inference.packed_linear import replace_by_packed
-        from qvla_jax.inference.packing import pack_layer
-        from qvla_jax.kernels import LayerInputs
-
         weights = (
             (
                 layer.path,
@@ -157,13 +153,13 @@ def _quantizer_of(bits: Any) -> Quantizer:
 
 
 def quantize_uniform(
-    policy: "Policy",
+    policy: Policy,
     bits: int,
     *,
     quantizer: Quantizer | None = None,
     rules: LayerRules = DEFAULT_RULES,
     packed: bool = True,
-) -> "Policy":
+) -> Policy:
     """One bit-width everywhere: a baseline, which stores no output index.
 
     Args:
