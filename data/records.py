@@ -326,9 +326,10 @@ def _step_features(
     """
     import tensorflow_datasets as tfds
 
-    steps = None if features is None or "steps" not in features else features["steps"]
+    known = isinstance(features, tfds.features.FeaturesDict)
+    steps = features["steps"] if known and "steps" in features else None
     if not isinstance(steps, tfds.features.Dataset):
-        found = ", ".join(features or ()) or "none"
+        found = ", ".join(features if known else ()) or "none"
         expected = "no 'steps' among" if steps is None else "'steps' is no Dataset of steps, in"
         raise DatasetError(f"{path}: not an RLDS data set: {expected} its features ({found})")
     keys: dict[str, tuple[str, ...]] = {}

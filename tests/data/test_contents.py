@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -252,6 +253,31 @@ def test_what_the_description_shows_is_refused_when_the_set_is_opened(
     with pytest.raises(DatasetError, match=f"^{re.escape(str(folder))}: {rest}"):
         data.RldsDataset(folder)
     refused(folder, rest)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (
+            f.FeaturesDict({"steps": f.Sequence({"a": np.float32})}),
+            "'steps' is no Dataset of steps",
+        ),
+        (
+            f.FeaturesDict({"steps": f.Tensor(shape=(3,), dtype=np.float32)}),
+            "'steps' is no Dataset",
+        ),
+        (f.FeaturesDict({"episodes": f.Dataset({"a": np.float32})}), r"no 'steps' .* \(episodes\)"),
+        (f.FeaturesDict({"steps": f.Dataset(f.Image())}), "steps lack .*language_instruction"),
+        (f.Dataset({"steps": np.float32}), "no 'steps' "),
+    ],
+)
+def test_what_is_no_set_of_episodes_is_one_error(
+    folders: Folders, features: Any, message: str
+) -> None:
+    folder = sets.write(folders())
+    features.save_config(epath.Path(folder))
+    with pytest.raises(DatasetError, match=message):
+        data.RldsDataset(folder)
 
 
 # Where else episodes are read.
