@@ -86,7 +86,8 @@ def cores() -> int:
 def use_all_cpu_cores() -> None:
     """Makes as many virtual CPU devices as this process may use cores.
 
-    One XLA CPU device uses about one core. A number that JAX_NUM_CPU_DEVICES names stays.
+    One XLA CPU device uses about one core. A number that JAX_NUM_CPU_DEVICES names stays, and
+    devices that exist already do.
 
     Raises:
         InputError: JAX_NUM_CPU_DEVICES is no number of devices.
@@ -94,9 +95,11 @@ def use_all_cpu_cores() -> None:
     import_jax()
     _check_count()
     if _COUNT not in os.environ:
-        from qvla_jax.sharding import use_all_cpu_cores as use
+        import jax
 
-        use()
+        # JAX refuses the setting once its devices exist: whoever made them chose their number.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", cores())
 
 
 def check_flags(environment: Mapping[str, str]) -> None:

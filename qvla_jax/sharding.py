@@ -3,13 +3,12 @@
 Batched inference has one axis, `data`: every local device takes an equal share of a batch, and
 weights are replicated. Sensitivity sweeps run on all devices of all processes and have a second
 axis, `channel`, over which output channels are split. On CPU one XLA device uses about one core, so
-`use_all_cpu_cores` makes a virtual device of each.
+`devices.use_all_cpu_cores` makes a virtual device of each.
 
 Every process holds the same host arrays and calls the same functions in the same order (JAX's
 multi-controller model); each puts the shards of its own devices.
 """
 
-import contextlib
 from typing import Any, TypeVar
 
 import jax
@@ -17,7 +16,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qvla_jax import devices
 from qvla_jax.array_typing import AnyArray
 from qvla_jax.errors import InputError
 
@@ -25,22 +23,6 @@ DATA_AXIS = "data"
 CHANNEL_AXIS = "channel"
 
 Tree = TypeVar("Tree")
-
-
-def use_all_cpu_cores() -> int:
-    """Makes as many virtual CPU devices as this process may use cores.
-
-    Must run before the first use of a device; afterwards it changes nothing, as JAX's backends are
-    fixed then.
-
-    Returns:
-        The number of CPU devices asked for.
-    """
-    cores = devices.cores()
-    # JAX refuses the setting once its devices exist; whoever made them has decided their number.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", cores)
-    return cores
 
 
 def data_mesh() -> Mesh:
