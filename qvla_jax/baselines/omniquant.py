@@ -314,9 +314,10 @@ def _recorded(
         return seen
 
     size = min(_BATCH, job.calibration.frames)
+    prepared = [job.policy.prepare(observations) for observations in job.calibration.batches(size)]
     batches = []
-    for observations in job.calibration.batches(size):
-        inputs = job.policy.complete(jax.tree.map(jnp.asarray, job.policy.prepare(observations)))
+    for inputs in job.policy.processor.widened(prepared):
+        inputs = job.policy.complete(jax.tree.map(jnp.asarray, inputs))
         if len(jax.tree.leaves(inputs)[0]) == size:
             batches.append(jax.device_get(forward(state, inputs)))
     if not batches:
