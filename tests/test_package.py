@@ -27,13 +27,28 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not modules_after("import qvla_jax").intersection(HEAVY)
 
 
+def test_the_command_line_and_its_doctor_import_the_standard_library_alone():
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(qvla_jax.__file__).parents[1])!r})\n"
+        "from qvla_jax import cli\ncli.main(['--help']); cli.main(['--version'])\n"
+        "from qvla_jax.commands import doctor\ncli.main(['doctor', '--help'])"
+    )
+    # -S: without what is installed
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "usage: qvla doctor" in done.stdout
+
+
 def test_importing_the_solvers_imports_no_jax_and_no_solver_library():
     loaded = modules_after("import qvla_jax.solvers")
     assert not loaded.intersection({"jax", "flax", "tensorflow", "pulp", "highspy"})
 
 
 def test_importing_the_pipeline_imports_no_tensorflow_and_no_solver_library():
-    loaded = modules_after("import qvla_jax.pipeline, qvla_jax.commands")
+    loaded = modules_after(
+        "import qvla_jax.pipeline, qvla_jax.commands.run, qvla_jax.commands.serve"
+    )
     assert not loaded.intersection({"tensorflow", "torch", "pulp", "highspy", "libero"})
 
 
