@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from qvla_jax.families.openpi.network import (
@@ -44,6 +45,8 @@ _RECORDED = {
     gemma.Block: ("fill", "step"),
     gemma.Gemma: ("embed", "step"),
 }
+# No mistake and no stage lies inside, and op by op it takes most of the time of these tests.
+COMPILED_ATTEND = jax.jit(gemma.attend)
 _TOWER = "PaliGemma.img"
 _LAYERS = "PaliGemma.llm.layers"
 
@@ -134,7 +137,12 @@ def stages(model: FlowMatching, inputs: Pi0Inputs, reference: OpenpiReference) -
     """Every recorded stage up to the first velocity, under the names of the record."""
     config = model.config
     found: dict[str, np.ndarray] = {}
-    with jax.default_matmul_precision("float32"), recording(model, _RECORDED) as calls:
+    with (
+        jax.default_matmul_precision("float32"),
+        recording(model, _RECORDED) as calls,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(gemma, "attend", COMPILED_ATTEND)
         tokens, valid = model.embed_prefix(inputs)
         prefix = model.prefix(inputs)
         conditioning = model.conditioning(model.times[None])

@@ -18,7 +18,7 @@ from qvla_jax.families.openpi.network import Pi0Inputs, gemma, pi0, siglip
 from qvla_jax.families.openpi.processor import Processor
 from qvla_jax.models.surgery import named_modules
 
-from .openpi import OpenpiReference, Run, integrate
+from .openpi import COMPILED_ATTEND, OpenpiReference, Run, integrate
 from .trim_openpi import NAMES
 
 
@@ -433,6 +433,7 @@ def test_a_porting_mistake_breaks_parity_as_far_as_in_openpi(
         reference.policy.processor,
         np.stack([reference.arrays[f"policy_obs{i}_state"] for i in range(2)]),
     )
+    monkeypatch.setattr(gemma, "attend", COMPILED_ATTEND)
     for group in (IMAGES, PREFIX, SUFFIX, CHUNK):
         if mutation in group:
             group[mutation](case)

@@ -39,7 +39,7 @@ from qvla_jax.families.openpi.config import (
 from qvla_jax.families.openpi.lora import Adapters
 from qvla_jax.families.openpi.names import Slot, parameters, public_shapes, slots
 from qvla_jax.families.openpi.network import FlowMatching, abstract_model
-from qvla_jax.families.openpi.orbax_tree import StoredTree, write_tree
+from qvla_jax.families.openpi.orbax_tree import Parts, StoredTree, write_tree
 from qvla_jax.plain import from_plain, to_plain
 
 PARAMS: Final = "params"
@@ -387,7 +387,7 @@ def export(
     try:
         write_tree(
             out / PARAMS,
-            {leaf: _stack(shapes[leaf], found, tensors) for leaf, found in members.items()},
+            {leaf: _parts(shapes[leaf], found, tensors) for leaf, found in members.items()},
             value_keys=value_keys,
         )
         write_json(out / ASSETS / config.asset_id / STATISTICS_FILE, statistics)
@@ -400,25 +400,25 @@ def export(
         raise
 
 
-def _stack(
+def _parts(
     shape: tuple[int, ...], members: list[tuple[str, Slot]], tensors: Mapping[str, np.ndarray]
-) -> Any:
-    """What makes a leaf of the parameters that it holds."""
+) -> Parts:
+    """A leaf of the parameters that it holds."""
 
-    def make() -> np.ndarray:
-        whole: np.ndarray | None = None
+    def make() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        dtypes = set()
         for path, slot in members:
             value = np.asarray(tensors[path])
+            dtypes.add(value.dtype.name)
+            if len(dtypes) > 1:
+                raise CheckpointError(
+                    f"parameter {path!r} has dtype {value.dtype}, others of {slot.leaf!r}, which "
+                    "is one array in the checkpoint, have another"
+                )
             if value.shape != slot.flax_shape:
                 raise CheckpointError(
                     f"parameter {path!r} has shape {value.shape}, expected {slot.flax_shape}"
                 )
-            if not slot.index:
-                return np.ascontiguousarray(slot.to_public(value))
-            if whole is None:
-                whole = np.empty(shape, value.dtype)
-            whole[slot.index] = slot.to_public(value)
-        assert whole is not None  # every leaf has members
-        return whole
+            yield slot.index, slot.to_public(value)
 
-    return make
+    return Parts(shape, make)

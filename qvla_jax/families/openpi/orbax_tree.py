@@ -6,9 +6,10 @@ checkpoints do not.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ _FLOATS: Final = ("float32", "bfloat16", "float16")
 # Read and held at once of a leaf with several layers. A chunk that is larger is read again for its
 # other layers, which takes less time than its memory is worth.
 _BLOCK_BYTES: Final = 1 << 29
+# Largest chunk that is written.
+_CHUNK_BYTES: Final = 1 << 27
 # Numbers that are checked at once.
 _CHECKED: Final = 1 << 24
 
@@ -161,15 +164,18 @@ def _flatten(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
         yield keys, node
 
 
-class _Leaf:
-    """An array that is made when its turn to be written has come."""
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """An array that is written part by part."""
 
-    def __init__(self, make: Callable[[], np.ndarray]):
-        self.make = make
+    shape: tuple[int, ...]
+    # Gives, when its turn has come, each index of the first axes and what belongs there; all parts
+    # have one dtype.
+    make: Callable[[], Iterable[tuple[tuple[int, ...], np.ndarray]]]
 
 
-class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Writes leaves one after the other, so that only one is in memory."""
+class _PartsHandler(ocp.type_handlers.NumpyHandler):
+    """Writes arrays one after the other, so that no more than a part is in memory."""
 
     async def serialize(
         self,
@@ -177,16 +183,33 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         infos: Sequence[ocp.type_handlers.ParamInfo],
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> Sequence[Any]:
-        args = args or [ocp.SaveArgs()] * len(values)
-        for leaf, info, arg in zip(values, infos, args, strict=True):
-            for written in await super().serialize([leaf.make()], [info], [arg]):
-                written.result()
+        for parts, info in zip(values, infos, strict=True):
+            store: Any = None
+            for index, value in parts.make():
+                if store is None:
+                    place = Path(str(info.parent_dir)) / str(info.name)
+                    store = _create(place, parts.shape, len(index), value.dtype)
+                store[index].write(value).result()
         return []
 
 
-def write_tree(
-    folder: Path, leaves: Mapping[str, Callable[[], np.ndarray]], *, value_keys: bool = False
-) -> None:
+def _create(place: Path, shape: tuple[int, ...], leading: int, dtype: np.dtype[Any]) -> Any:
+    """A new array, in chunks of one part or less: what is read by parts is decoded once."""
+    part = shape[leading:]
+    row_bytes = math.prod(part[1:]) * dtype.itemsize
+    rows = [min(part[0], max(_CHUNK_BYTES // row_bytes, 1))] if part else []
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{place}/"},
+        "metadata": {
+            "chunks": [1] * leading + rows + list(part[1:]),
+            "compressor": {"id": "zstd", "level": 1},
+        },
+    }
+    return ts.open(spec, create=True, dtype=ts.dtype(dtype.name), shape=shape).result()
+
+
+def write_tree(folder: Path, leaves: Mapping[str, Parts], *, value_keys: bool = False) -> None:
     """Writes a `params` folder; it appears when it is complete.
 
     Each parameter has a folder of its own, which openpi reads as it reads its own database of all:
@@ -194,18 +217,18 @@ def write_tree(
 
     Args:
         folder: does not exist yet.
-        leaves: name -> what makes the array, called once, one after the other.
+        leaves: name -> the array.
         value_keys: with the key that the trainer puts behind every leaf.
     """
     tree: dict[str, Any] = {}
-    for name, make in leaves.items():
+    for name, parts in leaves.items():
         *parents, last = (*name.split("/"), *([_VALUE] if value_keys else []))
         node = tree
         for key in parents:
             node = node.setdefault(key, {})
-        node[last] = _Leaf(make)
+        node[last] = parts
     registry = ocp.type_handlers.create_type_handler_registry(
-        (_Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (Parts, _PartsHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer, _quiet():

@@ -139,6 +139,11 @@ def test_an_export_that_fails_leaves_nothing(configs, tensors, tmp_path):
     with pytest.raises(CheckpointError, match=r"'state_proj.kernel' has shape \(2, 2\)"):
         export(configs["pi0"], short, STATISTICS, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    short["state_proj.kernel"] = tensors["pi0"]["state_proj.kernel"]
+    up = "PaliGemma.llm.layers.1.mlp.up.kernel"
+    mixed = short | {up: short[up].astype(ml_dtypes.bfloat16)}
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up\.kernel' has dtype bfloat16"):
+        export(configs["pi0"], mixed, STATISTICS, tmp_path / "out")
     del short["state_proj.kernel"]
     with pytest.raises(CheckpointError, match=r"'state_proj.kernel' is missing"):
         export(configs["pi0"], short, STATISTICS, tmp_path / "out")
