@@ -31,6 +31,7 @@ from qvla_jax.report.terminal import (
     spearman_line,
     success_table,
     sweep_table,
+    times_table,
 )
 from qvla_jax.serving.config import ServeConfig
 
@@ -535,6 +536,8 @@ def _report(content: Mapping[str, Any], folder: Path) -> Result:
         "",
         sweep_table([*content["methods"], *content["sweep"]]),
         content["packed"]["note"],
-        f"Report: {folder / files.REPORT_HTML}",
     ]
+    if content["stages"] is not None:
+        lines += ["", times_table(content["stages"]), ""]
+    lines.append(f"Report: {folder / files.REPORT_HTML}")
     return Result(content, tuple(lines))

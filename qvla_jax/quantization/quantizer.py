@@ -23,8 +23,8 @@ from qvla_jax.quantization.grid import (
     Grid,
     changes_on_grid,
     fitted_clips,
-    levels,
-    quantize_rows,
+    mixed_levels,
+    quantize_mixed,
 )
 from qvla_jax.quantization.grid import dequantize_rows as dequantize
 from qvla_jax.quantization.index import ChannelIndex
@@ -150,17 +150,11 @@ class Quantizer:
         The scale of rows with 0 and 16 bits is 1. With rotation, `weight` and w_hat are rotated
         rows.
         """
-        bits = np.asarray(bits)
-        options = tuple(b for b in GRID_BITS if np.any(bits == b))
-        source = weight.astype(jnp.float32)
-        result = jnp.where(jnp.asarray(bits == PRUNED)[:, None], 0.0, source)
-        if not options:
-            return result, jnp.ones_like(source[:, :1])
-        values, scale = self._on_grids(
-            path, source, options, np.stack([bits == b for b in options])
-        )
-        on_grid = jnp.asarray((bits != PRUNED) & (bits != SOURCE))[:, None]
-        return jnp.where(on_grid, values, result), jnp.where(on_grid, scale, 1.0)
+        bits, grid = np.asarray(bits, np.int32), self.settings.grid
+        if self.settings.rounding == "nearest" or not np.isin(bits, GRID_BITS).any():
+            return _nearest_rows(weight, bits, grid=grid)
+        order, factor = self._factor(path)
+        return _feedback_rows(weight, bits, order, factor, grid=grid)
 
     def clips(
         self, weight: Float[Array, "c k"], options: tuple[int, ...]
@@ -189,43 +183,13 @@ class Quantizer:
         if self._rounds_rows_alone:
             return changes_on_grid(weight, options, grid=self.settings.grid, clips=clips or {})
         source = weight.astype(jnp.float32)
-        each = {PRUNED: -source, SOURCE: jnp.zeros_like(source)}
-        for bits in options:
-            if bits not in each:
-                whole = self.rows(path, source, np.full(len(source), bits))
-                each[bits] = whole - source
-        return jnp.stack([each[bits] for bits in options])
+        rows = [self.rows(path, source, np.full(len(source), bits)) for bits in options]
+        return _changes(source, rows)
 
     @property
     def _rounds_rows_alone(self) -> bool:
         """Whether a row's codes depend on its own weights only, one by one."""
         return self.settings.rounding == "nearest" and not self.settings.rotation
-
-    def _on_grids(
-        self,
-        path: str,
-        source: Float[Array, "c k"],
-        options: tuple[int, ...],
-        chosen: np.ndarray,
-    ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
-        """Rows on the grid of the option that is `chosen` [n, c] for them, and their scales."""
-        grid = self.settings.grid
-        parts = [quantize_rows(source, b, grid=grid) for b in options]
-        mask = [jnp.asarray(row)[:, None] for row in chosen]
-        scale = jnp.ones_like(source[:, :1])
-        for which, (_, own) in zip(mask, parts, strict=True):
-            scale = jnp.where(which, own, scale)
-        if self.settings.rounding == "nearest":
-            values = jnp.zeros_like(source)
-            for which, (codes, own) in zip(mask, parts, strict=True):
-                values = jnp.where(which, dequantize(codes, own), values)
-            return values, scale
-        code_levels = jnp.ones((4, len(source)))
-        for which, bits in zip(mask, options, strict=True):
-            own_levels = jnp.asarray(levels(bits, grid), jnp.float32)[:, None]
-            code_levels = jnp.where(which.T, own_levels, code_levels)
-        order, factor = self._factor(path)
-        return feedback_rows(source, scale, code_levels, order, factor), scale
 
     def _compute_factor(self, path: str) -> tuple[jax.Array, jax.Array]:
         assert self.statistics is not None
@@ -238,3 +202,46 @@ class Quantizer:
             second_moment = np.asarray(rotate(rotate(jnp.asarray(second_moment, jnp.float32)).T))
         order, factor = feedback_factor(second_moment, self.settings.damping)
         return jnp.asarray(order), jnp.asarray(factor)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _nearest_rows(
+    weight: Float[Array, "c k"], bits: Int[Array, " c"], *, grid: Grid
+) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
+    source = weight.astype(jnp.float32)
+    codes, scale = quantize_mixed(source, bits, grid=grid)
+    return _where_on_grid(source, bits, dequantize(codes, scale), scale)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _feedback_rows(
+    weight: Float[Array, "c k"],
+    bits: Int[Array, " c"],
+    order: Int[Array, " k"],
+    factor: Float[Array, "k k"],
+    *,
+    grid: Grid,
+) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
+    source = weight.astype(jnp.float32)
+    _, scale = quantize_mixed(source, bits, grid=grid)
+    code_levels = mixed_levels(bits, grid)[..., 0]
+    return _where_on_grid(
+        source, bits, feedback_rows(source, scale, code_levels, order, factor), scale
+    )
+
+
+def _where_on_grid(
+    source: Float[Array, "c k"],
+    bits: Int[Array, " c"],
+    values: Float[Array, "c k"],
+    scale: Float[Array, "c 1"],
+) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
+    """Pruned rows are 0 and 16-bit rows the source's, both with a scale of 1."""
+    pruned, kept = (bits == PRUNED)[:, None], (bits == SOURCE)[:, None]
+    values = jnp.where(pruned, 0.0, jnp.where(kept, source, values))
+    return values, jnp.where(pruned | kept, 1.0, scale)
+
+
+@jax.jit
+def _changes(source: Float[Array, "c k"], rows: list[Array]) -> Float[Array, "n c k"]:
+    return jnp.stack(rows) - source[None]
