@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,22 @@ class Policy:
         with jax.default_matmul_precision("float32"):
             chunk = _forward(graphdef, mesh, state, sharding.shard_batch(mesh, padded))
         return np.asarray(chunk)[:count]
+
+    def run_all(self, batches: Sequence[ModelInputs]) -> list[Float[np.ndarray, "b h a"]]:
+        """As `run` for each of many batches: the weights are put on the devices once.
+
+        Args:
+            batches: prepared inputs; the size of each is a multiple of the number of devices.
+        """
+        mesh = sharding.data_mesh()
+        graphdef, state = nnx.split(self.model)
+        state = sharding.replicate(mesh, state)
+        with jax.default_matmul_precision("float32"):
+            chunks = [
+                _forward(graphdef, mesh, state, sharding.shard_batch(mesh, inputs))
+                for inputs in batches
+            ]
+        return [np.asarray(chunk) for chunk in chunks]
 
     def complete(self, inputs: ModelInputs) -> ModelInputs:
         """Prepared inputs, with the decoded tokens of a policy that decodes them.

@@ -13,16 +13,22 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.configs import QuantizeConfig
 from qvla_jax.progress import Progress, no_progress
+from qvla_jax.sensitivity import SensitivityTable
 
 
 def quantize(
-    config: QuantizeConfig, *, policy: Policy | None = None, progress: Progress = no_progress
+    config: QuantizeConfig,
+    *,
+    policy: Policy | None = None,
+    table: SensitivityTable | None = None,
+    progress: Progress = no_progress,
 ) -> Policy:
     """Packs the chosen allocation and writes policy.qvla.
 
     Args:
         config: Settings.
         policy: The full-precision policy, if it is loaded already.
+        table: The main sensitivity table, if it is loaded already.
         progress: Called as it goes on.
 
     Returns:
@@ -34,7 +40,7 @@ def quantize(
     progress("quantize", 0, 1)
     policy = load_policy(config.model, **config.said()) if policy is None else policy
     allocations = Allocations.load(config.out / files.ALLOCATION)
-    table = load_tables(config.out)[0]
+    table = load_tables(config.out)[0] if table is None else table
     made_from = files.made_from(table)
     remedy = f"run `qvla sensitivity` and `qvla allocate` with --out {config.out} again"
     files.check_same(

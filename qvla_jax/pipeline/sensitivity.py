@@ -109,7 +109,10 @@ def check_methods(config: SensitivityConfig) -> None:
         InputError: One is unknown; the message suggests close ones.
     """
     if config.streamed and (config.validate or config.baselines):
-        raise InputError("a streamed sweep takes --validate 0 and --baselines without a name")
+        raise InputError(
+            "a streamed sweep takes neither --validate, --baselines nor --thorough: these need all "
+            "weights in memory"
+        )
     for method in (config.method, *config.baselines):
         if method not in METHODS:
             raise InputError(unknown("sensitivity method", method, METHODS))

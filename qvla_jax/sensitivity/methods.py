@@ -229,7 +229,9 @@ def _costs(
             share=exact_share, seed=seed, batch=size, memory=memory, weights=weights, mesh=mesh,
             split_weights=split_weights, store=store, progress=progress,
         )  # fmt: skip
+    progress("rounded rows", 0, 1)
     constants = layer_constants(layers, quantizer, bits)
+    progress("rounded rows", 1, 1)
     return mean_over_frames(
         frame_costs(
             policy, calibration, index, constants, method=method, probes=probes, seed=seed,
