@@ -13,6 +13,7 @@ import numpy as np
 from qvla_jax import sharding
 from qvla_jax.array_typing import Float, NpArray
 from qvla_jax.errors import InputError
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, track
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def action_errors(
     )
 
 
+@in_32_bits
 def evaluate(
     policy: _Policy,
     frames: _Frames,

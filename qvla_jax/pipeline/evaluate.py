@@ -25,6 +25,7 @@ from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import EvaluateConfig, HeldoutConfig
 from qvla_jax.pipeline.methods import load_method, method_files
 from qvla_jax.pipeline.quantize import load_packed, packed_bits
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, track
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, Quantizer, uniform_bytes
@@ -35,6 +36,7 @@ EVALUATION_KIND = "qvla_jax.evaluation"
 SOURCE_BITS = 16
 
 
+@in_32_bits
 def evaluate(
     config: EvaluateConfig,
     *,

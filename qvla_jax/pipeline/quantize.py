@@ -12,10 +12,12 @@ from qvla_jax.inference.quantize import quantize as pack_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.configs import QuantizeConfig
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.sensitivity import SensitivityTable
 
 
+@in_32_bits
 def quantize(
     config: QuantizeConfig,
     *,

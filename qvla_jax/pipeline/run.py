@@ -12,11 +12,13 @@ from qvla_jax.pipeline.evaluate import check_disjoint, evaluate, heldout_set
 from qvla_jax.pipeline.quantize import quantize
 from qvla_jax.pipeline.report import report, save_times
 from qvla_jax.pipeline.sensitivity import check_budget, check_methods, sensitivity
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.solvers.registry import get_solver
 from qvla_jax.stage_times import StageTimes
 
 
+@in_32_bits
 def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Calibrates, measures, allocates, packs, evaluates and reports.
 

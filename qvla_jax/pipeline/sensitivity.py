@@ -14,6 +14,7 @@ from qvla_jax.inference.quantize import policy_index
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.quantization import QuantizerSettings, option_sizes
 from qvla_jax.sensitivity import (
@@ -29,6 +30,7 @@ VALIDATION_KIND = "qvla_jax.validation"
 TIMES_KIND = "qvla_jax.sensitivity_times"
 
 
+@in_32_bits
 def sensitivity(
     config: SensitivityConfig,
     *,

@@ -35,6 +35,7 @@ from qvla_jax.pipeline.configs import CalibrateConfig, HeldoutConfig
 from qvla_jax.pipeline.evaluate import SOURCE_BITS, check_disjoint, heldout_set
 from qvla_jax.pipeline.methods import load_method, method_file
 from qvla_jax.pipeline.policies import check_crop
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, uniform_bytes
@@ -140,6 +141,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
         )  # fmt: skip
 
 
+@in_32_bits
 def study(
     config: StudyConfig,
     *,
