@@ -12,20 +12,20 @@ from qvla_jax.data.pictures import Pictures
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One episode, its arrays stacked over steps; ``t`` counts steps here.
+    """One episode, its arrays stacked over steps; `t` counts steps here.
 
-    ``wrist_image``, ``state`` and ``joint_state`` are None where the data set has none; both images
+    `wrist_image`, `state` and `joint_state` are None where the data set has none; both images
     are None where they were not asked for.
 
     Attributes:
-      id: Position of the episode in its split, whatever the process or the order of reading.
-      instructions: At each step the task in words, as stored; all of them are empty where nobody
-        wrote one down.
-      action: Translation (3), rotation (3) and gripper, 1 for open and 0 for closed; the data set's
-        specification (`qvla_jax.data.open_x`) says what the first six mean.
-      reward: And ``discount`` and ``is_terminal``: as stored, where that is a number for each step,
-        else 0, 1 and False. Nothing is computed from them.
-      metadata: The episode's metadata as stored, text decoded.
+        id: position of the episode in its split, whatever the process or the order of reading.
+        instructions: at each step the task in words, as stored; all of them are empty where nobody
+            wrote one down.
+        action: translation (3), rotation (3) and gripper, 1 for open and 0 for closed; the data
+            set's specification (`qvla_jax.data.open_x`) says what the first six mean.
+        reward: and `discount` and `is_terminal`: as stored, where that is a number for each step,
+            else 0, 1 and False. Nothing is computed from them.
+        metadata: the episode's metadata as stored, text decoded.
     """
 
     id: int
@@ -54,7 +54,7 @@ class Episode:
         return bool(self.instruction.strip())
 
     def frame(self, step: int, horizon: int) -> "Frame":
-        """One step with the next ``horizon`` actions."""
+        """One step with the next `horizon` actions."""
         return Frame(
             episode=self.id,
             step=step,
@@ -68,7 +68,7 @@ class Episode:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One observation and the expert's next ``h`` actions, the last repeated past the end."""
+    """One observation and the expert's next `h` actions, the last repeated past the end."""
 
     episode: int
     step: int
@@ -99,5 +99,5 @@ class EncodedEpisode:
 
 
 def next_steps(steps: Int64[NpArray, " f"], length: int, horizon: int) -> Int64[NpArray, "f h"]:
-    """Indices of the ``horizon`` steps from each of ``steps`` on, the last one repeated."""
+    """Indices of the `horizon` steps from each of `steps` on, the last one repeated."""
     return np.minimum(steps[:, None] + np.arange(horizon), length - 1)

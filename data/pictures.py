@@ -33,11 +33,11 @@ class Pictures:
     """What one camera saw in an episode, a picture for each step.
 
     Attributes:
-      stored: JPEG or PNG files (also BMP, GIF, WebP), or u8[height, width, 3].
-      size: Height and width that the data set declares; None where it leaves them open.
-      feature: The feature that they are stored in.
-      episode: Names set and episode in errors.
-      first_step: Number, in the record, of the first step.
+        stored: JPEG or PNG files (also BMP, GIF, WebP), or u8[height, width, 3].
+        size: height and width that the data set declares; None where it leaves them open.
+        feature: the feature that they are stored in.
+        episode: names set and episode in errors.
+        first_step: number, in the record, of the first step.
     """
 
     stored: Sequence[bytes | NpArray]
@@ -58,7 +58,7 @@ class Pictures:
         """The picture of a step.
 
         Raises:
-          DatasetError: It is none, not 8 bits deep, or of another size than declared.
+            DatasetError: it is none, not 8 bits deep, or of another size than declared.
         """
         try:
             image = _decode(self.stored[step])
@@ -108,7 +108,7 @@ def check_each(chosen: Sequence[tuple[Pictures, int]]) -> None:
     """Decodes pictures as `decode_each` does and keeps none.
 
     Raises:
-      DatasetError: One does not decode, or pictures of one episode and camera differ in size.
+        DatasetError: one does not decode, or pictures of one episode and camera differ in size.
     """
     sizes = _threads().map(lambda one: one[0].decode(one[1]).shape[:2], chosen)
     first: dict[int, tuple[int, tuple[int, ...]]] = {}

@@ -1,6 +1,6 @@
 """The records of one split of an RLDS data set, from either file format.
 
-``array_record`` is read without TensorFlow. TFRecord needs it (extra ``rlds``); it is imported when
+`array_record` is read without TensorFlow. TFRecord needs it (extra `rlds`); it is imported when
 such a set is read, and never sees an accelerator. Images stay encoded. Only the files that hold the
 records asked for are opened.
 """
@@ -41,16 +41,16 @@ class SplitRecords:
     """The records of one split.
 
     Attributes:
-      path: The directory of the data set's version, ``split`` the split's name.
-      features: Of a step, by their paths, such as "observation/image".
-      num_episodes: Number of records.
+        path: the directory of the data set's version, `split` the split's name.
+        features: of a step, by their paths, such as "observation/image".
+        num_episodes: number of records.
     """
 
     def __init__(self, path: epath.Path, split: str):
         """Reads the description of the data set.
 
         Raises:
-          DatasetError: It cannot be read, there is no such split, or it is not RLDS.
+            DatasetError: it cannot be read, there is no such split, or it is not RLDS.
         """
         self.path, self.split = path, split
         self._builder = _builder(path)
@@ -125,12 +125,12 @@ class SplitRecords:
         return digest.hexdigest()
 
     def examples(self, ids: Int64[NpArray, " e"]) -> Iterator[Mapping[str, Any]]:
-        """Yields records in the order of ``ids``, their steps as a list, images as stored.
+        """Yields records in the order of `ids`, their steps as a list, images as stored.
 
         TFRecord has no random access: out of order, records that are due later are held in memory.
 
         Raises:
-          DatasetError: A file is missing or damaged.
+            DatasetError: a file is missing or damaged.
         """
         if self._other_files:
             raise DatasetError(
@@ -261,10 +261,10 @@ class SplitRecords:
 
 
 def split_names(path: epath.Path) -> list[str]:
-    """The splits of the data set at ``path``.
+    """The splits of the data set at `path`.
 
     Raises:
-      DatasetError: Its description cannot be read.
+        DatasetError: its description cannot be read.
     """
     return sorted(_builder(path).info.splits)
 
@@ -322,7 +322,7 @@ def _step_features(
     A key may hold slashes itself, so that paths cannot be split at them.
 
     Raises:
-      DatasetError: It is not an RLDS data set.
+        DatasetError: it is not an RLDS data set.
     """
     import tensorflow_datasets as tfds
 

@@ -27,10 +27,10 @@ class RldsDataset:
     """One split of an RLDS directory, or this process's share of it.
 
     Attributes:
-      path: The directory of the version (with dataset_info.json).
-      name: Name of the data set, ``version`` its version, ``split`` the split read.
-      spec: How its steps are read.
-      episode_ids: Positions in the split of the episodes that this process reads.
+        path: the directory of the version (with dataset_info.json).
+        name: name of the data set, `version` its version, `split` the split read.
+        spec: how its steps are read.
+        episode_ids: positions in the split of the episodes that this process reads.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class RldsDataset:
         """Opens a data set; nothing but its description is read.
 
         Args:
-          path: The directory of one version, or a parent with only one data set below it; or the
-            address of one, such as gs://gresearch/robotics/taco_play/0.1.0.
-          split: A split's name; no slices.
-          spec: How to read it: a specification, the name of one, or the name of a JSON file with
-            one. Left out, it is found by the data set's name.
-          process_index: Which share to read: episodes ``process_index``, ``+ process_count``, ...
-          process_count: Number of shares.
+            path: the directory of one version, or a parent with only one data set below it; or the
+                address of one, such as gs://gresearch/robotics/taco_play/0.1.0.
+            split: a split's name; no slices.
+            spec: how to read it: a specification, the name of one, or the name of a JSON file with
+                one. Left out, it is found by the data set's name.
+            process_index: which share to read: episodes `process_index`, `+ process_count`, ...
+            process_count: number of shares.
 
         Raises:
-          DatasetError: No data set there, no such split, no specification known, or the data set
-            does not fit it.
+            DatasetError: no data set there, no such split, no specification known, or the data set
+                does not fit it.
         """
         if not 0 <= process_index < process_count:
             raise InputError(f"process_index {process_index} is not in [0, {process_count})")
@@ -96,13 +96,13 @@ class RldsDataset:
         """Yields episodes in the order given, but those of which their spec leaves no step.
 
         Args:
-          indices: Ids of episodes (positions in the split); by default those of this process.
-          images: Whether to decode images; without, reading is several times faster.
-          seed: Permutes the order; None keeps it.
+            indices: ids of episodes (positions in the split); by default those of this process.
+            images: whether to decode images; without, reading is several times faster.
+            seed: permutes the order; None keeps it.
 
         Raises:
-          DatasetError: An id is out of range, a file is damaged, or a step holds what is no
-            picture, number or instruction; docs/data.md lists what is checked.
+            DatasetError: an id is out of range, a file is damaged, or a step holds what is no
+                picture, number or instruction; docs/data.md lists what is checked.
         """
         for encoded in self.encoded_episodes(indices, seed=seed):
             yield encoded.decode() if images else encoded.episode
@@ -115,14 +115,14 @@ class RldsDataset:
         seed: int | None = None,
         shuffle_episodes: int = 16,
     ) -> Iterator[Frame]:
-        """Yields single frames with the next ``horizon`` actions.
+        """Yields single frames with the next `horizon` actions.
 
         Args:
-          horizon: Number of actions; the last one of the episode is repeated past its end.
-          indices: As in `episodes`.
-          seed: None yields frames in order. Otherwise episodes are permuted and the frames of
-            ``shuffle_episodes`` at a time (held in memory) are mixed.
-          shuffle_episodes: See ``seed``.
+            horizon: number of actions; the last one of the episode is repeated past its end.
+            indices: as in `episodes`.
+            seed: None yields frames in order. Otherwise episodes are permuted and the frames of
+                `shuffle_episodes` at a time (held in memory) are mixed.
+            shuffle_episodes: see `seed`.
         """
         if seed is None:
             for episode in self.episodes(indices):
@@ -158,7 +158,7 @@ class RldsDataset:
                 yield encoded
 
     def sample_ids(self, count: int, *, seed: int) -> Int64[NpArray, " e"]:
-        """Ids of ``count`` of this process's episodes from few files, drawn; all if no more.
+        """Ids of `count` of this process's episodes from few files, drawn; all if no more.
 
         A set that is read over the network costs its files, not its episodes.
         """
@@ -204,10 +204,10 @@ class RldsDataset:
 
 
 def find_version(path: str | PathLike[str]) -> epath.Path:
-    """The directory with dataset_info.json at ``path``, or the only one up to two levels below.
+    """The directory with dataset_info.json at `path`, or the only one up to two levels below.
 
     Raises:
-      DatasetError: There is none, or more than one, or it cannot be reached.
+        DatasetError: there is none, or more than one, or it cannot be reached.
     """
     path = epath.Path(path)
     try:

@@ -41,7 +41,7 @@ def import_jax() -> None:
     """Imports JAX.
 
     Raises:
-        InputError: It refuses a variable, or is not installed.
+        InputError: it refuses a variable, or is not installed.
     """
     try:
         import jax  # noqa: F401
@@ -60,7 +60,7 @@ def ready() -> None:
     Processes of one computation join before (`sharding.join_processes`).
 
     Raises:
-        InputError: There is no device. The message names the variable that asks for one, its value
+        InputError: there is no device. The message names the variable that asks for one, its value
             and the platforms that there are.
     """
     import_jax()
@@ -135,9 +135,9 @@ def no_device(error: BaseException, asked: Mapping[str, str], available: Sequenc
     """The message where JAX makes no device.
 
     Args:
-        error: What JAX said.
-        asked: The variables that choose a platform -> their values.
-        available: The platforms that there are.
+        error: what JAX said.
+        asked: the variables that choose a platform -> their values.
+        available: the platforms that there are.
     """
     said = _one_line(error)[:300]
     wrong = {n: v for n, v in asked.items() if not set(v.split(",")) <= set(available)} or asked

@@ -34,10 +34,10 @@ def sweep_mesh(channel: int = 1) -> Mesh:
     """Returns a mesh over the devices of all processes, with the axes `data` and `channel`.
 
     Args:
-        channel: Devices along `channel`; all others lie along `data`.
+        channel: devices along `channel`; all others lie along `data`.
 
     Raises:
-        InputError: The number of devices is not a multiple of `channel`.
+        InputError: the number of devices is not a multiple of `channel`.
     """
     devices = np.asarray(jax.devices())
     if channel < 1 or len(devices) % channel:
@@ -59,11 +59,11 @@ def join_processes(coordinator: str, processes: int, process: int) -> None:
 
     Args:
         coordinator: HOST:PORT of process 0.
-        processes: How many there are.
-        process: Which one this is.
+        processes: how many there are.
+        process: which one this is.
 
     Raises:
-        InputError: The number is none of theirs, or nobody answers at the address.
+        InputError: the number is none of theirs, or nobody answers at the address.
     """
     if not 0 <= process < processes or ":" not in coordinator:
         raise InputError(
@@ -128,8 +128,8 @@ def shard_batch(mesh: Mesh, tree: Tree) -> Tree:
     """Puts a batch on the mesh, its first axis split over the devices.
 
     Args:
-        mesh: A mesh with an axis `data`.
-        tree: Arrays that share their first axis, `[b, ...]`. Where `b` is not a multiple of the
+        mesh: a mesh with an axis `data`.
+        tree: arrays that share their first axis, `[b, ...]`. Where `b` is not a multiple of the
             number of devices, the array is replicated instead: the result is the same, only slower.
 
     Returns:

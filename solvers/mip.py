@@ -22,12 +22,12 @@ class MipResult:
 
     Attributes:
         choice: i64[C], or None where it found nothing that fits.
-        lower_bound: Proven bound on the cost, within the solver's tolerances; -inf where it gives
+        lower_bound: proven bound on the cost, within the solver's tolerances; -inf where it gives
             none.
         status: "optimal", "time_limit", "infeasible" (no choice fits), or "failed" (no usable
             answer).
-        seconds: Time to build and to solve.
-        variables: Binary variables.
+        seconds: time to build and to solve.
+        variables: binary variables.
     """
 
     choice: IntArray | None
@@ -78,17 +78,17 @@ def solve_mip(
         costs: f64[C, n].
         sizes: i64[C, n].
         opened: bool[C, n]; at least one option of every channel.
-        budget: Bytes.
+        budget: bytes.
         incumbent: i64[C], a feasible choice; options that cannot be part of a better one are left
             out. None where none is known.
-        resources: Further budgets, their tables [C, n] like the sizes.
-        tiles: Counts in multiples.
-        slack_price: Cost of every byte left unspent.
+        resources: further budgets, their tables [C, n] like the sizes.
+        tiles: counts in multiples.
+        slack_price: cost of every byte left unspent.
         backend: "highs" or "cbc".
-        time_limit: Seconds to build and to solve.
-        gap: Relative gap at which the search may stop.
-        threads: Threads of the solver.
-        warm_start: Hands the incumbent to HiGHS.
+        time_limit: seconds to build and to solve.
+        gap: relative gap at which the search may stop.
+        threads: threads of the solver.
+        warm_start: hands the incumbent to HiGHS.
     """
     begin = time.perf_counter()
     check_backend(backend)
@@ -177,7 +177,7 @@ class _Counter:
     """A whole number: the channels of a group that take an option are `multiple` times it.
 
     Attributes:
-        multiple: What their number is a multiple of.
+        multiple: what their number is a multiple of.
         cells: i64[k], the columns of this option of these channels.
     """
 

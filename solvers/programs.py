@@ -29,7 +29,7 @@ class Row:
     Attributes:
         columns: i64[k].
         weights: f64[k].
-        right: The right-hand side.
+        right: the right-hand side.
         equal: False for `<=`.
     """
 
@@ -47,7 +47,7 @@ class Program:
         costs: f64[n].
         upper: f64[n], finite.
         integer: bool[n].
-        rows: The constraints.
+        rows: the constraints.
     """
 
     costs: FloatArray
@@ -62,7 +62,7 @@ class Answer:
 
     Attributes:
         values: f64[n], within the solver's tolerances; anything where it found no solution.
-        bound: Bound on the least cost; -inf where the solver gives none.
+        bound: bound on the least cost; -inf where the solver gives none.
         status: "optimal" (within the gap asked for), "time_limit", "infeasible", or "failed".
     """
 
@@ -75,7 +75,7 @@ def check_backend(backend: str) -> None:
     """Checks that there is such a solver.
 
     Raises:
-        InputError: It is unknown or not installed.
+        InputError: it is unknown or not installed.
     """
     if backend not in ("highs", "cbc"):
         raise InputError(f"backend must be 'highs' or 'cbc', got {backend!r}.")
@@ -95,17 +95,17 @@ def solve_program(
     """Solves a program.
 
     Args:
-        program: The program.
+        program: the program.
         backend: "highs" or "cbc".
         start: f64[n], a feasible solution that HiGHS improves. CBC gets none: 2.10 now and then
             takes a start for the optimum.
-        time_limit: Seconds to build and to solve, or None.
-        gap: Relative gap at which the search may stop.
-        threads: Threads of the solver.
+        time_limit: seconds to build and to solve, or None.
+        gap: relative gap at which the search may stop.
+        threads: threads of the solver.
 
     Raises:
-        InputError: The backend is unknown or not installed.
-        QvlaError: The solver broke down.
+        InputError: the backend is unknown or not installed.
+        QvlaError: the solver broke down.
     """
     check_backend(backend)
     begin = time.perf_counter()

@@ -20,7 +20,7 @@ def load_rendered(folder: Path, demo: Demonstration) -> tuple[np.ndarray, np.nda
     """Reads rendered frames (image, wrist_image; u8[t, size, size, 3]); None if there are none.
 
     Raises:
-      DatasetError: The file is damaged, or was rendered from other states.
+        DatasetError: the file is damaged, or was rendered from other states.
     """
     path = frames_path(folder, demo)
     if not path.is_file():

@@ -1,11 +1,11 @@
 """Demonstrations of LIBERO tasks in HDF5 files: one reader for the three layouts that exist.
 
-* LIBERO's own: one file for each task, ``data/demo_k`` with ``obs/agentview_rgb`` and
-  ``obs/eye_in_hand_rgb`` as the simulator gave them (upside down), no proprio array.
-* Ours with frames: the same, with ``proprio``, the clean expert label in ``actions`` and what was
-  run in ``actions_executed``; images already rotated (``macros_image_convention``), the wrist
-  camera perhaps as JPEG in ``obs/eye_in_hand_jpeg``.
-* Ours without frames: one file for all tasks, ``<task name>/demo_k``, simulator states only.
+* LIBERO's own: one file for each task, `data/demo_k` with `obs/agentview_rgb` and
+  `obs/eye_in_hand_rgb` as the simulator gave them (upside down), no proprio array.
+* Ours with frames: the same, with `proprio`, the clean expert label in `actions` and what was
+  run in `actions_executed`; images already rotated (`macros_image_convention`), the wrist
+  camera perhaps as JPEG in `obs/eye_in_hand_jpeg`.
+* Ours without frames: one file for all tasks, `<task name>/demo_k`, simulator states only.
 """
 
 import json
@@ -34,18 +34,19 @@ class Demonstration:
     """One demonstration without its frames.
 
     Attributes:
-      file: The HDF5 file, and ``group`` the path of the demonstration inside it.
-      task: Name of the task, words joined by underscores.
-      instruction: The task in the benchmark's wording ("pick up the black bowl ...").
-      seed: Seed of the start state, or None where the file does not tell.
-      noise_sigma: Standard deviation of the noise on the executed actions, or None.
-      actions: f64[t, 7], the label to be learned, as LIBERO has it (gripper -1 open, +1 close).
-      actions_executed: f64[t, 7], what was run; equal to ``actions`` where the file has one array.
-      proprio: f32[t, 8], gripper position (m), axis-angle (rad), two finger positions (m).
-      joint_state: f32[t, 7] in rad.
-      rewards: f32[t], 1 on the step that reached the goal.
-      states: f64[t, s], the flattened simulator state before each action.
-      fixtures: Pose (position, quaternion; f64[7]) of each fixture, which the state does not hold.
+        file: the HDF5 file, and `group` the path of the demonstration inside it.
+        task: name of the task, words joined by underscores.
+        instruction: the task in the benchmark's wording ("pick up the black bowl ...").
+        seed: seed of the start state, or None where the file does not tell.
+        noise_sigma: standard deviation of the noise on the executed actions, or None.
+        actions: f64[t, 7], the label to be learned, as LIBERO has it (gripper -1 open, +1 close).
+        actions_executed: f64[t, 7], what was run; equal to `actions` where the file has one array.
+        proprio: f32[t, 8], gripper position (m), axis-angle (rad), two finger positions (m).
+        joint_state: f32[t, 7] in rad.
+        rewards: f32[t], 1 on the step that reached the goal.
+        states: f64[t, s], the flattened simulator state before each action.
+        fixtures: pose (position, quaternion; f64[7]) of each fixture, which the state does not
+            hold.
     """
 
     file: Path
@@ -77,8 +78,8 @@ def read_demonstrations(path: str | Path) -> Iterator[Demonstration]:
     """Yields the demonstrations of one HDF5 file, tasks by name and demonstrations by number.
 
     Raises:
-      DatasetError: The file is missing, is no HDF5 file, or holds no demonstration; or an array
-        has another dtype or shape than is needed, or a value that is not finite.
+        DatasetError: the file is missing, is no HDF5 file, or holds no demonstration; or an array
+            has another dtype or shape than is needed, or a value that is not finite.
     """
     path = Path(path)
     with _open(path) as file:
@@ -159,7 +160,7 @@ def _pictures(obs: Any, name: str, where: str) -> np.ndarray:
 
 
 def _numbers(group: Any, name: str, width: int | None = None) -> Float64[NpArray, "t d"]:
-    """An array of a demonstration, checked; ``width`` is the number of its columns."""
+    """An array of a demonstration, checked; `width` is the number of its columns."""
     array = group[name]
     if not hasattr(array, "shape") or len(array.shape) != (1 if width == 1 else 2):
         raise DatasetError(f"{name}: expected {'t' if width == 1 else '[t, n]'} numbers")

@@ -26,15 +26,15 @@ class Recording:
     """One episode; lists have an entry for each step.
 
     Attributes:
-      task: LIBERO's name of the task.
-      instruction: The task in words.
-      seed: Of the episode.
-      success: Whether the last action solved the task.
-      image: JPEG of the main camera, and ``wrist_image`` of the one at the gripper.
-      state: f32[8] proprio.
-      joint_state: f32[7] in rad.
-      label: f32[7], what the expert does in this state, in LIBERO's convention.
-      executed: f32[7], what was executed, in the same convention.
+        task: LIBERO's name of the task.
+        instruction: the task in words.
+        seed: of the episode.
+        success: whether the last action solved the task.
+        image: JPEG of the main camera, and `wrist_image` of the one at the gripper.
+        state: f32[8] proprio.
+        joint_state: f32[7] in rad.
+        label: f32[7], what the expert does in this state, in LIBERO's convention.
+        executed: f32[7], what was executed, in the same convention.
     """
 
     task: str
@@ -54,7 +54,7 @@ class Recording:
         return cls(task=task, instruction=instruction, seed=seed)
 
     def add(self, seen: Mapping[str, Any], *, joints: np.ndarray, label: np.ndarray) -> None:
-        """Adds what was seen before an action; the action itself goes to ``executed``."""
+        """Adds what was seen before an action; the action itself goes to `executed`."""
         for key in CAMERA_KEYS:
             getattr(self, key).append(encode_jpeg(seen[key]))
         self.state.append(np.asarray(seen["state"], np.float32))
@@ -96,7 +96,7 @@ def load_recording(path: Path) -> Recording:
     """Reads a recording.
 
     Raises:
-      DatasetError: The file is missing or damaged, or a value is not finite.
+        DatasetError: the file is missing or damaged, or a value is not finite.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:

@@ -4,8 +4,8 @@
     "observation/state[-1:]"      the last one
     "action/world_vector"         all of them
 
-The bounds are those of a Python slice, but must lie inside the feature. In shapes, ``t`` counts the
-steps of an episode and ``d`` columns.
+The bounds are those of a Python slice, but must lie inside the feature. In shapes, `t` counts the
+steps of an episode and `d` columns.
 """
 
 import re
@@ -46,7 +46,7 @@ class Entries:
         """Reads the notation.
 
         Raises:
-          InputError: It is none.
+            InputError: it is none.
         """
         match = _PATTERN.fullmatch(text)
         if match is None:
@@ -63,10 +63,10 @@ class Entries:
         return f"{self.path}[{start}:{stop}]"
 
     def width(self, size: int) -> int:
-        """Number of entries taken from a feature of ``size``.
+        """Number of entries taken from a feature of `size`.
 
         Raises:
-          DatasetError: A bound lies outside, or nothing is left between them.
+            DatasetError: a bound lies outside, or nothing is left between them.
         """
         taken = len(range(size)[self.start : self.stop])
         outside = [b for b in (self.start, self.stop) if b is not None and not -size <= b <= size]
@@ -78,8 +78,8 @@ class Entries:
         """The entries, of every step; scalars are features of one entry.
 
         Raises:
-          DatasetError: A value is no number, not finite, or float32 cannot hold it; the message
-            names the step, counted from ``first_step`` on.
+            DatasetError: a value is no number, not finite, or float32 cannot hold it; the message
+                names the step, counted from `first_step` on.
         """
         try:
             array = np.asarray(values)
@@ -124,7 +124,7 @@ def numbers(columns: Columns, values: Values, steps: range) -> Float64[NpArray, 
     """The columns, side by side, of some of a record's steps.
 
     Raises:
-      DatasetError: A value of these steps is not finite; see `Entries.of`.
+        DatasetError: a value of these steps is not finite; see `Entries.of`.
     """
     parts = [np.zeros((len(steps), 0))]
     for text in columns:

@@ -22,9 +22,9 @@ class Feature:
     """What a data set's description says of a feature of a step.
 
     Attributes:
-      shape: None for a size that differs from step to step.
-      dtype: object for text.
-      encoded: Whether it is stored as the files of pictures, which `dtype` is decoded to.
+        shape: None for a size that differs from step to step.
+        dtype: object for text.
+        encoded: whether it is stored as the files of pictures, which `dtype` is decoded to.
     """
 
     shape: tuple[int | None, ...]
@@ -45,11 +45,11 @@ def check_features(spec: DatasetSpec, features: Mapping[str, Feature]) -> None:
     """Checks that a data set has what its specification takes.
 
     Args:
-      spec: The specification.
-      features: Of a step, by their paths.
+        spec: the specification.
+        features: of a step, by their paths.
 
     Raises:
-      DatasetError: A feature is missing, or has another dtype or shape than is needed.
+        DatasetError: a feature is missing, or has another dtype or shape than is needed.
     """
     missing = [path for path in spec.features() if path not in features]
     if missing:

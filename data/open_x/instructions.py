@@ -21,13 +21,13 @@ def instructions(path: str, stored: Sequence[Any], steps: range) -> tuple[str, .
     """The instructions of an episode's steps; either all have one or none.
 
     Args:
-      path: The feature.
-      stored: Its value at each step.
-      steps: Numbers of the steps in the record.
+        path: the feature.
+        stored: its value at each step.
+        steps: numbers of the steps in the record.
 
     Raises:
-      DatasetError: One is no instruction (see `instruction_text`), or empty where others are not;
-        the message names step and feature.
+        DatasetError: one is no instruction (see `instruction_text`), or empty where others are not;
+            the message names step and feature.
     """
     texts: list[str] = []
     for step, value in zip(steps, stored, strict=True):
@@ -49,8 +49,8 @@ def instruction_text(value: Any) -> str:
     """Text as stored: UTF-8, or the codes of its bytes, padded with zeros.
 
     Raises:
-      DatasetError: It is not UTF-8, holds control characters, or is what Python prints for bytes or
-        an array.
+        DatasetError: it is not UTF-8, holds control characters, or is what Python prints for bytes
+            or an array.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
         value = _from_codes(value)

@@ -36,20 +36,20 @@ def standardize(
     """Makes an episode of a record's steps.
 
     Args:
-      spec: Of the data set.
-      values: The values of a feature in every step.
-      steps: Number of steps.
-      name: Of the episode and its set, in errors of pictures, which are decoded later.
-      episode_id: Its position in the split.
-      metadata: The episode's metadata.
-      features: That there are, by their paths.
+        spec: of the data set.
+        values: the values of a feature in every step.
+        steps: number of steps.
+        name: of the episode and its set, in errors of pictures, which are decoded later.
+        episode_id: its position in the split.
+        metadata: the episode's metadata.
+        features: that there are, by their paths.
 
     Returns:
-      The episode; None where no step is left of it.
+        The episode; None where no step is left of it.
 
     Raises:
-      DatasetError: The gripper leaves [0, 1], a value is not finite, or an instruction is none; the
-        message names step and feature. All steps that are kept are looked at.
+        DatasetError: the gripper leaves [0, 1], a value is not finite, or an instruction is none;
+            the message names step and feature. All steps that are kept are looked at.
     """
     kept = range(steps)[spec.skip_first : steps - (spec.action.movement == "reached")]
     if not kept:

@@ -31,12 +31,12 @@ class Method:
     """A method.
 
     Attributes:
-        title: For tables.
-        make: Applies it.
-        grouped: Whether groups of inputs may have scales of their own.
-        allocates: Whether bits are a budget, which may be broken.
-        rounds_activations: Whether it is one for rounded activations alone.
-        allocates_activations: Whether bits of activations are a budget, too.
+        title: for tables.
+        make: applies it.
+        grouped: whether groups of inputs may have scales of their own.
+        allocates: whether bits are a budget, which may be broken.
+        rounds_activations: whether it is one for rounded activations alone.
+        allocates_activations: whether bits of activations are a budget, too.
     """
 
     title: str

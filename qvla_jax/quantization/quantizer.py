@@ -15,7 +15,7 @@ import numpy as np
 
 from qvla_jax.array_typing import Array, Float, Int, Int8
 from qvla_jax.errors import InputError
-from qvla_jax.quantization.codes import GRID_BITS, PRUNED, SOURCE, Grid
+from qvla_jax.quantization.codes import GRID_BITS, GRIDS, PRUNED, SOURCE, Grid
 from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
 from qvla_jax.quantization.grid import changes_on_grid, fitted_clips, mixed_levels, quantize_mixed
 from qvla_jax.quantization.index import ChannelIndex
@@ -49,8 +49,9 @@ class QuantizerSettings:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.grid not in ("fitted", "rtn"):
-            raise InputError(f"grid: expected 'fitted' or 'rtn', got {self.grid!r}")
+        if self.grid not in GRIDS:
+            expected = " or ".join(map(repr, GRIDS))
+            raise InputError(f"grid: expected {expected}, got {self.grid!r}")
         if self.rounding not in ("nearest", "feedback"):
             raise InputError(f"rounding: expected 'nearest' or 'feedback', got {self.rounding!r}")
         if self.weighting not in ("tokens", "action"):

@@ -22,10 +22,10 @@ class SensitivityMap:
     """What the heatmap shows: `costs[C, n]` of the channels, in layer order.
 
     Attributes:
-        paths: The layers' paths.
-        offsets: First channel of each layer, and C at the end.
-        bits: The n bit options.
-        costs: Sensitivities.
+        paths: the layers' paths.
+        offsets: first channel of each layer, and C at the end.
+        bits: the n bit options.
+        costs: sensitivities.
     """
 
     paths: Sequence[str]
@@ -43,9 +43,9 @@ def render(
     """Returns the page for a report.
 
     Args:
-        report: See docs/file_formats.md for its schema.
-        sensitivity: What the heatmaps show.
-        rollouts: Videos of closed-loop episodes, if the report has such.
+        report: see docs/file_formats.md for its schema.
+        sensitivity: what the heatmaps show.
+        rollouts: videos of closed-loop episodes, if the report has such.
     """
     style = resources.files("qvla_jax.report").joinpath("style.css").read_text("utf-8")
     budget = number(report["budget"]["bits_per_weight"])

@@ -60,7 +60,7 @@ def load_frames(
         progress: reports one item for each episode.
 
     Raises:
-        DatasetError: A set cannot be read, or no episode has an instruction.
+        DatasetError: a set cannot be read, or no episode has an instruction.
     """
     inputs: list[ModelInputs] = []
     chunks = []
