@@ -6,14 +6,22 @@ OUT ?= demo
 PROOF_FACTOR ?= 20
 FUZZ_CASES ?= 1000000
 KILLS ?= 50
-LOWEST_TESTS ?=
+# Files or folders of tests; without any `make test` runs them all, and the targets for other sets of
+# versions run a selection that reaches every dependency in about two CPU minutes.
+TESTS ?=
+SELECTION := $(addprefix tests/, test_package.py solvers/test_solvers.py solvers/test_demotion.py \
+  kernels/test_cpu.py kernels/test_packing.py pipeline/test_run.py serving/test_server.py)
+# The newest interpreter that is supported, wherever it can be found. Only running it tells: pyenv has
+# a python3.13 on the path that runs nothing while another version is chosen.
+PYTHON_NEWEST ?= $(shell for python in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/python; do \
+  "$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-lowest test-aarch64 prove-solvers bench-solvers bench-kernels sanitize fuzz faults audit notebooks docs lint types format clean
+.PHONY: help demo test test-long test-newest test-lowest test-aarch64 prove-solvers bench-solvers bench-kernels sanitize fuzz faults audit notebooks docs wheels sdist nightly lint types format clean
 
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,14 +42,21 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and report (about 5 minutes)
 	$(BIN)/qvla run --model libero-mini --budget-bits 4 --out $(OUT)
 
-test: $(VENV)/.dev  ## Run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(VENV)/.dev  ## Run the tests, or those of TESTS=...
+	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 test-long: $(VENV)/.dev  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m long
 
+# Where there is no newer interpreter than the usual one, newer versions of packages are left to test.
+test-newest:  ## Run a selection of the tests with the newest Python and the newest packages for it
+	@test -n "$(PYTHON_NEWEST)" || echo "There is no python3.13 here: testing with $(PYTHON)," \
+	  "$$($(PYTHON) -V). PYTHON_NEWEST=... names another interpreter." >&2
+	$(MAKE) test VENV=build/newest PYTHON='$(or $(PYTHON_NEWEST),$(PYTHON))' \
+	  TESTS='$(or $(TESTS),$(SELECTION))'
+
 # uv knows how to ask for the lowest versions that fit together; pip does not.
-test-lowest: pyproject.toml  ## Run the tests with every dependency at its lower bound
+test-lowest:  ## Run a selection of the tests with every dependency at its lower bound
 	$(PYTHON) -m venv build/lowest
 	build/lowest/bin/python -m pip install --quiet uv
 	build/lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev --extra rlds \
@@ -50,7 +65,7 @@ test-lowest: pyproject.toml  ## Run the tests with every dependency at its lower
 	  --requirement build/lowest/requirements.txt --editable .
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python \
 	  --no-deps 'openpi-client==0.1.2'
-	build/lowest/bin/python -m pytest -n auto --dist loadfile $(LOWEST_TESTS)
+	build/lowest/bin/python -m pytest -n auto --dist loadfile $(or $(TESTS),$(SELECTION))
 
 test-aarch64: $(VENV)/.dev  ## Cross-compile the CPU kernel for 64-bit ARM and check it in an emulator (g++-aarch64-linux-gnu, qemu-user)
 	$(BIN)/python -m pytest -m long tests/kernels/test_native.py -k aarch64
@@ -93,6 +108,17 @@ notebooks: $(VENV)/.dev  ## Run all notebooks; copies with their pictures go to 
 
 docs: $(VENV)/.dev  ## Build the pages of the Python API from its docstrings, in build/docs
 	$(BIN)/python docs/build_api.py build/docs
+
+# cibuildwheel builds in a container of manylinux (Docker), and tests what it built outside of it.
+wheels: $(BIN)/python  ## Build the wheel for this architecture, in dist
+	$(BIN)/python -m pip install --quiet cibuildwheel
+	$(BIN)/python -m cibuildwheel --output-dir dist
+
+sdist: $(BIN)/python  ## Build the source distribution, in dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --sdist --outdir dist
+
+nightly: notebooks docs test-long  ## What takes too long for every change
 
 lint: $(VENV)/.dev types  ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -29,8 +29,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from qvla_jax import kernels
 from qvla_jax.kernels import sharded
-from qvla_jax.kernels.codes import CodeMap, code_map, num_words
-from qvla_jax.kernels.packed import SOURCE_CODES, PackedWeight, Segment
+from qvla_jax.kernels.codes import num_words
+from qvla_jax.kernels.packed import PackedWeight, Segment
+from qvla_jax.quantization.codes import SOURCE_CODES, CodeMap, code_map
 
 # Name -> topology that has such a chip.
 TPUS: Final = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -167,13 +168,21 @@ def shapes(c: int, k: int, rows: dict[int, int], group: int | None) -> PackedWei
     )
 
 
+def abstract_mesh(sharding: Any) -> Any:
+    """The mesh of a sharding, or of its one device, without the devices."""
+    mesh = getattr(sharding, "mesh", None) or Mesh(np.array([*sharding.device_set]), ("one",))
+    return mesh.abstract_mesh
+
+
 def compiled(w: Any, sharding: Any, rows: int, activation_bits: int) -> str:
     """What the compiler says of a product."""
     x = jax.ShapeDtypeStruct((rows, w.shape[1]), jnp.bfloat16, sharding=sharding)
     run = jax.jit(lambda x, w: kernels.mixed_matmul(x, w, activation_bits))
     start = time.perf_counter()
     try:
-        memory = run.lower(x, w).compile().memory_analysis()
+        # JAX 0.11 asks the mesh which GPU a kernel is lowered for.
+        with jax.sharding.use_abstract_mesh(abstract_mesh(sharding)):
+            memory = run.lower(x, w).compile().memory_analysis()
     except Exception as error:  # whatever the compiler raises
         return f"does not compile: {str(error).splitlines()[0][:600]} | "
     print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)

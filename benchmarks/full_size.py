@@ -41,13 +41,14 @@ from qvla_jax.inference.packed_linear import replace_by_packed
 from qvla_jax.inference.policy import make_policy
 from qvla_jax.inference.word_tokenizer import word_tokenizer
 from qvla_jax.kernels import cpu
-from qvla_jax.kernels.codes import CodeMap, num_words
+from qvla_jax.kernels.codes import num_words
 from qvla_jax.models import ModelInputs, abstract_model, named_modules
 from qvla_jax.models.llama import LlamaDecoderLayer, bidirectional_mask, causal_mask, rotary_angles
 from qvla_jax.models.projector import PrismaticProjector
 from qvla_jax.models.unread import drop_unread
 from qvla_jax.models.vision import Block
 from qvla_jax.quantization import quantizable_layers
+from qvla_jax.quantization.codes import SIGNED
 
 # Channels of each width in `openvla-oft-7b` at 4.0 bits.
 MIXED = {16: 0.02, 8: 0.215, 4: 0.592, 2: 0.151, 0: 0.022}
@@ -100,7 +101,7 @@ def random_packed_policy(name: str) -> Policy:
             index=np.concatenate([own for _, own in kept]).astype(np.uint16),
             bias=bias,
             segments=tuple(
-                kernels.Segment(bits, len(own), CodeMap(1, -(2 ** (bits - 1))))
+                kernels.Segment(bits, len(own), SIGNED[bits])
                 if bits < 16
                 else kernels.Segment(bits, len(own))
                 for bits, own in kept

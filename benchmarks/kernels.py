@@ -43,6 +43,7 @@ from rivals import (  # noqa: E402
 
 from qvla_jax import kernels  # noqa: E402
 from qvla_jax.kernels import cpu  # noqa: E402
+from qvla_jax.quantization.rows import QuantizedRows  # noqa: E402
 
 # Output channels x inputs: Llama-2-7B's, and what the two towers have beside.
 SHAPES = (
@@ -146,7 +147,8 @@ def random_packed(c: int, k: int, bits: np.ndarray, group: int | None) -> kernel
     # Powers of two are exact in bfloat16.
     scales = 2.0 ** rng.integers(-8, -4, (c, groups)).astype(np.float32)
     weight = rng.normal(size=(c, k)).astype(ml_dtypes.bfloat16)
-    return kernels.pack(weight, bits, group, grid="rtn", codes=codes, scales=scales)
+    rows = QuantizedRows(bits=bits, codes=codes, scales=scales, grid="rtn", group=group)
+    return kernels.pack_rows(rows, weight)
 
 
 def xla_products(c: int, k: int, copies: Copies) -> Iterator[tuple[str, Product]]:

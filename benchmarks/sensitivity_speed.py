@@ -34,6 +34,7 @@ from torch import nn
 from torch_twin import Twin, twin_of
 
 from qvla_jax.data.calibration import calibration_set
+from qvla_jax.devices import use_all_cpu_cores
 from qvla_jax.inference import load_policy
 from qvla_jax.models import ModelInputs
 from qvla_jax.quantization import InputStatistics, Quantizer, QuantizerSettings
@@ -46,7 +47,7 @@ from qvla_jax.sensitivity.input_hessian import inverse_factor_diagonal, proxy_co
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.replay import ReplaySpec, record
 from qvla_jax.sensitivity.stages import downstream, part_paths
-from qvla_jax.sharding import one_device_mesh, use_all_cpu_cores
+from qvla_jax.sharding import one_device_mesh
 
 BITS = (0, 2, 4, 8)
 

@@ -26,6 +26,7 @@ from operations import largest_rate, product_operations
 
 from qvla_jax.array_typing import Array
 from qvla_jax.data.calibration import calibration_set
+from qvla_jax.devices import use_all_cpu_cores
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.quantization import Quantizer, QuantizerSettings
 from qvla_jax.quantization.index import ChannelIndex
@@ -35,7 +36,7 @@ from qvla_jax.sensitivity.instrument import hooked_call
 from qvla_jax.sensitivity.jacobian import CONTRACTIONS, streamed_frame_costs
 from qvla_jax.sensitivity.reverse import ReverseSpec, reverse_sweep
 from qvla_jax.sensitivity.statistics import streamed_means
-from qvla_jax.sharding import one_device_mesh, use_all_cpu_cores
+from qvla_jax.sharding import one_device_mesh
 
 BITS = (0, 2, 4, 8)
 

@@ -1,11 +1,31 @@
-// What the kernels for AVX-512 share: streams of tiles, what stands beside their words, and outputs.
+// What the kernels for AVX-512 share: streams of tiles, what stands beside their words, outputs, and the
+// product of integers.
+//
+// Few rows (decoding) multiply straight from the packed blocks, in several streams of tiles with
+// prefetching, because memory is the limit. Many rows (prefill) unpack a pair of tiles once into a
+// panel that stays in the caches.
 #pragma once
 #include <immintrin.h>
-
 
 #include "rows.h"
 
 namespace qvla {
+
+// avx512_integer.cpp, compiled once for both kernels. Outputs are stored by a function of their own: inlined,
+// one store for every row and tile was most of the code and of the time that compilers took.
+namespace avx512 {
+
+size_t integer_bytes(int padded);
+void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32_t* sums);
+void multiply_integer(const Job& job);
+
+// Writes results [height][2][16] of `tiles` (1 or 2) tiles, first and first + step, to the rows from `row`
+// on; those behind the last row are left out.
+void store_rows(const Job& job, int row, int height, int first, int tiles, int step,
+                const float* results);
+
+}  // namespace avx512
+
 namespace {
 
 // What a stream will come to. Where memory is the limit it goes to the second-level cache, because
@@ -25,68 +45,28 @@ inline void prefetch_lanes(const Job& job, int tile) {
   _mm_prefetch(reinterpret_cast<const char*>(job.index + next), _MM_HINT_T0);
 }
 
-// Nearest bfloat16 numbers.
-inline __m256i narrowed(__m512 value) {
-#if defined(__AVX512BF16__)
-  return (__m256i)_mm512_cvtneps_pbh(value);
-#else
-  Floats wide;
-  std::memcpy(&wide, &value, sizeof wide);
-  const Words word = rounded(wide);
-  __m512i bits;
-  std::memcpy(&bits, &word, sizeof bits);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
-#endif
-}
-
-// Lanes to channels in any order: plain stores are faster than a scatter instruction.
-template <class T>
-inline void distribute(const T* lanes, const int32_t* index, bool all, T* y) {
-  if (all) {
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes; ++lane) y[index[lane]] = lanes[lane];
-  } else {
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (index[lane] >= 0) y[index[lane]] = lanes[lane];
-  }
-}
-
-inline void store(const Job& job, int row, int tile, __m512 value) {
-  const int32_t* const channels = job.index + tile * kLanes;
-  const __m512i index = _mm512_loadu_si512(channels);
-  const __m512i run =
-      _mm512_add_epi32(_mm512_set1_epi32(channels[0]),
-                       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-  const bool all = _mm512_movepi32_mask(index) == 0;
-  const bool contiguous = all && _mm512_cmpeq_epi32_mask(index, run) == 0xffff;
-  if (job.y_bfloat16) {
-    uint16_t* const y = static_cast<uint16_t*>(job.y) + row * job.y_stride;
-    const __m256i half = narrowed(value);
-    if (contiguous) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + channels[0]), half);
-      return;
-    }
-    alignas(32) uint16_t lanes[kLanes];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), half);
-    distribute(lanes, channels, all, y);
-    return;
-  }
-  float* const y = static_cast<float*>(job.y) + row * job.y_stride;
-  if (contiguous) {
-    _mm512_storeu_ps(y + channels[0], value);
-    return;
-  }
-  alignas(64) float lanes[kLanes];
-  _mm512_store_ps(lanes, value);
-  distribute(lanes, channels, all, y);
-}
-
 inline __m512 scale_of(const Job& job, int tile, int g) {
   return _mm512_loadu_ps(job.scales + (static_cast<ptrdiff_t>(tile) * job.groups + g) * kLanes);
 }
 
 inline __m512 bias_of(const Job& job, int tile) {
   return _mm512_loadu_ps(job.bias + tile * kLanes);
+}
+
+template <int MR, int NT>
+inline void spill(const __m512 (&total)[MR][NT], float (&out)[MR][2][kLanes]) {
+#pragma GCC unroll 12
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < NT; ++n) _mm512_store_ps(out[m][n], total[m][n]);
+}
+
+template <int MR, int NT>
+inline void store_block(const Job& job, int row, int first, int step,
+                        const __m512 (&total)[MR][NT]) {
+  alignas(64) float results[MR][2][kLanes];
+  spill(total, results);
+  avx512::store_rows(job, row, MR, first, NT, step, results[0][0]);
 }
 
 // Calls `product(height, row)` for blocks of rows, each of the smallest of a few heights that takes what

@@ -78,6 +78,10 @@ extern const Kernel kNeonDot;   // products of four 8-bit integers
 extern const Kernel kNeonBf16;  // ... and of two bfloat16 numbers
 #endif
 
+// Memory of the calling thread that begins with a cache line, kept: a fresh one would be paged in by every
+// call. `use`, 0 to 2, tells what is needed at the same time apart.
+uint8_t* scratch(int use, size_t bytes);
+
 // Kernels that this processor can run, best first; the last is kPortable.
 std::vector<const Kernel*> runnable_kernels();
 

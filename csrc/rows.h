@@ -7,7 +7,6 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 #include "kernel.h"
 
@@ -91,15 +90,6 @@ inline Ints nearest(Floats value) {
 // Behind the last input of group g.
 inline int group_end(const Job& job, int g) {
   return g + 1 == job.groups ? job.k : (g + 1) * job.group;
-}
-
-// Memory of the calling thread, kept: a fresh one would be paged in by every call.
-template <int USE>
-uint8_t* scratch(size_t bytes) {
-  thread_local std::vector<uint8_t> memory;
-  if (memory.size() < bytes + kBlock) memory.resize(bytes + kBlock);
-  const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<uint8_t*>((at + kBlock - 1) / kBlock * kBlock);
 }
 
 // Writes N results, those of the lanes from `first` on, to their output channels.

@@ -15,7 +15,7 @@ import numpy as np
 from qvla_jax.array_typing import Float32, NpArray
 from qvla_jax.atomic import write_json
 from qvla_jax.data.drawing import Pool, draw, look
-from qvla_jax.data.episode import EncodedEpisode, decode_each, next_steps
+from qvla_jax.data.episode import EncodedEpisode, next_steps
 from qvla_jax.data.manifest import (
     FORMAT,
     check_manifest,
@@ -23,6 +23,7 @@ from qvla_jax.data.manifest import (
     steps_by_source,
 )
 from qvla_jax.data.open_x.spec import DatasetSpec
+from qvla_jax.data.pictures import Pictures, check_each, decode_each
 from qvla_jax.data.records import split_names
 from qvla_jax.data.rlds import RldsDataset, find_version
 from qvla_jax.data.samples import bundled_path
@@ -50,7 +51,7 @@ class CalibrationSet:
     fit into memory.
 
     Attributes:
-      manifest: What the set holds, ready for JSON; ``manifest["sha256"]`` names it.
+        manifest: what the set holds, ready for JSON; `manifest["sha256"]` names it.
     """
 
     manifest: Mapping[str, Any]
@@ -76,7 +77,7 @@ class CalibrationSet:
         return list(zip(self.manifest["datasets"], self.manifest["episodes"], strict=True))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yields batches of ``size`` frames; the last one may be smaller.
+        """Yields batches of `size` frames; the last one may be smaller.
 
         A batch is what `Policy.infer_normalized` takes: image and wrist_image u8[b, H, W, 3] (a
         list of u8[H, W, 3] where data sets differ in size), state f32[b, p], instruction (list of
@@ -150,11 +151,11 @@ class CalibrationSet:
         """Rebuilds exactly the set that a manifest names.
 
         Args:
-          manifest: A manifest or the path of one.
-          source: Where the data lie, if no longer where the manifest says; for one data set.
+            manifest: a manifest or the path of one.
+            source: where the data lie, if no longer where the manifest says; for one data set.
 
         Raises:
-          DatasetError: The manifest was altered, or the data are not those it was drawn from.
+            DatasetError: the manifest was altered, or the data are not those it was drawn from.
         """
         if isinstance(manifest, str | Path):
             where = str(manifest)
@@ -184,18 +185,35 @@ class CalibrationSet:
     def _batch(self, rows: slice) -> Batch:
         pairs = list(zip(self.episode_keys[rows], self.manifest["steps"][rows], strict=True))
         found = [(self._episodes[key], step) for key, step in pairs]
-        batch: Batch = {"image": decode_each([e.image[t] for e, t in found])}
-        if self._common["wrist_image"]:
-            wrist = [e.wrist_image[t] for e, t in found if e.wrist_image is not None]
-            batch["wrist_image"] = decode_each(wrist)
+        batch: Batch = {
+            camera: decode_each(self._pictures(camera, rows)) for camera in self._cameras
+        }
         if self._common["state"]:
             states = [(e.episode.state, t) for e, t in found]
             batch["state"] = np.stack([state[t] for state, t in states if state is not None])
-        batch["instruction"] = [e.episode.instruction for e, _ in found]
+        batch["instruction"] = [e.episode.instructions[t] for e, t in found]
         batch["actions"] = np.stack([self._actions(e.episode.action, t) for e, t in found])
         batch["episode"] = np.asarray([episode for (_, episode), _ in pairs], np.int64)
         batch["step"] = np.asarray([step for _, step in pairs], np.int64)
         return batch
+
+    @property
+    def _cameras(self) -> list[str]:
+        return ["image", *(["wrist_image"] if self._common["wrist_image"] else [])]
+
+    def _pictures(self, camera: str, rows: slice) -> list[tuple[Pictures, int]]:
+        """The pictures of some frames, each by its episode's and its step."""
+        pairs = zip(self.episode_keys[rows], self.manifest["steps"][rows], strict=True)
+        return [(getattr(self._episodes[key], camera), step) for key, step in pairs]
+
+    def check_pictures(self) -> None:
+        """Decodes every picture once, so that none fails in the middle of a later stage.
+
+        Raises:
+            DatasetError: one does not decode, or pictures of one episode differ in size.
+        """
+        for camera in self._cameras:
+            check_each(self._pictures(camera, slice(None)))
 
     @cached_property
     def _common(self) -> Mapping[str, bool]:
@@ -243,28 +261,30 @@ def calibration_set(
     True
 
     Args:
-      source: "bundled", an RLDS directory, the address of one (gs://...), or several of these with
-        their weights: each gets a share of the frames in proportion.
-      frames: Number of frames. Without it, every frame of the trajectories drawn; without either,
-        128 frames.
-      trajectories: Draw from this many episodes only; by default from all, "all" also takes all
-        their frames.
-      stride: Without `frames`, take every `stride`-th step of each trajectory, from the first on:
-        where a policy that executes chunks of that length would look.
-      seed: Seed of the draw.
-      split: Split to draw from; left out, "calibration" where there is one, else "train".
-      horizon: Number of actions of the expert with each frame.
-      spec: How a data set is read, if not as its name says; see `RldsDataset`.
-      max_episodes: Most episodes of each data set to look at (see `drawing.look`), but where all
-        are asked for.
-      balance: Multiply weights by the number of frames that each data set has, as the public
-        training code does; see `open_x.mixture_below`.
-      gripper_share: Share of the frames that are drawn where the expert opens or closes the gripper
-        within the horizon, which decides success; None draws from all steps alike.
-      progress: Called with the episodes looked at.
+        source: "bundled", an RLDS directory, the address of one (gs://...), or several of these
+            with their weights: each gets a share of the frames in proportion.
+        frames: number of frames. Without it, every frame of the trajectories drawn; without either,
+            128 frames.
+        trajectories: draw from this many episodes only; by default from all, "all" also takes all
+            their frames.
+        stride: without `frames`, take every `stride`-th step of each trajectory, from the first on:
+            where a policy that executes chunks of that length would look.
+        seed: seed of the draw.
+        split: split to draw from; left out, "calibration" where there is one, else "train".
+        horizon: number of actions of the expert with each frame.
+        spec: how a data set is read, if not as its name says; see `RldsDataset`.
+        max_episodes: most episodes of each data set to look at (see `drawing.look`), but where all
+            are asked for.
+        balance: multiply weights by the number of frames that each data set has, as the public
+            training code does; see `open_x.mixture_below`.
+        gripper_share: share of the frames that are drawn where the expert opens or closes the
+            gripper within the horizon, which decides success; None draws from all steps alike.
+        progress: called with the episodes looked at.
 
     Raises:
-      DatasetError: The data cannot be read, or hold fewer frames or trajectories than asked for.
+        DatasetError: the data cannot be read, hold fewer frames or trajectories than asked for, or
+            hold what is no picture, number or instruction: where in the episodes looked at, or, for
+            pictures, in the frames drawn. docs/data.md lists what is checked.
     """
     for name, value in (
         ("frames", frames),
@@ -368,6 +388,7 @@ def _drawn(
                 "source": name,
                 "split": dataset.split,
                 "weight": weight,
+                "unlabeled": pool.unlabeled,
                 "spec": dataset.spec.to_json(),
                 "files": dataset.file_hashes([episode for episode, _ in pairs]),
             }
@@ -387,7 +408,9 @@ def _drawn(
         "steps": [row[2] for row in rows],
     }
     manifest["sha256"] = manifest_hash(manifest)
-    return CalibrationSet(manifest, _load(kept, steps_by_source(manifest)))
+    drawn = CalibrationSet(manifest, _load(kept, steps_by_source(manifest)))
+    drawn.check_pictures()
+    return drawn
 
 
 def _shares(
@@ -397,7 +420,7 @@ def _shares(
     capacity: Sequence[int],
     what: str,
 ) -> Sequence[int | None]:
-    """What of ``total`` each data set gives; a single one gives all (`draw` says what it lacks)."""
+    """What of `total` each data set gives; a single one gives all (`draw` says what it lacks)."""
     if total is None or len(pools) == 1:
         return [total] * len(pools)
     if total > sum(capacity):

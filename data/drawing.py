@@ -17,10 +17,11 @@ class Pool:
     """The episodes of a split that frames may be drawn from.
 
     Attributes:
-      tasks: Ids of the episodes of each instruction.
-      lengths: Steps of each episode.
-      stride: Every so manyth step may be drawn, the first one included.
-      deciding: Steps of each episode whose next actions open or close the gripper.
+        tasks: ids of the episodes of each instruction.
+        lengths: steps of each episode.
+        stride: every so manyth step may be drawn, the first one included.
+        deciding: steps of each episode whose next actions open or close the gripper.
+        unlabeled: number of episodes that were passed over, since they have no instruction.
     """
 
     dataset: RldsDataset
@@ -28,6 +29,7 @@ class Pool:
     lengths: dict[int, int]
     stride: int
     deciding: dict[int, frozenset[int]]
+    unlabeled: int
 
     @property
     def episodes(self) -> int:
@@ -61,28 +63,42 @@ def look(
 ) -> Pool:
     """Reads the instructions and lengths of a split's episodes.
 
+    As in the public training code, episodes without an instruction are passed over.
+
     Args:
-      dataset: The split.
-      max_episodes: Most episodes to read. A larger split is not read whole: files are drawn by the
-        seed until they hold as many. Their records come in an order that was shuffled when the set
-        was written, so that they are a sample of the split.
-      stride: See `Pool`.
-      horizon: Actions from a step on that may make it a deciding one.
-      seed: Draws the files.
-      seen: Called after each episode.
+        dataset: the split.
+        max_episodes: most episodes to read. A larger split is not read whole: files are drawn by
+            the seed until they hold as many. Their records come in an order that was shuffled when
+            the set was written, so that they are a sample of the split.
+        stride: see `Pool`.
+        horizon: actions from a step on that may make it a deciding one.
+        seed: draws the files.
+        seen: called after each episode.
+
+    Raises:
+        DatasetError: no episode has a step, or an instruction; or one cannot be read.
     """
     tasks: dict[str, list[int]] = {}
     lengths: dict[int, int] = {}
     deciding: dict[int, frozenset[int]] = {}
+    unlabeled = 0
     for encoded in dataset.encoded_episodes(dataset.sample_ids(max_episodes, seed=seed)):
         episode = encoded.episode
+        seen()
+        if not episode.labeled:
+            unlabeled += 1
+            continue
         tasks.setdefault(episode.instruction, []).append(episode.id)
         lengths[episode.id] = len(episode)
         deciding[episode.id] = _deciding(episode.action[:, -1], horizon)
-        seen()
     if not lengths:
-        raise DatasetError(f"{dataset.path}: split {dataset.split!r} has no episode with a step")
-    return Pool(dataset, tasks, lengths, stride, deciding)
+        lacking = (
+            f"an instruction: {dataset.spec.instruction} is empty in all {unlabeled} looked at"
+            if unlabeled
+            else "a step"
+        )
+        raise DatasetError(f"{dataset.path}: split {dataset.split!r} has no episode with {lacking}")
+    return Pool(dataset, tasks, lengths, stride, deciding, unlabeled)
 
 
 def _deciding(gripper: Float32[NpArray, " t"], horizon: int) -> frozenset[int]:
@@ -102,17 +118,17 @@ def draw(
     """Draws frames: spread evenly over tasks, in a task over episodes, in an episode over steps.
 
     Args:
-      pool: What to draw from.
-      frames: Number of frames; None takes every frame of the trajectories.
-      trajectories: Number of episodes to draw from; None takes all.
-      rng: Draws.
-      gripper_share: Share of the frames that are deciding ones; None draws from all alike.
+        pool: what to draw from.
+        frames: number of frames; None takes every frame of the trajectories.
+        trajectories: number of episodes to draw from; None takes all.
+        rng: draws.
+        gripper_share: share of the frames that are deciding ones; None draws from all alike.
 
     Returns:
-      Ids of episodes and steps.
+        Ids of episodes and steps.
 
     Raises:
-      DatasetError: There are fewer frames or trajectories.
+        DatasetError: there are fewer frames or trajectories.
     """
     groups = [rng.permutation(ids) for _, ids in sorted(pool.tasks.items())]
     chosen = interleave([groups[i] for i in rng.permutation(len(groups))])

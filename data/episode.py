@@ -1,34 +1,35 @@
 """What the readers yield: whole episodes, and single frames with the expert's next actions."""
 
-import io
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from qvla_jax.array_typing import Bool, Float32, Int64, NpArray, UInt8
+from qvla_jax.data.pictures import Pictures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One episode, its arrays stacked over steps; ``t`` counts steps here.
+    """One episode, its arrays stacked over steps; `t` counts steps here.
 
-    ``wrist_image``, ``state`` and ``joint_state`` are None where the data set has none; both images
+    `wrist_image`, `state` and `joint_state` are None where the data set has none; both images
     are None where they were not asked for.
 
     Attributes:
-      id: Position of the episode in its split, whatever the process or the order of reading.
-      instruction: The task in words, as stored.
-      action: Translation (3), rotation (3) and gripper, 1 for open and 0 for closed; the data set's
-        specification (`qvla_jax.data.open_x`) says what the first six mean.
-      metadata: The episode's metadata as stored, text decoded.
+        id: position of the episode in its split, whatever the process or the order of reading.
+        instructions: at each step the task in words, as stored; all of them are empty where nobody
+            wrote one down.
+        action: translation (3), rotation (3) and gripper, 1 for open and 0 for closed; the data
+            set's specification (`qvla_jax.data.open_x`) says what the first six mean.
+        reward: and `discount` and `is_terminal`: as stored, where that is a number for each step,
+            else 0, 1 and False. Nothing is computed from them.
+        metadata: the episode's metadata as stored, text decoded.
     """
 
     id: int
-    instruction: str
+    instructions: tuple[str, ...]
     image: UInt8[NpArray, "t height width 3"] | None
     wrist_image: UInt8[NpArray, "t height width 3"] | None
     state: Float32[NpArray, "t p"] | None
@@ -42,12 +43,22 @@ class Episode:
     def __len__(self) -> int:
         return len(self.action)
 
+    @property
+    def instruction(self) -> str:
+        """The task in words, at the first step; it rarely changes."""
+        return self.instructions[0]
+
+    @property
+    def labeled(self) -> bool:
+        """Whether there are instructions; the public training code passes over what has none."""
+        return bool(self.instruction.strip())
+
     def frame(self, step: int, horizon: int) -> "Frame":
-        """One step with the next ``horizon`` actions."""
+        """One step with the next `horizon` actions."""
         return Frame(
             episode=self.id,
             step=step,
-            instruction=self.instruction,
+            instruction=self.instructions[step],
             image=None if self.image is None else self.image[step],
             wrist_image=None if self.wrist_image is None else self.wrist_image[step],
             state=None if self.state is None else self.state[step],
@@ -57,7 +68,7 @@ class Episode:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One observation and the expert's next ``h`` actions, the last repeated past the end."""
+    """One observation and the expert's next `h` actions, the last repeated past the end."""
 
     episode: int
     step: int
@@ -70,58 +81,23 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedEpisode:
-    """An episode whose images are still the files they are stored as, one for each step."""
+    """An episode whose pictures are still as they are stored."""
 
     episode: Episode
-    image: Sequence[bytes | NpArray]
-    wrist_image: Sequence[bytes | NpArray] | None
+    image: Pictures
+    wrist_image: Pictures | None
 
     def only(self, steps: Collection[int]) -> "EncodedEpisode":
         """The same with the images of some steps alone; those of the others are empty."""
-
-        def kept(files: Sequence[bytes | NpArray]) -> list[bytes | NpArray]:
-            return [file if step in steps else b"" for step, file in enumerate(files)]
-
-        wrist = None if self.wrist_image is None else kept(self.wrist_image)
-        return replace(self, image=kept(self.image), wrist_image=wrist)
+        wrist = None if self.wrist_image is None else self.wrist_image.only(steps)
+        return replace(self, image=self.image.only(steps), wrist_image=wrist)
 
     def decode(self) -> Episode:
         """Decodes both cameras."""
-        wrist = None if self.wrist_image is None else decode_images(self.wrist_image)
-        return replace(self.episode, image=decode_images(self.image), wrist_image=wrist)
+        wrist = None if self.wrist_image is None else self.wrist_image.decode_all()
+        return replace(self.episode, image=self.image.decode_all(), wrist_image=wrist)
 
 
 def next_steps(steps: Int64[NpArray, " f"], length: int, horizon: int) -> Int64[NpArray, "f h"]:
-    """Indices of the ``horizon`` steps from each of ``steps`` on, the last one repeated."""
+    """Indices of the `horizon` steps from each of `steps` on, the last one repeated."""
     return np.minimum(steps[:, None] + np.arange(horizon), length - 1)
-
-
-def decode_images(files: Iterable[bytes | NpArray]) -> UInt8[NpArray, "t height width 3"]:
-    """Decodes JPEG or PNG files of one size, in threads (the decoders release the GIL).
-
-    Pictures that a data set stores as plain arrays are passed through.
-    """
-    return np.stack(list(_pool().map(_decode_image, files)))
-
-
-def decode_each(
-    files: Iterable[bytes | NpArray],
-) -> UInt8[NpArray, "b height width 3"] | list[UInt8[NpArray, "height width 3"]]:
-    """As `decode_images`, but a list where the pictures differ in size."""
-    images = list(_pool().map(_decode_image, files))
-    same = len({image.shape for image in images}) == 1
-    return np.stack(images) if same else images
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="decode")
-
-
-def _decode_image(data: bytes | NpArray) -> UInt8[NpArray, "height width 3"]:
-    if isinstance(data, np.ndarray):
-        return data
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))

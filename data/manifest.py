@@ -32,10 +32,10 @@ def manifest_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def check_manifest(manifest: Any, where: str) -> None:
-    """Checks a manifest that was read; ``where`` names it.
+    """Checks a manifest that was read; `where` names it.
 
     Raises:
-      DatasetError: It is none, of another format, or was altered.
+        DatasetError: it is none, of another format, or was altered.
     """
     if isinstance(manifest, Mapping) and manifest.get("format", FORMAT) != FORMAT:
         raise DatasetError(

@@ -1,6 +1,6 @@
 """The records of one split of an RLDS data set, from either file format.
 
-``array_record`` is read without TensorFlow. TFRecord needs it (extra ``rlds``); it is imported when
+`array_record` is read without TensorFlow. TFRecord needs it (extra `rlds`); it is imported when
 such a set is read, and never sees an accelerator. Images stay encoded. Only the files that hold the
 records asked for are opened.
 """
@@ -8,6 +8,8 @@ records asked for are opened.
 import functools
 import hashlib
 import json
+import re
+import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -16,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from qvla_jax.array_typing import Int64, NpArray
+from qvla_jax.data.open_x.features import Feature
 from qvla_jax.errors import DatasetError
 
 INFO_FILE: Final = "dataset_info.json"
@@ -24,22 +27,30 @@ METADATA_FILE: Final = "metadata.json"
 SPEC_KEY: Final = "spec"
 _SAMPLE_BYTES: Final = 1 << 16
 _BLOCK_BYTES: Final = 1 << 22
+# The name of a file that is one of several: what comes before, which, of how many.
+_SHARD: Final = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})")
+# A TFRecord is its length (u64), that one's checksum (u32), the bytes, their checksum (u32).
+_TFRECORD_HEAD: Final = struct.Struct("<QI")
+_TFRECORD_TAIL: Final = 4
+_BUILD_AGAIN: Final = (
+    "build the data set again, or count its episodes with tfds.folder_dataset.write_metadata"
+)
 
 
 class SplitRecords:
     """The records of one split.
 
     Attributes:
-      path: The directory of the data set's version, ``split`` the split's name.
-      features: The features of a step by their path, such as "observation/image".
-      num_episodes: Number of records.
+        path: the directory of the data set's version, `split` the split's name.
+        features: of a step, by their paths, such as "observation/image".
+        num_episodes: number of records.
     """
 
     def __init__(self, path: epath.Path, split: str):
         """Reads the description of the data set.
 
         Raises:
-          DatasetError: It cannot be read, there is no such split, or it is not RLDS.
+            DatasetError: it cannot be read, there is no such split, or it is not RLDS.
         """
         self.path, self.split = path, split
         self._builder = _builder(path)
@@ -48,23 +59,21 @@ class SplitRecords:
             raise DatasetError(
                 f"{path}: no split {split!r}; it has {', '.join(sorted(info.splits)) or 'none'}"
             )
-        if "steps" not in info.features:
-            raise DatasetError(
-                f"{path}: not an RLDS data set: no 'steps' among {', '.join(info.features)}"
-            )
-        # A key may hold slashes itself, so that paths cannot be split at them.
-        self._keys, self.features = _flatten(info.features["steps"].feature)
+        self._keys, self.features = _step_features(path, info.features)
         self.name, self.version = info.name, str(info.version)
-        self.num_episodes: int = info.splits[split].num_examples
+        self._lengths = [int(length) for length in info.splits[split].shard_lengths]
+        self.num_episodes = sum(self._lengths)
+        if self.num_episodes < 1 or min(self._lengths) < 0:
+            raise DatasetError(
+                f"{path}: the description counts no episodes in {split!r} (shardLengths in "
+                f"{INFO_FILE} is {self._lengths}); {_BUILD_AGAIN}"
+            )
+        self._counted: set[int] = set()
 
     def values(self, steps: Sequence[Mapping[str, Any]], path: str) -> list[Any]:
         """The values of a feature in every step of a record."""
         keys = self._keys[path]
         return [functools.reduce(lambda node, key: node[key], keys, step) for step in steps]
-
-    def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Shapes of a step's features by their path."""
-        return {path: tuple(feature.shape) for path, feature in self.features.items()}
 
     def spec_name(self) -> str | None:
         """The specification that the data set's writer named, if it did."""
@@ -82,19 +91,19 @@ class SplitRecords:
     @functools.cached_property
     def file_starts(self) -> Int64[NpArray, " files"]:
         """Id of the first record of each file."""
-        lengths = self._builder.info.splits[self.split].shard_lengths
-        return np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        return np.concatenate([[0], np.cumsum(self._lengths)[:-1]]).astype(np.int64)
 
-    def files_of(self, ids: Int64[NpArray, " e"]) -> list[epath.Path]:
-        """The files that hold some records."""
+    def _places(self, ids: Int64[NpArray, " e"]) -> list[int]:
+        """Which files hold some records."""
         places = np.searchsorted(self.file_starts, np.unique(ids), side="right") - 1
-        return [self.files[place] for place in np.unique(places).tolist()]
+        return np.unique(places).tolist()
 
     def file_hashes(self, ids: Int64[NpArray, " e"]) -> dict[str, str]:
         """The sha256 of each file that holds some of the records, by name."""
         hashes = {}
-        for path in self.files_of(ids):
-            self._check_file(path)
+        for place in self._places(ids):
+            path = self.files[place]
+            self._check_there(path)
             with path.open("rb") as file:
                 hashes[path.name] = _digest(file)
         return hashes
@@ -106,7 +115,7 @@ class SplitRecords:
             path = self.path / name
             digest.update(path.read_bytes() if path.exists() else b"")
         for path in self.files:
-            self._check_file(path)
+            self._check_there(path)
             size = path.stat().length
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
@@ -116,38 +125,91 @@ class SplitRecords:
         return digest.hexdigest()
 
     def examples(self, ids: Int64[NpArray, " e"]) -> Iterator[Mapping[str, Any]]:
-        """Yields records in the order of ``ids``, their steps as a list, images as stored.
+        """Yields records in the order of `ids`, their steps as a list, images as stored.
 
         TFRecord has no random access: out of order, records that are due later are held in memory.
 
         Raises:
-          DatasetError: A file is missing or damaged.
+            DatasetError: a file is missing or damaged.
         """
-        for path in self.files_of(ids):
-            self._check_file(path)
-        random_access = self._builder.info.file_format.value == "array_record"
-        read = self._read_array_record if random_access else self._read_tfrecord
+        if self._other_files:
+            raise DatasetError(
+                f"{self.path}: {self._other_files} lie there, which {INFO_FILE} does not count; "
+                f"remove what is left of another build, or {_BUILD_AGAIN}"
+            )
+        for place in self._places(ids):
+            self._check_count(place)
+        read = self._read_array_record if self._random_access else self._read_tfrecord
         try:
             yield from read(ids)
         except DatasetError:
             raise
         except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DatasetError(
-                f"{self.path}: split {self.split!r} cannot be read; a file is truncated or "
-                f"damaged ({first}). Copy or build the data set again."
-            ) from error
+            raise self._damaged(f"split {self.split!r}", error) from error
 
-    def _check_file(self, path: epath.Path) -> None:
-        if not path.exists():
-            raise DatasetError(f"{path}: missing; split {self.split!r} needs it")
+    @property
+    def _random_access(self) -> bool:
+        return self._builder.info.file_format.value == "array_record"
+
+    def _damaged(self, what: str, error: Exception) -> DatasetError:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return DatasetError(
+            f"{self.path}: {what} cannot be read; a file is truncated or damaged ({first}). Copy "
+            "or build the data set again."
+        )
+
+    def _check_there(self, path: epath.Path) -> None:
+        if path.exists():
+            return
+        there = f"; there are {self._other_files}" if self._other_files else ""
+        raise DatasetError(
+            f"{path}: missing; split {self.split!r} needs it{there}. Copy the data set again; if "
+            f"{INFO_FILE} is wrong, {_BUILD_AGAIN}"
+        )
+
+    @functools.cached_property
+    def _other_files(self) -> str:
+        """Files named as parts of the split that the description does not count, a few of them."""
+        known = {path.name for path in self.files}
+        starts = {m[1] for name in known if (m := _SHARD.fullmatch(name))}
+        names = sorted(path.name for path in self.path.iterdir())
+        shards = ((name, _SHARD.fullmatch(name)) for name in names if name not in known)
+        found = [name for name, match in shards if match and match[1] in starts]
+        return ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
+
+    def _check_count(self, place: int) -> None:
+        """Checks that a file is there and holds as many records as the description counts."""
+        if place in self._counted:
+            return
+        path, expected = self.files[place], self._lengths[place]
+        self._check_there(path)
+        try:
+            found = self._count(path)
+        except Exception as error:
+            raise self._damaged(path.name, error) from error
+        if found not in (None, expected):
+            raise DatasetError(
+                f"{path}: holds {found} episodes, the description counts {expected} (shardLengths "
+                f"in {INFO_FILE}); {_BUILD_AGAIN}"
+            )
+        self._counted.add(place)
+
+    def _count(self, path: epath.Path) -> int | None:
+        """The number of records in a file; None if its format does not tell."""
+        file_format = self._builder.info.file_format.value
+        if file_format == "array_record":
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+            with ArrayRecordDataSource(str(path)) as source:
+                return len(source)
+        return _count_tfrecords(path) if file_format == "tfrecord" else None
 
     def _decoders(self) -> dict[str, Any]:
         import tensorflow_datasets as tfds
 
         nested: dict[str, Any] = {}
         for path, feature in self.features.items():
-            if isinstance(feature, tfds.features.Image):
+            if feature.encoded:
                 *parents, leaf = self._keys[path]
                 node = nested
                 for parent in parents:
@@ -158,8 +220,12 @@ class SplitRecords:
     def _read_array_record(self, ids: Int64[NpArray, " e"]) -> Iterator[Any]:
         source = self._builder.as_data_source(split=self.split, decoders=self._decoders())
         for index in ids.tolist():
-            example = source[index]
-            yield {**example, "steps": list(example["steps"])}
+            try:
+                example = source[index]
+                example = {**example, "steps": list(example["steps"])}
+            except Exception as error:
+                raise self._damaged(f"episode {index} of {self.split!r}", error) from error
+            yield example
 
     def _read_tfrecord(self, ids: Int64[NpArray, " e"]) -> Iterator[Any]:
         _import_tensorflow()
@@ -195,10 +261,10 @@ class SplitRecords:
 
 
 def split_names(path: epath.Path) -> list[str]:
-    """The splits of the data set at ``path``.
+    """The splits of the data set at `path`.
 
     Raises:
-      DatasetError: Its description cannot be read.
+        DatasetError: its description cannot be read.
     """
     return sorted(_builder(path).info.splits)
 
@@ -234,18 +300,59 @@ def _digest(file: Any) -> str:
     return digest.hexdigest()
 
 
-def _flatten(features: Any) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
-    """Keys on the way to each feature, and the features, by their paths."""
+def _count_tfrecords(path: epath.Path) -> int:
+    """Counts the records of a TFRecord file without reading them."""
+    size, at, count = path.stat().length, 0, 0
+    with path.open("rb") as file:
+        while at < size:
+            file.seek(at)
+            length, _ = _TFRECORD_HEAD.unpack(file.read(_TFRECORD_HEAD.size))
+            at += _TFRECORD_HEAD.size + length + _TFRECORD_TAIL
+            count += 1
+    if at != size:
+        raise ValueError(f"the last record ends {at - size} bytes past the end")
+    return count
+
+
+def _step_features(
+    path: epath.Path, features: Any
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Feature]]:
+    """Keys on the way to each feature of a step, and the features, by their paths.
+
+    A key may hold slashes itself, so that paths cannot be split at them.
+
+    Raises:
+        DatasetError: it is not an RLDS data set.
+    """
+    import tensorflow_datasets as tfds
+
+    known = isinstance(features, tfds.features.FeaturesDict)
+    steps = features["steps"] if known and "steps" in features else None
+    if not isinstance(steps, tfds.features.Dataset):
+        found = ", ".join(features if known else ()) or "none"
+        expected = "no 'steps' among" if steps is None else "'steps' is no Dataset of steps, in"
+        raise DatasetError(f"{path}: not an RLDS data set: {expected} its features ({found})")
     keys: dict[str, tuple[str, ...]] = {}
-    flat: dict[str, Any] = {}
+    flat: dict[str, Feature] = {}
+
+    def add(above: tuple[str, ...], info: Any, encoded: bool) -> None:
+        if isinstance(info, Mapping):  # Of a sequence of dictionaries.
+            for key, below in info.items():
+                add((*above, key), below, encoded=False)
+        else:
+            name = "/".join(above)
+            keys[name] = above
+            flat[name] = Feature(tuple(info.shape), np.dtype(info.np_dtype), encoded)
 
     def visit(node: Any, above: tuple[str, ...]) -> None:
-        if hasattr(node, "items"):  # FeaturesDict is no Mapping.
+        if isinstance(node, tfds.features.FeaturesDict):  # It is no Mapping.
             for key, below in node.items():
                 visit(below, (*above, key))
         else:
-            path = "/".join(above)
-            keys[path], flat[path] = above, node
+            add(above, node.get_tensor_info(), isinstance(node, tfds.features.Image))
 
-    visit(features, ())
+    try:
+        visit(steps.feature, ())
+    except Exception as error:
+        raise DatasetError(f"{path}: unreadable features of the steps ({error})") from error
     return keys, flat

@@ -16,8 +16,9 @@ from etils import epath
 from qvla_jax.array_typing import Int64, NpArray
 from qvla_jax.data import open_x
 from qvla_jax.data.episode import EncodedEpisode, Episode, Frame
+from qvla_jax.data.open_x.features import check_features
 from qvla_jax.data.open_x.spec import DatasetSpec
-from qvla_jax.data.open_x.standardize import check_features, standardize
+from qvla_jax.data.open_x.standardize import standardize
 from qvla_jax.data.records import INFO_FILE, SplitRecords
 from qvla_jax.errors import DatasetError, InputError, QvlaError, unknown
 
@@ -26,10 +27,10 @@ class RldsDataset:
     """One split of an RLDS directory, or this process's share of it.
 
     Attributes:
-      path: The directory of the version (with dataset_info.json).
-      name: Name of the data set, ``version`` its version, ``split`` the split read.
-      spec: How its steps are read.
-      episode_ids: Positions in the split of the episodes that this process reads.
+        path: the directory of the version (with dataset_info.json).
+        name: name of the data set, `version` its version, `split` the split read.
+        spec: how its steps are read.
+        episode_ids: positions in the split of the episodes that this process reads.
     """
 
     def __init__(
@@ -44,17 +45,17 @@ class RldsDataset:
         """Opens a data set; nothing but its description is read.
 
         Args:
-          path: The directory of one version, or a parent with only one data set below it; or the
-            address of one, such as gs://gresearch/robotics/taco_play/0.1.0.
-          split: A split's name; no slices.
-          spec: How to read it: a specification, the name of one, or the name of a JSON file with
-            one. Left out, it is found by the data set's name.
-          process_index: Which share to read: episodes ``process_index``, ``+ process_count``, ...
-          process_count: Number of shares.
+            path: the directory of one version, or a parent with only one data set below it; or the
+                address of one, such as gs://gresearch/robotics/taco_play/0.1.0.
+            split: a split's name; no slices.
+            spec: how to read it: a specification, the name of one, or the name of a JSON file with
+                one. Left out, it is found by the data set's name.
+            process_index: which share to read: episodes `process_index`, `+ process_count`, ...
+            process_count: number of shares.
 
         Raises:
-          DatasetError: No data set there, no such split, no specification known, or the data set
-            does not fit it.
+            DatasetError: no data set there, no such split, no specification known, or the data set
+                does not fit it.
         """
         if not 0 <= process_index < process_count:
             raise InputError(f"process_index {process_index} is not in [0, {process_count})")
@@ -64,7 +65,7 @@ class RldsDataset:
         self.split, self.num_episodes = split, self._records.num_episodes
         self.spec = self._find_spec() if spec is None else open_x.load(spec)
         try:
-            check_features(self.spec, self._records.shapes())
+            check_features(self.spec, self._records.features)
         except DatasetError as error:
             raise DatasetError(f"{self.path}: {error}") from error
         self.episode_ids = np.arange(process_index, self.num_episodes, process_count)
@@ -95,12 +96,13 @@ class RldsDataset:
         """Yields episodes in the order given, but those of which their spec leaves no step.
 
         Args:
-          indices: Ids of episodes (positions in the split); by default those of this process.
-          images: Whether to decode images; without, reading is several times faster.
-          seed: Permutes the order; None keeps it.
+            indices: ids of episodes (positions in the split); by default those of this process.
+            images: whether to decode images; without, reading is several times faster.
+            seed: permutes the order; None keeps it.
 
         Raises:
-          DatasetError: An id is out of range, or a file is damaged.
+            DatasetError: an id is out of range, a file is damaged, or a step holds what is no
+                picture, number or instruction; docs/data.md lists what is checked.
         """
         for encoded in self.encoded_episodes(indices, seed=seed):
             yield encoded.decode() if images else encoded.episode
@@ -113,14 +115,14 @@ class RldsDataset:
         seed: int | None = None,
         shuffle_episodes: int = 16,
     ) -> Iterator[Frame]:
-        """Yields single frames with the next ``horizon`` actions.
+        """Yields single frames with the next `horizon` actions.
 
         Args:
-          horizon: Number of actions; the last one of the episode is repeated past its end.
-          indices: As in `episodes`.
-          seed: None yields frames in order. Otherwise episodes are permuted and the frames of
-            ``shuffle_episodes`` at a time (held in memory) are mixed.
-          shuffle_episodes: See ``seed``.
+            horizon: number of actions; the last one of the episode is repeated past its end.
+            indices: as in `episodes`.
+            seed: None yields frames in order. Otherwise episodes are permuted and the frames of
+                `shuffle_episodes` at a time (held in memory) are mixed.
+            shuffle_episodes: see `seed`.
         """
         if seed is None:
             for episode in self.episodes(indices):
@@ -156,7 +158,7 @@ class RldsDataset:
                 yield encoded
 
     def sample_ids(self, count: int, *, seed: int) -> Int64[NpArray, " e"]:
-        """Ids of ``count`` of this process's episodes from few files, drawn; all if no more.
+        """Ids of `count` of this process's episodes from few files, drawn; all if no more.
 
         A set that is read over the network costs its files, not its episodes.
         """
@@ -184,29 +186,28 @@ class RldsDataset:
         return self._records.fingerprint()
 
     def _to_episode(self, index: int, example: Mapping[str, Any]) -> EncodedEpisode | None:
-        steps = example["steps"]
+        steps, name = example["steps"], f"{self.path}: episode {index} of {self.split!r}"
         if not steps:
-            raise DatasetError(f"{self.path}: episode {index} of {self.split!r} has no steps")
+            raise DatasetError(f"{name} has no steps")
         try:
             return standardize(
                 self.spec,
                 partial(self._records.values, steps),
                 len(steps),
+                name=name,
                 episode_id=index,
                 metadata=_plain(example.get("episode_metadata", {})),
-                available=self._records.features,
+                features=self._records.features,
             )
         except DatasetError as error:
-            raise DatasetError(
-                f"{self.path}: episode {index} of {self.split!r}: {error}"
-            ) from error
+            raise DatasetError(f"{name}: {error}") from error
 
 
 def find_version(path: str | PathLike[str]) -> epath.Path:
-    """The directory with dataset_info.json at ``path``, or the only one up to two levels below.
+    """The directory with dataset_info.json at `path`, or the only one up to two levels below.
 
     Raises:
-      DatasetError: There is none, or more than one, or it cannot be reached.
+        DatasetError: there is none, or more than one, or it cannot be reached.
     """
     path = epath.Path(path)
     try:

@@ -14,7 +14,7 @@ def interleave(groups: Sequence[Int64[NpArray, " e"]]) -> list[int]:
 
 
 def spread(total: int, capacity: Int64[NpArray, " e"]) -> Int64[NpArray, " e"]:
-    """Shares ``total`` out as evenly as ``capacity`` allows, earlier ones first."""
+    """Shares `total` out as evenly as `capacity` allows, earlier ones first."""
     counts = np.zeros_like(capacity)
     while (left := total - int(counts.sum())) > 0:
         open_ones = np.flatnonzero(counts < capacity)
@@ -30,14 +30,14 @@ def spread(total: int, capacity: Int64[NpArray, " e"]) -> Int64[NpArray, " e"]:
 def apportion(
     total: int, weights: Sequence[float], capacity: Sequence[int]
 ) -> Int64[NpArray, " e"]:
-    """Shares ``total`` out in proportion to ``weights``, by largest remainders.
+    """Shares `total` out in proportion to `weights`, by largest remainders.
 
     What exceeds a capacity goes to the others, in proportion to theirs.
 
     Args:
-      total: At most the sum of ``capacity``.
-      weights: Positive.
-      capacity: Most that each can take.
+        total: at most the sum of `capacity`.
+        weights: positive.
+        capacity: most that each can take.
     """
     shares = np.asarray(weights, np.float64)
     limits = np.asarray(capacity, np.int64)
@@ -59,6 +59,6 @@ def apportion(
 
 
 def stratified(length: int, count: int, rng: np.random.Generator) -> Int64[NpArray, " f"]:
-    """Draws ``count`` different steps, one from each of as many equal stretches of ``length``."""
+    """Draws `count` different steps, one from each of as many equal stretches of `length`."""
     edges = np.arange(count + 1) * length // max(count, 1)
     return rng.integers(edges[:-1], edges[1:])

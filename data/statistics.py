@@ -1,6 +1,6 @@
 """Statistics of actions and proprio, computed once for a split and cached.
 
-The JSON is laid out as the ``dataset_statistics.json`` of OpenVLA's checkpoints, so either program
+The JSON is laid out as the `dataset_statistics.json` of OpenVLA's checkpoints, so either program
 reads the other's. Everything is computed in float64 over all steps.
 """
 
@@ -22,16 +22,16 @@ from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import DatasetError, InputError
 
 _VALUES: Final = ("mean", "std", "max", "min", "q01", "q99")
-# Part of the cache's key: a change of what is computed makes old caches stale.
-_VERSION: Final = 1
+# Part of the cache's key: a change of what is computed, or refused, makes old caches stale.
+_VERSION: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayStatistics:
-    """Statistics over steps of one array; ``d`` is its last axis.
+    """Statistics over steps of one array; `d` is its last axis.
 
     Attributes:
-      mask: Which entries are normalized (grippers are not). None means all.
+        mask: which entries are normalized (grippers are not). None means all.
     """
 
     mean: Float64[NpArray, " d"]
@@ -64,7 +64,7 @@ class ArrayStatistics:
 
     @classmethod
     def from_json(cls, tree: Any, where: str) -> Self:
-        """Inverse of `to_json`; ``where`` begins the message of the DatasetError it may raise."""
+        """Inverse of `to_json`; `where` begins the message of the DatasetError it may raise."""
         if not isinstance(tree, dict) or any(name not in tree for name in _VALUES):
             raise DatasetError(f"{where}: expected the lists {', '.join(_VALUES)}")
         arrays = {name: np.asarray(tree[name], np.float64) for name in _VALUES}
@@ -92,7 +92,7 @@ class DatasetStatistics:
         """Computes them from standardized episodes; the gripper, last in an action, is masked.
 
         Raises:
-          DatasetError: There are no episodes, or a value is not finite.
+            DatasetError: there are no episodes, or a value is not finite.
         """
         actions: list[NpArray] = []
         states: list[NpArray] = []
@@ -102,8 +102,10 @@ class DatasetStatistics:
                 states.append(episode.state)
             for name, array in (("action", episode.action), ("state", episode.state)):
                 if array is not None and not np.isfinite(array).all():
+                    step, entry = np.argwhere(~np.isfinite(array))[0].tolist()
                     raise DatasetError(
-                        f"{dataset_name}: {name} of episode {episode.id} holds non-finite values"
+                        f"{dataset_name}: {name} of episode {episode.id} holds non-finite values: "
+                        f"{array[step, entry]} in entry {entry} at step {step}"
                     )
         if not actions:
             raise DatasetError(f"{dataset_name}: no episodes to compute statistics from")
@@ -135,12 +137,12 @@ class DatasetStatistics:
         """Inverse of `to_json`.
 
         Args:
-          tree: What dataset_statistics.json holds.
-          dataset_name: Which of its data sets; may be left out if it has only one.
-          where: Names the source in errors.
+            tree: what dataset_statistics.json holds.
+            dataset_name: which of its data sets; may be left out if it has only one.
+            where: names the source in errors.
 
         Raises:
-          DatasetError: Not that layout, or no such data set.
+            DatasetError: not that layout, or no such data set.
         """
         if not isinstance(tree, dict) or not tree:
             raise DatasetError(f"{where}: expected an object keyed by data set")
@@ -190,10 +192,10 @@ def dataset_statistics(
     file whose fingerprint is not the data's is stale: it is computed again and replaced.
 
     Args:
-      path: RLDS directory.
-      split: The split that a policy is trained on.
-      spec: How the data set is read, if not as its name says; see `RldsDataset`.
-      cache: Whether to read and write the cache.
+        path: RLDS directory.
+        split: the split that a policy is trained on.
+        spec: how the data set is read, if not as its name says; see `RldsDataset`.
+        cache: whether to read and write the cache.
     """
     dataset = RldsDataset(path, split, spec=spec)
     content = dataset.fingerprint()

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from qvla_jax.inference import Policy as Policy
     from qvla_jax.inference import load_policy as load_policy
     from qvla_jax.inference import random_policy as random_policy
+    from qvla_jax.inference.quantize import quantize as quantize
     from qvla_jax.pipeline import RunConfig as RunConfig
     from qvla_jax.pipeline import run as run
-    from qvla_jax.quantization import quantize as quantize
     from qvla_jax.sensitivity import sensitivities as sensitivities
     from qvla_jax.serving import ServeConfig as ServeConfig
     from qvla_jax.serving import serve as serve
@@ -50,7 +50,7 @@ _LAZY = {
     "calibration_set": "qvla_jax.data.calibration",
     "evaluate": "qvla_jax.evaluation.offline",
     "load_policy": "qvla_jax.inference",
-    "quantize": "qvla_jax.quantization",
+    "quantize": "qvla_jax.inference.quantize",
     "random_policy": "qvla_jax.inference",
     "run": "qvla_jax.pipeline",
     "sensitivities": "qvla_jax.sensitivity",

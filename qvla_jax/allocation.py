@@ -20,16 +20,16 @@ class Allocation:
     Attributes:
         bits: `[C]`, in the table's channel order; those of `allocate` bring the table's quantizer
             along for `quantize`.
-        sensitivity: The method that the costs come from.
-        solver: The solver's registered name.
-        budget_bits: The budget, bits for each quantized weight with everything stored counted.
-        budget_bytes: The same in bytes.
-        stored_bytes: What the allocation stores, at most `budget_bytes`.
-        predicted_sse_normalized: The summed costs: the joint error if errors simply added up.
-        lower_bound: No allocation within the budget has a smaller sum of costs.
-        seconds: What the solver took.
-        baseline: The costs are not those of the run's own method.
-        matches: The bits of the uniform grid whose bytes are the budget, if it was chosen so.
+        sensitivity: the method that the costs come from.
+        solver: the solver's registered name.
+        budget_bits: the budget, bits for each quantized weight with everything stored counted.
+        budget_bytes: the same in bytes.
+        stored_bytes: what the allocation stores, at most `budget_bytes`.
+        predicted_sse_normalized: the summed costs: the joint error if errors simply added up.
+        lower_bound: no allocation within the budget has a smaller sum of costs.
+        seconds: what the solver took.
+        baseline: the costs are not those of the run's own method.
+        matches: the bits of the uniform grid whose bytes are the budget, if it was chosen so.
     """
 
     bits: Integer[NpArray, " C"]
@@ -92,15 +92,15 @@ def allocate(
     `table.problem(...)` to `qvla_jax.solvers`; `table.bits_of(solution)` leads back.
 
     Args:
-        table: From `sensitivities`.
-        budget_bits: Bits for each quantized weight, everything stored counted (scales, biases,
+        table: from `sensitivities`.
+        budget_bits: bits for each quantized weight, everything stored counted (scales, biases,
             index, padding). Give this or `budget_bytes`.
-        budget_bytes: The same in bytes.
-        minimum_bits: The least bits of the layers that a regular expression matches.
-        solver: One of `qvla_jax.solvers.available()`.
+        budget_bytes: the same in bytes.
+        minimum_bits: the least bits of the layers that a regular expression matches.
+        solver: one of `qvla_jax.solvers.available()`.
 
     Raises:
-        BudgetError: Even the smallest option of every channel exceeds the budget.
+        BudgetError: even the smallest option of every channel exceeds the budget.
         InputError: None or both budgets are given, the solver is unknown, or a pattern of
             `minimum_bits` matches no layer.
     """

@@ -25,10 +25,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     removed and `path` is untouched.
 
     Args:
-        path: The destination; its parent folders are created.
+        path: the destination; its parent folders are created.
 
     Raises:
-        InputError: It cannot be written: the disk is full, the folder read-only or no folder.
+        InputError: it cannot be written: the disk is full, the folder read-only or no folder.
     """
     path = Path(path)
     try:
@@ -69,11 +69,11 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Writes `obj` to `path` atomically, as indented JSON.
 
     Args:
-        path: The destination.
-        obj: Anything that `json` can encode. NaN and infinities are refused: they are not JSON.
+        path: the destination.
+        obj: anything that `json` can encode. NaN and infinities are refused: they are not JSON.
 
     Raises:
-        ValueError: A number in `obj` is not finite.
+        ValueError: a number in `obj` is not finite.
     """
     write_text(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
 

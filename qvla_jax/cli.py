@@ -35,17 +35,17 @@ class Command:
     """A subcommand.
 
     Attributes:
-        summary: One line for `qvla --help`.
-        example: A call that works.
-        module: Where it lives, in `qvla_jax.commands`. Only that of the command that runs is
+        summary: one line for `qvla --help`.
+        example: a call that works.
+        module: where it lives, in `qvla_jax.commands`. Only that of the command that runs is
             imported.
-        variants: Option -> what is meant instead where that option is given.
-        output: The setting that names what it writes; None where it writes nothing. Its settings
+        variants: option -> what is meant instead where that option is given.
+        output: the setting that names what it writes; None where it writes nothing. Its settings
             are kept there.
-        beside: They are kept next to it, not in it: where it is a file, or a policy's directory.
-        resumable: When it was interrupted, the same command goes on where it stopped.
-        has_result: It returns a `Result`, which `--json` prints for machines.
-        bare: It runs where nothing is installed but Python, and starts no device.
+        beside: they are kept next to it, not in it: where it is a file, or a policy's directory.
+        resumable: when it was interrupted, the same command goes on where it stopped.
+        has_result: it returns a `Result`, which `--json` prints for machines.
+        bare: it runs where nothing is installed but Python, and starts no device.
     """
 
     summary: str
@@ -62,7 +62,7 @@ class Command:
         """Imports it: the class of its settings, and the function that takes them.
 
         Raises:
-            InputError: A package that it needs is missing or broken.
+            InputError: a package that it needs is missing or broken.
         """
         try:
             module = importlib.import_module(f"qvla_jax.commands.{self.module}")

@@ -41,7 +41,7 @@ def import_jax() -> None:
     """Imports JAX.
 
     Raises:
-        InputError: It refuses a variable, or is not installed.
+        InputError: it refuses a variable, or is not installed.
     """
     try:
         import jax  # noqa: F401
@@ -60,7 +60,7 @@ def ready() -> None:
     Processes of one computation join before (`sharding.join_processes`).
 
     Raises:
-        InputError: There is no device. The message names the variable that asks for one, its value
+        InputError: there is no device. The message names the variable that asks for one, its value
             and the platforms that there are.
     """
     import_jax()
@@ -77,10 +77,17 @@ def ready() -> None:
         raise InputError(no_device(error, _asked(), platforms())) from error
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def use_all_cpu_cores() -> None:
     """Makes as many virtual CPU devices as this process may use cores.
 
-    One XLA CPU device uses about one core. A number that JAX_NUM_CPU_DEVICES names stays.
+    One XLA CPU device uses about one core. A number that JAX_NUM_CPU_DEVICES names stays, and
+    devices that exist already do.
 
     Raises:
         InputError: JAX_NUM_CPU_DEVICES is no number of devices.
@@ -88,9 +95,11 @@ def use_all_cpu_cores() -> None:
     import_jax()
     _check_count()
     if _COUNT not in os.environ:
-        from qvla_jax.sharding import use_all_cpu_cores as use
+        import jax
 
-        use()
+        # JAX refuses the setting once its devices exist: whoever made them chose their number.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", cores())
 
 
 def check_flags(environment: Mapping[str, str]) -> None:
@@ -126,9 +135,9 @@ def no_device(error: BaseException, asked: Mapping[str, str], available: Sequenc
     """The message where JAX makes no device.
 
     Args:
-        error: What JAX said.
-        asked: The variables that choose a platform -> their values.
-        available: The platforms that there are.
+        error: what JAX said.
+        asked: the variables that choose a platform -> their values.
+        available: the platforms that there are.
     """
     said = _one_line(error)[:300]
     wrong = {n: v for n, v in asked.items() if not set(v.split(",")) <= set(available)} or asked

@@ -52,12 +52,12 @@ class Check:
     """What one check found.
 
     Attributes:
-        name: What was looked at.
+        name: what was looked at.
         status: ok, missing or broken.
-        found: What is there, or what is wrong.
-        remedy: What to do about it; empty where nothing is needed.
-        needed: Whether the core needs it; the rest are extras.
-        variable: The environment variable that is to blame; empty where none is.
+        found: what is there, or what is wrong.
+        remedy: what to do about it; empty where nothing is needed.
+        needed: whether the core needs it; the rest are extras.
+        variable: the environment variable that is to blame; empty where none is.
     """
 
     name: str
@@ -89,7 +89,7 @@ def core(names: Iterable[str] | None = None) -> Iterator[Check]:
     """The checks of what the core needs, in a process that may end early, then in another one.
 
     Args:
-        names: Of those of them that are wanted, as `core_checks` calls them; all if left out.
+        names: of those of them that are wanted, as `core_checks` calls them; all if left out.
     """
     todo = list(core_checks() if names is None else names)
     sound = 0
@@ -145,7 +145,7 @@ def requirement_check(requirement: str) -> Check:
     """A package that the core is built on: installed, new enough, and it imports.
 
     Args:
-        requirement: As in the metadata of this package, such as `flax>=0.12.7`.
+        requirement: as in the metadata of this package, such as `flax>=0.12.7`.
     """
     name = _name_in(requirement)
     version, remedy = _version(name), f"pip install '{requirement}'"
@@ -305,7 +305,7 @@ def opengl(run: Callable[..., tuple[bool, str]] | None = None) -> Iterator[Check
     """Rendering without a display: the library that MUJOCO_GL names, and those that could be.
 
     Args:
-        run: Runs a program in a process of its own; for tests.
+        run: runs a program in a process of its own; for tests.
     """
     from qvla_jax.data.libero import installation
 

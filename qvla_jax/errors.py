@@ -47,9 +47,9 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
     "unknown model 'x'; there are: libero-mini, openvla-7b."
 
     Args:
-        what: What the name is one of, such as "model".
-        name: What was given.
-        known: All names, in the order in which they are listed.
+        what: what the name is one of, such as "model".
+        name: what was given.
+        known: all names, in the order in which they are listed.
     """
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)

@@ -39,7 +39,7 @@ def in_one_line(error: Exception) -> QvlaError | None:
     """What an exception means to people; None for those that may be a bug.
 
     Args:
-        error: Anything but a `QvlaError`.
+        error: anything but a `QvlaError`.
     """
     if isinstance(error, ImportError):
         return broken_package(error)

@@ -16,10 +16,10 @@ class Result:
     """What a command found.
 
     Attributes:
-        content: For machines: JSON types. Numbers that are not finite become null.
-        lines: For people: lines of text and tables, one below the other.
-        failure: What makes it a failure all the same; None where nothing does.
-        bad_input: The failure is the fault of what was handed in.
+        content: for machines: JSON types. Numbers that are not finite become null.
+        lines: for people: lines of text and tables, one below the other.
+        failure: what makes it a failure all the same; None where nothing does.
+        bad_input: the failure is the fault of what was handed in.
     """
 
     content: Mapping[str, Any]
@@ -52,7 +52,7 @@ def print_json(content: Mapping[str, Any], file: TextIO | None = None) -> None:
 
     Args:
         content: JSON types.
-        file: Where to; stdout if left out.
+        file: where to; stdout if left out.
     """
     text = json.dumps(_finite(content), indent=2, allow_nan=False)
     print(text, file=sys.stdout if file is None else file)

@@ -14,7 +14,7 @@ def to_plain(value: Any) -> Any:
     """Turns a dataclass of paths, tuples, mappings and scalars into JSON types.
 
     Args:
-        value: A dataclass, or a value of one of its fields.
+        value: a dataclass, or a value of one of its fields.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -29,12 +29,12 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     """Builds a value of an annotated type from JSON types; the inverse of `to_plain`.
 
     Args:
-        kind: A dataclass, or the annotation of one of its fields.
-        value: What `json` read.
-        where: How messages call it.
+        kind: a dataclass, or the annotation of one of its fields.
+        value: what `json` read.
+        where: how messages call it.
 
     Raises:
-        InputError: A key is unknown, missing or of the wrong type; the message names it.
+        InputError: a key is unknown, missing or of the wrong type; the message names it.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, where)

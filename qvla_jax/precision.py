@@ -1,4 +1,4 @@
-"""Results that do not hang on JAX_ENABLE_X64.
+"""Results that do not depend on JAX_ENABLE_X64.
 
 Stages compute in float32 and in 32-bit integers, in float64 only where they use numpy. With 64-bit
 types enabled, JAX would widen whatever has no type of its own, and stored bytes would change.

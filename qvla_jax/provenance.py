@@ -35,7 +35,7 @@ def provenance(*, seed: int | None = None) -> dict[str, Any]:
     No host name, user name or path is recorded.
 
     Args:
-        seed: The seed of the result that this goes with.
+        seed: the seed of the result that this goes with.
     """
     import jax  # a device query, so not at import
 

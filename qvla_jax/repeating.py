@@ -19,9 +19,9 @@ class Recorded:
     """What a settings file holds.
 
     Attributes:
-        path: Of the file, for messages.
-        command: The subcommand.
-        variant: The option that chose another form of it, such as `--sim`; None for the plain one.
+        path: of the file, for messages.
+        command: the subcommand.
+        variant: the option that chose another form of it, such as `--sim`; None for the plain one.
         settings: JSON types, by the names of the command's settings.
     """
 
@@ -35,10 +35,10 @@ def settings_file(output: Path, command: str, variant: str | None, *, beside: bo
     """Returns where the settings of a command are kept.
 
     Args:
-        output: The file or folder that it writes.
-        command: The subcommand.
-        variant: As in `Recorded`.
-        beside: Next to `output`; False puts them into it, for folders that commands share.
+        output: the file or folder that it writes.
+        command: the subcommand.
+        variant: as in `Recorded`.
+        beside: next to `output`; False puts them into it, for folders that commands share.
     """
     if beside:
         return output.with_name(output.name + SUFFIX)
@@ -50,10 +50,10 @@ def write_settings(path: Path, command: str, variant: str | None, settings: Any)
     """Writes a settings file.
 
     Args:
-        path: From `settings_file`.
-        command: The subcommand.
-        variant: As in `Recorded`.
-        settings: The command's dataclass.
+        path: from `settings_file`.
+        command: the subcommand.
+        variant: as in `Recorded`.
+        settings: the command's dataclass.
     """
     write_json(
         path,
@@ -73,7 +73,7 @@ def read_settings(path: Path) -> Recorded:
     """Reads a file that `write_settings` wrote.
 
     Raises:
-        InputError: It is missing, damaged, or another kind of file.
+        InputError: it is missing, damaged, or another kind of file.
     """
     try:
         content = json.loads(path.read_text("utf-8"))

@@ -3,14 +3,12 @@
 Batched inference has one axis, `data`: every local device takes an equal share of a batch, and
 weights are replicated. Sensitivity sweeps run on all devices of all processes and have a second
 axis, `channel`, over which output channels are split. On CPU one XLA device uses about one core, so
-`use_all_cpu_cores` makes a virtual device of each.
+`devices.use_all_cpu_cores` makes a virtual device of each.
 
 Every process holds the same host arrays and calls the same functions in the same order (JAX's
 multi-controller model); each puts the shards of its own devices.
 """
 
-import contextlib
-import os
 from typing import Any, TypeVar
 
 import jax
@@ -27,23 +25,6 @@ CHANNEL_AXIS = "channel"
 Tree = TypeVar("Tree")
 
 
-def use_all_cpu_cores() -> int:
-    """Makes as many virtual CPU devices as this process may use cores.
-
-    Must run before the first use of a device; afterwards it changes nothing, as JAX's backends are
-    fixed then.
-
-    Returns:
-        The number of CPU devices asked for.
-    """
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
-    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-    # JAX refuses the setting once its devices exist; whoever made them has decided their number.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", cores)
-    return cores
-
-
 def data_mesh() -> Mesh:
     """Returns a mesh over all local devices, with the single axis `data`."""
     return Mesh(np.asarray(jax.local_devices()), (DATA_AXIS,))
@@ -53,10 +34,10 @@ def sweep_mesh(channel: int = 1) -> Mesh:
     """Returns a mesh over the devices of all processes, with the axes `data` and `channel`.
 
     Args:
-        channel: Devices along `channel`; all others lie along `data`.
+        channel: devices along `channel`; all others lie along `data`.
 
     Raises:
-        InputError: The number of devices is not a multiple of `channel`.
+        InputError: the number of devices is not a multiple of `channel`.
     """
     devices = np.asarray(jax.devices())
     if channel < 1 or len(devices) % channel:
@@ -78,11 +59,11 @@ def join_processes(coordinator: str, processes: int, process: int) -> None:
 
     Args:
         coordinator: HOST:PORT of process 0.
-        processes: How many there are.
-        process: Which one this is.
+        processes: how many there are.
+        process: which one this is.
 
     Raises:
-        InputError: The number is none of theirs, or nobody answers at the address.
+        InputError: the number is none of theirs, or nobody answers at the address.
     """
     if not 0 <= process < processes or ":" not in coordinator:
         raise InputError(
@@ -147,8 +128,8 @@ def shard_batch(mesh: Mesh, tree: Tree) -> Tree:
     """Puts a batch on the mesh, its first axis split over the devices.
 
     Args:
-        mesh: A mesh with an axis `data`.
-        tree: Arrays that share their first axis, `[b, ...]`. Where `b` is not a multiple of the
+        mesh: a mesh with an axis `data`.
+        tree: arrays that share their first axis, `[b, ...]`. Where `b` is not a multiple of the
             number of devices, the array is replicated instead: the result is the same, only slower.
 
     Returns:

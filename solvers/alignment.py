@@ -27,13 +27,13 @@ def greedy_aligned(problem: AllocationProblem, *, iterations: int = 40) -> Propo
     the widest option. Where there is none, every group must be whole tiles.
 
     Args:
-        problem: The problem; without groups all channels form one.
-        iterations: Bisection steps.
+        problem: the problem; without groups all channels form one.
+        iterations: bisection steps.
 
     Raises:
-        InputError: A setting is wrong, or a group cannot be aligned (for its fixed channels, or
+        InputError: a setting is wrong, or a group cannot be aligned (for its fixed channels, or
             because its size is no whole number of tiles).
-        BudgetError: No aligned allocation was found within the budget.
+        BudgetError: no aligned allocation was found within the budget.
     """
     if iterations < 1:
         raise InputError(f"iterations must be positive, got {iterations}.")

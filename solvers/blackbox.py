@@ -23,11 +23,11 @@ class SearchResult:
 
     Attributes:
         choice: i64[C], feasible; the start itself where nothing measured less.
-        error: What the objective gave for it.
-        start_error: What it gave for the start; `error` is never larger.
-        evaluations: Candidates measured.
+        error: what the objective gave for it.
+        start_error: what it gave for the start; `error` is never larger.
+        evaluations: candidates measured.
         history: f64[r], the least error after each round, the start included.
-        seconds: Wall-clock time.
+        seconds: wall-clock time.
     """
 
     choice: IntArray
@@ -55,13 +55,13 @@ class Search:
         """Measures the start.
 
         Args:
-            problem: Every candidate is feasible for it.
-            evaluate: The objective.
+            problem: every candidate is feasible for it.
+            evaluate: the objective.
             start: i64[C]; None solves the problem with `inner`.
-            inner: A registered solver.
+            inner: a registered solver.
 
         Raises:
-            InputError: The start is infeasible, or its error is not finite.
+            InputError: the start is infeasible, or its error is not finite.
         """
         self._began = time.perf_counter()
         self._problem, self._evaluate = problem, evaluate
@@ -84,7 +84,7 @@ class Search:
         """f64[p], errors of feasible candidates; infinite where they are NaN.
 
         Raises:
-            InputError: The objective returns another shape.
+            InputError: the objective returns another shape.
         """
         keys = [_digest(candidate) for candidate in candidates]
         new = {

@@ -17,9 +17,9 @@ class Row:
     """One solver's line of a comparison.
 
     Attributes:
-        label: The solver's name and settings.
-        solution: Its solution; None where it could not solve the problem.
-        error: Why not.
+        label: the solver's name and settings.
+        solution: its solution; None where it could not solve the problem.
+        error: why not.
     """
 
     label: str
@@ -85,13 +85,13 @@ def compare(
     that fits) becomes a row with its reason.
 
     Args:
-        problem: The problem.
-        names: Names from `available()`; None for all of them.
-        settings: Settings for solvers, by name.
-        progress: Called with the solvers done.
+        problem: the problem.
+        names: names from `available()`; None for all of them.
+        settings: settings for solvers, by name.
+        progress: called with the solvers done.
 
     Raises:
-        InputError: A name or a setting is unknown.
+        InputError: a name or a setting is unknown.
     """
     chosen = tuple(available() if names is None else names)
     given = settings or {}

@@ -55,10 +55,10 @@ class Search:
 
     Attributes:
         choice: i64[C], not dearer than the incumbent.
-        excess: Its cost above the dual value.
-        lower_bound: No choice has less excess; equals `excess` when the search ended by itself.
-        stages: Channels that were searched.
-        states: Largest number of states at once.
+        excess: its cost above the dual value.
+        lower_bound: no choice has less excess; equals `excess` when the search ended by itself.
+        stages: channels that were searched.
+        states: largest number of states at once.
         timed_out: True when time cut the search short.
     """
 
@@ -77,9 +77,9 @@ def core(
     """Exact for millions of channels: reduced-cost fixing, then dynamic programming on the core.
 
     Args:
-        problem: The problem.
-        time_limit: Seconds, or None.
-        max_states: States kept at once; beyond, the least promising are dropped, and with them the
+        problem: the problem.
+        time_limit: seconds, or None.
+        max_states: states kept at once; beyond, the least promising are dropped, and with them the
             proof.
     """
     start = time.perf_counter()
@@ -104,7 +104,7 @@ def core(
     return Proposal(found.choice, bound, status, relaxation, details)
 
 
-@register("ilp:core", requires=("pulp",))
+@register("ilp:core", requires=("pulp", "highspy"))
 def ilp_core(
     problem: AllocationProblem,
     *,
@@ -119,11 +119,11 @@ def ilp_core(
     smaller.
 
     Args:
-        problem: The problem.
+        problem: the problem.
         backend: "highs" or "cbc".
-        time_limit: Seconds for all of it, or None; HiGHS overruns its share by some tenths.
-        threads: Threads of the solver.
-        max_core: Channels that PuLP may get; of a larger core it gets the likeliest ones, without a
+        time_limit: seconds for all of it, or None; HiGHS overruns its share by some tenths.
+        threads: threads of the solver.
+        max_core: channels that PuLP may get; of a larger core it gets the likeliest ones, without a
             proof.
     """
     start = time.perf_counter()
@@ -259,13 +259,13 @@ def search_core(
     """Dynamic programming over (bytes added to the dual choice, summed reduced cost).
 
     Args:
-        dual: The dual choice.
-        opened: The core for this excess.
+        dual: the dual choice.
+        opened: the core for this excess.
         incumbent: i64[C], feasible.
-        excess: The incumbent's.
-        time_limit: Seconds, or None.
-        max_states: States kept at once.
-        max_stages: Channels searched at most.
+        excess: the incumbent's.
+        time_limit: seconds, or None.
+        max_states: states kept at once.
+        max_stages: channels searched at most.
     """
     start = time.perf_counter()
     price, slack = dual.multiplier, dual.slack

@@ -23,8 +23,8 @@ class Pareto:
     Attributes:
         budgets: i64[q], bytes, rising.
         lower_bound: f64[q], no allocation within the budget costs less.
-        cost: Solver -> f64[q]; NaN where it found no allocation within the budget.
-        size: Solver -> f64[q], the bytes that it used; NaN likewise.
+        cost: solver -> f64[q]; NaN where it found no allocation within the budget.
+        size: solver -> f64[q], the bytes that it used; NaN likewise.
     """
 
     budgets: IntArray
@@ -53,15 +53,15 @@ def pareto(
     """Runs solvers at many budgets; the problem's own budget plays no part.
 
     Args:
-        problem: The problem.
-        names: Names from `available()`.
-        budgets: Bytes, or how many, evenly spaced from the least to the largest size.
-        settings: Settings for solvers, by name.
-        progress: Called with the budgets done.
+        problem: the problem.
+        names: names from `available()`.
+        budgets: bytes, or how many, evenly spaced from the least to the largest size.
+        settings: settings for solvers, by name.
+        progress: called with the budgets done.
 
     Raises:
-        InputError: A name or a setting is unknown, or a solver cannot take the problem.
-        BudgetError: A budget is below the least size.
+        InputError: a name or a setting is unknown, or a solver cannot take the problem.
+        BudgetError: a budget is below the least size.
     """
     chosen = tuple(names)
     given = settings or {}

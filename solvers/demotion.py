@@ -31,7 +31,7 @@ def greedy_qvla(problem: AllocationProblem, *, unit: str = "byte") -> Proposal:
     """The paper's demotion rule: least rise of the cost per unit saved goes first.
 
     Args:
-        problem: The problem.
+        problem: the problem.
         unit: "byte" divides by the bytes saved; "channel" by the share of the channel's own bytes
             saved (bits, whatever the fan-in).
     """
@@ -48,8 +48,8 @@ def greedy_released(problem: AllocationProblem, *, unit: str = "channel") -> Pro
     rule is worth under a real budget.
 
     Args:
-        problem: The problem.
-        unit: As in `greedy:qvla`.
+        problem: the problem.
+        unit: as in `greedy:qvla`.
     """
     walk = _walk(problem)
     return _demote(problem, walk, walk.cost[1:] / _savings(walk, unit))
@@ -113,8 +113,8 @@ def _demote(problem: AllocationProblem, walk: _Walk, keys: FloatArray) -> Propos
     """Pops steps by rising key until the budget holds.
 
     Args:
-        problem: The problem.
-        walk: The options in order.
+        problem: the problem.
+        walk: the options in order.
         keys: f64[n - 1, C], the key of each step.
     """
     saved = -np.diff(walk.size, axis=0)

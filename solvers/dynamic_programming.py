@@ -17,11 +17,11 @@ def dynamic_programming(problem: AllocationProblem, *, max_states: int = 200_000
     divisor): meant for small problems and for checking the other solvers.
 
     Args:
-        problem: The problem.
-        max_states: Largest table, in entries of one byte (two beyond 256 options).
+        problem: the problem.
+        max_states: largest table, in entries of one byte (two beyond 256 options).
 
     Raises:
-        InputError: The table would be larger.
+        InputError: the table would be larger.
     """
     allowed = problem.allowed
     open_sizes = problem.sizes if allowed is None else np.where(allowed, problem.sizes, 2**53)

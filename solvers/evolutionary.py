@@ -21,10 +21,8 @@ import numpy as np
 from qvla_jax.errors import InputError
 from qvla_jax.solvers.arrays import FloatArray, IntArray, Progress, no_progress
 from qvla_jax.solvers.blackbox import Objective, Search, SearchResult, inner_solver
-from qvla_jax.solvers.marginal import marginal_from
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.registry import Proposal, check_constraints, get_solver, register
-from qvla_jax.solvers.relaxation import relax
 
 _ALGORITHMS = {"cma_es": "CMA_ES", "snes": "SNES"}
 
@@ -46,22 +44,22 @@ def evolve(
     """Searches multipliers on the costs for a smaller measured error.
 
     Args:
-        problem: The problem; without groups there are no multipliers of modules.
+        problem: the problem; without groups there are no multipliers of modules.
         evaluate: i64[p, C] -> f64[p], the error of candidates, all feasible.
         start: i64[C], measured first and returned if nothing is better; None takes the separable
             solution. The multipliers start from 1 either way.
         algorithm: "cma_es", or "snes" where there are very many modules.
-        generations: Rounds.
-        population: Candidates of a round.
-        spread: Standard deviation of the log-multipliers at the start.
-        inner: The solver that turns multipliers into a choice; None takes a fast one that honours
+        generations: rounds.
+        population: candidates of a round.
+        spread: standard deviation of the log-multipliers at the start.
+        inner: the solver that turns multipliers into a choice; None takes a fast one that honours
             the problem's constraints.
-        seed: Seed.
-        time_limit: Seconds after which no further generation starts, or None.
-        progress: Called with the generations done.
+        seed: seed.
+        time_limit: seconds after which no further generation starts, or None.
+        progress: called with the generations done.
 
     Raises:
-        InputError: A setting is wrong, evosax is not installed, or the start is unusable.
+        InputError: a setting is wrong, evosax is not installed, or the start is unusable.
     """
     if algorithm not in _ALGORITHMS:
         raise InputError(f"algorithm must be one of {', '.join(_ALGORITHMS)}, got {algorithm!r}.")
@@ -86,10 +84,7 @@ def evolve(
         candidates: list[IntArray] = []
         for vector in vectors:
             weighted = scaled.problem(vector)
-            if solver.name == "greedy:marginal":
-                candidates.append(marginal_from(weighted, relax(weighted)).choice)
-            else:
-                candidates.append(solver.function(weighted, **solver.settings({})).choice)
+            candidates.append(solver.function(weighted, **solver.settings({})).choice)
         strategy.tell(vectors, search.advance(candidates))
     progress("evolutionary", generations, generations)
     return search.result()
@@ -112,13 +107,13 @@ def evolutionary(
     from their solution and is never worse. `evolve` takes a measured error instead.
 
     Args:
-        problem: The problem.
+        problem: the problem.
         algorithm: "cma_es" or "snes".
-        generations: Rounds.
-        population: Candidates of a round, each solved once.
-        spread: Standard deviation of the log-multipliers at the start.
-        seed: Seed.
-        time_limit: Seconds after which no further generation starts, or None.
+        generations: rounds.
+        population: candidates of a round, each solved once.
+        spread: standard deviation of the log-multipliers at the start.
+        seed: seed.
+        time_limit: seconds after which no further generation starts, or None.
     """
     index = np.arange(problem.channels)
 

@@ -15,7 +15,7 @@ def fill(problem: AllocationProblem, choice: IntArray) -> IntArray:
     the convex hull take part, because a short step often fits where the hull's long one does not.
 
     Args:
-        problem: The problem.
+        problem: the problem.
         choice: i64[C], feasible.
 
     Returns:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qvla_jax.array_files import write_arrays
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers.arrays import FloatArray, IntArray, pick
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.relaxation import Hulls, convex_hulls
-from qvla_jax.solvers.storage import write_arrays
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,12 +56,12 @@ def sweep(problem: AllocationProblem, budgets: Sequence[int] | int = 100) -> Fro
     """Solves the relaxation for many budgets at once; the problem's own budget plays no part.
 
     Args:
-        problem: The problem.
-        budgets: Bytes, in any order; or how many, evenly spaced from the least to the largest size.
+        problem: the problem.
+        budgets: bytes, in any order; or how many, evenly spaced from the least to the largest size.
 
     Raises:
-        BudgetError: A budget is below the least size; the message states it.
-        InputError: There is no budget.
+        BudgetError: a budget is below the least size; the message states it.
+        InputError: there is no budget.
     """
     least = problem.minimum_size
     if isinstance(budgets, int):

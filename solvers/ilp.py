@@ -19,7 +19,7 @@ from qvla_jax.solvers.tying import tie
 _LEVELS = ("channel", "group")
 
 
-@register("ilp", requires=("pulp",), handles=("multiples", "resources"))
+@register("ilp", requires=("pulp", "highspy"), handles=("multiples", "resources"))
 def ilp(
     problem: AllocationProblem,
     *,
@@ -34,22 +34,22 @@ def ilp(
     """Integer programming through PuLP: exact, for up to some ten thousand channels.
 
     Args:
-        problem: The problem.
+        problem: the problem.
         level: "channel", or "group" for one option per group (layer-wise mixed precision).
         backend: "highs" or "cbc".
-        time_limit: Seconds, or None.
-        gap: Relative gap at which the search may stop.
-        threads: Threads of the solver.
+        time_limit: seconds, or None.
+        gap: relative gap at which the search may stop.
+        threads: threads of the solver.
         warm_start: HiGHS starts from the solution of the heuristic for the problem's constraints
             (CBC never does: it takes starts for optima now and then); either way that is returned
             where the search finds nothing better.
-        max_channels: Channels (or groups) beyond which it refuses: building the model alone would
+        max_channels: channels (or groups) beyond which it refuses: building the model alone would
             take minutes, and memory by the gigabyte.
 
     Raises:
-        InputError: A setting is wrong, the problem is too large, `level="group"` without groups, or
+        InputError: a setting is wrong, the problem is too large, `level="group"` without groups, or
             a group without a common option.
-        BudgetError: No allocation by groups fits; the message states the least.
+        BudgetError: no allocation by groups fits; the message states the least.
     """
     if level not in _LEVELS:
         raise InputError(f"level must be one of {', '.join(_LEVELS)}, got {level!r}.")

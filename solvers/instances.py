@@ -39,10 +39,10 @@ def openvla_like(
     one row in a hundred is dead (no cost at all), and noise makes some rows non-monotone.
 
     Args:
-        budget_bits: Bytes of the budget, in bits per weight.
-        scale: Share of each layer's rows to keep; 1 gives 1.85 million channels.
-        tail: Standard deviation of the logarithm of the importances.
-        seed: Seed.
+        budget_bits: bytes of the budget, in bits per weight.
+        scale: share of each layer's rows to keep; 1 gives 1.85 million channels.
+        tail: standard deviation of the logarithm of the importances.
+        seed: seed.
     """
     rng = np.random.default_rng(seed)
     fan_in: list[IntArray] = []
@@ -90,15 +90,15 @@ def random_instance(
     make many ties. "heavy_tailed" has log-normal costs that fall by powers of four.
 
     Args:
-        family: One of `families()`.
+        family: one of `families()`.
         channels: C.
         options: n.
-        largest: Sizes are drawn from 1 .. largest.
-        tightness: Where the budget lies between the smallest and the largest total size.
-        seed: Seed.
+        largest: sizes are drawn from 1 .. largest.
+        tightness: where the budget lies between the smallest and the largest total size.
+        seed: seed.
 
     Raises:
-        InputError: There is no such family.
+        InputError: there is no such family.
     """
     if family not in _FAMILIES:
         raise InputError(unknown("family", family, _FAMILIES))

@@ -20,11 +20,11 @@ def lagrangian(problem: AllocationProblem, *, repair: bool = True) -> Proposal:
     then exceeds is given back where that costs least.
 
     Args:
-        problem: The problem.
-        repair: Fills the unspent bytes.
+        problem: the problem.
+        repair: fills the unspent bytes.
 
     Raises:
-        BudgetError: No allocation within all budgets exists, or none was found.
+        BudgetError: no allocation within all budgets exists, or none was found.
     """
     priced = relax_all(problem)
     if problem.resources:

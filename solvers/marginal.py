@@ -21,7 +21,7 @@ def greedy_marginal(problem: AllocationProblem, *, direction: str = "both") -> P
     least, and fills likewise.
 
     Args:
-        problem: The problem.
+        problem: the problem.
         direction: "promote", "demote" or "both", which keeps the cheaper of the two results.
     """
     if direction not in _DIRECTIONS:

@@ -33,8 +33,8 @@ class Priced:
     """The best prices found.
 
     Attributes:
-        relaxation: That of the priced problem; its bound is one for the problem itself.
-        choices: Choices at all the prices tried, within the bytes and best first by bound; they
+        relaxation: that of the priced problem; its bound is one for the problem itself.
+        choices: choices at all the prices tried, within the bytes and best first by bound; they
             may exceed the resources' limits.
     """
 
@@ -46,11 +46,11 @@ def relax_all(problem: AllocationProblem, *, iterations: int = 60) -> Priced:
     """Relaxes the bytes and all resources.
 
     Args:
-        problem: The problem.
-        iterations: Prices tried at most; each takes one `relax`.
+        problem: the problem.
+        iterations: prices tried at most; each takes one `relax`.
 
     Raises:
-        BudgetError: The budgets contradict each other, even with fractions of options.
+        BudgetError: the budgets contradict each other, even with fractions of options.
     """
     if not problem.resources:
         relaxation = relax(problem)

@@ -10,10 +10,10 @@ from typing import SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike
 
+from qvla_jax.array_files import read_arrays, write_arrays
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.solvers.arrays import BoolArray, FloatArray, IntArray, frozen, pick
 from qvla_jax.solvers.resource import Resource
-from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 _FORMAT = "qvla_jax.allocation_problem"
 _OPTIONAL = ("groups", "fixed", "minimums", "multiples")
@@ -32,19 +32,19 @@ class AllocationProblem:
     Args:
         costs: f64[C, n], any unit; finite.
         sizes: i64[C, n], bytes really stored; integers, not negative.
-        budget: Bytes that all channels together may take.
+        budget: bytes that all channels together may take.
         groups: i64[C], the module (0 .. G-1) that each channel belongs to.
         group_names: G names, used in messages and by reports.
         fixed: i64[C], the option that a channel must take, or -1 where it is free.
         minimums: i64[G], the smallest option *index* open to the channels of each group.
         multiples: i64[n] or i64[G, n], the tile of each option, in all groups or in each: how many
             channels of a group take an option must be a multiple of its tile; 1 leaves it free.
-        resources: Budgets beside the bytes.
+        resources: budgets beside the bytes.
 
     Raises:
-        InputError: An array has the wrong shape or type, a value is not finite or negative (the
+        InputError: an array has the wrong shape or type, a value is not finite or negative (the
             message names the channel), or `fixed` contradicts `minimums`.
-        BudgetError: Even the smallest allowed options exceed the budget, or the thriftiest ones a
+        BudgetError: even the smallest allowed options exceed the budget, or the thriftiest ones a
             resource's limit; the message states what they take.
     """
 
@@ -241,7 +241,7 @@ class AllocationProblem:
         """Reads a problem written by `save` and validates it anew.
 
         Raises:
-            InputError: The file is missing, damaged, of another kind, or holds an invalid problem.
+            InputError: the file is missing, damaged, of another kind, or holds an invalid problem.
         """
         arrays, header = read_arrays(path, kind=_FORMAT, required=("costs", "sizes"))
         names = header.get("group_names")

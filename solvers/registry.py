@@ -23,10 +23,10 @@ class Proposal:
 
     Attributes:
         choice: i64[C], feasible.
-        lower_bound: A bound from an exhaustive search, where the solver has one.
-        status: Only where the solver knows better than the gap tells.
-        relaxation: The linear relaxation, where the solver has computed it anyway.
-        details: Facts worth reporting.
+        lower_bound: a bound from an exhaustive search, where the solver has one.
+        status: only where the solver knows better than the gap tells.
+        relaxation: the linear relaxation, where the solver has computed it anyway.
+        details: facts worth reporting.
     """
 
     choice: IntArray
@@ -42,10 +42,10 @@ class Solver:
 
     Attributes:
         name: `family` or `family:variant`.
-        function: Takes the problem and keyword settings, all with defaults.
-        requires: Modules that must be installed.
-        handles: Constraints that it honours, as `AllocationProblem.constraints` names them.
-        summary: First line of the function's docstring.
+        function: takes the problem and keyword settings, all with defaults.
+        requires: modules that must be installed.
+        handles: constraints that it honours, as `AllocationProblem.constraints` names them.
+        summary: first line of the function's docstring.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Solver:
         """The given settings completed by the defaults.
 
         Raises:
-            InputError: A setting is unknown.
+            InputError: a setting is unknown.
         """
         parameters = list(inspect.signature(self.function).parameters.values())[1:]
         defaults = {parameter.name: parameter.default for parameter in parameters}
@@ -88,8 +88,8 @@ def register(
 
     Args:
         name: `family` or `family:variant`; new.
-        requires: Modules that the function imports when it runs.
-        handles: Constraints that it honours beyond the budget and closed options; a problem with
+        requires: modules that the function imports when it runs.
+        handles: constraints that it honours beyond the budget and closed options; a problem with
             others is not handed to it.
     """
 
@@ -117,7 +117,7 @@ def settings_of(name: str) -> dict[str, Any]:
     """A solver's settings and their defaults.
 
     Raises:
-        InputError: There is no such solver, or what it requires is not installed.
+        InputError: there is no such solver, or what it requires is not installed.
     """
     return get_solver(name).settings({})
 
@@ -126,7 +126,7 @@ def get_solver(name: str) -> Solver:
     """Looks a solver up.
 
     Raises:
-        InputError: There is no such solver, or what it requires is not installed.
+        InputError: there is no such solver, or what it requires is not installed.
     """
     solver = _SOLVERS.get(name)
     if solver is None:
@@ -151,17 +151,17 @@ def solve(
     one where an exact search proves it. `seconds` covers the solver alone.
 
     Args:
-        problem: The problem.
-        name: One of `available()`.
+        problem: the problem.
+        name: one of `available()`.
         relaxation: `relax(problem)`, if it is there already; used for the certificate only.
-        **settings: The solver's own settings.
+        **settings: the solver's own settings.
 
     Returns:
         A feasible solution with its certificate.
 
     Raises:
-        InputError: The solver or a setting is unknown, or the solver cannot take this problem.
-        BudgetError: The solver has no allocation within the budget; the message states its minimum.
+        InputError: the solver or a setting is unknown, or the solver cannot take this problem.
+        BudgetError: the solver has no allocation within the budget; the message states its minimum.
     """
     if relaxation is not None and relaxation.budget != problem.budget:
         raise InputError(
@@ -181,7 +181,7 @@ def check_constraints(problem: AllocationProblem, solver: Solver) -> None:
     """Checks that a solver honours every constraint of a problem.
 
     Raises:
-        InputError: It does not; the message names those that do.
+        InputError: it does not; the message names those that do.
     """
     missing = [name for name in problem.constraints if name not in solver.handles]
     if missing:

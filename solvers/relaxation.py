@@ -51,13 +51,13 @@ class Relaxation:
     """The optimum of the linear relaxation.
 
     Attributes:
-        budget: The budget that it is for.
-        hulls: The hulls that it was found on.
-        multiplier: The critical slope, in cost per byte; 0 where the budget does not bind.
-        lower_bound: The dual value there, reduced by the rounding errors of its own evaluation.
+        budget: the budget that it is for.
+        hulls: the hulls that it was found on.
+        multiplier: the critical slope, in cost per byte; 0 where the budget does not bind.
+        lower_bound: the dual value there, reduced by the rounding errors of its own evaluation.
         levels: i64[C], the steps of each channel that are steeper than the multiplier; they fit the
             budget.
-        prices: Cost of a unit of each of the problem's resources, paid by every option before the
+        prices: cost of a unit of each of the problem's resources, paid by every option before the
             hulls were formed; without them the resources' limits play no part in the bound.
     """
 
@@ -158,7 +158,7 @@ def critical_value(keys: FloatArray, weights: IntArray, capacity: int) -> float 
     Args:
         keys: f64[i], finite.
         weights: i64[i], not negative.
-        capacity: What the taken items may weigh.
+        capacity: what the taken items may weigh.
 
     Returns:
         The key v for which the items below v weigh at most `capacity` and those up to v weigh more;

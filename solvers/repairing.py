@@ -16,7 +16,7 @@ def repair(problem: AllocationProblem, choice: IntArray, weights: FloatArray) ->
     from the best down while they help.
 
     Args:
-        problem: The problem.
+        problem: the problem.
         choice: i64[C], of allowed options.
         weights: f64[C, n], what the options cost, priced or not.
 

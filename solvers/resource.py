@@ -15,9 +15,9 @@ class Resource:
     Whole numbers, in any unit (BitOps, nanoseconds, channels), so that sums are exact.
 
     Args:
-        name: Used in messages and reports.
+        name: used in messages and reports.
         use: i64[C, n], not negative.
-        limit: What all channels together may use.
+        limit: what all channels together may use.
 
     Raises:
         InputError: `use` is no table of whole numbers, or one is negative.
@@ -60,14 +60,14 @@ def count_of(
     Args:
         option: 0 .. n-1.
         shape: (C, n) of the problem.
-        least: Channels that take it at least.
-        most: Channels that take it at most; equal to `least` for a fixed number.
+        least: channels that take it at least.
+        most: channels that take it at most; equal to `least` for a fixed number.
 
     Returns:
         A resource for each bound given, to be put into a problem's `resources`.
 
     Raises:
-        InputError: The option or a number lies outside the problem.
+        InputError: the option or a number lies outside the problem.
     """
     channels, options = shape
     if not 0 <= option < options:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qvla_jax.array_files import read_arrays, write_arrays
 from qvla_jax.errors import InputError
 from qvla_jax.solvers.arrays import IntArray, frozen
-from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 _FORMAT = "qvla_jax.allocation_solution"
 
@@ -27,19 +27,19 @@ class Solution:
 
     Attributes:
         choice: i64[C], the option of each channel.
-        cost: The summed cost of the choice.
-        size: Its summed bytes; at most the problem's budget.
-        lower_bound: No feasible allocation costs less than this.
-        seconds: Wall-clock time that the solver took, without that of the certificate.
+        cost: the summed cost of the choice.
+        size: its summed bytes; at most the problem's budget.
+        lower_bound: no feasible allocation costs less than this.
+        seconds: wall-clock time that the solver took, without that of the certificate.
         status: "optimal" (the gap is below `OPTIMALITY_TOLERANCE`, or an exact search ended),
             "time_limit" (an exact search was cut short) or "feasible".
-        solver: The registered name of the solver.
-        settings: The settings it ran with, defaults included.
-        multiplier: A Lagrange multiplier in cost per byte; anybody can recompute a lower bound from
+        solver: the registered name of the solver.
+        settings: the settings it ran with, defaults included.
+        multiplier: a Lagrange multiplier in cost per byte; anybody can recompute a lower bound from
             it.
-        prices: The same for each of the problem's resources, in cost per unit; empty where the
+        prices: the same for each of the problem's resources, in cost per unit; empty where the
             bound disregards them.
-        details: Further facts that the solver reports, by name.
+        details: further facts that the solver reports, by name.
     """
 
     choice: IntArray
@@ -79,7 +79,7 @@ class Solution:
         """Reads a solution written by `save`.
 
         Raises:
-            InputError: The file is missing, damaged or of another kind.
+            InputError: the file is missing, damaged or of another kind.
         """
         arrays, header = read_arrays(path, kind=_FORMAT, required=("choice",))
         names = {field.name for field in dataclasses.fields(cls)} - {"choice"}

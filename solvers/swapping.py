@@ -35,18 +35,18 @@ def local_search(
     """Swaps blocks of channels at the margin while the measured error falls.
 
     Args:
-        problem: The problem, without counts in multiples.
+        problem: the problem, without counts in multiples.
         evaluate: i64[p, C] -> f64[p], the error of candidates, all feasible.
         start: i64[C]; None takes the separable solution.
-        rounds: Rounds of proposals; the best one of each is kept if it is better.
-        population: Proposals of a round.
-        block: Share of the channels that a proposal changes at first.
-        margin: Share of all single changes that count as marginal, by reduced cost per byte.
-        seed: Seed.
-        progress: Called with the rounds done.
+        rounds: rounds of proposals; the best one of each is kept if it is better.
+        population: proposals of a round.
+        block: share of the channels that a proposal changes at first.
+        margin: share of all single changes that count as marginal, by reduced cost per byte.
+        seed: seed.
+        progress: called with the rounds done.
 
     Raises:
-        InputError: A setting is wrong, the problem wants counts in multiples, or the start is
+        InputError: a setting is wrong, the problem wants counts in multiples, or the start is
             unusable.
     """
     if rounds < 0 or population < 1 or not 0 < block <= 1 or not 0 < margin <= 1:

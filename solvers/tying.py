@@ -17,7 +17,7 @@ class Tied:
     """A problem whose channels stand for sets of tied channels of another one.
 
     Attributes:
-        problem: One channel for each set; costs and sizes are the sums of its members'.
+        problem: one channel for each set; costs and sizes are the sums of its members'.
         member: i64[C], the channel of `problem` that stands for each original channel.
     """
 
@@ -40,13 +40,13 @@ def tie(problem: AllocationProblem, labels: IntArray) -> Tied:
         choice = tied.expand(solve(tied.problem, "core").choice)
 
     Args:
-        problem: The problem; `fixed` and `minimums` of any member bind its whole set.
+        problem: the problem; `fixed` and `minimums` of any member bind its whole set.
         labels: i64[C], equal for tied channels.
 
     Raises:
-        InputError: Members are fixed to different options, or below the minimum of another, or a
+        InputError: members are fixed to different options, or below the minimum of another, or a
             group with counts in multiples holds parts of unlike sets.
-        BudgetError: The tied channels cannot meet the budget; the message states the least size.
+        BudgetError: the tied channels cannot meet the budget; the message states the least size.
     """
     given = np.asarray(labels)
     if given.shape != (problem.channels,):
@@ -139,14 +139,14 @@ def paired_rows(problem: AllocationProblem, pairs: Sequence[Sequence[str]]) -> I
     """Labels that tie row i of one group to row i of others, such as gate and up projections.
 
     Args:
-        problem: A problem with named groups.
-        pairs: Names of groups of equally many channels.
+        problem: a problem with named groups.
+        pairs: names of groups of equally many channels.
 
     Returns:
         i64[C], for `tie`; channels of other groups stay alone.
 
     Raises:
-        InputError: A name is unknown, or the groups of a pair differ in size.
+        InputError: a name is unknown, or the groups of a pair differ in size.
     """
     labels = np.arange(problem.channels, dtype=np.int64)
     for names in pairs:
@@ -165,15 +165,15 @@ def row_blocks(problem: AllocationProblem, names: Sequence[str], block: int) -> 
     """Labels that tie each run of `block` channels of some groups, such as attention heads.
 
     Args:
-        problem: A problem with named groups.
-        names: The groups.
-        block: Channels of a run: the width of a head.
+        problem: a problem with named groups.
+        names: the groups.
+        block: channels of a run: the width of a head.
 
     Returns:
         i64[C], for `tie`; channels of other groups stay alone.
 
     Raises:
-        InputError: A name is unknown, or a group is not whole blocks.
+        InputError: a name is unknown, or a group is not whole blocks.
     """
     labels = np.arange(problem.channels, dtype=np.int64)
     for name in names:

@@ -16,12 +16,12 @@ def uniform(problem: AllocationProblem, *, option: int | None = None) -> Proposa
     the nearest below.
 
     Args:
-        problem: The problem.
-        option: The option to take; None tries all.
+        problem: the problem.
+        option: the option to take; None tries all.
 
     Raises:
-        BudgetError: No single option fits the budget.
-        InputError: There is no such option.
+        BudgetError: no single option fits the budget.
+        InputError: there is no such option.
     """
     if option is not None and not 0 <= option < problem.options:
         raise InputError(f"option must be 0 .. {problem.options - 1} or None, got {option}.")

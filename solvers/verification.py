@@ -27,10 +27,10 @@ class Verification:
     """What `verify` found.
 
     Attributes:
-        failures: One sentence for each claim that does not hold; empty when the solution is sound.
-        cost: The cost, summed exactly and rounded once.
-        size: The bytes.
-        dual_bound: The lower bound that the solution's multiplier and prices prove by themselves,
+        failures: one sentence for each claim that does not hold; empty when the solution is sound.
+        cost: the cost, summed exactly and rounded once.
+        size: the bytes.
+        dual_bound: the lower bound that the solution's multiplier and prices prove by themselves,
             likewise; -inf where they are unusable.
         bound_proof: "multiplier" when that proves the claimed bound; "search" when the claimed one
             is tighter and rests on an exhaustive search, which cannot be checked without repeating
@@ -57,8 +57,8 @@ def verify(problem: AllocationProblem, solution: Solution) -> Verification:
     cost of every feasible allocation.
 
     Args:
-        problem: The problem that was solved.
-        solution: Any solution of it, whoever made it.
+        problem: the problem that was solved.
+        solution: any solution of it, whoever made it.
 
     Returns:
         The recomputed figures, and a sentence for every claim that does not hold.

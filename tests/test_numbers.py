@@ -13,9 +13,10 @@ from qvla_jax import kernels
 from qvla_jax.errors import InputError
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.quantize import policy_index, quantize
 from qvla_jax.kernels import cpu
-from qvla_jax.quantization import policy_index, quantize
-from qvla_jax.quantization.grid import GRID_BITS, dequantize_rows, quantize_rows
+from qvla_jax.quantization.codes import GRID_BITS
+from qvla_jax.quantization.grid import dequantize_rows, quantize_rows
 from qvla_jax.solvers import AllocationProblem, available, solve
 
 COMPILED = [
@@ -90,9 +91,10 @@ def test_scales_that_are_no_scales_are_refused(value):
     scales = tuple(np.full_like(np.asarray(a), value) for a in w.scales)
     with pytest.raises(InputError, match=r"file\.qvla: .*scale"):
         kernels.validate(dataclasses.replace(w, scales=scales), where="file.qvla")
-    codes = np.zeros((3, 8), np.int8)
+    rows = kernels.nearest_rows(weight, np.full(3, 4))
+    rows = dataclasses.replace(rows, scales=np.full((3, 1), value))
     with pytest.raises(InputError, match="scale"):
-        kernels.pack(weight, np.full(3, 4), codes=codes, scales=np.full((3, 1), value))
+        kernels.pack_rows(rows, weight)
 
 
 def test_layers_of_pruned_and_of_zero_channels_run_and_come_back(tmp_path):

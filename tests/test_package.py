@@ -1,13 +1,17 @@
 """The package as such: light to import, with the public names it promises."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qvla_jax
 
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("qvla_jax", "solvers", "data", "tests", "benchmarks", "docs")
 HEAVY = ("jax", "numpy", "tensorflow", "torch", "pulp", "highspy", "flax", "matplotlib", "rich")
 
 
@@ -51,6 +55,61 @@ def test_importing_the_pipeline_imports_no_tensorflow_and_no_solver_library():
 def test_importing_creates_no_devices():
     code = "import qvla_jax.pipeline, jax; jax.config.update('jax_num_cpu_devices', 3)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """What a file imports, or reaches through what it imports, that has a leading underscore."""
+    bound, reached = {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            bound |= {a.asname or a.name.partition(".")[0]: a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            bound |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            reached.append(node)
+    for node in reached:
+        root = node.value
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        if isinstance(root, ast.Name) and root.id in bound:
+            yield bound[root.id] + ast.unparse(node).removeprefix(root.id)
+    yield from filter(is_private, bound.values())
+
+
+def is_private(name: str) -> bool:
+    return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("from a._b import c", "a._b.c"),
+        ("from a import _b", "a._b"),
+        ("import a._b as c", "a._b"),
+        ("import a\na.b._c.d", "a.b._c"),
+        ("from a import b as c\nc._d()", "a.b._d"),
+    ],
+)
+def test_private_names_are_found(code, name):
+    assert list(private_names(ast.parse(code))) == [name]
+    assert not [*private_names(ast.parse("import a, b\na.c, a.__doc__, self._b, b.c()._d"))]
+
+
+def test_nothing_private_of_another_package_is_used():
+    ours = {"qvla_jax", *FOLDERS, *sys.stdlib_module_names}
+    # A benchmark compares with products of PyTorch that have no public names.
+    known = {
+        "torch._convert_weight_to_int4pack_for_cpu",
+        "torch.ops.aten._weight_int4pack_mm_for_cpu",
+    }
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        for name in private_names(ast.parse(path.read_text("utf-8")))
+        if name.partition(".")[0] not in ours and name not in known
+    }
+    assert not found
 
 
 @pytest.mark.parametrize("name", qvla_jax.__all__)

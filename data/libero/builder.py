@@ -1,4 +1,4 @@
-"""Builds an RLDS data set from LIBERO demonstrations (extra ``rlds``: writing needs TensorFlow).
+"""Builds an RLDS data set from LIBERO demonstrations (extra `rlds`: writing needs TensorFlow).
 
     python -m qvla_jax.data.libero.builder --demos demos/*.hdf5 --frames frames/ --out rlds/
 
@@ -60,7 +60,7 @@ def choose_splits(demos: Iterable[Demonstration], args: BuildArgs) -> Splits:
     """Divides demonstrations into splits, task by task.
 
     Raises:
-      DatasetError: A task has too few demonstrations.
+        DatasetError: a task has too few demonstrations.
     """
     sample = args.splits == "sample"
     first = "calibration" if sample else "train"
@@ -79,7 +79,7 @@ def build(args: BuildArgs) -> Path:
     """Writes the data set and returns its directory.
 
     Raises:
-      DatasetError: Demonstrations or frames are missing, or the directory exists already.
+        DatasetError: demonstrations or frames are missing, or the directory exists already.
     """
     demos = _collect(args)
     return write_rlds(

@@ -59,12 +59,12 @@ class LiberoEnvironment:
     """One task of a suite.
 
     Attributes:
-      suite: The suite's description.
-      task: Number of the task in the benchmark's order.
-      name: LIBERO's name of the task.
-      instruction: The task in words, in the benchmark's wording.
-      state: What the simulator observes, by robosuite's names; `reset` and `step` renew it.
-      executed: The last action that was executed, in LIBERO's convention.
+        suite: the suite's description.
+        task: number of the task in the benchmark's order.
+        name: LIBERO's name of the task.
+        instruction: the task in words, in the benchmark's wording.
+        state: what the simulator observes, by robosuite's names; `reset` and `step` renew it.
+        executed: the last action that was executed, in LIBERO's convention.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class LiberoEnvironment:
         """Compiles the task's model (a few seconds).
 
         Args:
-          suite: Name of the suite, such as "libero_spatial".
-          task: Number of the task, from 0 on.
-          size: Height and width of the pictures in pixels.
-          rendering: "fast" or "libero", see `qvla_jax.data.libero.simulator`.
+            suite: name of the suite, such as "libero_spatial".
+            task: number of the task, from 0 on.
+            size: height and width of the pictures in pixels.
+            rendering: "fast" or "libero", see `qvla_jax.data.libero.simulator`.
 
         Raises:
-          InputError: LIBERO is missing, or has no such suite or task.
+            InputError: LIBERO is missing, or has no such suite or task.
         """
         self.suite = suites.get(suite)
         benchmark = load_suite(suite)
@@ -109,13 +109,13 @@ class LiberoEnvironment:
         """Starts an episode.
 
         Args:
-          initial_state: Number of an official initial state; None draws a start from the seed, such
-            as the official ones are, but none of them.
-          seed: Draws what no initial state holds (poses of fixtures).
-          wait: Steps of doing nothing.
+            initial_state: number of an official initial state; None draws a start from the seed,
+                such as the official ones are, but none of them.
+            seed: draws what no initial state holds (poses of fixtures).
+            wait: steps of doing nothing.
 
         Raises:
-          InputError: There is no such initial state.
+            InputError: there is no such initial state.
         """
         if initial_state is None:
             self._draw_start(seed, wait)
@@ -134,7 +134,7 @@ class LiberoEnvironment:
         """Puts the simulator into a flattened state; fixtures stay where they are.
 
         Raises:
-          InputError: The state is of another task.
+            InputError: the state is of another task.
         """
         check_state(self._model, state)
         self.state = self._env.set_init_state(state)
@@ -158,7 +158,7 @@ class LiberoEnvironment:
         """Executes one metric action of a policy (gripper: 1 open, 0 closed).
 
         Returns:
-          Whether the task is done.
+            Whether the task is done.
         """
         return self.step_raw(libero_action(action))
 

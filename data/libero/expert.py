@@ -48,7 +48,7 @@ class Expert(Protocol):
     phase: Phase
 
     def __call__(self, state: Mapping[str, Any]) -> "Float64[NpArray, ' 7']":
-        """The action to take in a state; sets ``phase``."""
+        """The action to take in a state; sets `phase`."""
         ...
 
 
@@ -56,7 +56,7 @@ def make_expert(environment: "LiberoEnvironment") -> Expert:
     """The expert of a task, for the present episode: call it again after a reset.
 
     Raises:
-      InputError: There is no expert for the suite.
+        InputError: there is no expert for the suite.
     """
     suite = environment.suite.name
     if suite == "libero_spatial":
@@ -73,10 +73,11 @@ class BowlExpert:
     """Picks up a bowl by its rim and puts it on a plate.
 
     Attributes:
-      bowl: The bowl's name in the state, and ``plate`` the plate's.
-      side: Direction from the bowl's centre to where its rim is grasped, radians in the world's xy.
-      radius: Distance of the grasp from the centre (m), and ``lift`` the gripper's height over it.
-      phase: Of the last action.
+        bowl: the bowl's name in the state, and `plate` the plate's.
+        side: direction from the bowl's centre to where its rim is grasped, radians in the world's
+            xy.
+        radius: distance of the grasp from the centre (m), and `lift` the gripper's height over it.
+        phase: of the last action.
     """
 
     bowl: str
@@ -149,7 +150,7 @@ class DrawerExpert(BowlExpert):
     whose choice hung on millimetres alone would waver between them.
 
     Attributes:
-      drawer: Centre of the drawer in the world (m).
+        drawer: centre of the drawer in the world (m).
     """
 
     drawer: "Float64[NpArray, ' 3']" = field(kw_only=True)
@@ -177,12 +178,12 @@ class ObjectExpert:
     """Picks up an object from above and drops it into a basket.
 
     Attributes:
-      item: The object's name in the state, and ``basket`` the basket's.
-      side: Direction of the finger axis, radians in the world's xy.
-      offset: From the object's origin to the point that the gripper goes to.
-      bottom: Height of the object's lowest point over its origin (negative).
-      is_held: Tells whether both fingers touch the object.
-      phase: Of the last action.
+        item: the object's name in the state, and `basket` the basket's.
+        side: direction of the finger axis, radians in the world's xy.
+        offset: from the object's origin to the point that the gripper goes to.
+        bottom: height of the object's lowest point over its origin (negative).
+        is_held: tells whether both fingers touch the object.
+        phase: of the last action.
     """
 
     item: str
@@ -237,7 +238,7 @@ class SmoothNoise:
     """
 
     def __init__(self, rng: np.random.Generator, sigma: float, *, correlation: float = 0.9):
-        """``sigma`` is the standard deviation on the translation; a quarter on the rotation."""
+        """`sigma` is the standard deviation on the translation; a quarter on the rotation."""
         self._rng, self._correlation = rng, correlation
         self._sigma = sigma * np.array([1.0, 1.0, 1.0, 0.25, 0.25, 0.25])
         self._noise = np.zeros(6)
@@ -279,7 +280,7 @@ def rotation_vector(matrix: "Float64[NpArray, '3 3']") -> "Float64[NpArray, ' 3'
 
 
 def _turn(state: Mapping[str, Any], side: float) -> "Float64[NpArray, ' 3']":
-    """Rotation that is left until the finger axis is parallel to ``side``, fingers down."""
+    """Rotation that is left until the finger axis is parallel to `side`, fingers down."""
     # A gripper turned by half a turn grasps the same, so the yaw nearest to none is taken.
     yaw = (side + np.pi / 2) % np.pi - np.pi / 2 - np.pi / 2
     yaw = yaw + np.pi if yaw < -np.pi / 2 + 1e-6 else yaw
@@ -294,7 +295,7 @@ def _opening(state: Mapping[str, Any]) -> float:
 
 
 def _ramp(value: float, low: float, high: float) -> float:
-    """0 up to ``low``, 1 from ``high`` on, linear between."""
+    """0 up to `low`, 1 from `high` on, linear between."""
     return float(np.clip((value - low) / (high - low), 0.0, 1.0))
 
 
@@ -363,9 +364,9 @@ def _free_side(
     nothing as high; else across the narrowest side on which they do.
 
     Args:
-      points: Corners of the object in the world's xy.
-      others: Corners of each other object.
-      grasp: Height of the grasp.
+        points: corners of the object in the world's xy.
+        others: corners of each other object.
+        grasp: height of the grasp.
     """
     angles = np.deg2rad(np.arange(0, 180, 5))
     axes = np.stack([np.cos(angles), np.sin(angles)], axis=1)

@@ -20,7 +20,7 @@ def load_rendered(folder: Path, demo: Demonstration) -> tuple[np.ndarray, np.nda
     """Reads rendered frames (image, wrist_image; u8[t, size, size, 3]); None if there are none.
 
     Raises:
-      DatasetError: The file is damaged, or was rendered from other states.
+        DatasetError: the file is damaged, or was rendered from other states.
     """
     path = frames_path(folder, demo)
     if not path.is_file():
@@ -32,6 +32,12 @@ def load_rendered(folder: Path, demo: Demonstration) -> tuple[np.ndarray, np.nda
         raise DatasetError(
             f"{path}: damaged frames ({error}); delete it and render again"
         ) from error
+    for name, frames in (("image", image), ("wrist_image", wrist)):
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise DatasetError(
+                f"{path}: {name}: expected uint8 [t, H, W, 3], found {frames.dtype} "
+                f"{list(frames.shape)}; delete it and render again"
+            )
     if digest != states_digest(demo):
         raise DatasetError(
             f"{path}: rendered from other states than {demo.file}:{demo.group}; render it again"

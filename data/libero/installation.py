@@ -132,7 +132,7 @@ def rendering_failed(error: object) -> str:
     """The message where OpenGL does not work.
 
     Args:
-        error: What MuJoCo said.
+        error: what MuJoCo said.
     """
     said = [f"{name}={os.environ[name]!r}" for name in _VARIABLES if os.environ.get(name)]
     said = said or [f"MUJOCO_GL is not set, so {chosen_backend()} is used"]

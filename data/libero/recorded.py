@@ -13,9 +13,11 @@ from typing import Any, Self
 import numpy as np
 
 from qvla_jax.atomic import atomic_path
+from qvla_jax.data.open_x.columns import Entries
 from qvla_jax.errors import DatasetError
 
 CAMERA_KEYS = ("image", "wrist_image")
+_COLUMNS = ("state", "joint_state", "label", "executed")
 _QUALITY = 95
 
 
@@ -24,15 +26,15 @@ class Recording:
     """One episode; lists have an entry for each step.
 
     Attributes:
-      task: LIBERO's name of the task.
-      instruction: The task in words.
-      seed: Of the episode.
-      success: Whether the last action solved the task.
-      image: JPEG of the main camera, and ``wrist_image`` of the one at the gripper.
-      state: f32[8] proprio.
-      joint_state: f32[7] in rad.
-      label: f32[7], what the expert does in this state, in LIBERO's convention.
-      executed: f32[7], what was executed, in the same convention.
+        task: LIBERO's name of the task.
+        instruction: the task in words.
+        seed: of the episode.
+        success: whether the last action solved the task.
+        image: JPEG of the main camera, and `wrist_image` of the one at the gripper.
+        state: f32[8] proprio.
+        joint_state: f32[7] in rad.
+        label: f32[7], what the expert does in this state, in LIBERO's convention.
+        executed: f32[7], what was executed, in the same convention.
     """
 
     task: str
@@ -52,7 +54,7 @@ class Recording:
         return cls(task=task, instruction=instruction, seed=seed)
 
     def add(self, seen: Mapping[str, Any], *, joints: np.ndarray, label: np.ndarray) -> None:
-        """Adds what was seen before an action; the action itself goes to ``executed``."""
+        """Adds what was seen before an action; the action itself goes to `executed`."""
         for key in CAMERA_KEYS:
             getattr(self, key).append(encode_jpeg(seen[key]))
         self.state.append(np.asarray(seen["state"], np.float32))
@@ -80,7 +82,7 @@ def save_recording(path: Path, recording: Recording) -> None:
     arrays: dict[str, Any] = {
         name: getattr(recording, name) for name in ("task", "instruction", "seed", "success")
     }
-    for name in ("state", "joint_state", "label", "executed"):
+    for name in _COLUMNS:
         arrays[name] = np.stack(getattr(recording, name))
     for key in CAMERA_KEYS:
         files = getattr(recording, key)
@@ -94,7 +96,7 @@ def load_recording(path: Path) -> Recording:
     """Reads a recording.
 
     Raises:
-      DatasetError: The file is missing or damaged.
+        DatasetError: the file is missing or damaged, or a value is not finite.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -104,7 +106,7 @@ def load_recording(path: Path) -> Recording:
                 seed=int(arrays["seed"]),
                 success=bool(arrays["success"]),
             )
-            for name in ("state", "joint_state", "label", "executed"):
+            for name in _COLUMNS:
                 getattr(recording, name).extend(arrays[name])
             for key in CAMERA_KEYS:
                 data, ends = arrays[key].tobytes(), arrays[f"{key}_ends"].tolist()
@@ -116,10 +118,12 @@ def load_recording(path: Path) -> Recording:
         raise DatasetError(
             f"{path}: damaged recording ({error}); delete it and collect again"
         ) from error
-    lengths = {
-        name: len(getattr(recording, name))
-        for name in (*CAMERA_KEYS, "state", "joint_state", "label", "executed")
-    }
+    lengths = {name: len(getattr(recording, name)) for name in (*CAMERA_KEYS, *_COLUMNS)}
     if len(set(lengths.values())) != 1 or not len(recording):
         raise DatasetError(f"{path}: damaged recording, entries differ in length: {lengths}")
+    for name in _COLUMNS:
+        try:
+            Entries(name).of(getattr(recording, name))
+        except DatasetError as error:
+            raise DatasetError(f"{path}: {error}") from error
     return recording

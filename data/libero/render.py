@@ -2,8 +2,8 @@
 
     python -m qvla_jax.data.libero.render --states states.hdf5 --out frames/
 
-Each demonstration becomes one file, ``<out>/<task>/seed_<n>.npz``, written atomically: a killed run
-continues where it stopped. Needs the ``libero`` extra.
+Each demonstration becomes one file, `<out>/<task>/seed_<n>.npz`, written atomically: a killed run
+continues where it stopped. Needs the `libero` extra.
 """
 
 import multiprocessing

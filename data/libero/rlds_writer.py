@@ -1,6 +1,6 @@
-"""Writes RLDS data sets with the features of the public modified_libero_rlds (extra ``rlds``).
+"""Writes RLDS data sets with the features of the public modified_libero_rlds (extra `rlds`).
 
-What reads those reads these. ``episode_metadata`` says more than theirs does: where an episode
+What reads those reads these. `episode_metadata` says more than theirs does: where an episode
 comes from, who acted in it, whether it succeeded, and whether what was executed differed from the
 label.
 """
@@ -49,13 +49,13 @@ def split_by_task(
     What is held out follows from the seed and the task alone.
 
     Args:
-      items: Episodes of any tasks.
-      seed: Chooses.
-      heldout: Episodes of each task to hold out.
-      needed: Episodes that a task must have.
+        items: episodes of any tasks.
+        seed: chooses.
+        heldout: episodes of each task to hold out.
+        needed: episodes that a task must have.
 
     Raises:
-      DatasetError: A task has too few episodes.
+        DatasetError: a task has too few episodes.
     """
     tasks: dict[str, list[Item]] = {}
     for item in sorted(items, key=lambda item: (item.task, item.seed or 0, item.key)):
@@ -80,7 +80,7 @@ def episode_example(
     policy: str,
     noise_sigma: float,
 ) -> dict[str, Any]:
-    """An episode as the writer takes it; ``label`` becomes the action."""
+    """An episode as the writer takes it; `label` becomes the action."""
     last = len(recording) - 1
     steps = [
         {
@@ -125,16 +125,16 @@ def write_rlds(
     """Writes a data set and returns its directory.
 
     Args:
-      splits: Split -> its episodes, in the order in which they are written.
-      example: Makes of an episode what `episode_example` returns; called as it is written.
-      out: Data directory; the set is written to <out>/<name>/<version>.
-      name: Of the data set.
-      size: Height and width of the pictures.
-      description: Of the data set.
-      file_format: array_record is read without TensorFlow.
+        splits: split -> its episodes, in the order in which they are written.
+        example: makes of an episode what `episode_example` returns; called as it is written.
+        out: data directory; the set is written to <out>/<name>/<version>.
+        name: of the data set.
+        size: height and width of the pictures.
+        description: of the data set.
+        file_format: array_record is read without TensorFlow.
 
     Raises:
-      DatasetError: The directory exists already.
+        DatasetError: the directory exists already.
     """
     builder = LiberoRlds(
         name=name,

@@ -1,11 +1,11 @@
 """The LIBERO simulator of one task, and its cameras.
 
-Needs the ``libero`` extra and an OpenGL library (EGL by default). `TaskScene` is a picture book: it
+Needs the `libero` extra and an OpenGL library (EGL by default). `TaskScene` is a picture book: it
 puts the simulator into a stored state and renders it; nothing in this module steps the physics.
 
 Rendering is what LIBERO costs most. Reflections and multisampling take half to three quarters of
-it and show on the stove's glossy top only, so ``"fast"`` rendering does without either; a picture
-is rendered at twice its size and averaged instead. ``"libero"`` renders as LIBERO does.
+it and show on the stove's glossy top only, so `"fast"` rendering does without either; a picture
+is rendered at twice its size and averaged instead. `"libero"` renders as LIBERO does.
 """
 
 import builtins
@@ -40,13 +40,13 @@ class TaskScene:
         """Compiles the task's model (a few seconds).
 
         Args:
-          suite: Folder of the task's definition, such as "libero_spatial".
-          bddl_file: Name of the definition inside that folder.
-          size: Height and width of the pictures in pixels.
-          supersample: Each pixel is the mean of ``supersample`` squared rendered ones.
+            suite: folder of the task's definition, such as "libero_spatial".
+            bddl_file: name of the definition inside that folder.
+            size: height and width of the pictures in pixels.
+            supersample: each pixel is the mean of `supersample` squared rendered ones.
 
         Raises:
-          InputError: The extra is not installed or the task is unknown.
+            InputError: the extra is not installed or the task is unknown.
         """
         self._env = make_control_env(suite, bddl_file)
         self._env.reset()  # Hides the sites (grasp markers), which construction leaves visible.
@@ -98,13 +98,13 @@ class Cameras:
         """Makes an OpenGL context.
 
         Args:
-          sim: robosuite's simulation.
-          size: Height and width of the pictures in pixels.
-          supersample: As in `TaskScene`; "libero" renders single pixels.
-          rendering: "fast" or "libero", see the module.
+            sim: robosuite's simulation.
+            size: height and width of the pictures in pixels.
+            supersample: as in `TaskScene`; "libero" renders single pixels.
+            rendering: "fast" or "libero", see the module.
 
         Raises:
-          InputError: OpenGL does not work here.
+            InputError: OpenGL does not work here.
         """
         mujoco: Any = importlib.import_module("mujoco")  # Compiled, so without types.
         self._data, model = sim.data._data, sim.model._model
@@ -141,7 +141,7 @@ def make_control_env(suite: str, bddl_file: str) -> Any:
     """LIBERO's environment of a task, without cameras of its own and with cheap resets.
 
     Raises:
-      InputError: The extra is not installed or the task is unknown.
+        InputError: the extra is not installed or the task is unknown.
     """
     control_env, folder = _import_libero()
     path = folder / suite / bddl_file
@@ -160,7 +160,7 @@ def load_suite(name: str) -> Any:
     """LIBERO's own object of a suite: its tasks and their official initial states.
 
     Raises:
-      InputError: The extra is not installed, or lacks the suite.
+        InputError: the extra is not installed, or lacks the suite.
     """
     _import_libero()
     try:
@@ -181,7 +181,7 @@ def check_state(model: Any, state: np.ndarray) -> None:
     """Refuses a flattened state (time, positions, velocities) of another task.
 
     Raises:
-      InputError: It has another length.
+        InputError: it has another length.
     """
     expected = 1 + model.nq + model.nv
     if len(state) != expected:

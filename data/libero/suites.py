@@ -12,11 +12,12 @@ class Suite:
     """One suite of LIBERO.
 
     Attributes:
-      name: LIBERO's name of it.
-      tasks: Number of tasks.
-      max_steps: Steps after which an episode counts as failed, not counting the first ones, in
-        which the objects settle. OpenVLA-OFT's limits: the longest demonstration and some slack.
-      initial_states: Number of official initial states of each task.
+        name: LIBERO's name of it.
+        tasks: number of tasks.
+        max_steps: steps after which an episode counts as failed, not counting the first ones, in
+            which the objects settle. OpenVLA-OFT's limits: the longest demonstration and some
+            slack.
+        initial_states: number of official initial states of each task.
     """
 
     name: str
@@ -41,7 +42,7 @@ def get(name: str) -> Suite:
     """The suite of a name.
 
     Raises:
-      InputError: There is none; the message lists close matches.
+        InputError: there is none; the message lists close matches.
     """
     if name not in SUITES:
         raise InputError(unknown("LIBERO suite", name, SUITES))

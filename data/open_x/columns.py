@@ -4,8 +4,8 @@
     "observation/state[-1:]"      the last one
     "action/world_vector"         all of them
 
-The bounds are those of a Python slice, but must lie inside the feature. In shapes, ``t`` counts the
-steps of an episode and ``d`` columns.
+The bounds are those of a Python slice, but must lie inside the feature. In shapes, `t` counts the
+steps of an episode and `d` columns.
 """
 
 import re
@@ -23,6 +23,13 @@ Columns: TypeAlias = tuple[str | None, ...]
 # The values of a feature, one for each step.
 Values: TypeAlias = Callable[[str], Sequence[Any]]
 
+# Kinds of numpy's dtypes that columns may be stored as: truth values, integers, floats.
+NUMBERS: Final = "biuf"
+# Half of float32's range: differences of two values stay inside of it.
+_LARGEST: Final = float(np.finfo(np.float32).max) / 2
+# float32 holds every integer up to here.
+_LARGEST_INTEGER: Final = 2**24
+
 _PATTERN: Final = re.compile(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?")
 
 
@@ -39,7 +46,7 @@ class Entries:
         """Reads the notation.
 
         Raises:
-          InputError: It is none.
+            InputError: it is none.
         """
         match = _PATTERN.fullmatch(text)
         if match is None:
@@ -56,10 +63,10 @@ class Entries:
         return f"{self.path}[{start}:{stop}]"
 
     def width(self, size: int) -> int:
-        """Number of entries taken from a feature of ``size``.
+        """Number of entries taken from a feature of `size`.
 
         Raises:
-          DatasetError: A bound lies outside, or nothing is left between them.
+            DatasetError: a bound lies outside, or nothing is left between them.
         """
         taken = len(range(size)[self.start : self.stop])
         outside = [b for b in (self.start, self.stop) if b is not None and not -size <= b <= size]
@@ -67,14 +74,39 @@ class Entries:
             raise DatasetError(f"{self}: {self.path} has only {size} entries")
         return taken
 
-    def of(self, values: Sequence[Any]) -> Float64[NpArray, "t d"]:
-        """The entries, of every step; scalars are features of one entry."""
-        array = np.asarray(values, np.float64)
-        if array.ndim > 2:
-            raise DatasetError(f"{self}: expected a vector in each step, found {array.shape[1:]}")
+    def of(self, values: Sequence[Any], first_step: int = 0) -> Float64[NpArray, "t d"]:
+        """The entries, of every step; scalars are features of one entry.
+
+        Raises:
+            DatasetError: a value is no number, not finite, or float32 cannot hold it; the message
+                names the step, counted from `first_step` on.
+        """
+        try:
+            array = np.asarray(values)
+        except ValueError as error:
+            raise DatasetError(f"{self}: steps differ in shape") from error
+        if array.dtype.kind not in NUMBERS or array.ndim > 2:
+            raise DatasetError(
+                f"{self}: expected a vector of numbers in each step, found {array.dtype} "
+                f"{list(array.shape[1:])}"
+            )
         array = array.reshape(len(values), -1)
-        self.width(array.shape[1])
-        return array[:, self.start : self.stop]
+        size = array.shape[1]
+        self.width(size)
+        array = array[:, self.start : self.stop]
+        exact = array.dtype.kind in "iu"
+        # Written so that NaN fails, too.
+        fits = np.abs(array.astype(np.float64)) <= (_LARGEST_INTEGER if exact else _LARGEST)
+        if not fits.all():
+            step, place = np.argwhere(~fits)[0].tolist()
+            value = array[step, place]
+            entry = range(size)[self.start : self.stop][place]
+            what = "not finite" if not np.isfinite(value) else "more than float32 can hold"
+            raise DatasetError(
+                f"step {step + first_step}: {self.path}: entry {entry} is {value}, which is "
+                f"{what}; mend the data set, or build it without this episode"
+            )
+        return array.astype(np.float64)
 
 
 def paths(columns: Columns) -> list[str]:
@@ -88,10 +120,17 @@ def width(columns: Columns, sizes: Mapping[str, int]) -> int:
     return sum(1 if one is None else one.width(sizes[one.path]) for one in entries)
 
 
-def numbers(columns: Columns, values: Values, steps: int) -> Float64[NpArray, "t d"]:
-    """The columns, side by side, of ``steps`` steps."""
-    parts = [np.zeros((steps, 0))]
+def numbers(columns: Columns, values: Values, steps: range) -> Float64[NpArray, "t d"]:
+    """The columns, side by side, of some of a record's steps.
+
+    Raises:
+        DatasetError: a value of these steps is not finite; see `Entries.of`.
+    """
+    parts = [np.zeros((len(steps), 0))]
     for text in columns:
-        entries = None if text is None else Entries.parse(text)
-        parts.append(np.zeros((steps, 1)) if entries is None else entries.of(values(entries.path)))
+        if text is None:
+            parts.append(np.zeros((len(steps), 1)))
+        else:
+            entries = Entries.parse(text)
+            parts.append(entries.of(values(entries.path)[steps.start : steps.stop], steps.start))
     return np.concatenate(parts, axis=1)

@@ -1,6 +1,6 @@
 """What data sets write down for gripper and rotation, by name, and how it becomes our standard.
 
-Every function takes a whole episode of ``t`` steps, since some encodings tell only what changes.
+Every function takes a whole episode of `t` steps, since some encodings tell only what changes.
 """
 
 from collections.abc import Callable, Mapping

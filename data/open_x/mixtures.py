@@ -70,7 +70,7 @@ def get(name: str) -> Mapping[str, float]:
     """The weights of a named mixture, by data set.
 
     Raises:
-      InputError: There is none of that name.
+        InputError: there is none of that name.
     """
     if name not in MIXTURES:
         raise InputError(unknown("mixture", name, MIXTURES))
@@ -78,15 +78,15 @@ def get(name: str) -> Mapping[str, float]:
 
 
 def below(name: str, folder: str | PathLike[str]) -> dict[str, float]:
-    """A named mixture as `calibration_set` takes it, with ``balance=True``.
+    """A named mixture as `calibration_set` takes it, with `balance=True`.
 
     Args:
-      name: Such as "oxe_magic_soup_plus"; see `MIXTURES`.
-      folder: Directory or address below which its data sets lie, each by its name.
+        name: such as "oxe_magic_soup_plus"; see `MIXTURES`.
+        folder: directory or address below which its data sets lie, each by its name.
 
     Raises:
-      InputError: There is no such mixture.
-      DatasetError: A data set is missing.
+        InputError: there is no such mixture.
+        DatasetError: a data set is missing.
     """
     weights, missing = {}, []
     for dataset, weight in get(name).items():

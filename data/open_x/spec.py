@@ -21,16 +21,17 @@ class ActionSpec:
     """Where an action's parts lie and what they mean.
 
     Attributes:
-      translation: Three columns; see `qvla_jax.data.open_x.columns`.
-      rotation: As many columns as its encoding stores.
-      rotation_encoding: euler (angles), axis_angle (axis times angle), quaternion (x, y, z, w), or
-        none, where the data set has no rotations.
-      gripper: One column; none with an encoding that is always the same.
-      gripper_encoding: Which numbers mean open; see `encodings.GRIPPERS`.
-      movement: What translation and rotation are. delta: a change of the end effector's pose for
-        one step, in the units of the data set's controller. velocity: the like per time. reached:
-        poses, whose differences from one step to the next are the action (the last step has none).
-        absolute: target poses, left as they are, as the public checkpoints were trained on them.
+        translation: three columns; see `qvla_jax.data.open_x.columns`.
+        rotation: as many columns as its encoding stores.
+        rotation_encoding: euler (angles), axis_angle (axis times angle), quaternion (x, y, z, w),
+            or none, where the data set has no rotations.
+        gripper: one column; none with an encoding that is always the same.
+        gripper_encoding: which numbers mean open; see `encodings.GRIPPERS`.
+        movement: what translation and rotation are. delta: a change of the end effector's pose for
+            one step, in the units of the data set's controller. velocity: the like per time.
+            reached: poses, whose differences from one step to the next are the action (the last
+            step has none). absolute: target poses, left as they are, as the public checkpoints were
+            trained on them.
     """
 
     translation: Columns
@@ -48,17 +49,17 @@ class DatasetSpec:
     Features are named by their paths in a step, such as "observation/image".
 
     Attributes:
-      name: Of the data set.
-      image: Feature of the main camera; for sets with a camera at the gripper only, that one.
-      wrist_image: Feature of a camera at the gripper beside the main one.
-      instruction: Feature with the task in words: text, or the numbers of its characters.
-      action: See `ActionSpec`.
-      proprio: Columns of the robot's state; none where the set has no proprio.
-      joint_state: Columns of the joint angles (rad), taken where the data set has them.
-      control_hz: Steps for each second.
-      skip_first: Steps at the beginning that are left out.
-      aliases: Other names that the data set goes by.
-      notes: What to know before using it.
+        name: of the data set.
+        image: feature of the main camera; for sets with a camera at the gripper only, that one.
+        wrist_image: feature of a camera at the gripper beside the main one.
+        instruction: feature with the task in words: text, or the numbers of its characters.
+        action: see `ActionSpec`.
+        proprio: columns of the robot's state; none where the set has no proprio.
+        joint_state: columns of the joint angles (rad), taken where the data set has them.
+        control_hz: steps for each second.
+        skip_first: steps at the beginning that are left out.
+        aliases: other names that the data set goes by.
+        notes: what to know before using it.
     """
 
     name: str
@@ -111,7 +112,7 @@ class DatasetSpec:
 
     @classmethod
     def from_json(cls, tree: Any, where: str) -> Self:
-        """Inverse of `to_json`; ``where`` begins the message of the InputError it may raise."""
+        """Inverse of `to_json`; `where` begins the message of the InputError it may raise."""
         if not isinstance(tree, Mapping) or not isinstance(tree.get("action"), Mapping):
             raise InputError(f"{where}: expected an object with the fields of DatasetSpec")
         action = ActionSpec(**_arguments(ActionSpec, tree["action"], f"{where}: action"))

@@ -488,7 +488,7 @@ def find(name: str) -> DatasetSpec | None:
     """The specification of a data set's name or of one of its aliases; None where there is none.
 
     Raises:
-      InputError: The data set's actions are joint positions.
+        InputError: the data set's actions are joint positions.
     """
     if name in JOINT_ACTIONS:
         raise InputError(
@@ -502,7 +502,7 @@ def load(spec: DatasetSpec | str) -> DatasetSpec:
     """A specification from its name or from the name of a JSON file, which ends in .json.
 
     Raises:
-      InputError: There is none of that name, or the file does not hold one.
+        InputError: there is none of that name, or the file does not hold one.
     """
     if isinstance(spec, DatasetSpec):
         return spec
@@ -519,7 +519,7 @@ def get(name: str) -> DatasetSpec:
     """The specification of a name.
 
     Raises:
-      InputError: There is none (the message lists close matches), or its actions are refused.
+        InputError: there is none (the message lists close matches), or its actions are refused.
     """
     spec = find(name)
     if spec is None:

@@ -18,7 +18,8 @@ from qvla_jax.baselines.packing import described
 from qvla_jax.baselines.tuning import tune
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.policy import Policy
-from qvla_jax.quantization import Quantizer, QuantizerSettings, quantize, quantize_uniform
+from qvla_jax.inference.quantize import quantize, quantize_uniform
+from qvla_jax.quantization import Quantizer, QuantizerSettings
 from qvla_jax.quantization.quantizer import NEAREST_UNCORRECTED
 from qvla_jax.sensitivity import SensitivityTable
 from qvla_jax.sensitivity.joint import alternate
@@ -32,18 +33,18 @@ class Recipe:
     """What a row does.
 
     Attributes:
-        title: For tables.
-        quantizer: Grid, rounding, bias correction.
-        options: Bits that the allocation chooses among; None gives all channels the same.
-        by_layer: All channels of a layer have the same bits.
-        rotates: Inputs are rotated where activations have fewer than 8 bits: that makes them easier
+        title: for tables.
+        quantizer: grid, rounding, bias correction.
+        options: bits that the allocation chooses among; None gives all channels the same.
+        by_layer: all channels of a layer have the same bits.
+        rotates: inputs are rotated where activations have fewer than 8 bits: that makes them easier
             to round, and weights harder.
-        alternates: Allocations and the joint factors that they turn out to have follow each other
+        alternates: allocations and the joint factors that they turn out to have follow each other
             (sensitivity.joint.alternate).
-        gripper: How much the squared error of the gripper, the last action dimension, counts in
+        gripper: how much the squared error of the gripper, the last action dimension, counts in
             the allocation; every other dimension counts 1.
-        allocates_activations: Activation bits of layers are allocated (baselines.activations).
-        tuned: Scales and biases are then tuned on the action error (baselines.tuning).
+        allocates_activations: activation bits of layers are allocated (baselines.activations).
+        tuned: scales and biases are then tuned on the action error (baselines.tuning).
     """
 
     title: str

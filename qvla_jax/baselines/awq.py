@@ -12,13 +12,13 @@ from qwix.contrib import awq_core
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.baselines.numerics import (
-    QuantizedRows,
     effective_group,
     how_to_quantize,
     nearest_scaled,
     padded,
     qwix_context,
 )
+from qvla_jax.quantization.rows import QuantizedRows
 
 
 def awq(

@@ -13,7 +13,6 @@ from qwix.contrib import gptq_core
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.baselines.numerics import (
-    QuantizedRows,
     effective_group,
     how_to_quantize,
     padded,
@@ -21,6 +20,7 @@ from qvla_jax.baselines.numerics import (
     taken,
 )
 from qvla_jax.errors import QvlaError
+from qvla_jax.quantization.rows import QuantizedRows
 
 # qwix's defaults, which are those of the published code.
 _DAMPING: Final = 0.01
@@ -57,6 +57,6 @@ def gptq(
                 rows, scaled, how_to_quantize(bits, group), percdamp=damping
             )
         if np.isfinite(np.asarray(losses)).all():
-            return taken(array, fan_in)
+            return taken(array, fan_in, bits, group)
         damping *= 10
     raise QvlaError(f"GPTQ: a Hessian of {fan_in} inputs has no Cholesky factor in float32")

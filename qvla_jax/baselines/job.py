@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.baselines.measurements import Measurements, Moments
 from qvla_jax.baselines.moments import InputMoments
-from qvla_jax.baselines.numerics import QuantizedRows
 from qvla_jax.baselines.packing import packed_policy
 from qvla_jax.baselines.settings import Setting
 from qvla_jax.inference.policy import Policy
-from qvla_jax.quantization import LayerRules, policy_index, quantizable_layers
+from qvla_jax.inference.quantize import policy_index
+from qvla_jax.quantization import LayerRules, quantizable_layers
+from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.sensitivity.batches import Calibration
 
 # Rows [c, k] and the moments of their inputs; None for layers that no forward pass reaches.

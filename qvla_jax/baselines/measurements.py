@@ -12,14 +12,9 @@ import numpy as np
 
 from qvla_jax.baselines.moments import InputMoments, input_moments
 from qvla_jax.inference.policy import Policy
+from qvla_jax.inference.quantize import policy_index
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization import (
-    DEFAULT_RULES,
-    InputStatistics,
-    LayerRules,
-    QuantizerSettings,
-    policy_index,
-)
+from qvla_jax.quantization import DEFAULT_RULES, InputStatistics, LayerRules, QuantizerSettings
 from qvla_jax.quantization.statistics import Weighting
 from qvla_jax.sensitivity import SensitivityTable, SweepStore, sensitivities
 from qvla_jax.sensitivity.batches import Calibration

@@ -21,26 +21,23 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import qwix
-from qwix._src.core.qarray import HowToQuantize
 
-from qvla_jax.array_typing import Array, Float, Int8
+from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
+from qvla_jax.quantization.codes import GRID_BITS as WIDTHS
+from qvla_jax.quantization.rows import QuantizedRows
 
-WIDTHS: Final = (2, 3, 4, 8)
 
+@dataclasses.dataclass(frozen=True)
+class HowToQuantize:
+    """What functions of qwix read of their argument `how`, whose own class has no public name."""
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedRows:
-    """Rows on a symmetric grid: w_hat[c, i] = scales[c, i // group] codes[c, i].
-
-    They multiply inputs x[i] input_scale[i].
-    """
-
-    codes: Int8[np.ndarray, "c k"]
-    # float32 that bfloat16 holds exactly; ceil(k / group) of them for each row.
-    scales: Float[np.ndarray, "c g"]
-    # Factor of each input, likewise; None: 1.
-    input_scale: Float[np.ndarray, " k"] | None = None
+    qtype: Any
+    channelwise_axes: tuple[int, ...]
+    # Inputs that share a scale, by axis.
+    tiled_axes: dict[int, int]
+    calibration_method: str = "absmax"
+    noise_fn: None = None
 
 
 class _SyntheticType:
@@ -81,7 +78,7 @@ def qwix_context() -> Iterator[None]:
 
 
 def how_to_quantize(bits: int, group: int | None) -> HowToQuantize:
-    """Qwix's description of rows [c, k] at these bits.
+    """The description of rows [c, k] at these bits.
 
     Raises:
         InputError: qwix or the packed layout has no such width.
@@ -108,10 +105,30 @@ def effective_group(fan_in: int, group: int | None) -> int | None:
     return None if group is None or group >= fan_in else group
 
 
-def taken(array: qwix.QArray, fan_in: int) -> QuantizedRows:
-    """Codes and stored scales of qwix's array, without padded inputs."""
+def taken(array: qwix.QArray, fan_in: int, bits: int, group: int | None) -> QuantizedRows:
+    """Codes and stored scales of qwix's array, without padded inputs.
+
+    Args:
+        array: rows [c, k] with zeros behind the last input.
+        fan_in: k.
+        bits: of all rows.
+        group: from `effective_group`.
+    """
     scales = np.asarray(array.scale).astype(ml_dtypes.bfloat16).astype(np.float32)
-    return QuantizedRows(np.asarray(array.qvalue).astype(np.int8)[:, :fan_in], scales)
+    return uniform_rows(np.asarray(array.qvalue)[:, :fan_in], scales, bits, group)
+
+
+def uniform_rows(
+    codes: Int[np.ndarray, "c k"], scales: Float[np.ndarray, "c g"], bits: int, group: int | None
+) -> QuantizedRows:
+    """Rows that all have the same bits, with signed codes."""
+    return QuantizedRows(
+        bits=np.full(len(codes), bits),
+        codes=codes.astype(np.int8),
+        scales=scales,
+        grid="rtn",
+        group=group,
+    )
 
 
 def nearest(weight: Float[Array, "c k"], bits: int, group: int | None) -> QuantizedRows:
@@ -124,8 +141,9 @@ def nearest(weight: Float[Array, "c k"], bits: int, group: int | None) -> Quanti
             how.qtype,
             channelwise_axes=how.channelwise_axes,
             tiled_axes=how.tiled_axes,
+            calibration_method=how.calibration_method,
         )
-    return taken(array, weight.shape[1])
+    return taken(array, weight.shape[1], bits, group)
 
 
 def nearest_scaled(

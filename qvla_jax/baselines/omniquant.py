@@ -32,15 +32,17 @@ from flax import nnx
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.baselines.job import Job
 from qvla_jax.baselines.moments import InputMoments
-from qvla_jax.baselines.numerics import QuantizedRows, effective_group, nearest, padded
+from qvla_jax.baselines.numerics import effective_group, nearest, padded, uniform_rows
 from qvla_jax.baselines.packing import packed_policy
 from qvla_jax.baselines.smoothquant import smoothing_scales
 from qvla_jax.errors import InputError
 from qvla_jax.inference.packed_linear import scale_inputs
 from qvla_jax.inference.policy import Policy
+from qvla_jax.inference.quantize import policy_index
 from qvla_jax.kernels.activations import round_activations
 from qvla_jax.models.surgery import get_module, named_modules, replace_modules
-from qvla_jax.quantization import policy_index, quantizable_layers
+from qvla_jax.quantization import quantizable_layers
+from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
 
 _EPOCHS: Final = 20
@@ -213,11 +215,13 @@ def learned_rows(weight: Float[Array, "c k"], learned: Learned, grid: Grid) -> Q
     rows = weight.astype(jnp.float32) / multiplier[None]
     steps = _bfloat16(_steps(rows, learned["clip"], grid))
     plain = bool((multiplier == 1).all())
-    return QuantizedRows(
-        np.asarray(_codes(rows, steps, grid)).astype(np.int8),
+    quantized = uniform_rows(
+        np.asarray(_codes(rows, steps, grid)),
         np.asarray(steps),
-        None if plain else np.asarray(multiplier),
+        grid.bits,
+        effective_group(weight.shape[1], grid.group),
     )
+    return dataclasses.replace(quantized, input_scale=None if plain else np.asarray(multiplier))
 
 
 def omniquant_policy(job: Job) -> Policy:
@@ -310,9 +314,10 @@ def _recorded(
         return seen
 
     size = min(_BATCH, job.calibration.frames)
+    prepared = [job.policy.prepare(observations) for observations in job.calibration.batches(size)]
     batches = []
-    for observations in job.calibration.batches(size):
-        inputs = job.policy.complete(jax.tree.map(jnp.asarray, job.policy.prepare(observations)))
+    for inputs in job.policy.processor.widened(prepared):
+        inputs = job.policy.complete(jax.tree.map(jnp.asarray, inputs))
         if len(jax.tree.leaves(inputs)[0]) == size:
             batches.append(jax.device_get(forward(state, inputs)))
     if not batches:

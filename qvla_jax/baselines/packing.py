@@ -4,16 +4,16 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
 from qvla_jax import kernels
-from qvla_jax.baselines.numerics import QuantizedRows
 from qvla_jax.baselines.settings import Setting
 from qvla_jax.inference.packed_linear import replace_by_packed
+from qvla_jax.inference.packing import pack_layer
 from qvla_jax.inference.policy import Policy
-from qvla_jax.quantization.index import ChannelIndex, LayerInfo
+from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import LayerRules, quantizable_layers, weight_rows
+from qvla_jax.quantization.rows import QuantizedRows
 
 
 def packed_policy(
@@ -40,7 +40,9 @@ def packed_policy(
     assert tuple(linears) == index.paths
     weights, inputs = {}, {}
     for layer, own in zip(index.layers, rows, strict=True):
-        weights[layer.path] = _packed(linears[layer.path], layer, own, setting)
+        linear = linears[layer.path]
+        bias = None if linear.bias is None else linear.bias[...]
+        weights[layer.path] = pack_layer(layer, own, weight_rows(linear), bias, index=False)
         inputs[layer.path] = kernels.LayerInputs(int(setting.activation_bits), own.input_scale)
     replace_by_packed(model, weights.items(), inputs)
     return dataclasses.replace(
@@ -51,21 +53,3 @@ def packed_policy(
 def described(policy: Policy, setting: Setting, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """What the file's header says about the quantization."""
     return {"method": setting.name, "policy fingerprint": policy.fingerprint, **made_with}
-
-
-def _packed(
-    linear: nnx.Linear, layer: LayerInfo, rows: QuantizedRows, setting: Setting
-) -> kernels.PackedWeight:
-    source = "bfloat16" if layer.source_bytes == 2 else "float32"
-    bias = None if linear.bias is None else np.asarray(linear.bias[...])
-    return kernels.pack(
-        weight_rows(linear),
-        np.full(layer.out_features, int(setting.bits)),
-        setting.group if rows.scales.shape[1] > 1 else None,
-        grid="rtn",
-        codes=rows.codes,
-        scales=rows.scales,
-        bias=None if bias is None else bias.astype(kernels.SOURCE_DTYPES[source]),
-        source_dtype=source,
-        index=False,
-    )

@@ -18,7 +18,7 @@ import numpy as np
 from qvla_jax.baselines.action import with_activations
 from qvla_jax.baselines.job import Job
 from qvla_jax.inference.policy import Policy
-from qvla_jax.quantization import quantize
+from qvla_jax.inference.quantize import quantize
 from qvla_jax.quantization.quantizer import UNIFORM_BASELINE, Quantizer
 from qvla_jax.sensitivity import SensitivityTable
 from qvla_jax.solvers import AllocationProblem, solve

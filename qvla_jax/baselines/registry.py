@@ -11,7 +11,7 @@ from qvla_jax.baselines.gptq import gptq
 from qvla_jax.baselines.job import Job, layer_by_layer
 from qvla_jax.baselines.measurements import Measurements
 from qvla_jax.baselines.moments import InputMoments
-from qvla_jax.baselines.numerics import WIDTHS, QuantizedRows, nearest
+from qvla_jax.baselines.numerics import WIDTHS, nearest
 from qvla_jax.baselines.omniquant import omniquant_policy
 from qvla_jax.baselines.qvla import qvla_paper, qvla_released
 from qvla_jax.baselines.settings import Setting
@@ -22,6 +22,7 @@ from qvla_jax.kernels.activations import ACTIVATION_BITS
 from qvla_jax.kernels.packed import GROUP_MULTIPLE
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import DEFAULT_RULES, LayerRules
+from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.sensitivity.batches import Calibration
 
 
@@ -30,12 +31,12 @@ class Method:
     """A method.
 
     Attributes:
-        title: For tables.
-        make: Applies it.
-        grouped: Whether groups of inputs may have scales of their own.
-        allocates: Whether bits are a budget, which may be broken.
-        rounds_activations: Whether it is one for rounded activations alone.
-        allocates_activations: Whether bits of activations are a budget, too.
+        title: for tables.
+        make: applies it.
+        grouped: whether groups of inputs may have scales of their own.
+        allocates: whether bits are a budget, which may be broken.
+        rounds_activations: whether it is one for rounded activations alone.
+        allocates_activations: whether bits of activations are a budget, too.
     """
 
     title: str

@@ -16,9 +16,10 @@ from qwix.contrib import smooth_quant
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.baselines.job import Job, layer_by_layer
 from qvla_jax.baselines.moments import InputMoments
-from qvla_jax.baselines.numerics import QuantizedRows, nearest, nearest_scaled, qwix_context
+from qvla_jax.baselines.numerics import nearest, nearest_scaled, qwix_context
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.unpacking import unpacked
+from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.sensitivity.batches import FirstFrames
 
 ALPHAS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -29,7 +29,7 @@ from qvla_jax.kernels.activations import round_to
 from qvla_jax.kernels.packed import segment_rows
 from qvla_jax.models.surgery import named_modules, replace_modules
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.rotation import rotate
 from qvla_jax.sensitivity.batches import Calibration
 

@@ -21,9 +21,11 @@ What each of the settings files may declare is listed in `qvla_jax.checkpoints.k
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import tokenizers
 
 from qvla_jax.checkpoints import keys
 from qvla_jax.checkpoints.declared import check_declared, shown
@@ -48,10 +50,18 @@ from qvla_jax.errors import CheckpointError, InputError, unknown
 OWN_KEY: Final = "qvla_jax"
 KNOWN_TOWERS: Final = {t.timm_id: t for t in PRESETS["openvla-7b"].vision}
 TOWERS_FILE: Final = "tiny_vision_archs.json"
+_BOS: Final = 1
+_EOS: Final = 2
 # Entries of an action, where no tensor tells them.
 _ACTION_DIM: Final = 7
 # Prompts are padded to this, so that one compiled program serves nearly all instructions.
 _MAX_PROMPT_TOKENS: Final = 96
+_CLASSES: Final = {
+    "OpenVLAConfig",
+    "OpenVLAForActionPrediction",
+    "PrismaticImageProcessor",
+    "PrismaticProcessor",
+}
 # In OpenVLA-OFT's modeling_prismatic.py, and not in OpenVLA's.
 _OFT_CODE: Final = re.compile(r"NUM_ACTIONS_CHUNK|_regression_or_discrete_prediction")
 
@@ -94,6 +104,7 @@ def read_config(
     path = folder / CONFIG_FILE
     raw = read_json(path)
     check_declared(raw, keys.CONFIG, str(path))
+    _check_classes(raw.get("auto_map") or {}, path)
     source, statistics = path, raw.get("norm_stats") or {}
     if (folder / STATISTICS_FILE).is_file():
         source = folder / STATISTICS_FILE
@@ -132,6 +143,17 @@ def read_config(
             f"{config.text.max_position_embeddings}, which leaves no place for a prompt"
         )
     return config, statistics
+
+
+def _check_classes(auto_map: Any, path: Path) -> None:
+    """Checks that the code that transformers would load is that of OpenVLA."""
+    named = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    for name in named:
+        if not isinstance(name, str) or name.rpartition(".")[2] not in _CLASSES:
+            raise CheckpointError(
+                f"{path}: 'auto_map' is {shown(auto_map)}, which is not supported; expected the "
+                f"classes {' and '.join(sorted(_CLASSES))}"
+            )
 
 
 def _own(raw: Mapping[str, Any], path: Path, options: LoadOptions) -> dict[str, Any]:
@@ -203,16 +225,24 @@ def _inferred(folder: Path, raw: Mapping[str, Any], empty_token_id: int | None) 
     )
 
 
-def check_tokenizer(folder: Path, token_id: Callable[[str], int | None]) -> None:
-    """Checks that what stands beside `tokenizer.json` asks for nothing else.
+def check_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Checks a tokenizer, and that what stands beside `tokenizer.json` asks for nothing else.
 
     Args:
         folder: the directory.
-        token_id: of `tokenizer.json`: token -> id.
+        tokenizer: what `tokenizer.json` holds.
 
     Raises:
-        CheckpointError: a setting is not supported, or a token has another id.
+        CheckpointError: a setting is not supported, a token has another id, or prompts do not begin
+            with BOS, behind which the image goes, or end with EOS.
     """
+    token_id = tokenizer.token_to_id
+    ids = tokenizer.encode("a").ids
+    if ids[:1] != [_BOS] or ids[1:][-1:] == [_EOS]:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: makes {ids} of 'a', expected BOS ({_BOS}) in front and "
+            f"no EOS ({_EOS}) behind"
+        )
     path = folder / "tokenizer_config.json"
     added: dict[str, Any] = {}
     if path.is_file():

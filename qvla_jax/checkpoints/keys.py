@@ -102,7 +102,7 @@ _PRETRAINED: Final[Mapping[str, Rule]] = {
 CONFIG: Final[Mapping[str, Rule]] = {
     **_PRETRAINED,
     "model_type": Only(("openvla",)),
-    "auto_map": _CLASSES,
+    "auto_map": _READ,
     "arch_specifier": Only(("no-align+fused-gelu-mlp",)),
     "vision_backbone_id": Only(("dinosiglip-vit-so-224px",)),
     "use_fused_vision_backbone": Only((True, None)),

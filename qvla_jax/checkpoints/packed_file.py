@@ -19,9 +19,9 @@ from qvla_jax import kernels
 from qvla_jax.checkpoints.tensor_files import TensorFile, write_file
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.kernels.activations import ACTIVATION_BITS
-from qvla_jax.kernels.codes import CodeMap, num_words
+from qvla_jax.kernels.codes import num_words
 from qvla_jax.kernels.packed import GROUP_MULTIPLE, SOURCE_DTYPES, WIDTHS
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE, CodeMap
 from qvla_jax.quantization.layout import source_bytes
 
 SUFFIX: Final = ".qvla"

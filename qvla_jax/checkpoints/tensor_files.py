@@ -23,6 +23,7 @@ import safetensors
 from qvla_jax.atomic import atomic_path, write_json
 from qvla_jax.checkpoints.files import missing_weights
 from qvla_jax.errors import CheckpointError
+from qvla_jax.mapping import Region, map_file
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
@@ -43,31 +44,6 @@ _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 # Read and written at once where a file is copied.
 _COPY_BYTES: Final = 1 << 24
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class _Region:
-    """Bytes of a mapped file; the base of the arrays over them."""
-
-    def __init__(self, mapping: mmap.mmap, offset: int, size: int):
-        self._mapping, self._offset, self._size = mapping, offset, size
-        address = np.frombuffer(mapping, np.uint8).ctypes.data + offset
-        self.__array_interface__ = {
-            "version": 3, "shape": (size,), "typestr": "|u1", "data": (address, True),
-        }  # fmt: skip
-
-    def release(
-        self, page: int = mmap.PAGESIZE, advice: int | None = getattr(mmap, "MADV_DONTNEED", None)
-    ) -> None:
-        """Takes the bytes out of resident memory; they are read again when they are used again.
-
-        Defaults are bound here, because the last arrays may go after the modules.
-        """
-        if advice is not None:
-            start = self._offset // page * page
-            self._mapping.madvise(advice, start, self._offset + self._size - start)
-
-    def __del__(self) -> None:
-        self.release()
 
 
 class TensorFile(Mapping[str, np.ndarray]):
@@ -113,7 +89,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         offset, size = self._begin + entry["data_offsets"][0], math.prod(shape) * dtype.itemsize
         try:
             if self._mapping is None:
-                self._mapping = _mapped(self.path)
+                self._mapping = map_file(self.path)
             # Reading what a file no longer holds would end the process.
             if (found := self.path.stat().st_size) < offset + size:
                 raise ValueError(f"{found} bytes")
@@ -121,7 +97,7 @@ class TensorFile(Mapping[str, np.ndarray]):
             raise CheckpointError(
                 f"{self.path}: gone or changed since its header was read ({error}); fetch it again"
             ) from error
-        return np.asarray(_Region(self._mapping, offset, size)).view(dtype).reshape(shape)
+        return np.asarray(Region(self._mapping, offset, size)).view(dtype).reshape(shape)
 
     def spec(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """Dtype and shape of a tensor, which is not read."""
@@ -133,30 +109,6 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-
-def _mapped(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def mapped_bytes(path: Path) -> np.ndarray:
-    """A file's bytes, which must be some; read-only, read when they are used."""
-    return np.asarray(_Region(_mapped(path), 0, path.stat().st_size))
-
-
-def release_pages(array: Any) -> None:
-    """Takes a mapped tensor out of resident memory; it is read again when it is used again."""
-    region = region_of(array)
-    if region is not None:
-        region.release()
-
-
-def region_of(array: Any) -> _Region | None:
-    """The bytes of a file that an array is a view of; None if it is none."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return array if isinstance(array, _Region) else None
 
 
 class ShardedTensors(Mapping[str, np.ndarray]):

@@ -19,8 +19,8 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from qvla_jax.checkpoints.tensor_files import mapped_bytes
 from qvla_jax.errors import CheckpointError
+from qvla_jax.mapping import mapped_bytes
 
 STORAGE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "FloatStorage": np.dtype(np.float32),

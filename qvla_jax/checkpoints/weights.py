@@ -23,8 +23,9 @@ import safetensors.numpy
 from flax import nnx
 
 from qvla_jax.atomic import atomic_path
-from qvla_jax.checkpoints.tensor_files import TensorFile, release_pages
+from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.errors import CheckpointError
+from qvla_jax.mapping import release_pages
 from qvla_jax.models.surgery import path_string
 
 # What errors name: a file, or a function that tells the file of a tensor by its name.

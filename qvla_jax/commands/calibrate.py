@@ -23,6 +23,11 @@ def main(config: Config) -> Result:
     left_out = drawn.manifest["left_out"]
     if left_out:
         lines.append(f"Too small a share for a frame: {', '.join(left_out)}")
+    lines += [
+        f"{source['dataset']}: {source['unlabeled']} episodes without an instruction passed over"
+        for source in drawn.manifest["sources"]
+        if source["unlabeled"]
+    ]
     found, path = drawn.describe(), config.out / files.CALIBRATION
     name = f"{found['dataset']}, {found['split']}" if len(sources) == 1 else "all"
     lines.append(f"{drawn.frames} frames of {found['episodes']} episodes ({name}): {path}")

@@ -20,7 +20,7 @@ from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization.bias import corrected_bias
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
 from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.table import SensitivityTable

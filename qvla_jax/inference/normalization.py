@@ -64,8 +64,8 @@ class Normalizer:
             wrong = np.flatnonzero(mask & ~np.isfinite(values))
             if len(wrong):
                 raise CheckpointError(
-                    f"{where}: {name}[{wrong[0]}] is {statistics[name][wrong[0]]}: {name!r} holds "
-                    "NaN or inf, but the policy scales by it"
+                    f"{where}: {name!r} holds NaN or inf at place {wrong[0]}, which the policy "
+                    "scales by"
                 )
         used_low, used_high = (np.where(mask, values, 0.0) for values in bounds)
         return cls(low=used_low, high=used_high, mask=mask)

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,23 @@ class Policy:
         return np.asarray(chunk)[:count]
 
     @in_32_bits
+    def run_all(self, batches: Sequence[ModelInputs]) -> list[Float[np.ndarray, "b h a"]]:
+        """As `run` for each of many batches: the weights are put on the devices once.
+
+        Args:
+            batches: prepared inputs; the size of each is a multiple of the number of devices.
+        """
+        mesh = sharding.data_mesh()
+        graphdef, state = nnx.split(self.model)
+        state = sharding.replicate(mesh, state)
+        with jax.default_matmul_precision("float32"):
+            chunks = [
+                _forward(graphdef, mesh, state, sharding.shard_batch(mesh, inputs))
+                for inputs in batches
+            ]
+        return [np.asarray(chunk) for chunk in chunks]
+
+    @in_32_bits
     def complete(self, inputs: ModelInputs) -> ModelInputs:
         """Prepared inputs, with the decoded tokens of a policy that decodes them.
 
@@ -253,6 +270,8 @@ class Policy:
             self._save_packed(Path(path))
             return
         folder = Path(path)
+        if (folder / ORBAX_FOLDER).is_dir():
+            raise InputError(f"{folder}: holds an imported policy; name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.model, folder / WEIGHTS_FILE, dtype=dtype)
         self.save_settings(folder)
@@ -450,6 +469,11 @@ def load_policy(
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
     config = _with_options(config, options, folder / CONFIG_FILE)
     model = abstract_model(config, dtype=dtype)
+    if (folder / ORBAX_FOLDER).is_dir() and (folder / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: holds weights twice, in {WEIGHTS_FILE} and in {ORBAX_FOLDER}/; take away "
+            "those of the other policy"
+        )
     if (folder / ORBAX_FOLDER).is_dir():
         load_orbax(model, folder / ORBAX_FOLDER, sharding=sharding)
     else:
@@ -595,10 +619,15 @@ def import_policy(
 def _read_public(folder: Path, options: LoadOptions) -> Policy:
     """A public directory without its weights: the model is abstract."""
     tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
-    check_tokenizer(folder, tokenizer.token_to_id)
+    check_tokenizer(folder, tokenizer)
     config, statistics = read_config(
         folder, options, empty_token_id=tokenizer.token_to_id("\u2581")
     )
+    if tokenizer.get_vocab_size() > config.text.vocab_size:
+        raise CheckpointError(
+            f"{folder / TOKENIZER_FILE}: has {tokenizer.get_vocab_size()} tokens, but the language "
+            f"model has {config.text.vocab_size} (vocab_size of text_config)"
+        )
     check_latent_tokens(config, tokenizer.token_to_id("<ACT_0>"), folder)
     statistics_file = folder / STATISTICS_FILE
     source = statistics_file if statistics_file.is_file() else folder / CONFIG_FILE

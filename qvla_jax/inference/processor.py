@@ -114,21 +114,22 @@ class Processor:
             ids[row, : len(tokens)] = tokens
         return ids, lengths
 
-    def join(self, batches: Sequence[ModelInputs]) -> ModelInputs:
-        """Several prepared batches as one, with prompts padded to the longest."""
-        width = max(batch.input_ids.shape[1] for batch in batches)
-        widened = [
-            dataclasses.replace(
-                batch,
-                input_ids=np.pad(
-                    batch.input_ids,
-                    ((0, 0), (0, width - batch.input_ids.shape[1])),
-                    constant_values=self.config.pad_token_id,
-                ),
-            )
+    def widened(self, batches: Sequence[ModelInputs]) -> list[ModelInputs]:
+        """Prepared batches with all prompts padded to the longest, so that arrays fit together."""
+        width = max((batch.input_ids.shape[1] for batch in batches), default=0)
+
+        def pad(ids: Int[np.ndarray, "b t"]) -> Int[np.ndarray, "b t"]:
+            extra = width - ids.shape[1]
+            return np.pad(ids, ((0, 0), (0, extra)), constant_values=self.config.pad_token_id)
+
+        return [
+            dataclasses.replace(batch, input_ids=pad(np.asarray(batch.input_ids)))
             for batch in batches
         ]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *widened)
+
+    def join(self, batches: Sequence[ModelInputs]) -> ModelInputs:
+        """Several prepared batches as one."""
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *self.widened(batches))
 
     def history(self, inputs: ModelInputs) -> list[str]:
         """The `history` of the next observations, from inputs that `Policy.complete` completed.

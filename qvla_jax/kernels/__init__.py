@@ -6,7 +6,6 @@ y = kernels.mixed_matmul(x, w)            # x w_hat^T + bias
 """
 
 from qvla_jax.kernels.activations import LayerInputs, quantize_activations
-from qvla_jax.kernels.codes import CodeMap
 from qvla_jax.kernels.dispatch import canonical, implementations, mixed_matmul, prepare
 from qvla_jax.kernels.joining import cannot_join, join, part
 from qvla_jax.kernels.packed import (
@@ -16,12 +15,11 @@ from qvla_jax.kernels.packed import (
     dequantize,
     validate,
 )
-from qvla_jax.kernels.packing import pack
+from qvla_jax.kernels.packing import nearest_rows, pack, pack_rows
 from qvla_jax.kernels.sharded import ShardedWeight, shard
 
 __all__ = [
     "SOURCE_DTYPES",
-    "CodeMap",
     "LayerInputs",
     "PackedWeight",
     "Segment",
@@ -32,7 +30,9 @@ __all__ = [
     "implementations",
     "join",
     "mixed_matmul",
+    "nearest_rows",
     "pack",
+    "pack_rows",
     "part",
     "prepare",
     "quantize_activations",

@@ -4,16 +4,12 @@ Code i of a row with b bits a code occupies the bits [i b, (i + 1) b) of a littl
 that is cut into 32-bit words; the bits behind the last code are zero. At 2, 4, 8 and 16 bits every
 code lies in one word, at 3 bits some straddle two.
 
-Stored codes are unsigned, u in [0, 2^b). What they stand for is the integer
-
-    q = multiplier u + offset
-
-of a `CodeMap`: (1, -2^(b-1)) for the usual signed codes, (2, -3) for the odd ones {-3, -1, 1, 3}.
-The functions take numpy or JAX arrays and return the same kind.
+Stored codes are unsigned, u in [0, 2^b); `quantization.codes` says what they stand for. The
+functions take numpy or JAX arrays and return the same kind.
 """
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +17,14 @@ import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Int, UInt8
 from qvla_jax.errors import InputError
-from qvla_jax.quantization.grid import Grid
+from qvla_jax.quantization.codes import CodeMap
 
 WORD_BITS = 32
 
 
-class CodeMap(NamedTuple):
-    """What an unsigned stored code u stands for: q = multiplier u + offset."""
-
-    multiplier: int
-    offset: int
-
-
-def code_map(bits: int, grid: Grid) -> CodeMap:
-    """The integers that the codes of a quantizer grid stand for.
-
-    Args:
-        bits: 2, 3, 4 or 8.
-        grid: "fitted" has the odd codes {-3, -1, 1, 3} at 2 bits.
-    """
-    return CodeMap(2, -3) if bits == 2 and grid == "fitted" else CodeMap(1, -(2 ** (bits - 1)))
+def held_bits(bits: int) -> int:
+    """Width of the fields in which backends hold codes: 3-bit ones lie in 4 bits."""
+    return 4 if bits == 3 else bits
 
 
 def array_module(*arrays: Any) -> ModuleType:

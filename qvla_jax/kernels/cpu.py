@@ -28,8 +28,8 @@ import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.kernels.codes import (
-    CodeMap,
     array_module,
+    held_bits,
     num_words,
     pack_words,
     unpack_words,
@@ -44,7 +44,7 @@ from qvla_jax.kernels.packed import (
     source_values,
     source_words,
 )
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SIGNED, SOURCE, CodeMap
 
 _TARGET: Final = "qvla_matmul"
 _LANES: Final = 16
@@ -224,12 +224,13 @@ def matmul(
 def _stored_bits(segment: Segment, source_dtype: str) -> int:
     if segment.bits == SOURCE:
         return SOURCE if source_dtype == "bfloat16" else _WIDE
-    return 4 if segment.bits == 3 else segment.bits
+    return held_bits(segment.bits)
 
 
 def _stored_map(segment: Segment) -> CodeMap:
     """3-bit codes u become u + 4, which stand for the same integers in the map of 4 bits."""
-    return CodeMap(1, -8) if segment.bits == 3 else segment.code_map
+    held = held_bits(segment.bits)
+    return segment.code_map if held == segment.bits else SIGNED[held]
 
 
 def _tile_bytes(segment: Segment, k: int, source_dtype: str) -> int:

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import jax
@@ -29,20 +28,9 @@ class PreparedWeight(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """What an implementation's module has."""
-
-    # The weight in the backend's own arrangement.
-    prepare: Callable[[PackedWeight], Any]
-    # The inverse of `prepare`.
-    canonical: Callable[[Any], PackedWeight]
-    # Why it cannot run a weight here, or None.
-    supports: Callable[[PackedWeight], str | None]
-    # x [..., k], the arrangement, activation bits -> y [..., c] in the dtype of x.
-    matmul: Callable[[Array, Any, int], Array]
-
-
-# Implementation -> module; imported when first used.
+# Implementation -> module; imported when first used. Each has `prepare` (the weight in its own
+# arrangement), `canonical` (the inverse), `supports` (why it cannot run a weight here, or None) and
+# `matmul` (x [..., k], the arrangement, activation bits -> y [..., c] in the dtype of x).
 _MODULES: Final[dict[str, str]] = {
     "reference": "qvla_jax.kernels.reference",
     "cpu": "qvla_jax.kernels.cpu",

@@ -1,4 +1,4 @@
-"""`PackedWeight`: a weight matrix in the canonical order of DESIGN.md section 6.
+"""`PackedWeight`: a weight matrix in the canonical order of docs/mathematics.md section 6.
 
 It is what files hold and what every backend starts from. Backends rearrange it once
 (`qvla_jax.kernels.prepare`); its own order is chosen for nothing but being canonical.
@@ -16,11 +16,9 @@ import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.errors import InputError
-from qvla_jax.kernels.codes import CodeMap, array_module, num_words, unpack_words
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.kernels.codes import array_module, num_words, unpack_words
+from qvla_jax.quantization.codes import SOURCE, SOURCE_CODES, CodeMap, maps_of
 
-# Of 16-bit segments, whose words hold the source's own numbers.
-SOURCE_CODES: Final = CodeMap(1, 0)
 # Segments follow one another in this order.
 WIDTHS: Final = (16, 8, 4, 3, 2)
 # Groups begin at whole words at every width but 3, and at whole vector blocks of every backend.
@@ -323,8 +321,7 @@ def _segment_problems(w: PackedWeight, segment: Segment, words: Any, scales: Any
     values = np.asarray(scales).astype(np.float32)
     if not (np.isfinite(values) & (values > 0)).all():
         yield f"{name}: a scale is not positive and finite"
-    signed, odd = CodeMap(1, -(2 ** (segment.bits - 1))), CodeMap(2, -3)
-    allowed = [SOURCE_CODES] if source else [signed, odd] if segment.bits == 2 else [signed]
+    allowed = list(maps_of(segment.bits))
     if segment.code_map not in allowed:
         yield f"{name}: codes stand for {tuple(segment.code_map)}, expected one of {allowed}"
     if source and not np.isfinite(source_values(np.asarray(words), k, w.source_dtype)).all():

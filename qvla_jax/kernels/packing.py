@@ -1,4 +1,4 @@
-"""`pack`: a weight matrix and the bit-width of each row -> `PackedWeight`."""
+"""Rows and the bit-width of each -> `PackedWeight`."""
 
 import jax
 import ml_dtypes
@@ -6,7 +6,7 @@ import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Float, Int
 from qvla_jax.errors import InputError
-from qvla_jax.kernels.codes import CodeMap, code_map, pack_words, to_unsigned
+from qvla_jax.kernels.codes import pack_words, to_unsigned
 from qvla_jax.kernels.packed import (
     GROUP_MULTIPLE,
     SOURCE_DTYPES,
@@ -16,9 +16,11 @@ from qvla_jax.kernels.packed import (
     source_words,
     validate,
 )
-from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE, Grid, quantize_rows
+from qvla_jax.quantization.codes import BITS, GRID_BITS, PRUNED, SOURCE, Grid, code_map
+from qvla_jax.quantization.grid import quantize_rows
 from qvla_jax.quantization.index import MAX_CHANNELS
 from qvla_jax.quantization.layout import source_bytes
+from qvla_jax.quantization.rows import QuantizedRows
 
 
 def pack(
@@ -27,26 +29,45 @@ def pack(
     group: int | None = None,
     *,
     grid: Grid = "fitted",
-    codes: Int[AnyArray, "c k"] | None = None,
-    scales: Float[AnyArray, "c g"] | None = None,
     bias: Float[AnyArray, " c"] | None = None,
     source_dtype: str | None = None,
     index: bool = True,
 ) -> PackedWeight:
-    """Quantizes and packs the rows of a weight matrix.
-
-    The stored bytes are those that `quantization.layout.row_bytes` counts for each row.
+    """Rounds the rows of a weight matrix to nearest and packs them.
 
     Args:
         weight: source rows, float32 or narrower, finite.
         bits: 0, 2, 3, 4, 8 or 16 for each row.
         group: inputs that share a scale, a multiple of 16; None: one scale for each row.
-        grid: the quantizer's grid: "fitted" or "rtn". Codes that are handed in lie on it too.
-        codes: integer codes of every row, as `quantization.quantize_rows` returns them, made by
-            some other rounding than to nearest; rows of 0 and 16 bits are not read. None: rounds
-            here.
-        scales: with `codes`, the scales of every row, [c, ceil(k / group)], positive numbers that
-            bfloat16 holds exactly.
+        grid: the quantizer's grid: "fitted" or "rtn".
+        bias: see `pack_rows`.
+        source_dtype: see there.
+        index: see there.
+
+    Raises:
+        InputError: as `pack_rows`.
+    """
+    source = np.asarray(weight)
+    widths = _check(source, np.asarray(bits), group, index)
+    rows = nearest_rows(source, widths, group, grid)
+    return pack_rows(rows, source, bias=bias, source_dtype=source_dtype, index=index)
+
+
+def pack_rows(
+    rows: QuantizedRows,
+    source: Float[AnyArray, "c k"],
+    *,
+    bias: Float[AnyArray, " c"] | None = None,
+    source_dtype: str | None = None,
+    index: bool = True,
+) -> PackedWeight:
+    """Packs quantized rows.
+
+    The stored bytes are those that `quantization.layout.row_bytes` counts for each row.
+
+    Args:
+        rows: codes and scales. Its `input_scale` is the layer's business, not the weight's.
+        source: the rows that were quantized, float32 or narrower, finite: 16-bit rows keep them.
         bias: the layer's bias, kept in its dtype; outputs of pruned rows are their bias.
         source_dtype: of 16-bit rows; None: the narrowest that holds the whole weight exactly.
         index: whether to store which channel a row is. False needs one width for all rows.
@@ -55,13 +76,13 @@ def pack(
         InputError: shapes do not fit, a width is no option, a weight, code or scale cannot be
             stored, or the layer has more than 65536 channels.
     """
-    rows = np.asarray(weight)
-    widths = _check(rows, np.asarray(bits), group, index)
-    if (codes is None) != (scales is None):
-        raise InputError("codes and scales belong together: give both or neither")
+    source = np.asarray(source)
+    widths = _check(source, np.asarray(rows.bits), rows.group, index)
+    all_codes, all_scales = np.asarray(rows.codes), np.asarray(rows.scales)
+    _check_rows(all_codes, all_scales, source.shape, rows.group)
     if source_dtype is None:
-        source_dtype = _narrowest(rows)
-    segments, words, kept, order = [], [], [], []
+        source_dtype = _narrowest(source)
+    segments, words, scales, order = [], [], [], []
     for width in WIDTHS:
         chosen = np.flatnonzero(widths == width)
         if not chosen.size:
@@ -69,30 +90,50 @@ def pack(
         order.append(chosen)
         if width == SOURCE:
             segments.append(Segment(width, chosen.size))
-            words.append(_exact_source(rows[chosen], source_dtype))
-            kept.append(np.zeros((chosen.size, 0), ml_dtypes.bfloat16))
+            words.append(_exact_source(source[chosen], source_dtype))
+            scales.append(np.zeros((chosen.size, 0), ml_dtypes.bfloat16))
             continue
-        if codes is None or scales is None:
-            q, s = _round(rows, width, group, grid)
-        else:
-            q, s = np.asarray(codes), np.asarray(scales)
-            _check_given(q, s, rows.shape, group)
-        meaning = code_map(width, grid)
-        segments.append(Segment(width, chosen.size, CodeMap(*meaning)))
-        words.append(pack_words(to_unsigned(q[chosen], width, meaning), width))
-        kept.append(_exact_scales(s[chosen]))
+        meaning = code_map(width, rows.grid)
+        segments.append(Segment(width, chosen.size, meaning))
+        words.append(pack_words(to_unsigned(all_codes[chosen], width, meaning), width))
+        scales.append(_exact_scales(all_scales[chosen]))
     packed = PackedWeight(
         words=tuple(words),
-        scales=tuple(kept),
+        scales=tuple(scales),
         index=np.concatenate([np.zeros(0, np.int64), *order]).astype(np.uint16) if index else None,
         bias=None if bias is None else np.asarray(bias),
         segments=tuple(segments),
-        shape=(rows.shape[0], rows.shape[1]),
-        group=group,
+        shape=(source.shape[0], source.shape[1]),
+        group=rows.group,
         source_dtype=source_dtype,
     )
     validate(packed)
     return packed
+
+
+def nearest_rows(
+    source: Float[np.ndarray, "c k"],
+    bits: Int[np.ndarray, " c"],
+    group: int | None = None,
+    grid: Grid = "fitted",
+) -> QuantizedRows:
+    """Rows rounded to nearest, each at its own bit-width.
+
+    Args:
+        source: the rows.
+        bits: 0, 2, 3, 4, 8 or 16 for each row.
+        group: inputs that share a scale; None: one scale for each row.
+        grid: the quantizer's grid.
+    """
+    groups = 1 if group is None else -(-source.shape[1] // group)
+    codes = np.zeros(source.shape, np.int8)
+    scales = np.ones((len(source), groups), np.float32)
+    for width in GRID_BITS:
+        chosen = np.flatnonzero(bits == width)
+        if chosen.size:
+            own_codes, own_scales = _round(source, width, group, grid)
+            codes[chosen], scales[chosen] = own_codes[chosen], own_scales[chosen]
+    return QuantizedRows(bits=bits, codes=codes, scales=scales, grid=grid, group=group)
 
 
 def _check(rows: np.ndarray, widths: np.ndarray, group: int | None, index: bool) -> np.ndarray:
@@ -162,7 +203,7 @@ def _round(
     return np.concatenate([codes, tail[0]], axis=1), np.concatenate([scales, tail[1]], axis=1)
 
 
-def _check_given(
+def _check_rows(
     codes: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], group: int | None
 ) -> None:
     groups = 1 if group is None else -(-shape[1] // group)

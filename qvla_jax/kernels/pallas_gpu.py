@@ -20,7 +20,6 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.kernels import planes, tiles
@@ -28,7 +27,12 @@ from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.batching import over_rows
 from qvla_jax.kernels.codes import WORD_BITS
 from qvla_jax.kernels.packed import PackedWeight
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE, CodeMap
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # JAX 0.11 says that a later release will leave this backend out
+    plgpu = None
 
 # Channels of a tile.
 _LANES: Final = 64
@@ -64,6 +68,8 @@ class GpuWeight:
 
 def supports(w: PackedWeight) -> str | None:
     """Why this implementation cannot run the weight; None if it can."""
+    if plgpu is None:
+        return f"JAX {jax.__version__} has no Triton backend of Pallas; install an older one"
     return tiles.unsupported(w)
 
 
@@ -145,11 +151,12 @@ def _launch(
     shares = min(max(_PROGRAMS // (rows // bm * count), 1), blocks)
     each = -(-blocks // shares)
     shares = -(-blocks // each)
+    assert plgpu is not None, "supports() says so before"
     call = pl.pallas_call(
         functools.partial(
             _kernel,
             bits=part.bits,
-            odd=tiled.odd and part.bits == 2,
+            codes=tiled.code_map(part.bits),
             step=tiled.scale_step if part.bits != SOURCE else None,
             first=first,
             blocks=blocks,
@@ -177,7 +184,7 @@ def _kernel(
     y: Any,
     *,
     bits: int,
-    odd: bool,
+    codes: CodeMap,
     step: int | None,
     first: tuple[int, int],
     blocks: int,
@@ -196,7 +203,7 @@ def _kernel(
         held = words[first_block + tile * blocks + block]
         for plane in range(WORD_BITS // bits):
             start = (block * (WORD_BITS // bits) + plane) * depth
-            part = planes.dot(x[:, pl.ds(start, depth)], planes.unpack(held, bits, plane, odd))
+            part = planes.dot(x[:, pl.ds(start, depth)], planes.unpack(held, bits, plane, codes))
             if step is not None:
                 own = scales[jax.lax.div(start, step), here].astype(jnp.float32)
                 part = part.astype(jnp.float32) * own[None]

@@ -18,6 +18,7 @@ Off a TPU the kernel is interpreted, which is slow, and there to be tested.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Final
 
 import jax
@@ -32,7 +33,7 @@ from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.batching import over_rows
 from qvla_jax.kernels.codes import WORD_BITS, array_module
 from qvla_jax.kernels.packed import PackedWeight, Segment
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE, CodeMap
 
 _LANES: Final = 128
 # Candidates for the size of a block. 512 words by 512 channels are 1 MiB.
@@ -200,8 +201,7 @@ def _launch(x: dict[str, Array], w: TpuWeight, *, bm: int, dtype: Any, interpret
     call = pl.pallas_call(
         functools.partial(
             _kernel,
-            widths=tuple(part.bits for part in tiled.parts),
-            odd=tiled.odd,
+            codes={part.bits: tiled.code_map(part.bits) for part in tiled.parts},
             step=tiled.scale_step,
             blocks=len(bits),
             runs=len(_runs(tiled)),
@@ -249,8 +249,7 @@ def _kernel(
     sums: Any,
     scales: Any,
     *,
-    widths: tuple[int, ...],
-    odd: bool,
+    codes: Mapping[int, CodeMap],
     step: int | None,
     blocks: int,
     runs: int,
@@ -266,11 +265,11 @@ def _kernel(
         # Rows of bfloat16 share sublanes, and single ones are read below.
         scales[...] = refs["scales"][...].astype(jnp.float32)
 
-    for width in widths:
+    for width in codes:
 
         @pl.when(bits[g] == width)
         def _(width: int = width) -> None:
-            sums[:, here] += _block(refs, scales, start[g], width, odd and width == 2, step)
+            sums[:, here] += _block(refs, scales, start[g], width, codes[width], step)
 
     @pl.when(g == blocks - 1)
     def _() -> None:
@@ -278,7 +277,7 @@ def _kernel(
 
 
 def _block(
-    refs: dict[str, Any], scales: Any, start: Array, bits: int, odd: bool, step: int | None
+    refs: dict[str, Any], scales: Any, start: Array, bits: int, codes: CodeMap, step: int | None
 ) -> Float[Array, "m n"]:
     """Scaled product of x with a block of words."""
     words = refs["words"][0]
@@ -291,14 +290,14 @@ def _block(
         first = pl.multiple_of(start + plane * depth, _LANES)
         xs = x[:, pl.ds(first, depth)]
         if source:
-            part = planes.dot(xs, planes.unpack(words, bits, plane, odd))
+            part = planes.dot(xs, planes.unpack(words, bits, plane, codes))
         elif fine:
             assert step is not None
             above = jax.lax.div(first, step)
             own = [scales[pl.ds(above + g, 1), :] for g in range(depth // step)]
-            part = _scaled_dot(xs, planes.unpack(words, bits, plane, odd), own)
+            part = _scaled_dot(xs, planes.unpack(words, bits, plane, codes), own)
         else:
-            part = planes.dot(xs, planes.unpack(words, bits, plane, odd))
+            part = planes.dot(xs, planes.unpack(words, bits, plane, codes))
             if step is not None:
                 part = part.astype(jnp.float32) * scales[pl.ds(jax.lax.div(first, step), 1), :]
         total = part if total is None else total + part

@@ -6,11 +6,11 @@ import numpy as np
 
 from qvla_jax.array_typing import Array, Float, Int32
 from qvla_jax.kernels.codes import WORD_BITS
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE, CodeMap
 
 
 def unpack(
-    words: Int32[Array, "depth n"], bits: int, plane: int, odd: bool
+    words: Int32[Array, "depth n"], bits: int, plane: int, codes: CodeMap
 ) -> Int32[Array, "depth n"] | Float[Array, "depth n"]:
     """Codes q of a plane; at 16 bits the bfloat16 numbers, widened to float32.
 
@@ -18,7 +18,7 @@ def unpack(
         words: of a block.
         bits: of its tile.
         plane: which bit field, 0 to 32 / bits - 1.
-        odd: whether fields s stand for 2 s + 1.
+        codes: what stored codes of this tile stand for.
     """
     if bits == SOURCE:  # the upper halves of float32
         upper = words << 16 if plane == 0 else words & np.int32(-(2**16))
@@ -27,7 +27,8 @@ def unpack(
     if plane < WORD_BITS // bits - 1:
         field = field << (WORD_BITS - bits * (plane + 1))
     field = field >> (WORD_BITS - bits)  # arithmetic: the sign comes along
-    return 2 * field + 1 if odd else field
+    shift = codes.offset + codes.multiplier * 2 ** (bits - 1)  # of s = u - 2^(b-1)
+    return field if (codes.multiplier, shift) == (1, 0) else codes.multiplier * field + shift
 
 
 def dot(x: Float[Array, "m depth"], plane: Array) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.kernels.activations import round_activations
 from qvla_jax.kernels.packed import PackedWeight, stored_rows
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=[])

@@ -19,17 +19,16 @@ from jax.sharding import Mesh, PartitionSpec
 from qvla_jax.array_typing import AnyArray, Array, Float, Int32
 from qvla_jax.errors import InputError
 from qvla_jax.kernels import dispatch
-from qvla_jax.kernels.codes import CodeMap, code_map, pack_words, unpack_words
+from qvla_jax.kernels.codes import pack_words, unpack_words
 from qvla_jax.kernels.packed import (
     REARRANGED,
-    SOURCE_CODES,
     PackedWeight,
     Rearranged,
     Segment,
     kept_of,
 )
 from qvla_jax.kernels.tiles import Chunk, Part, plan
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SIGNED, SOURCE, SOURCE_CODES, CodeMap
 from qvla_jax.sharding import put, to_host
 
 
@@ -219,7 +218,7 @@ def canonical(w: ShardedWeight) -> PackedWeight:
             own = words[here]
             segment = w.segments[chunk.segment]
             if segment.bits != part.bits:
-                own = _recoded(own, w.shape[1], part.bits, _widest(part.bits), segment)
+                own = _recoded(own, w.shape[1], part.bits, SIGNED[part.bits], segment)
             found[chunk] = own, scales[here], channels[here]
     chunks = sorted(found, key=lambda chunk: (chunk.segment, chunk.start))
     of_segment = [[found[c] for c in chunks if c.segment == s] for s in range(len(w.segments))]
@@ -249,7 +248,7 @@ def _words(w: PackedWeight, chunk: Chunk, bits: int) -> np.ndarray:
     words = np.asarray(w.words[chunk.segment])[chunk.start : chunk.stop]
     if segment.bits == bits:
         return words
-    wide = Segment(bits, chunk.rows, _widest(bits))
+    wide = Segment(bits, chunk.rows, SIGNED[bits])
     return _recoded(words, w.shape[1], segment.bits, segment.code_map, wide)
 
 
@@ -260,14 +259,9 @@ def _recoded(words: np.ndarray, k: int, bits: int, meaning: CodeMap, target: Seg
     return np.asarray(pack_words(u.astype(np.uint8), target.bits))
 
 
-def _widest(bits: int) -> CodeMap:
-    """The map of a width that rows move to: it has every integer of narrower ones."""
-    return code_map(bits, "rtn")
-
-
 def _meaning(w: PackedWeight, part: Part) -> CodeMap:
     if part.bits == SOURCE:
         return SOURCE_CODES
     own = [w.segments[chunk.segment] for chunk in part.chunks]
     # Nothing moves to the narrowest width, whose codes may be odd.
-    return own[0].code_map if own[0].bits == part.bits else _widest(part.bits)
+    return own[0].code_map if own[0].bits == part.bits else SIGNED[part.bits]

@@ -7,11 +7,11 @@ into planes: word j of a column holds, in bit field i, the code of input start +
 unpacking is one shift to the left and one arithmetic shift to the right, and each plane meets a
 contiguous slice of x.
 
-A field holds a signed number s. It is the code q itself, except in tiles of odd 2-bit codes
-{-3, -1, 1, 3}, where q = 2 s + 1. 3-bit codes are held in 4 bits. Channels that do not fill their
-last tile move to the next wider one, with their codes and scales, where that takes fewer bytes than
-filling the tile up; the product does not change. 8-bit ones do not move to 16 bits, where
-activations are not rounded.
+A field holds the signed number s = u - 2^(b-1) for the stored code u: the code q itself where codes
+are signed, and q = 2 s + 1 in tiles of odd 2-bit codes. 3-bit codes are held in 4 bits. Channels
+that do not fill their last tile move to the next wider one, with their codes and scales, where that
+takes fewer bytes than filling the tile up; the product does not change. 8-bit ones do not move to
+16 bits, where activations are not rounded.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ import ml_dtypes
 import numpy as np
 
 from qvla_jax.array_typing import AnyArray, Int32
-from qvla_jax.kernels.codes import WORD_BITS, array_module, pack_words, unpack_words
+from qvla_jax.kernels.codes import WORD_BITS, array_module, held_bits, pack_words, unpack_words
 from qvla_jax.kernels.packed import REARRANGED, PackedWeight, Rearranged, Segment, kept_of
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SIGNED, SOURCE, SOURCE_CODES, CodeMap
 
 # Widths of tiles, in the order in which they follow one another.
 TILE_BITS: Final = (16, 8, 4, 2)
@@ -97,10 +97,11 @@ class TiledWeight(Rearranged):
         """Inputs that a row of `scales` covers; None: all."""
         return None if self.group is None else scale_step(self.group, self.depth)
 
-    @property
-    def odd(self) -> bool:
-        """Whether 2-bit tiles hold odd codes."""
-        return any(s.bits == 2 and s.code_map.multiplier == 2 for s in self.segments)
+    def code_map(self, bits: int) -> CodeMap:
+        """What codes in tiles of a width stand for; rows that moved there have signed codes."""
+        if bits == SOURCE:
+            return SOURCE_CODES
+        return next((s.code_map for s in self.segments if s.bits == bits), SIGNED[bits])
 
 
 def plan(segments: tuple[Segment, ...], lanes: int) -> tuple[Part, ...]:
@@ -112,8 +113,7 @@ def plan(segments: tuple[Segment, ...], lanes: int) -> tuple[Part, ...]:
 def _moved(segments: tuple[Segment, ...], lanes: int, moves: tuple[bool, ...]) -> tuple[Part, ...]:
     held: dict[int, list[Chunk]] = {bits: [] for bits in TILE_BITS}
     for number, segment in enumerate(segments):
-        width = 4 if segment.bits == 3 else segment.bits
-        held[width].append(Chunk(number, 0, segment.rows))
+        held[held_bits(segment.bits)].append(Chunk(number, 0, segment.rows))
     for move, narrow, wide in zip(moves, (2, 4), (4, 8), strict=True):
         rest = sum(chunk.rows for chunk in held[narrow]) % lanes if move else 0
         while rest:

@@ -1,6 +1,7 @@
 """From a configuration to its network."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -8,6 +9,8 @@ from flax import nnx
 from qvla_jax.config import OpenVLAConfig
 from qvla_jax.models.openvla import OpenVLA, OpenVLAOFT, Prismatic
 from qvla_jax.models.univla import UniVLA
+
+M = TypeVar("M", bound=nnx.Module)
 
 _BY_DECODING = {"l1": OpenVLAOFT, "tokens": OpenVLA, "latents": UniVLA}
 
@@ -36,13 +39,18 @@ def abstract_model(config: OpenVLAConfig, *, dtype: Any = None) -> Prismatic:
         config: the architecture.
         dtype: of all parameters; float32 if left out. Arithmetic stays in float32.
     """
+    return abstract(lambda rngs: make_model(config, rngs=rngs), dtype=dtype)
 
-    def make() -> Prismatic:
+
+def abstract(make: Callable[[nnx.Rngs], M], *, dtype: Any = None) -> M:
+    """What a function makes of random streams, with shapes and dtypes in place of arrays."""
+
+    def shapes() -> M:
         rngs = nnx.Rngs()
         rngs.params = _OneKey(0, tag="params")  # type: ignore[attr-defined]
-        return make_model(config, rngs=rngs)
+        return make(rngs)
 
-    model = nnx.eval_shape(make)
+    model = nnx.eval_shape(shapes)
     if dtype is not None:
         cast = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.state(model, nnx.Param)

@@ -10,15 +10,15 @@ import numpy as np
 
 from qvla_jax.allocation import Allocation
 from qvla_jax.allocation import allocate as solve_table
+from qvla_jax.array_files import read_arrays, write_arrays
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import AllocateConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import InputStatistics, uniform_bytes
-from qvla_jax.quantization.grid import BITS
+from qvla_jax.quantization.codes import BITS
 from qvla_jax.sensitivity.table import SensitivityTable
-from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 KIND = "qvla_jax.allocation"
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any, TypeAlias
 
 import tyro
 
+from qvla_jax import devices
 from qvla_jax.atomic import write_json
 from qvla_jax.data.libero import installation, suites
 from qvla_jax.data.libero.simulator import Rendering
@@ -160,7 +160,7 @@ def closed_loop(
         todo,
         {policies[name].fingerprint: policies[name] for name in config.policy},
         make,
-        workers=config.workers or cores(),
+        workers=config.workers or devices.cores(),
         on_result=finished,
         choose_replay=choose_replay,
         shadows=shadows(policies, config.policy),
@@ -372,9 +372,3 @@ def _by_task(results: Sequence[Result]) -> dict[int, list[Result]]:
     for result in results:
         tasks.setdefault(result.episode.task, []).append(result)
     return tasks
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qvla_jax import devices
 from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.recorded import load_recording
 from qvla_jax.data.libero.simulator import Rendering
@@ -23,7 +24,6 @@ from qvla_jax.pipeline.closed_loop import (
     EPISODES_FILE,
     Actor,
     check_simulator,
-    cores,
     horizon_and_size,
     load_actors,
     patience_with,
@@ -169,7 +169,7 @@ def collect(
             todo,
             {policy.fingerprint: policy},
             make,
-            workers=config.workers or cores(),
+            workers=config.workers or devices.cores(),
             on_result=lambda result: run.log.append(result, policy=config.policy),
             choose_replay=run.choose_replay(progress),
             patience=patience_with([policy]),

@@ -14,7 +14,7 @@ from qvla_jax.inference import Policy, load_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
-from qvla_jax.pipeline.configs import EvaluateConfig
+from qvla_jax.pipeline.configs import HeldoutConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
@@ -27,7 +27,7 @@ SEARCHES = ("evolutionary", "local_search", "sequential")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeasureSolversConfig(EvaluateConfig):
+class MeasureSolversConfig(HeldoutConfig):
     """Measures the joint action error of each solver's allocation; writes measured_solvers.json.
 
     The searches see the calibration frames alone. Held-out frames are for reporting.
@@ -51,9 +51,12 @@ class MeasureSolversConfig(EvaluateConfig):
     turns: int = 24
     # Candidates of a round (evolutionary, local_search).
     population: int = 8
+    # Frames for each forward pass.
+    eval_batch: int = 32
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.eval_batch < 1:
+            raise InputError(f"eval_batch must be at least 1, got {self.eval_batch}")
         unknown = [name for name in self.searches if name not in SEARCHES]
         if unknown or not self.solvers:
             raise InputError(

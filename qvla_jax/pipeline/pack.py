@@ -14,13 +14,14 @@ import numpy as np
 from flax import nnx
 
 from qvla_jax import kernels
-from qvla_jax.array_typing import Array, Float, Float32, Int, Int8
+from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.checkpoints import public_tensors
 from qvla_jax.checkpoints.huggingface import is_huggingface
 from qvla_jax.checkpoints.packed_file import SUFFIX, write_packed
-from qvla_jax.checkpoints.tensor_files import release_pages
 from qvla_jax.errors import InputError
 from qvla_jax.inference import load_policy
+from qvla_jax.inference.packing import pack_layer
+from qvla_jax.mapping import release_pages
 from qvla_jax.models import named_modules
 from qvla_jax.models.unread import DROPPED, drop_unread
 from qvla_jax.pipeline.configs import PackConfig
@@ -28,9 +29,11 @@ from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import package_versions
 from qvla_jax.quantization import ChannelIndex, option_sizes, quantizable_layers, quantize_rows
-from qvla_jax.quantization.grid import GRID_BITS, PRUNED, SOURCE, Grid, on_grid
+from qvla_jax.quantization.codes import GRID_BITS, PRUNED, SOURCE, Grid
+from qvla_jax.quantization.grid import on_grid
 from qvla_jax.quantization.layers import layer_info, weight_rows
 from qvla_jax.quantization.quantizer import NEAREST_UNCORRECTED, UNIFORM_BASELINE
+from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.solvers import AllocationProblem, solve
 
 # Options of a mixed allocation.
@@ -123,32 +126,23 @@ def packed_layers(
         progress("pack", number, len(linears))
         rows, quantized = weight_rows(linear), path in widths
         bits = widths[path] if quantized else np.full(rows.shape[0], kept_bits)
-        codes, scales = nearest_codes(rows, bits, grid)
-        # The bytes that the allocator counts: biases have the weights' type.
-        source = "bfloat16" if layer_info(path, linear).source_bytes == 2 else "float32"
-        bias = None if linear.bias is None else np.asarray(linear.bias[...])
-        yield (
-            path,
-            kernels.pack(
-                rows,
-                bits,
-                grid=grid,
-                codes=codes,
-                scales=scales,
-                bias=None if bias is None else bias.astype(kernels.SOURCE_DTYPES[source]),
-                source_dtype=source,
-                index=index and quantized,
-            ),
-            inputs if quantized else kernels.LayerInputs(),
+        bias = None if linear.bias is None else linear.bias[...]
+        packed = pack_layer(
+            layer_info(path, linear),
+            nearest_rows(rows, bits, grid),
+            rows,
+            bias,
+            index=index and quantized,
         )
+        yield path, packed, inputs if quantized else kernels.LayerInputs()
         release_pages(linear.kernel.get_value())
     progress("pack", len(linears), len(linears))
 
 
-def nearest_codes(
+def nearest_rows(
     rows: Float[np.ndarray, "c k"], bits: Int[np.ndarray, " c"], grid: Grid
-) -> tuple[Int8[np.ndarray, "c k"], Float32[np.ndarray, "c 1"]]:
-    """Codes and scales of rows at their own bit-widths; 0 and 1 where a row has 0 or 16 bits."""
+) -> QuantizedRows:
+    """Rows rounded to nearest, by blocks: layers of a fan-in share one compiled program."""
     codes = np.zeros(rows.shape, np.int8)
     scales = np.ones((rows.shape[0], 1), np.float32)
     for width in GRID_BITS:
@@ -159,7 +153,7 @@ def nearest_codes(
             filled = np.pad(block, (0, _ROWS - len(block)), constant_values=block[0])
             q, s = jax.device_get(quantize_rows(rows[filled], width, grid=grid))
             codes[block], scales[block] = q[: len(block)], s[: len(block)]
-    return codes, scales
+    return QuantizedRows(bits=bits, codes=codes, scales=scales, grid=grid)
 
 
 def weight_error_bits(

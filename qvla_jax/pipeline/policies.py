@@ -16,12 +16,12 @@ from qvla_jax.checkpoints.huggingface import OWN_KEY, is_huggingface
 from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.quantize import quantize, quantize_uniform
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.methods import is_method, load_method, method_file
-from qvla_jax.quantization import quantize, quantize_uniform
 
 
 def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:

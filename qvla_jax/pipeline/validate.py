@@ -11,6 +11,7 @@ import numpy as np
 from qvla_jax.atomic import write_json
 from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.quantize import quantize
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
@@ -19,8 +20,7 @@ from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.provenance import provenance
-from qvla_jax.quantization import quantize
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.report.study import draw
 from qvla_jax.sensitivity import SensitivityTable, joint_error, sensitivities, spearman

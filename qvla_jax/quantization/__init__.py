@@ -1,11 +1,7 @@
-"""Quantizer grids, the bytes they store, and quantizing a policy channel by channel."""
+"""Quantizer grids, rounding, and the bytes they store: one layer's rows at a time."""
 
-from qvla_jax.quantization.apply import (
-    policy_index,
-    quantize,
-    quantize_uniform,
-)
-from qvla_jax.quantization.grid import BITS, dequantize_rows, quantize_rows
+from qvla_jax.quantization.codes import BITS
+from qvla_jax.quantization.grid import dequantize_rows, quantize_rows
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
 from qvla_jax.quantization.layout import option_sizes, row_bytes, stored_bytes, uniform_bytes
@@ -23,11 +19,8 @@ __all__ = [
     "QuantizerSettings",
     "dequantize_rows",
     "option_sizes",
-    "policy_index",
     "quantizable_layers",
-    "quantize",
     "quantize_rows",
-    "quantize_uniform",
     "row_bytes",
     "stored_bytes",
     "uniform_bytes",

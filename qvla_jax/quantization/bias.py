@@ -5,7 +5,7 @@ A row w replaced by w_hat changes the output by x (w_hat - w). With E[x] over ca
     b += E[x] (w - w_hat)
 
 makes the mean output exact, so that the error left is (x - E[x]) (w_hat - w). A pruned row
-(w_hat = 0) becomes its mean output. (DESIGN.md sections 3 and 5; Nagel et al. 2019,
+(w_hat = 0) becomes its mean output. (docs/mathematics.md section 2; Nagel et al. 2019,
 arXiv 1906.04721, section 4.2, do the same with the mean taken from batch norm.)
 """
 
@@ -32,6 +32,7 @@ def bias_shift(
     return jnp.matmul(change, mean.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.jit
 def corrected_bias(
     weight: Float[Array, "c k"],
     quantized: Float[Array, "c k"],

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.array_typing import Array, Float, Int, Int8
 from qvla_jax.quantization.grid import nearest_code
 
 _BLOCK: Final = 64
@@ -56,13 +56,13 @@ def feedback_rows(
     factor: Float[Array, "k k"],
     *,
     block: int = _BLOCK,
-) -> Float[Array, "c k"]:
-    """w_hat = s q of every row by error feedback, in float32.
+) -> Int8[Array, "c k"]:
+    """Codes q of every row by error feedback.
 
     Args:
         weight: rows.
         scale: s of each row.
-        levels: lowest code, highest code, step and offset of each row (grid.levels).
+        levels: lowest code, highest code, step and offset of each row (codes.levels).
         order: from `feedback_factor`.
         factor: from `feedback_factor`.
         block: inputs that are rounded between two matrix products.
@@ -84,15 +84,15 @@ def feedback_rows(
 
         def of_input(part: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
             w = part[:, i]
-            rounded = step_scale * nearest_code(w / step_scale, *levels)
-            error = (w - rounded) / local[i, i]
+            code = nearest_code(w / step_scale, *levels)
+            error = (w - step_scale * code) / local[i, i]
             # The factor is triangular: inputs before i stay as they are.
-            return part - error[:, None] * local[i][None], (rounded, error)
+            return part - error[:, None] * local[i][None], (code.astype(jnp.int8), error)
 
-        _, (rounded, errors) = jax.lax.scan(of_input, part, jnp.arange(block))
+        _, (codes, errors) = jax.lax.scan(of_input, part, jnp.arange(block))
         update = jnp.matmul(errors.T, strip, precision=jax.lax.Precision.HIGHEST)
-        return work - update, rounded
+        return work - update, codes
 
-    _, rounded = jax.lax.scan(of_block, work, jnp.arange(0, size + extra, block))
-    in_order = rounded.reshape(size + extra, rows)[:size].T
+    _, codes = jax.lax.scan(of_block, work, jnp.arange(0, size + extra, block))
+    in_order = codes.reshape(size + extra, rows)[:size].T
     return jnp.zeros_like(in_order).at[:, order].set(in_order)

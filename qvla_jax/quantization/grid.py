@@ -1,4 +1,4 @@
-"""Quantizer grids of one output channel (DESIGN.md section 3).
+"""Quantizer grids of one output channel (docs/mathematics.md section 1).
 
 A row w in R^k at b bits has a scale s, a bfloat16 number, because that is what is stored, and
 integer codes q, so that w_hat = s q. Two grids are offered.
@@ -23,37 +23,19 @@ independent ones do. (Scales without bias for the same reason: EDEN, arXiv 2108.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qvla_jax.array_typing import Array, Float, Int8
-from qvla_jax.errors import InputError
-
-Grid: TypeAlias = Literal["fitted", "rtn"]
-
-PRUNED: Final = 0
-SOURCE: Final = 16
-# Allocations have 3 bits only where they are asked for.
-GRID_BITS: Final = (2, 3, 4, 8)
-BITS: Final = (PRUNED, *GRID_BITS, SOURCE)
+from qvla_jax.array_typing import Array, Float, Int, Int8
+from qvla_jax.quantization.codes import GRID_BITS, PRUNED, SOURCE, Grid, code_map, levels
 
 _SMALLEST_SCALE: Final = 2.0**-126
 _LARGEST_SCALE: Final = float(jnp.finfo(jnp.bfloat16).max)
 # Of the row's largest magnitude; 1 comes first and so wins ties.
 _CLIPS: Final = (1.0, *(0.96 - 0.04 * i for i in range(20)))
-
-
-def _is_offset(bits: int, grid: Grid) -> bool:
-    return bits == 2 and grid == "fitted"
-
-
-def _check(bits: int, grid: Grid) -> None:
-    if bits not in GRID_BITS:
-        raise InputError(f"no grid has {bits} bits; choose from {GRID_BITS}")
-    if grid not in ("fitted", "rtn"):
-        raise InputError(f"unknown grid {grid!r}; choose 'fitted' or 'rtn'")
 
 
 def _scales(largest: Float[Array, "c 1"], clip: float | Array, top: int) -> Float[Array, "c 1"]:
@@ -64,23 +46,10 @@ def _scales(largest: Float[Array, "c 1"], clip: float | Array, top: int) -> Floa
     return jnp.clip(rounded, _SMALLEST_SCALE, _LARGEST_SCALE)
 
 
-def levels(bits: int, grid: Grid) -> tuple[int, int, int, int]:
-    """A grid's codes as (lowest, highest, step, offset): offset + step i, within the bounds.
-
-    Raises:
-        InputError: `bits` has no grid, or the grid is unknown.
-    """
-    _check(bits, grid)
-    if _is_offset(bits, grid):
-        return -3, 3, 2, 1
-    qmax = 2 ** (bits - 1) - 1
-    return -qmax - 1, qmax, 1, 0
-
-
 def nearest_code(
     ratio: Float[Array, "..."], low: Any, high: Any, step: Any, offset: Any
 ) -> Float[Array, "..."]:
-    """The code of `levels` that is nearest to w / s, as float32."""
+    """The code of `codes.levels` that is nearest to w / s, as float32."""
     return jnp.clip(step * jnp.round((ratio - offset) / step) + offset, low, high)
 
 
@@ -114,10 +83,9 @@ def quantize_rows(
     Raises:
         InputError: `bits` has no grid.
     """
-    _check(bits, grid)
+    top = code_map(bits, grid).highest(bits)
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=1, keepdims=True)
-    top = 3 if _is_offset(bits, grid) else 2 ** (bits - 1) - 1
     if grid == "rtn":
         scale = _scales(largest, 1.0, top)
         return _codes(weight, scale, bits, grid).astype(jnp.int8), scale
@@ -135,6 +103,69 @@ def quantize_rows(
     return codes.astype(jnp.int8), _scales(largest, stretch, 1)
 
 
+def quantize_mixed(
+    weight: Float[Array, "c k"], bits: Int[Array, " c"], *, grid: Grid
+) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
+    """As `quantize_rows` where every row has bits of its own, which are data: traceable.
+
+    One compiled program serves all mixes of bit-widths, where `quantize_rows` is compiled anew for
+    each of them.
+
+    Args:
+        weight: rows in float32, finite.
+        bits: of each row; those without a grid get the numbers of 8 bits.
+        grid: "rtn" or "fitted".
+
+    Returns:
+        Codes and scales in float32, those of `quantize_rows` bit for bit.
+    """
+    own_levels = mixed_levels(bits, grid)
+    tops = [code_map(b, grid).highest(b) for b in GRID_BITS]
+    # As XLA divides by a constant, which the largest code is in `quantize_rows`.
+    share = _of_bits(bits, np.float32(1) / np.asarray(tops, np.float32))
+    largest = jnp.max(jnp.abs(weight), axis=1, keepdims=True)
+    if grid == "rtn":
+        scale = _scales(largest, share, 1)
+        return nearest_code(weight / scale, *own_levels), scale
+    unit = weight / jnp.maximum(largest, _SMALLEST_SCALE)
+
+    def error(clip: Array) -> Float[Array, "c 1"]:
+        step = clip * share
+        change = step * nearest_code(unit / step, *own_levels) - unit
+        return jnp.sum(jnp.square(change), axis=1, keepdims=True)
+
+    clips = jnp.asarray(_CLIPS, jnp.float32)
+    clip = clips[jnp.argmin(jax.lax.map(error, clips), axis=0)]
+    # Below 8 bits the scale is stretched; see `quantize_rows`.
+    plain = _scales(largest, clip * share, 1)
+    codes = nearest_code(unit / (clip * share), *own_levels)
+    energy = jnp.sum(unit * unit, axis=1, keepdims=True)
+    onto = jnp.sum(unit * codes, axis=1, keepdims=True)
+    stretched = _scales(largest, energy / jnp.maximum(onto, _SMALLEST_SCALE), 1)
+    is_stretched = _of_bits(bits, np.asarray(GRID_BITS) < 8)
+    return (
+        jnp.where(is_stretched, codes, nearest_code(weight / plain, *own_levels)),
+        jnp.where(is_stretched, stretched, plain),
+    )
+
+
+def mixed_levels(bits: Int[Array, " c"], grid: Grid) -> Float[Array, "4 c 1"]:
+    """`levels` of every row; those of 8 bits where a row's bits have no grid."""
+    return jnp.stack(
+        [
+            _of_bits(bits, np.asarray(each, np.float32))
+            for each in zip(*(levels(b, grid) for b in GRID_BITS), strict=True)
+        ]
+    )
+
+
+def _of_bits(bits: Int[Array, " c"], values: np.ndarray) -> Array:
+    """The value, of those for `GRID_BITS`, that belongs to each row: [c, 1]."""
+    table = np.full(SOURCE + 1, values[GRID_BITS.index(8)], values.dtype)
+    table[list(GRID_BITS)] = values
+    return jnp.asarray(table)[bits][:, None]
+
+
 @functools.partial(jax.jit, static_argnames="bits")
 def fitted_clips(weight: Float[Array, "c k"], bits: int) -> Float[Array, "c 1"]:
     """The clip of least squared error of every row on the "fitted" grid.
@@ -145,10 +176,9 @@ def fitted_clips(weight: Float[Array, "c k"], bits: int) -> Float[Array, "c 1"]:
     Raises:
         InputError: `bits` has no grid.
     """
-    _check(bits, "fitted")
+    top = code_map(bits, "fitted").highest(bits)
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=1, keepdims=True)
-    top = 3 if _is_offset(bits, "fitted") else 2 ** (bits - 1) - 1
     return _best_clips(weight / jnp.maximum(largest, _SMALLEST_SCALE), bits, top)
 
 

@@ -6,8 +6,8 @@ import re
 import numpy as np
 from flax import nnx
 
-from qvla_jax.checkpoints.tensor_files import release_pages
 from qvla_jax.errors import InputError
+from qvla_jax.mapping import release_pages
 from qvla_jax.models.surgery import named_modules
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layout import source_bytes

@@ -1,4 +1,4 @@
-"""Bytes that the packed layout of DESIGN.md section 6 stores, row by row.
+"""Bytes that the packed layout of docs/mathematics.md section 6 stores, row by row.
 
 A row of fan-in k at b bits is stored as
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from qvla_jax.array_typing import Int
 from qvla_jax.errors import InputError
-from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE
+from qvla_jax.quantization.codes import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex
 
 WORD_BYTES: Final = 4

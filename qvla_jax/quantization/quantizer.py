@@ -6,29 +6,21 @@ it, and `quantize` applies it.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.array_typing import Array, Float, Int, Int8
 from qvla_jax.errors import InputError
+from qvla_jax.quantization.codes import GRID_BITS, GRIDS, PRUNED, SOURCE, Grid
 from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
-from qvla_jax.quantization.grid import (
-    GRID_BITS,
-    PRUNED,
-    SOURCE,
-    Grid,
-    changes_on_grid,
-    fitted_clips,
-    levels,
-    quantize_rows,
-)
-from qvla_jax.quantization.grid import dequantize_rows as dequantize
+from qvla_jax.quantization.grid import changes_on_grid, fitted_clips, mixed_levels, quantize_mixed
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.rotation import rotate, rotate_back
+from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.quantization.statistics import InputStatistics, Weighting
 
 Rounding: TypeAlias = Literal["nearest", "feedback"]
@@ -57,8 +49,9 @@ class QuantizerSettings:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.grid not in ("fitted", "rtn"):
-            raise InputError(f"grid: expected 'fitted' or 'rtn', got {self.grid!r}")
+        if self.grid not in GRIDS:
+            expected = " or ".join(map(repr, GRIDS))
+            raise InputError(f"grid: expected {expected}, got {self.grid!r}")
         if self.rounding not in ("nearest", "feedback"):
             raise InputError(f"rounding: expected 'nearest' or 'feedback', got {self.rounding!r}")
         if self.weighting not in ("tokens", "action"):
@@ -83,6 +76,33 @@ UNIFORM_BASELINE = QuantizerSettings(grid="rtn", rounding="nearest", bias_correc
 UNIFORM_FEEDBACK = QuantizerSettings(bias_correction=False)
 
 
+# Bytes of factors that a quantizer keeps: all those of a small policy, some layers' at 7B.
+_FACTOR_BYTES: Final = 2**30
+
+
+class _BoundedCache:
+    """Results of a function by path, the latest that fit into so many bytes."""
+
+    def __init__(
+        self,
+        compute: Callable[[str], tuple[jax.Array, jax.Array]],
+        limit: int = _FACTOR_BYTES,
+    ):
+        self._compute, self._limit = compute, limit
+        self._kept: dict[str, tuple[jax.Array, jax.Array]] = {}
+
+    def __call__(self, path: str) -> tuple[jax.Array, jax.Array]:
+        found = self._kept.pop(path, None)
+        found = self._compute(path) if found is None else found
+        self._kept[path] = found  # last in order: the latest
+        held = sum(array.nbytes for arrays in self._kept.values() for array in arrays)
+        for oldest in list(self._kept)[:-1]:
+            if held <= self._limit:
+                break
+            held -= sum(array.nbytes for array in self._kept.pop(oldest))
+        return found
+
+
 class Quantizer:
     """Settings bound to the statistics of a policy's layers."""
 
@@ -104,7 +124,7 @@ class Quantizer:
             )
         self.settings, self.statistics = settings, statistics
         # A layer's factor takes longer than its rows, and one policy is quantized many times.
-        self._factor = functools.lru_cache(maxsize=None)(self._compute_factor)
+        self._factors = _BoundedCache(self._compute_factor)
 
     def check(self, index: ChannelIndex) -> None:
         """Raises an `InputError` unless the statistics fit these layers."""
@@ -138,29 +158,24 @@ class Quantizer:
         """
         bits = np.asarray(bits)
         if not self.settings.rotation:
-            return self.rows_and_scales(path, weight, bits)[0]
-        back = rotate_back(self.rows_and_scales(path, rotate(weight), bits)[0])
+            return self.quantized(path, weight, bits).dequantized(weight)
+        rotated = rotate(weight)
+        back = rotate_back(self.quantized(path, rotated, bits).dequantized(rotated))
         return jnp.where(jnp.asarray(bits == SOURCE)[:, None], weight.astype(jnp.float32), back)
 
-    def rows_and_scales(
+    def quantized(
         self, path: str, weight: Float[Array, "c k"], bits: Int[np.ndarray, " c"]
-    ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
-        """W_hat, and the scale s of each row, so that codes are w_hat / s exactly.
+    ) -> QuantizedRows:
+        """Codes and scales where row c has `bits[c]` bits.
 
-        The scale of rows with 0 and 16 bits is 1. With rotation, `weight` and w_hat are rotated
-        rows.
+        The scale of rows with 0 and 16 bits is 1. With rotation, `weight` holds rotated rows.
         """
-        bits = np.asarray(bits)
-        options = tuple(b for b in GRID_BITS if np.any(bits == b))
-        source = weight.astype(jnp.float32)
-        result = jnp.where(jnp.asarray(bits == PRUNED)[:, None], 0.0, source)
-        if not options:
-            return result, jnp.ones_like(source[:, :1])
-        values, scale = self._on_grids(
-            path, source, options, np.stack([bits == b for b in options])
-        )
-        on_grid = jnp.asarray((bits != PRUNED) & (bits != SOURCE))[:, None]
-        return jnp.where(on_grid, values, result), jnp.where(on_grid, scale, 1.0)
+        bits, grid = np.asarray(bits, np.int32), self.settings.grid
+        if self.settings.rounding == "nearest" or not np.isin(bits, GRID_BITS).any():
+            codes, scales = _nearest_codes(weight, bits, grid=grid)
+        else:
+            codes, scales = _feedback_codes(weight, bits, *self._factors(path), grid=grid)
+        return QuantizedRows(bits=bits, codes=codes, scales=scales, grid=grid)
 
     def clips(
         self, weight: Float[Array, "c k"], options: tuple[int, ...]
@@ -189,43 +204,13 @@ class Quantizer:
         if self._rounds_rows_alone:
             return changes_on_grid(weight, options, grid=self.settings.grid, clips=clips or {})
         source = weight.astype(jnp.float32)
-        each = {PRUNED: -source, SOURCE: jnp.zeros_like(source)}
-        for bits in options:
-            if bits not in each:
-                whole = self.rows(path, source, np.full(len(source), bits))
-                each[bits] = whole - source
-        return jnp.stack([each[bits] for bits in options])
+        rows = [self.rows(path, source, np.full(len(source), bits)) for bits in options]
+        return _changes(source, rows)
 
     @property
     def _rounds_rows_alone(self) -> bool:
         """Whether a row's codes depend on its own weights only, one by one."""
         return self.settings.rounding == "nearest" and not self.settings.rotation
-
-    def _on_grids(
-        self,
-        path: str,
-        source: Float[Array, "c k"],
-        options: tuple[int, ...],
-        chosen: np.ndarray,
-    ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
-        """Rows on the grid of the option that is `chosen` [n, c] for them, and their scales."""
-        grid = self.settings.grid
-        parts = [quantize_rows(source, b, grid=grid) for b in options]
-        mask = [jnp.asarray(row)[:, None] for row in chosen]
-        scale = jnp.ones_like(source[:, :1])
-        for which, (_, own) in zip(mask, parts, strict=True):
-            scale = jnp.where(which, own, scale)
-        if self.settings.rounding == "nearest":
-            values = jnp.zeros_like(source)
-            for which, (codes, own) in zip(mask, parts, strict=True):
-                values = jnp.where(which, dequantize(codes, own), values)
-            return values, scale
-        code_levels = jnp.ones((4, len(source)))
-        for which, bits in zip(mask, options, strict=True):
-            own_levels = jnp.asarray(levels(bits, grid), jnp.float32)[:, None]
-            code_levels = jnp.where(which.T, own_levels, code_levels)
-        order, factor = self._factor(path)
-        return feedback_rows(source, scale, code_levels, order, factor), scale
 
     def _compute_factor(self, path: str) -> tuple[jax.Array, jax.Array]:
         assert self.statistics is not None
@@ -238,3 +223,35 @@ class Quantizer:
             second_moment = np.asarray(rotate(rotate(jnp.asarray(second_moment, jnp.float32)).T))
         order, factor = feedback_factor(second_moment, self.settings.damping)
         return jnp.asarray(order), jnp.asarray(factor)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _nearest_codes(
+    weight: Float[Array, "c k"], bits: Int[Array, " c"], *, grid: Grid
+) -> tuple[Int8[Array, "c k"], Float[Array, "c 1"]]:
+    codes, scale = quantize_mixed(weight.astype(jnp.float32), bits, grid=grid)
+    return codes.astype(jnp.int8), _one_off_grid(bits, scale)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _feedback_codes(
+    weight: Float[Array, "c k"],
+    bits: Int[Array, " c"],
+    order: Int[Array, " k"],
+    factor: Float[Array, "k k"],
+    *,
+    grid: Grid,
+) -> tuple[Int8[Array, "c k"], Float[Array, "c 1"]]:
+    source = weight.astype(jnp.float32)
+    _, scale = quantize_mixed(source, bits, grid=grid)
+    codes = feedback_rows(source, scale, mixed_levels(bits, grid)[..., 0], order, factor)
+    return codes, _one_off_grid(bits, scale)
+
+
+def _one_off_grid(bits: Int[Array, " c"], scale: Float[Array, "c 1"]) -> Float[Array, "c 1"]:
+    return jnp.where(((bits == PRUNED) | (bits == SOURCE))[:, None], 1.0, scale)
+
+
+@jax.jit
+def _changes(source: Float[Array, "c k"], rows: list[Array]) -> Float[Array, "n c k"]:
+    return jnp.stack(rows) - source[None]

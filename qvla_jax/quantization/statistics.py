@@ -15,10 +15,10 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import safetensors
 
+from qvla_jax.array_files import write_arrays
 from qvla_jax.array_typing import Float
 from qvla_jax.errors import InputError
 from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.solvers.storage import write_arrays
 
 # What tokens count by: all alike, or by how much the action depends on the layer there.
 Weighting: TypeAlias = Literal["tokens", "action"]

@@ -28,8 +28,8 @@ def closed_loop_section(summary: Mapping[str, Any], rollouts: Sequence[Rollout] 
     """Returns the section for a closed_loop.json (see docs/closed_loop.md).
 
     Args:
-        summary: Its content.
-        rollouts: Videos, the most telling first; those that would make the page too large are
+        summary: its content.
+        rollouts: videos, the most telling first; those that would make the page too large are
             left out.
     """
     settings = summary["settings"]
@@ -55,7 +55,7 @@ def choose_rollouts(folder: Path, summary: Mapping[str, Any]) -> list[Rollout]:
 
     Args:
         folder: `videos/` of a run of `qvla evaluate --sim`.
-        summary: The run's closed_loop.json.
+        summary: the run's closed_loop.json.
     """
     if not folder.is_dir():
         return []

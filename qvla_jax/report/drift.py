@@ -12,8 +12,8 @@ def save_drift(drifts: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[
     """Draws the end effectors' distance and the accumulated action deviation over time.
 
     Args:
-        drifts: Name of a policy -> what `evaluation.drift.summarize_drift` says of it.
-        path: The file; its name ends in `.png`.
+        drifts: name of a policy -> what `evaluation.drift.summarize_drift` says of it.
+        path: the file; its name ends in `.png`.
     """
     # Without pyplot: no display, no global state.
     figure_module: Any = importlib.import_module("matplotlib.figure")

@@ -44,9 +44,9 @@ def error_against_bytes(
     """Draws measured action error (log) against the bytes really stored, a line for each series.
 
     Args:
-        entries: Evaluated methods, as in report.json's `methods` and `sweep`.
+        entries: evaluated methods, as in report.json's `methods` and `sweep`.
         styles: CSS class of each series.
-        mebibytes: Unit of the horizontal axis; kibibytes otherwise.
+        mebibytes: unit of the horizontal axis; kibibytes otherwise.
     """
     unit, name = (2**20, "MiB") if mebibytes else (2**10, "KiB")
     points = [

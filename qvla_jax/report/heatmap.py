@@ -32,11 +32,11 @@ def heatmap(
     """Draws one row for each layer, its channels from the most to the least sensitive.
 
     Args:
-        paths: The layers' paths.
-        layers: For each layer the cost of every channel at one bit-width. Rows are stretched to
+        paths: the layers' paths.
+        layers: for each layer the cost of every channel at one bit-width. Rows are stretched to
             the same width, however many channels a layer has.
-        bounds: Costs of the darkest and the brightest colour; those outside are clipped.
-        title: Announced by screen readers.
+        bounds: costs of the darkest and the brightest colour; those outside are clipped.
+        title: announced by screen readers.
     """
     rows = np.stack([_resample(np.sort(costs)[::-1]) for costs in layers])
     row, width, top = 14, 940, 46

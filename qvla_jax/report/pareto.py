@@ -16,9 +16,9 @@ def save_pareto(
     """Draws cost (log) against bytes, a series for each solver above the line of the bound.
 
     Args:
-        pareto: The points.
-        path: The file; its name ends in `.png`.
-        weights: Quantized weights, to label the horizontal axis in bits per weight.
+        pareto: the points.
+        path: the file; its name ends in `.png`.
+        weights: quantized weights, to label the horizontal axis in bits per weight.
     """
     # Without pyplot: no display, no global state.
     figure_module: Any = importlib.import_module("matplotlib.figure")

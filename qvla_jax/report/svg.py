@@ -43,11 +43,11 @@ class Axis:
     """Maps values to coordinates, and knows its ticks.
 
     Attributes:
-        low: The value at `start`.
-        high: The value at `end`.
-        start: The coordinate of `low`.
-        end: The coordinate of `high`.
-        log: Logarithmic; `low` must be positive.
+        low: the value at `start`.
+        high: the value at `end`.
+        start: the coordinate of `low`.
+        end: the coordinate of `high`.
+        log: logarithmic; `low` must be positive.
     """
 
     low: float

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.grid import PRUNED, SOURCE
+from qvla_jax.quantization.codes import PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import weight_rows
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches

@@ -1,4 +1,4 @@
-"""First-order sensitivities of all channels from s reverse passes (DESIGN.md section 4).
+"""First-order sensitivities of all channels from s reverse passes (docs/mathematics.md section 3).
 
 Quantizing row c of a layer changes its output by dY[t, c] = (x_t - E[x]) . (w_hat - w)_c, the
 quantizer's bias correction included. To first order the action changes by
@@ -26,7 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
-from qvla_jax.checkpoints.tensor_files import release_pages
+from qvla_jax.mapping import release_pages
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.quantizer import Quantizer

@@ -13,7 +13,7 @@ from qvla_jax.inference.policy import Policy
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
-from qvla_jax.quantization.grid import BITS, SOURCE
+from qvla_jax.quantization.codes import BITS, SOURCE
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,
@@ -231,7 +231,9 @@ def _costs(
             share=exact_share, seed=seed, batch=size, memory=memory, weights=weights, mesh=mesh,
             split_weights=split_weights, store=store, progress=progress,
         )  # fmt: skip
+    progress("rounded rows", 0, 1)
     constants = layer_constants(layers, quantizer, bits)
+    progress("rounded rows", 1, 1)
     return mean_over_frames(
         frame_costs(
             policy, calibration, index, constants, method=method, probes=probes, seed=seed,

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from qvla_jax import sharding
+from qvla_jax.array_files import read_npy
 from qvla_jax.atomic import write_bytes, write_json
 from qvla_jax.errors import InputError
-from qvla_jax.solvers.storage import read_npy
 
 _MANIFEST = "sweep.json"
 _SUFFIX = ".npy"

@@ -19,8 +19,8 @@ from flax import nnx
 from jax.custom_batching import custom_vmap
 
 from qvla_jax.array_typing import Array, Float, Int
-from qvla_jax.checkpoints.tensor_files import release_pages
 from qvla_jax.errors import InputError
+from qvla_jax.mapping import release_pages
 from qvla_jax.sensitivity.instrument import (
     layer_outputs,
     no_perturbations,

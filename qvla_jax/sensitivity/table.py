@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qvla_jax.array_files import read_arrays, write_arrays
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.errors import InputError
-from qvla_jax.quantization.grid import BITS, SOURCE
+from qvla_jax.quantization.codes import BITS, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
 from qvla_jax.quantization.statistics import InputStatistics
 from qvla_jax.solvers import AllocationProblem
-from qvla_jax.solvers.storage import read_arrays, write_arrays
 
 _KIND = "qvla_jax.sensitivity_table"
 

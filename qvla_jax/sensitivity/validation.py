@@ -10,7 +10,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.grid import SOURCE
+from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
 from qvla_jax.sensitivity.batches import Calibration, FirstFrames

@@ -4,14 +4,13 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
-from qvla_jax import __version__
+from qvla_jax import __version__, devices
 from qvla_jax.data.libero.environment import libero_action
 from qvla_jax.errors import InputError, PolicyError
 from qvla_jax.inference import Policy
@@ -58,7 +57,7 @@ class Service:
             policy, max_image_side=config.max_image_side, key_needed=key_needed
         )
         self._threads = concurrent.futures.ThreadPoolExecutor(
-            min(4, os.cpu_count() or 1), "qvla-prepare"
+            min(4, devices.cores()), "qvla-prepare"
         )
 
     async def answer(

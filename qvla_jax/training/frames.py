@@ -10,6 +10,7 @@ import numpy as np
 from qvla_jax.array_typing import Float
 from qvla_jax.data.episode import next_steps
 from qvla_jax.data.rlds import RldsDataset
+from qvla_jax.errors import DatasetError
 from qvla_jax.inference.processor import Processor
 from qvla_jax.models import ModelInputs
 from qvla_jax.progress import Progress, no_progress, track
@@ -47,6 +48,8 @@ def load_frames(
 ) -> Frames:
     """Reads every frame of one or more splits into memory, one after the other.
 
+    Episodes without an instruction are passed over, as in the public training code.
+
     One frame takes v H W 3 bytes: 98 kB for two cameras at 128 px, 1.9 GB for LIBERO-Spatial's
     20,000 frames.
 
@@ -55,12 +58,17 @@ def load_frames(
         processor: of the policy that is trained.
         stage: name of the progress bar.
         progress: reports one item for each episode.
+
+    Raises:
+        DatasetError: a set cannot be read, or no episode has an instruction.
     """
     inputs: list[ModelInputs] = []
     chunks = []
     horizon = processor.config.action_horizon
     episodes = itertools.chain.from_iterable(dataset.episodes() for dataset in datasets)
     for episode in track(episodes, sum(map(len, datasets)), stage, progress):
+        if not episode.labeled:
+            continue
         steps = len(episode)
         inputs.append(
             processor(
@@ -68,12 +76,15 @@ def load_frames(
                     "image": episode.image,
                     "wrist_image": episode.wrist_image,
                     "state": episode.state,
-                    "instruction": [episode.instruction] * steps,
+                    "instruction": list(episode.instructions),
                 }
             )
         )
         rows = next_steps(np.arange(steps), steps, horizon)
         chunks.append(processor.actions.normalize(episode.action[rows]))
+    if not inputs:
+        names = ", ".join(f"{dataset.path} ({dataset.split})" for dataset in datasets)
+        raise DatasetError(f"{names}: no episode has an instruction")
     joined: dict[str, Any] = {
         field.name: np.concatenate([getattr(part, field.name) for part in inputs])
         for field in dataclasses.fields(ModelInputs)

@@ -8,8 +8,9 @@ import pytest
 from qvla_jax.baselines.activations import allocate_activations
 from qvla_jax.errors import BudgetError
 from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.quantize import policy_index, quantize
 from qvla_jax.inference.unpacking import unpacked
-from qvla_jax.quantization import LayerRules, policy_index, quantize
+from qvla_jax.quantization import LayerRules
 
 ATTENTION = "language_model.model.layers.0.self_attn."
 QKV = tuple(f"{ATTENTION}{name}_proj" for name in "qkv")

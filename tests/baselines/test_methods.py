@@ -19,16 +19,10 @@ from qvla_jax.baselines.action import RECIPES
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.quantize import policy_index
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.models.surgery import get_module
-from qvla_jax.quantization import (
-    InputStatistics,
-    LayerRules,
-    option_sizes,
-    policy_index,
-    row_bytes,
-    stored_bytes,
-)
+from qvla_jax.quantization import InputStatistics, LayerRules, option_sizes, row_bytes, stored_bytes
 from qvla_jax.quantization.quantizer import UNIFORM_BASELINE
 from qvla_jax.sensitivity import SensitivityTable
 from qvla_jax.sensitivity.instrument import hooked_call

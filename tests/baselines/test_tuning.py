@@ -8,8 +8,9 @@ import pytest
 
 from qvla_jax.baselines.tuning import tune
 from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.quantize import policy_index, quantize
 from qvla_jax.inference.unpacking import unpacked
-from qvla_jax.quantization import LayerRules, policy_index, quantize
+from qvla_jax.quantization import LayerRules
 
 RULES = LayerRules(
     include=(

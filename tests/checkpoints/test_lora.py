@@ -70,6 +70,59 @@ def test_merged_weights_keep_their_dtype(tmp_path):
     assert {tensor.dtype for tensor in merged.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"mlp": (4, 2 / 4), "patch": (4, 2 / 4)}),
+        ({"alpha_pattern": {"mlp": 6}}, {"mlp": (4, 6 / 4), "patch": (4, 2 / 4)}),
+        ({"alpha_pattern": {"m.p": 6}, "use_rslora": True}, {"mlp": (4, 3), "patch": (4, 1)}),
+        ({"rank_pattern": {"patch": 2}}, {"mlp": (4, 2 / 4), "patch": (2, 2 / 2)}),
+        (
+            {"rank_pattern": {"patch|x": 2}, "alpha_pattern": {"patch|x": 3, ".*": 5}},
+            {"mlp": (4, 5 / 4), "patch": (2, 3 / 2)},
+        ),
+    ],
+    ids=str,
+)
+def test_patterns_give_layers_their_own_rank_and_alpha(tmp_path, settings, expected):
+    base, low = weights(), {}
+    rng = np.random.default_rng(2)
+    for layer, (rank, _) in expected.items():
+        channels, *inputs = base[f"{layer}.weight"].shape
+        a = rng.normal(size=(rank, *inputs)).astype(np.float32)
+        b = rng.normal(size=(channels, rank, *[1] * (len(inputs) - 1))).astype(np.float32)
+        low |= {f"{PREFIX}{layer}.lora_A.weight": a, f"{PREFIX}{layer}.lora_B.weight": b}
+    merged = merge_adapter(base, write(tmp_path / "a", low, **settings))
+    for layer, (rank, scale) in expected.items():
+        a, b = (low[f"{PREFIX}{layer}.lora_{half}.weight"].astype(np.float64) for half in "AB")
+        product = np.tensordot(b.reshape(-1, rank), a, 1)
+        weight = base[f"{layer}.weight"] + scale * product
+        np.testing.assert_allclose(merged[f"{layer}.weight"], weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"mlp": 4}, "alpha_pattern": {"m.p": 4}}, "versions of PEFT differ"),
+        ({"rank_pattern": {"mlp": 3}}, r"lora_A.weight' has shape \(4, 5\), expected \(3, 5\)"),
+        ({"rank_pattern": {"mlp": 0}}, "'mlp': 0 is no rank"),
+        ({"alpha_pattern": {"mlp": "x"}}, "'mlp': 'x' is no number"),
+        ({"alpha_pattern": {"(": 3}}, r"'\(' is no expression"),
+        ({"alpha_pattern": [3]}, r"'alpha_pattern' is \[3\], expected an object"),
+        (
+            {"target_modules": ["mlp"]},
+            r"'target_modules' is \['mlp'\], which does not name 'patch'",
+        ),
+        ({"target_modules": "m.*"}, "'target_modules' is 'm.*', which does not name 'patch'"),
+        ({"r": True}, "'r': True is no rank"),
+        ({"use_rslora": "yes"}, "'use_rslora' is 'yes', expected a bool"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(tmp_path, settings, message):
+    with pytest.raises(CheckpointError, match=message):
+        merge_adapter(weights(), write(tmp_path / "a", halves(), **settings))
+
+
 MLP = f"{PREFIX}mlp"
 PATCH = f"{PREFIX}patch"
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from qvla_jax.checkpoints.tensor_files import TensorFile, region_of, release_pages
+from qvla_jax.checkpoints.tensor_files import TensorFile
+from qvla_jax.mapping import region_of, release_pages
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 

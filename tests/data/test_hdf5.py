@@ -10,6 +10,7 @@ import pytest
 
 from qvla_jax.data.libero.frames import frames_path, is_rendered, load_rendered, save_rendered
 from qvla_jax.data.libero.hdf5 import has_frames, read_demonstrations, read_frames
+from qvla_jax.data.libero.recorded import encode_jpeg
 from qvla_jax.errors import DatasetError
 
 
@@ -75,6 +76,78 @@ def test_rendered_frames_are_bound_to_their_states(states_file: Path, tmp_path: 
     with pytest.raises(DatasetError, match="damaged"):
         load_rendered(tmp_path, second)
     assert not is_rendered(tmp_path, second)
+
+
+def damaged(demo_files: list[Path], name: str, value: object) -> Path:
+    """The first file, with another array in place of one of its second demonstration."""
+    with h5py.File(demo_files[0], "r+") as file:
+        del file[f"data/demo_1/{name}"]
+        file[f"data/demo_1/{name}"] = value
+    return demo_files[0]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("actions", 7), ("actions_executed", 7), ("states", 20), ("proprio", 8),
+     ("obs/joint_states", 7)],
+)  # fmt: skip
+def test_values_that_are_not_finite_are_named(
+    demo_files: list[Path], name: str, width: int, value: float
+) -> None:
+    array = np.zeros((6, width))
+    array[4, 3] = value
+    path = damaged(demo_files, name, array)
+    message = f"{path}:/data/demo_1: step 4: {name}: entry 3 is {value}, which is not finite"
+    with pytest.raises(DatasetError, match=message):
+        list(read_demonstrations(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("actions", np.full((6, 7), b"0.5"), "actions: expected a vector of numbers"),
+        ("actions", np.zeros((6, 14)), "actions: expected 7 entries in each step, found 14"),
+        ("actions", np.zeros(6), r"actions: expected \[t, n\] numbers"),
+        ("proprio", np.zeros((6, 9)), "proprio: expected 8 entries"),
+        ("proprio", np.zeros((5, 8)), r"arrays disagree in length, or are empty: \[5, 6\]"),
+        ("states", 3.0, r"states: expected \[t, n\] numbers"),
+    ],
+)
+def test_arrays_of_another_kind_are_named(
+    demo_files: list[Path], name: str, value: object, message: str
+) -> None:
+    path = damaged(demo_files, name, value)
+    with pytest.raises(DatasetError, match=f"{path}:/data/demo_1: {message}"):
+        list(read_demonstrations(path))
+
+
+def test_pictures_of_another_kind_are_named(demo_files: list[Path]) -> None:
+    path = damaged(demo_files, "obs/agentview_rgb", np.zeros((6, 4, 4, 3), np.float32))
+    _, second, *_ = read_demonstrations(path)
+    message = r"demo_1: obs/agentview_rgb: expected pictures uint8 \[t, H, W, 3\], found float32"
+    with pytest.raises(DatasetError, match=message):
+        read_frames(second)
+    with h5py.File(path, "r+") as file:
+        obs = file["data/demo_1/obs"]
+        del obs["agentview_rgb"], obs["eye_in_hand_rgb"]
+        obs["agentview_rgb"] = np.zeros((6, 4, 4, 3), np.uint8)
+        files = obs.create_dataset("eye_in_hand_jpeg", (6,), h5py.vlen_dtype(np.uint8))
+        for step in range(6):
+            files[step] = np.frombuffer(encode_jpeg(np.zeros((4, 4, 3), np.uint8)), np.uint8)
+        files[3] = files[3][:-30]
+    with pytest.raises(DatasetError, match=r"demo_1: step 3: obs/eye_in_hand_jpeg: .* not decode"):
+        read_frames(second)
+
+
+def test_instructions_stored_as_bytes_are_text(demo_files: list[Path]) -> None:
+    with h5py.File(demo_files[0], "r+") as file:
+        file["data"].attrs["task_language"] = np.bytes_(b"Open the caf\xc3\xa9")
+    assert next(read_demonstrations(demo_files[0])).instruction == "open the café"
+    with h5py.File(demo_files[0], "r+") as file:
+        file["data"].attrs["task_language"] = [1.0, 2.0]
+    with pytest.raises(DatasetError, match="demo_0: task_language: expected an instruction"):
+        list(read_demonstrations(demo_files[0]))
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

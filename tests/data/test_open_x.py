@@ -461,7 +461,10 @@ def test_a_gripper_of_another_meaning_is_refused(tmp_path: Path) -> None:
     action = np.zeros((5, 7), np.float32)
     action[:, 6] = [-1, 1, 1, 1, 1]
     folder, _ = sets.write(tmp_path, "dobbe", lengths=(5,), changes={"action": action})
-    message = "episode 0 of 'train': gripper lies between -1 and 1, .*'open' in spec 'dobbe'"
+    message = (
+        r"episode 0 of 'train': step 0: action\[6:7\] is -1; the gripper lies between -1 and 1, "
+        ".*'open' in spec 'dobbe'"
+    )
     with pytest.raises(DatasetError, match=message):
         list(data.RldsDataset(folder).episodes())
 

@@ -93,6 +93,7 @@ LEFT_OUT = {
     "test": "these tests",
     "test-long": "these tests",
     "test-lowest": "these tests, in another environment",
+    "test-newest": "these tests, in another environment",
     "test-aarch64": "long tests by another name",
     "sanitize": "the tests of the CPU kernel, with its library compiled again",
     "notebooks": "tests of their own",

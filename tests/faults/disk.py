@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qvla_jax.array_files import write_arrays
 from qvla_jax.atomic import write_json
 from qvla_jax.checkpoints.tensor_files import write_file
 from qvla_jax.checkpoints.torch_writer import write_torch_zip
 from qvla_jax.errors import InputError
-from qvla_jax.solvers.storage import write_arrays
 
 _SMALL, _LARGE = 1000, 1_000_000
 # Each writes a file of about 4 bytes for each number.

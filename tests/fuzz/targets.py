@@ -22,9 +22,9 @@ from qvla_jax.checkpoints.settings import public_settings
 from qvla_jax.checkpoints.tensor_files import ShardedTensors, write_shards
 from qvla_jax.checkpoints.torch_writer import write_torch_zip
 from qvla_jax.config import OpenVLAConfig, preset
+from qvla_jax.data.open_x.features import Feature, check_features
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.open_x.specs import get, load
-from qvla_jax.data.open_x.standardize import check_features
 from qvla_jax.data.records import SplitRecords
 from qvla_jax.data.samples import bundled_path
 from qvla_jax.errors import DatasetError
@@ -262,9 +262,18 @@ def _spec(folder: Path) -> Target:
         shapes: dict[str, Any] = {name: (7,) for name in spec.features()}
         shapes |= {name: (8, 8, 3) for name in (spec.image, spec.wrist_image) if name}
         with contextlib.suppress(DatasetError):  # other data sets have other shapes
-            check_features(spec, shapes)
+            check_features(spec, _described(spec, shapes))
 
     return Target("rlds-spec", seeds, _file(path, read), damage_json)
+
+
+def _described(spec: DatasetSpec, shapes: dict[str, Any]) -> dict[str, Feature]:
+    """Features of some shapes, of the dtypes that a specification takes them to have."""
+    dtypes = {spec.image: np.uint8, spec.wrist_image: np.uint8, spec.instruction: np.object_}
+    return {
+        name: Feature(shape, np.dtype(dtypes.get(name, np.float32)))
+        for name, shape in shapes.items()
+    }
 
 
 def _features() -> Target:
@@ -284,7 +293,7 @@ def _features() -> Target:
             }
         except (AttributeError, TypeError, ValueError, RecursionError, OverflowError):
             return  # TFDS hands out shapes and nothing else
-        check_features(spec, features)
+        check_features(spec, _described(spec, features))
 
     return Target("rlds-features", seeds, read, damage_json)
 
@@ -302,7 +311,7 @@ def _dataset(folder: Path) -> list[Target]:
             from etils import epath
 
             records = SplitRecords(epath.Path(path.parent), "heldout")
-            check_features(get("libero"), records.shapes())
+            check_features(get("libero"), records.features)
 
         seeds = ((copy / name).read_bytes(),)
         own = _file(copy / name, read)

@@ -13,7 +13,8 @@ from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.packed_linear import PackedLinear, packed_layers
-from qvla_jax.quantization import LayerRules, quantize_uniform
+from qvla_jax.inference.quantize import quantize_uniform
+from qvla_jax.quantization import LayerRules
 
 LAYER = "language_model.model.layers.0.self_attn.q_proj"
 

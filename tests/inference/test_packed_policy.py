@@ -17,16 +17,14 @@ from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.packed_linear import PackedArrays, packed_layers
+from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
 from qvla_jax.kernels import dispatch
 from qvla_jax.models import get_module, named_modules
 from qvla_jax.quantization import (
     InputStatistics,
     Quantizer,
     QuantizerSettings,
-    policy_index,
     quantizable_layers,
-    quantize,
-    quantize_uniform,
     stored_bytes,
     uniform_bytes,
 )

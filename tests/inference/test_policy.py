@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -147,3 +148,46 @@ def test_prompts_end_with_the_empty_token_once(policy):
         assert row[length - 1] == empty
         assert (row[: length - 1] != empty).all()
         assert (row[length:] == policy.config.pad_token_id).all()
+
+
+def _with_places(policy, places: int | None, **changes):
+    text = dataclasses.replace(policy.config.text, max_position_embeddings=places)
+    config = dataclasses.replace(policy.config, text=text, **changes)
+    processor = dataclasses.replace(policy.processor, config=config)
+    return dataclasses.replace(policy, config=config, processor=processor)
+
+
+@pytest.mark.parametrize(("words", "width"), [(1, 24), (22, 24), (23, 48), (46, 48), (47, 96)])
+def test_prompts_are_padded_to_few_lengths(policy, words, width):
+    ids, lengths = _with_places(policy, 2048).processor.tokenize(["the " * words, "open"])
+    assert ids.shape == (2, width)
+    assert lengths[0] == words + 2  # with BOS and the empty token
+
+
+def test_prompts_end_where_the_places_do(policy):
+    # 8 patches and the state come before, 56 placeholders and the stop token behind.
+    long = _with_places(policy, 9 + 57 + 40)
+    assert long.config.prompt_limit == 40
+    assert long.processor.tokenize(["the " * 38])[0].shape == (1, 40)
+    with pytest.raises(InputError, match="41 tokens, the policy takes at most 40"):
+        long.processor.tokenize(["the " * 39])
+
+
+def test_padding_changes_no_action(policy):
+    batch = {k: [v] if k == "instruction" else v[None] for k, v in observation().items()}
+    long = batch | {"instruction": ["the black bowl " * 10]}
+    widened = _with_places(policy, 2048)
+    wide = _with_places(policy, 2048, max_prompt_tokens=48)
+    np.testing.assert_array_equal(widened.infer_normalized(batch), policy.infer_normalized(batch))
+    found, expected = widened.infer_normalized(long), wide.infer_normalized(long)
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found - policy.infer_normalized(batch)).max() > 0
+    joined = widened.processor.join([widened.prepare(batch), widened.prepare(long)])
+    assert joined.input_ids.shape == (2, 48)
+    both = widened.run(joined)
+    np.testing.assert_allclose(both[1], expected[0], atol=1e-5)
+    np.testing.assert_allclose(both[0], policy.infer_normalized(batch)[0], atol=1e-5)
+
+
+def test_the_fingerprint_is_that_of_the_actions(policy):
+    assert _with_places(policy, 2048).fingerprint == policy.fingerprint

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvla_jax.errors import InputError
-from qvla_jax.kernels.codes import CodeMap, code_map, pack_words, to_unsigned, unpack_words
+from qvla_jax.kernels.codes import pack_words, to_unsigned, unpack_words
+from qvla_jax.quantization.codes import CodeMap, code_map
 
 
 @settings(deadline=None, max_examples=60)

@@ -10,7 +10,7 @@ from qvla_jax import kernels
 from qvla_jax.errors import InputError
 from qvla_jax.kernels.packed import validate
 
-from .weights import random_weight
+from .weights import pack_codes, random_weight
 
 
 def make(c, k, bits, seed, group=None, dtype=np.float32, **settings_):
@@ -19,9 +19,7 @@ def make(c, k, bits, seed, group=None, dtype=np.float32, **settings_):
     codes = 2 * rng.integers(-2, 2, (c, k)) + 1
     scales = np.ones((c, 1 if group is None else -(-k // group)), np.float32)
     widths = rng.choice(bits, c)
-    return kernels.pack(
-        random_weight(c, k, seed, dtype), widths, group, codes=codes, scales=scales, **settings_
-    )
+    return pack_codes(random_weight(c, k, seed, dtype), widths, codes, scales, group, **settings_)
 
 
 @settings(deadline=None, max_examples=30)

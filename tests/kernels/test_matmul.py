@@ -107,11 +107,15 @@ def test_interpreted_kernels_agree_with_float64(
     check_agreement(implementation, activation_bits, dtype, weight, rows, seed)
 
 
+compiled_matmul = jax.jit(kernels.mixed_matmul, static_argnums=2)
+
+
 def check_agreement(implementation, activation_bits, dtype, weight, rows, seed):
     w, w_hat, bias = weight
     x = np.random.default_rng(seed).normal(size=(rows, w.shape[1]))
     x = jnp.asarray(x, jnp.float32).astype(dtype)
-    y = kernels.mixed_matmul(x, w, activation_bits, implementation)
+    # One program instead of one for each of its operations, as in policies.
+    y = compiled_matmul(x, kernels.prepare(w, implementation), activation_bits)
     assert y.dtype == dtype
     assert y.shape == (rows, w.shape[0])
     want = expected(np.asarray(x.astype(jnp.float32)), w, w_hat, bias, activation_bits)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from qvla_jax import kernels
 from qvla_jax.errors import InputError
-from qvla_jax.kernels.codes import CodeMap
 from qvla_jax.quantization import Quantizer, QuantizerSettings, quantize_rows, row_bytes
+from qvla_jax.quantization.codes import CodeMap
 
-from .weights import CHANNELS, FAN_INS, expected_rows, random_bits, random_weight
+from .weights import CHANNELS, FAN_INS, expected_rows, pack_codes, random_bits, random_weight
 
 SLOW_COMPILES = settings(deadline=None, max_examples=8)
 
@@ -96,7 +96,7 @@ def test_codes_and_scales_from_elsewhere():
     codes[0] = rng.choice([-3, -1, 1, 3], 21)
     scales = rng.uniform(0.1, 1, (5, 2)).astype(ml_dtypes.bfloat16).astype(np.float32)
     weight = random_weight(5, 21, 1)
-    w = kernels.pack(weight, bits, 16, codes=codes, scales=scales)
+    w = pack_codes(weight, bits, codes, scales, 16)
     found = np.asarray(kernels.dequantize(w))
     spread = np.repeat(scales, 16, axis=1)[:, :21]
     for row in (0, 1, 4):
@@ -105,7 +105,7 @@ def test_codes_and_scales_from_elsewhere():
     assert not found[3].any()
     # And the quantizer's own codes, handed in, give what it packs by itself.
     q, s = quantize_rows(jnp.asarray(weight), 4, grid="fitted")
-    again = kernels.pack(weight, np.full(5, 4), codes=q, scales=s)
+    again = pack_codes(weight, np.full(5, 4), q, s)
     same = jax.tree.map(np.array_equal, again, kernels.pack(weight, np.full(5, 4)))
     assert all(jax.tree.leaves(same))
 
@@ -117,12 +117,6 @@ def test_codes_and_scales_from_elsewhere():
         ({"bits": np.array([4, 4])}, "expected 3 integers"),
         ({"bits": np.array([4, 5, 4])}, "row 1 has 5"),
         ({"group": 24}, "multiple of 16"),
-        ({"codes": np.zeros((3, 8), np.int8)}, "give both or neither"),
-        ({"codes": np.zeros((3, 7), np.int8), "scales": np.ones((3, 1))}, "codes: expected"),
-        ({"codes": np.zeros((3, 8), np.int8), "scales": np.ones((3, 2))}, "scales: expected"),
-        ({"codes": np.zeros((3, 8), np.int8), "scales": np.full((3, 1), 1.001)}, "exactly"),
-        ({"codes": np.zeros((3, 8), np.int8), "scales": -np.ones((3, 1))}, "not positive"),
-        ({"codes": np.full((3, 8), 8, np.int8), "scales": np.ones((3, 1))}, "holds 8"),
         ({"bias": np.zeros(2, np.float32)}, "bias is"),
         ({"bits": np.full(3, 16), "source_dtype": "bfloat16"}, "does not hold them"),
         ({"bits": np.full(3, 16), "source_dtype": "int8"}, "choose from"),
@@ -133,6 +127,21 @@ def test_bad_input_is_refused(change, message):
     given_ = {"weight": random_weight(3, 8, 0), "bits": np.full(3, 4), "group": None, **change}
     with pytest.raises(InputError, match=message):
         kernels.pack(**given_)
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "message"),
+    [
+        (np.zeros((3, 7), np.int8), np.ones((3, 1)), "codes: expected"),
+        (np.zeros((3, 8), np.int8), np.ones((3, 2)), "scales: expected"),
+        (np.zeros((3, 8), np.int8), np.full((3, 1), 1.001), "exactly"),
+        (np.zeros((3, 8), np.int8), -np.ones((3, 1)), "not positive"),
+        (np.full((3, 8), 8, np.int8), np.ones((3, 1)), "holds 8"),
+    ],
+)
+def test_rows_that_cannot_be_stored_are_refused(codes, scales, message):
+    with pytest.raises(InputError, match=message):
+        pack_codes(random_weight(3, 8, 0), np.full(3, 4), codes, scales)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import pytest
 
 from qvla_jax import kernels
 from qvla_jax.errors import InputError
-from qvla_jax.kernels import pallas_tpu, tiles
+from qvla_jax.kernels import pallas_gpu, pallas_tpu, tiles
 from qvla_jax.kernels.packed import Segment
 
-from .weights import random_weight
+from .weights import pack_codes, random_weight
 
 each_kernel = pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 
@@ -28,9 +28,7 @@ def make(group):
     codes = 2 * rng.integers(-2, 2, (c, k)) + 1
     groups = 1 if group is None else -(-k // group)
     scales = (2.0 ** rng.integers(-8, -4, (c, groups))).astype(np.float32)
-    return kernels.pack(
-        source, bits, group, bias=bias, codes=codes, scales=scales, source_dtype="bfloat16"
-    )
+    return pack_codes(source, bits, codes, scales, group, bias=bias, source_dtype="bfloat16")
 
 
 # Without groups, with groups within planes, and with groups of whole planes.
@@ -79,3 +77,12 @@ def test_16_bit_rows_must_be_bfloat16(implementation):
     w = kernels.pack(random_weight(4, 8, 0), np.full(4, 16), source_dtype="float32")
     with pytest.raises(InputError, match="must be bfloat16, not float32"):
         kernels.prepare(w, implementation)
+
+
+def test_without_tritons_backend_the_gpu_kernel_says_so(monkeypatch):
+    w = kernels.pack(random_weight(8, 16, 0), np.full(8, 4))
+    monkeypatch.setattr(pallas_gpu, "plgpu", None)
+    with pytest.raises(InputError, match="has no Triton backend"):
+        kernels.prepare(w, "pallas_gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert kernels.prepare(w).implementation == "reference"

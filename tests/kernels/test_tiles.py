@@ -12,7 +12,7 @@ from qvla_jax import kernels
 from qvla_jax.kernels import tiles
 from qvla_jax.kernels.packed import Segment
 
-from .weights import packed_weights, random_bits, random_weight
+from .weights import pack_codes, packed_weights, random_bits, random_weight
 
 
 def assert_same(found, expected):
@@ -43,9 +43,7 @@ def test_the_arrangement_of_traced_weights_is_the_same(group):
 
 def test_words_hold_planes():
     codes = np.random.default_rng(0).integers(-8, 8, (4, 40)).astype(np.int8)
-    w = kernels.pack(
-        np.zeros((4, 40), np.float32), np.full(4, 4), codes=codes, scales=np.ones((4, 1))
-    )
+    w = pack_codes(np.zeros((4, 40), np.float32), np.full(4, 4), codes, np.ones((4, 1)))
     words = tiles.arrange(w, 4, 2).words
     assert words.shape == (4, 4, 2)  # two tiles of two blocks, each for 8 planes of 4 inputs
     padded = np.pad(codes, ((0, 0), (0, 24)))

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from qvla_jax import kernels
 from qvla_jax.quantization import quantize_rows
-from qvla_jax.quantization.grid import BITS
+from qvla_jax.quantization.codes import BITS, levels
+from qvla_jax.quantization.rows import QuantizedRows
 
 # Lengths around words, vector blocks and groups.
 FAN_INS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 129, 200, 300]))
@@ -21,6 +22,12 @@ def random_weight(c, k, seed, dtype=np.float32):
 
 def random_bits(c, seed, options=BITS):
     return np.random.default_rng(seed + 1).choice(options, c)
+
+
+def pack_codes(weight, bits, codes, scales, group=None, grid="fitted", **settings):
+    """Packs codes that were not found by rounding."""
+    rows = QuantizedRows(bits=bits, codes=codes, scales=scales, grid=grid, group=group)
+    return kernels.pack_rows(rows, weight, **settings)
 
 
 def expected_rows(weight, bits, group, grid):
@@ -38,6 +45,26 @@ def expected_rows(weight, bits, group, grid):
     return result
 
 
+def nearest_codes(weight, bits, group, grid):
+    """Codes [c, k] and scales [c, g] of every row at its own width, rounded in numpy.
+
+    Drawn shapes would have the package's quantizer compiled anew for each width of each of them.
+    """
+    c, k = weight.shape
+    groups = [slice(i, min(i + (group or k), k)) for i in range(0, k, group or k)]
+    codes, scales = np.zeros((c, k), np.int8), np.ones((c, len(groups)), np.float32)
+    for row, width in enumerate(bits):
+        if width in (0, 16):
+            continue
+        low, high, step, offset = levels(int(width), grid)
+        for number, part in enumerate(groups):
+            largest = max(np.abs(weight[row, part]).max(), np.float32(2.0**-100))
+            scale = np.float32(ml_dtypes.bfloat16(largest / high))
+            whole = step * np.round((weight[row, part] / scale - offset) / step) + offset
+            codes[row, part], scales[row, number] = np.clip(whole, low, high), scale
+    return codes, scales
+
+
 @st.composite
 def packed_weights(draw, options=BITS, group=True):
     """(PackedWeight, w_hat f64[c, k], bias f64[c])."""
@@ -49,10 +76,11 @@ def packed_weights(draw, options=BITS, group=True):
     weight, bits = random_weight(c, k, seed, source), random_bits(c, seed, widths)
     bias = np.random.default_rng(seed + 2).normal(size=c).astype(np.float32)
     has_bias = draw(st.booleans())
-    w = kernels.pack(
-        weight, bits, size, grid=grid, bias=bias if has_bias else None,
+    codes, scales = nearest_codes(weight, bits, size, grid)
+    w = pack_codes(
+        weight, bits, codes, scales, size, grid, bias=bias if has_bias else None,
         source_dtype=np.dtype(source).name,
     )  # fmt: skip
-    # The codes of a matrix and of its rows alone agree except where the compiler reorders sums.
-    w_hat = np.asarray(kernels.dequantize(w), np.float64)
+    spread = np.repeat(scales, size or k, axis=1)[:, :k].astype(np.float64)
+    w_hat = np.where((bits == 16)[:, None], weight.astype(np.float64), codes * spread)
     return w, w_hat, bias.astype(np.float64) if has_bias else np.zeros(c)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -123,7 +123,9 @@ def open_reference(name: str, folder: Path) -> Reference:
 
 
 @contextlib.contextmanager
-def recording(model: nnx.Module) -> Iterator[dict[str, list[np.ndarray]]]:
+def recording(
+    model: nnx.Module, kinds: Mapping[type, tuple[str, ...]] = _RECORDED
+) -> Iterator[dict[str, list[np.ndarray]]]:
     """Collects the outputs of all modules by path (and `path:in`, first inputs), call by call."""
     paths = {id(module): path for path, module in named_modules(model, nnx.Module).items()}
     calls: dict[str, list[np.ndarray]] = {}
@@ -141,7 +143,7 @@ def recording(model: nnx.Module) -> Iterator[dict[str, list[np.ndarray]]]:
         return method
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind, methods in _RECORDED.items():
+        for kind, methods in kinds.items():
             for name in methods:
                 patch.setattr(kind, name, wrap(getattr(kind, name)))
         yield calls

@@ -14,9 +14,9 @@ from qvla_jax.evaluation import action_errors, predict
 from qvla_jax.evaluation.objective import ActionErrorObjective
 from qvla_jax.evaluation.sequential import allocate_sequentially, gradient_costs, move_costs
 from qvla_jax.inference import load_policy, random_policy
+from qvla_jax.inference.quantize import quantize
 from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.measure_solvers import FILE, MeasureSolversConfig
-from qvla_jax.quantization import quantize
 from qvla_jax.solvers import solve
 
 

@@ -17,9 +17,10 @@ from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.evaluation.workers import Worker, serve
 from qvla_jax.inference import load_policy, random_policy
+from qvla_jax.inference.quantize import quantize_uniform
 from qvla_jax.pipeline import StudyConfig, closed_loop, files
 from qvla_jax.pipeline.methods import method_file
-from qvla_jax.quantization import LayerRules, quantize_uniform
+from qvla_jax.quantization import LayerRules
 
 # What the module looks up; the package's name of it is the function.
 STUDY = pipeline.study.__globals__

@@ -11,9 +11,9 @@ from qvla_jax import pipeline
 from qvla_jax.data.calibration import calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.inference import load_policy
+from qvla_jax.inference.quantize import quantize
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
-from qvla_jax.quantization import quantize
 from qvla_jax.report.study import study_tables
 from qvla_jax.sensitivity import sensitivities, spearman
 from qvla_jax.solvers import solve

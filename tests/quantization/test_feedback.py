@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from qvla_jax.quantization import InputStatistics, Quantizer, QuantizerSettings
+from qvla_jax.quantization.codes import levels
 from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
-from qvla_jax.quantization.grid import levels, quantize_rows
+from qvla_jax.quantization.grid import quantize_rows
 
 
 def covariance(k, seed=0, rank=None):
@@ -50,6 +51,7 @@ def test_feedback_is_that_of_its_definition(bits, k):
         by_definition(row, float(s), levels(bits, "fitted"), matrix, 0.01)
         for row, s in zip(weight, np.asarray(scale)[:, 0], strict=True)
     ]
+    found = np.asarray(found) * np.asarray(scale)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -9,9 +9,10 @@ import scipy.linalg
 
 from qvla_jax.inference import random_policy
 from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.quantize import policy_index, quantize
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.models.surgery import get_module
-from qvla_jax.quantization import LayerRules, Quantizer, QuantizerSettings, policy_index, quantize
+from qvla_jax.quantization import LayerRules, Quantizer, QuantizerSettings
 from qvla_jax.quantization.rotation import rotate, rotate_back
 
 RULES = LayerRules(include=(r"vision_backbone\.featurizer\.blocks\.0\.mlp\.fc1",))

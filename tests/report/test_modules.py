@@ -12,7 +12,8 @@ from qvla_jax import cli
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import load_policy, random_policy
-from qvla_jax.quantization import LayerRules, policy_index
+from qvla_jax.inference.quantize import policy_index
+from qvla_jax.quantization import LayerRules
 from qvla_jax.report.modules import describe, modules_table
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from qvla_jax.inference.quantize import quantize
 from qvla_jax.models import get_module
-from qvla_jax.quantization import quantize
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.stages import downstream, stage_paths
 from qvla_jax.sharding import sweep_mesh

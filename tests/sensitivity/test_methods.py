@@ -9,8 +9,8 @@ import scipy.stats
 from flax import nnx
 
 from qvla_jax.errors import InputError
+from qvla_jax.inference.quantize import quantize
 from qvla_jax.models import get_module
-from qvla_jax.quantization import quantize
 from qvla_jax.sensitivity import METHODS, joint_error, sensitivities, spearman, validate
 from qvla_jax.sensitivity.batches import FirstFrames
 from qvla_jax.sensitivity.joint import alternate

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from qvla_jax import load_policy
-from qvla_jax.checkpoints.tensor_files import region_of
 from qvla_jax.config import PRESETS
 from qvla_jax.data import calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import random_policy
+from qvla_jax.mapping import region_of
 from qvla_jax.quantization import QuantizerSettings
 from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.sensitivity import SweepStore, input_statistics, sensitivities

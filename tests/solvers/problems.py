@@ -4,18 +4,17 @@ import itertools
 import os
 
 import numpy as np
-import pulp
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from qvla_jax.solvers import AllocationProblem, Solution, verify
+from qvla_jax.solvers.programs import cbc_path
 
 HEURISTICS = ("uniform", "greedy:qvla", "greedy:released", "greedy:marginal", "lagrangian")
 ALIGNED = ("greedy:aligned",)
 SEARCHES = ("evolutionary",)
-# CBC comes with PuLP up to version 3 only.
-_CBC = not {"PULP_CBC_CMD", "COIN_CMD"}.isdisjoint(pulp.listSolvers(onlyAvailable=True))
-BACKENDS = ("highs", "cbc") if _CBC else ("highs",)
+# CBC comes with PuLP up to version 3 only, or as a package of its own.
+BACKENDS = ("highs", "cbc") if cbc_path() else ("highs",)
 EXACT = ("dynamic_programming", "core", "ilp", "ilp:core")
 
 # `make prove-solvers` multiplies the instances of every property.

@@ -10,7 +10,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.solvers import AllocationProblem, available, fill, instances, relax, solve, tie
+from qvla_jax.solvers import (
+    AllocationProblem,
+    available,
+    fill,
+    instances,
+    programs,
+    relax,
+    solve,
+    tie,
+)
 from qvla_jax.solvers.mip import solve_mip
 
 from .problems import (  # noqa: TID251
@@ -265,6 +274,12 @@ def test_integer_programming_prints_nothing(capfd: pytest.CaptureFixture[str]) -
     solve(instances.random_instance("monotone", channels=10, seed=1), "ilp")
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
+
+
+def test_a_missing_cbc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "cbc_path", lambda: None)
+    with pytest.raises(InputError, match="CBC is not installed: `pip install"):
+        solve(instances.random_instance("monotone", channels=3), "ilp", backend="cbc")
 
 
 def test_costs_of_any_scale_are_told_apart() -> None:

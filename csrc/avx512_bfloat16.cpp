@@ -1,6 +1,5 @@
 // Weights in bfloat16, two inputs at once (AVX-512 BF16): for bfloat16 activations, and for float32
 // ones as the sum of two.
-#pragma once
 #include "avx512.h"
 
 namespace qvla {
@@ -105,7 +104,7 @@ inline void add_fields(__m512 (&sum)[MR][NT][kSums<MR>], const __m512i (&block)[
 
 // MR rows from `row` on times the tiles first, first + step, ...: each is a stream of its own.
 template <int BITS, int MR, int NT, bool SPLIT>
-void direct_float(const Job& job, __m512i table, int row, int first, int step) {
+[[gnu::noinline]] void direct_float(const Job& job, __m512i table, int row, int first, int step) {
   const uint8_t* words[NT];
 #pragma GCC unroll 4
   for (int n = 0; n < NT; ++n) {
@@ -152,11 +151,7 @@ void direct_float(const Job& job, __m512i table, int row, int first, int step) {
       }
     }
   }
-#pragma GCC unroll 12
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < NT; ++n)
-      if (row + m < job.rows) store(job, row + m, first + n * step, total[m][n]);
+  store_block(job, row, first, step, total);
 }
 
 template <int BITS, int NT, bool SPLIT>
@@ -175,7 +170,7 @@ inline void unpack_fields(__m512i block, __m512i table, uint8_t* out) {
 }
 
 template <int MR, bool SPLIT>
-void panel_rows_float(const Job& job, int tile, const uint8_t* panel) {
+[[gnu::noinline]] void panel_rows_float(const Job& job, int tile, const uint8_t* panel) {
   const ptrdiff_t low = job.k / 2;
   for (int row = 0; row < job.rows; row += MR) {
     const int32_t* x[MR];
@@ -214,17 +209,13 @@ void panel_rows_float(const Job& job, int tile, const uint8_t* panel) {
         for (int m = 0; m < MR; ++m) total[m][n] = _mm512_fmadd_ps(sum[m][n], scale, total[m][n]);
       }
     }
-#pragma GCC unroll 12
-    for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-      for (int n = 0; n < 2; ++n)
-        if (row + m < job.rows) store(job, row + m, tile + n, total[m][n]);
+    store_block(job, row, tile, 1, total);
   }
 }
 
 template <int BITS>
 void panel_float(const Job& job, __m512i table, int tile) {
-  uint8_t* panel = scratch<0>(static_cast<size_t>(job.k) * kBlock);
+  uint8_t* panel = scratch(0, static_cast<size_t>(job.k) * kBlock);
 #pragma GCC unroll 4
   for (int n = 0; n < 2; ++n) {
     const uint8_t* words = job.words + (tile + n) * tile_bytes(BITS, job.k);
@@ -243,16 +234,16 @@ void panel_float(const Job& job, __m512i table, int tile) {
 
 // Weights in float32 meet the numbers whose halves x is, widened.
 template <int MR, bool SPLIT>
-void wide_rows(const Job& job, int tile, int row) {
+[[gnu::noinline]] void wide_rows(const Job& job, int tile, int row) {
   constexpr int kOrder[4] = {0, 2, 1, 3};  // of the inputs of a quad in x
   const auto widened = [](const uint8_t* at) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   };
   const uint8_t* words = job.words + tile * tile_bytes(32, job.k);
-  __m512 total[MR];
+  __m512 total[MR][1];
 #pragma GCC unroll 12
-  for (int m = 0; m < MR; ++m) total[m] = bias_of(job, tile);
+  for (int m = 0; m < MR; ++m) total[m][0] = bias_of(job, tile);
   for (int g = 0, k = 0; g < job.groups; ++g) {
     __m512 sum[MR];
 #pragma GCC unroll 12
@@ -276,9 +267,9 @@ void wide_rows(const Job& job, int tile, int row) {
     }
     const __m512 scale = scale_of(job, tile, g);
 #pragma GCC unroll 12
-    for (int m = 0; m < MR; ++m) total[m] = _mm512_fmadd_ps(sum[m], scale, total[m]);
+    for (int m = 0; m < MR; ++m) total[m][0] = _mm512_fmadd_ps(sum[m], scale, total[m][0]);
   }
-  for (int m = 0; m < MR && row + m < job.rows; ++m) store(job, row + m, tile, total[m]);
+  store_block(job, row, tile, 1, total);
 }
 
 void all_wide(const Job& job) {
@@ -316,4 +307,10 @@ void multiply_float(const Job& job) {
 }
 
 }  // namespace
+
+const Kernel kAvx512Bf16 = {
+    "avx512_bf16",  float_bytes,    avx512::integer_bytes, prepare_float, avx512::prepare_integer,
+    multiply_float, avx512::multiply_integer,
+};
+
 }  // namespace qvla

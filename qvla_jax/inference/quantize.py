@@ -1,7 +1,7 @@
 """Quantizing a policy: module surgery that packs weights and corrects biases."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +9,19 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
+from qvla_jax.inference.packed_linear import replace_by_packed
+from qvla_jax.inference.packing import pack_layer
+from qvla_jax.inference.policy import Policy
+from qvla_jax.kernels import LayerInputs
 from qvla_jax.precision import in_32_bits
 from qvla_jax.quantization.bias import corrected_bias
-from qvla_jax.quantization.grid import BITS, PRUNED, SOURCE
+from qvla_jax.quantization.codes import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import (
     DEFAULT_RULES,
     LayerRules,
     channel_index,
     quantizable_layers,
-    weight_rows,
 )
 from qvla_jax.quantization.quantizer import (
     NEAREST_UNCORRECTED,
@@ -26,12 +29,10 @@ from qvla_jax.quantization.quantizer import (
     Quantizer,
 )
 from qvla_jax.quantization.rotation import rotate, rotate_back
-
-if TYPE_CHECKING:
-    from qvla_jax.inference.policy import Policy
+from qvla_jax.quantization.rows import QuantizedRows
 
 
-def policy_index(policy: "Policy", rules: LayerRules = DEFAULT_RULES) -> ChannelIndex:
+def policy_index(policy: Policy, rules: LayerRules = DEFAULT_RULES) -> ChannelIndex:
     """The policy's quantized layers and the order of their channels.
 
     Raises:
@@ -42,13 +43,13 @@ def policy_index(policy: "Policy", rules: LayerRules = DEFAULT_RULES) -> Channel
 
 @in_32_bits
 def quantize(
-    policy: "Policy",
+    policy: Policy,
     bits: Int[np.ndarray, " C"],
     *,
     quantizer: Quantizer | None = None,
     rules: LayerRules = DEFAULT_RULES,
     packed: bool = True,
-) -> "Policy":
+) -> Policy:
     """A copy of the policy with every channel at its bit-width; the source is left as it is.
 
     >>> import qvla_jax
@@ -86,14 +87,14 @@ def quantize(
 
 
 def _quantize(
-    policy: "Policy",
+    policy: Policy,
     bits: Int[np.ndarray, " C"],
     quantizer: Quantizer | None,
     rules: LayerRules,
     *,
     packed: bool,
     index: bool,
-) -> "Policy":
+) -> Policy:
     if policy.quantization is not None:
         raise InputError("the policy is quantized already; quantize the full-precision one")
     channels = channel_index(quantizable_layers(policy.model, rules))
@@ -104,12 +105,15 @@ def _quantize(
     model = nnx.merge(*nnx.split(policy.model))
     copies = quantizable_layers(model, rules)
     if packed:
-        # Behind quantization: kernels take grids and layouts from here.
-        from qvla_jax.inference.packed_linear import replace_by_packed
-        from qvla_jax.kernels import LayerInputs
-
         weights = (
-            (layer.path, _pack_layer(copies[layer.path], layer, chosen[rows], used, index=index))
+            (
+                layer.path,
+                pack_layer(
+                    layer,
+                    *_quantize_layer(copies[layer.path], layer, chosen[rows], used),
+                    index=index,
+                ),
+            )
             for layer, rows in channels.items()
         )
         given = LayerInputs(rotated=used.settings.rotation)
@@ -117,7 +121,8 @@ def _quantize(
     for layer, rows in channels.items():
         linear, widths = copies[layer.path], chosen[rows]
         if not packed and np.any(widths != SOURCE):
-            values, _, bias = _quantize_layer(linear, layer, widths, used)
+            own, source, bias = _quantize_layer(linear, layer, widths, used)
+            values = own.dequantized(source)
             if used.settings.rotation:
                 values = rotate_back(values)
             linear.kernel = nnx.Param(values.T)
@@ -151,13 +156,13 @@ def _quantizer_of(bits: Any) -> Quantizer:
 
 @in_32_bits
 def quantize_uniform(
-    policy: "Policy",
+    policy: Policy,
     bits: int,
     *,
     quantizer: Quantizer | None = None,
     rules: LayerRules = DEFAULT_RULES,
     packed: bool = True,
-) -> "Policy":
+) -> Policy:
     """One bit-width everywhere: a baseline, which stores no output index.
 
     Args:
@@ -172,26 +177,6 @@ def quantize_uniform(
     return _quantize(policy, widths, quantizer, rules, packed=packed, index=bits == PRUNED)
 
 
-def _pack_layer(
-    linear: nnx.Linear, info: LayerInfo, bits: np.ndarray, quantizer: Quantizer, *, index: bool
-) -> Any:
-    from qvla_jax import kernels
-
-    values, scales, bias = _quantize_layer(linear, info, bits, quantizer)
-    # Exact: a code has 8 significant bits and a scale as many.
-    codes = np.asarray(jnp.round(values / scales)).astype(np.int8)
-    source = "bfloat16" if info.source_bytes == 2 else "float32"
-    dtype = kernels.SOURCE_DTYPES[source]
-    rows = weight_rows(linear)
-    if quantizer.settings.rotation:
-        rows = np.asarray(rotated_source(linear, info))
-    return kernels.pack(
-        rows, bits, grid=quantizer.settings.grid, codes=codes, scales=scales,
-        bias=None if bias is None else np.asarray(bias).astype(dtype), source_dtype=source,
-        index=index,
-    )  # fmt: skip
-
-
 def rotated_source(linear: nnx.Linear, info: LayerInfo) -> Float[Array, "c k"]:
     """The rotated rows that 16-bit channels keep: in the source dtype, held in float32."""
     rows = rotate(linear.kernel[...].T)
@@ -200,18 +185,21 @@ def rotated_source(linear: nnx.Linear, info: LayerInfo) -> Float[Array, "c k"]:
 
 def _quantize_layer(
     linear: nnx.Linear, info: LayerInfo, bits: np.ndarray, quantizer: Quantizer
-) -> tuple[Float[Array, "c k"], Float[Array, "c 1"], Float[Array, " c"] | None]:
-    """w_hat, rotated where that is set, scales, and the bias with its correction, in float32."""
-    weight = linear.kernel[...].T
+) -> tuple[QuantizedRows, Float[Array, "c k"], Float[Array, " c"] | None]:
+    """Codes, the rows they stand for, and the bias with its correction in float32.
+
+    With rotation the rows are rotated ones.
+    """
+    source = linear.kernel[...].T
     if quantizer.settings.rotation:
-        weight = rotated_source(linear, info)
-    values, scales = quantizer.rows_and_scales(info.path, weight, bits)
+        source = rotated_source(linear, info)
+    rows = quantizer.quantized(info.path, source, bits)
     bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
     mean = quantizer.mean(info.path)
     if mean is not None:
         shift = jnp.asarray(mean, jnp.float32)
         shift = rotate(shift) if quantizer.settings.rotation else shift
-        bias = corrected_bias(weight, values, shift, bias)
+        bias = corrected_bias(source, rows.dequantized(source), shift, bias)
         if info.source_bytes == 2:  # a bias is stored in the source dtype
             bias = bias.astype(jnp.bfloat16).astype(jnp.float32)
-    return values, scales, bias
+    return rows, source, bias

@@ -31,13 +31,13 @@ def write_arrays(
     """Writes `arrays` and `header` to `path`, completely or not at all.
 
     Args:
-        path: Ends in `.safetensors` or `.npz`, which decides the format.
-        arrays: Numbers only; nothing is pickled.
-        header: Whatever JSON can hold.
-        kind: What the file is, checked again by `read_arrays`.
+        path: ends in `.safetensors` or `.npz`, which decides the format.
+        arrays: numbers only; nothing is pickled.
+        header: whatever JSON can hold.
+        kind: what the file is, checked again by `read_arrays`.
 
     Raises:
-        InputError: The suffix is another one.
+        InputError: the suffix is another one.
     """
     suffix = _suffix(path)
     text = json.dumps({"kind": kind, "version": _VERSION, **header})
@@ -61,15 +61,15 @@ def read_arrays(
     """Reads what `write_arrays` wrote.
 
     Args:
-        path: A `.safetensors` or `.npz` file.
-        kind: What the file must be.
-        required: Arrays that must be there.
+        path: a `.safetensors` or `.npz` file.
+        kind: what the file must be.
+        required: arrays that must be there.
 
     Returns:
         The arrays by name, and the header.
 
     Raises:
-        InputError: The file is missing, damaged, of another kind or version, or lacks a required
+        InputError: the file is missing, damaged, of another kind or version, or lacks a required
             array.
     """
     name = os.fspath(path)
@@ -111,7 +111,7 @@ def read_npy(content: bytes) -> NDArray[Any]:
     Nothing is allocated before its bytes are there: `numpy.load` believes the shape.
 
     Raises:
-        ValueError: It is damaged, or holds something other than numbers, truth values or text.
+        ValueError: it is damaged, or holds something other than numbers, truth values or text.
     """
     stream = io.BytesIO(content)
     try:

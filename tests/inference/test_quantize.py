@@ -7,16 +7,14 @@ from flax import nnx
 
 from qvla_jax.errors import InputError
 from qvla_jax.inference import random_policy
+from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
 from qvla_jax.models import get_module
 from qvla_jax.quantization import (
     InputStatistics,
     LayerRules,
     Quantizer,
     QuantizerSettings,
-    policy_index,
     quantizable_layers,
-    quantize,
-    quantize_uniform,
 )
 from qvla_jax.quantization.grid import on_grid
 

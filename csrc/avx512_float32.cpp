@@ -1,6 +1,5 @@
 // Weights and activations in float32, for processors without AVX-512 BF16 and for those that take
 // longer over a product of bfloat16 pairs than over two of float32 numbers.
-#pragma once
 #include <algorithm>
 
 #include "avx512.h"
@@ -64,7 +63,7 @@ inline void add_fields(__m512 (&sum)[MR][NT][kSums<MR, NT>], const __m512i (&blo
 
 // MR rows from `row` on times the tiles first, first + step, ...: each is a stream of its own.
 template <int BITS, int MR, int NT>
-void direct_float(const Job& job, __m512 table, int row, int first, int step) {
+[[gnu::noinline]] void direct_float(const Job& job, __m512 table, int row, int first, int step) {
   constexpr int S = kSums<MR, NT>;
   const uint8_t* words[NT];
 #pragma GCC unroll 4
@@ -93,6 +92,8 @@ void direct_float(const Job& job, __m512 table, int row, int first, int step) {
 #pragma GCC unroll 4
       for (int n = 0; n < NT; ++n) {
         block[n] = _mm512_loadu_si512(words[n]);
+        // One row waits for the core, too: GCC would read the block again for every field.
+        if constexpr (MR == 1) __asm__("" : "+v"(block[n]));
         prefetch<MR>(words[n]);
         words[n] += kBlock;
       }
@@ -110,11 +111,7 @@ void direct_float(const Job& job, __m512 table, int row, int first, int step) {
       }
     }
   }
-#pragma GCC unroll 12
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < NT; ++n)
-      if (row + m < job.rows) store(job, row + m, first + n * step, total[m][n]);
+  store_block(job, row, first, step, total);
 }
 
 template <int BITS, int NT>
@@ -135,7 +132,7 @@ inline void unpack_fields(__m512i block, __m512 table, __m512 scale, float* out)
 
 // The inputs from begin to end of a tile, times their scales, in every other vector of the panel.
 template <int BITS>
-void unpack(const Job& job, __m512 table, int tile, int begin, int end, float* panel) {
+[[gnu::noinline]] void unpack(const Job& job, __m512 table, int tile, int begin, int end, float* panel) {
   const uint8_t* words = job.words + tile * tile_bytes(BITS, job.k) + begin * (2 * BITS);
   int g = std::min(begin / job.group, job.groups - 1);
   for (int k = begin; k < end; ++g) {
@@ -151,7 +148,7 @@ void unpack(const Job& job, __m512 table, int tile, int begin, int end, float* p
 
 // Adds what a panel gives to the sums of all rows, [rows][2][16].
 template <int MR, int NT>
-void panel_rows_float(const Job& job, const float* panel, int begin, int end, float* sums) {
+[[gnu::noinline]] void panel_rows_float(const Job& job, const float* panel, int begin, int end, float* sums) {
   for (int row = 0; row < job.rows; row += MR) {
     const float* x[MR];
     __m512 sum[MR][NT];
@@ -190,10 +187,10 @@ void add_panel(const Job& job, const float* panel, int begin, int end, float* su
 // All tiles at some inputs, then at the next: these inputs of all rows stay in the second-level cache.
 template <int BITS>
 void panels_float(const Job& job, __m512 table) {
-  float* const panel = reinterpret_cast<float*>(scratch<1>(kPanelInputs * 2 * kBlock));
+  float* const panel = reinterpret_cast<float*>(scratch(1, kPanelInputs * 2 * kBlock));
   const ptrdiff_t pair = static_cast<ptrdiff_t>(job.rows + kRowBlock) * 2 * kLanes;
   const int pairs = (job.tiles + 1) / 2;
-  float* const sums = reinterpret_cast<float*>(scratch<2>(pairs * pair * sizeof(float)));
+  float* const sums = reinterpret_cast<float*>(scratch(2, pairs * pair * sizeof(float)));
   std::fill(sums, sums + pairs * pair, 0.0f);
   for (int begin = 0; begin < job.k; begin += kPanelInputs) {
     const int end = std::min(begin + kPanelInputs, job.k);
@@ -205,11 +202,17 @@ void panels_float(const Job& job, __m512 table) {
                  : add_panel<1>(job, panel, begin, end, sums + p * pair);
     }
   }
-  for (int tile = 0; tile < job.tiles; ++tile) {
-    const float* const own = sums + tile / 2 * pair + tile % 2 * kLanes;
-    for (int row = 0; row < job.rows; ++row)
-      store(job, row, tile,
-            _mm512_add_ps(bias_of(job, tile), _mm512_load_ps(own + row * 2 * kLanes)));
+  for (int p = 0; p < pairs; ++p) {
+    const int count = std::min(2, job.tiles - 2 * p);
+    float* const own = sums + p * pair;
+    for (int n = 0; n < count; ++n) {
+      const __m512 bias = bias_of(job, 2 * p + n);
+      for (int row = 0; row < job.rows; ++row) {
+        float* const at = own + (2 * row + n) * kLanes;
+        _mm512_store_ps(at, _mm512_add_ps(bias, _mm512_load_ps(at)));
+      }
+    }
+    avx512::store_rows(job, 0, job.rows, 2 * p, count, 1, own);
   }
 }
 
@@ -231,4 +234,10 @@ void multiply_float(const Job& job) {
 }
 
 }  // namespace
+
+const Kernel kAvx512 = {
+    "avx512",       float_bytes,    avx512::integer_bytes, prepare_float, avx512::prepare_integer,
+    multiply_float, avx512::multiply_integer,
+};
+
 }  // namespace qvla

@@ -1,0 +1,162 @@
+"""The pictures of a camera as a data set stores them, decoded when they are asked for.
+
+Encoded files are decoded here and not by TensorFlow, so that every file format gives the same
+pixels. They become three 8-bit channels as there: grayscale is repeated, palettes are looked up,
+transparency is dropped, CMYK is converted. Whatever else is stored where a picture should be is one
+`DatasetError` that names set, episode, step and feature.
+"""
+
+import io
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from qvla_jax.array_typing import NpArray, UInt8
+from qvla_jax.errors import DatasetError
+
+Picture: TypeAlias = UInt8[NpArray, "height width 3"]
+
+# What TensorFlow's decoder of pictures reads; Pillow reads many more, some by calling programs.
+_FORMATS: Final = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+# 8-bit modes; Pillow clips the others ("I;16", "I", "F") when it converts them.
+_MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
+# Where a PNG file says how many bits a channel has.
+_PNG_BIT_DEPTH: Final = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What one camera saw in an episode, a picture for each step.
+
+    Attributes:
+        stored: JPEG or PNG files (also BMP, GIF, WebP), or u8[height, width, 3].
+        size: height and width that the data set declares; None where it leaves them open.
+        feature: the feature that they are stored in.
+        episode: names set and episode in errors.
+        first_step: number, in the record, of the first step.
+    """
+
+    stored: Sequence[bytes | NpArray]
+    size: tuple[int | None, int | None]
+    feature: str
+    episode: str
+    first_step: int
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def only(self, steps: Collection[int]) -> "Pictures":
+        """The same with the pictures of some steps alone; those of the others are empty."""
+        kept = [file if step in steps else b"" for step, file in enumerate(self.stored)]
+        return replace(self, stored=kept)
+
+    def decode(self, step: int) -> Picture:
+        """The picture of a step.
+
+        Raises:
+            DatasetError: it is none, not 8 bits deep, or of another size than declared.
+        """
+        try:
+            image = _decode(self.stored[step])
+            self._check_size(image.shape[:2], self.size, "the data set declares")
+        except DatasetError as error:
+            raise DatasetError(f"{self._where(step)}: {error}") from error
+        return image
+
+    def decode_all(self) -> UInt8[NpArray, "t height width 3"]:
+        """The pictures of all steps, which must be of one size."""
+        images = list(_threads().map(self.decode, range(len(self))))
+        for step, image in enumerate(images):
+            self.check_same_size(step, image.shape[:2], (0, images[0].shape[:2]))
+        return np.stack(images)
+
+    def check_same_size(
+        self, step: int, size: tuple[int, ...], other: tuple[int, tuple[int, ...]]
+    ) -> None:
+        """Raises DatasetError if a picture's size is not that of another step, (step, size)."""
+        try:
+            self._check_size(size, other[1], f"step {other[0] + self.first_step} has")
+        except DatasetError as error:
+            raise DatasetError(f"{self._where(step)}: {error}") from error
+
+    def _where(self, step: int) -> str:
+        return f"{self.episode}: step {step + self.first_step}: {self.feature}"
+
+    @staticmethod
+    def _check_size(found: tuple[int, ...], expected: tuple[int | None, ...], because: str) -> None:
+        if any(e not in (None, f) for f, e in zip(found, expected, strict=True)):
+            raise DatasetError(
+                f"a picture of {found[0]} x {found[1]} pixels, but {because} "
+                f"{' x '.join('any' if e is None else str(e) for e in expected)}"
+            )
+
+
+def decode_each(
+    chosen: Iterable[tuple[Pictures, int]],
+) -> UInt8[NpArray, "b height width 3"] | list[Picture]:
+    """Decodes pictures, each named by its camera's and its step; a list where sizes differ."""
+    images = list(_threads().map(lambda one: one[0].decode(one[1]), chosen))
+    same = len({image.shape for image in images}) == 1
+    return np.stack(images) if same else images
+
+
+def check_each(chosen: Sequence[tuple[Pictures, int]]) -> None:
+    """Decodes pictures as `decode_each` does and keeps none.
+
+    Raises:
+        DatasetError: one does not decode, or pictures of one episode and camera differ in size.
+    """
+    sizes = _threads().map(lambda one: one[0].decode(one[1]).shape[:2], chosen)
+    first: dict[int, tuple[int, tuple[int, ...]]] = {}
+    for (pictures, step), size in zip(chosen, sizes, strict=True):
+        pictures.check_same_size(step, size, first.setdefault(id(pictures), (step, size)))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Decoders release the GIL."""
+    return ThreadPoolExecutor(thread_name_prefix="decode")
+
+
+def _decode(stored: bytes | NpArray) -> Picture:
+    if isinstance(stored, np.ndarray) and stored.dtype == object and stored.size == 1:
+        stored = stored.item()
+    if isinstance(stored, np.ndarray):
+        if stored.dtype != np.uint8 or stored.ndim != 3 or stored.shape[-1] != 3:
+            raise DatasetError(
+                f"expected a picture uint8 [H, W, 3], found {stored.dtype} {list(stored.shape)}"
+            )
+        return stored
+    if not stored:
+        raise DatasetError(
+            "the picture is missing (an empty string, which the public loaders read as black); "
+            "leave the episode out when the data set is built"
+        )
+    return _decode_file(stored)
+
+
+def _decode_file(file: bytes) -> Picture:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
+            image.verify()  # The checksums of PNG, which decoding passes over; it needs a new file.
+        with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
+            deep = image.format == "PNG" and file[_PNG_BIT_DEPTH] > 8
+            if not deep and image.mode in _MODES:
+                return np.asarray(image.convert("RGB"))
+            found = f"{image.format} of mode {image.mode}{', 16 bits' if deep else ''}"
+    except Exception as error:
+        # Damaged files make the decoders raise nearly anything.
+        kind = "the file is damaged"
+        if isinstance(error, Image.UnidentifiedImageError):
+            kind = f"none of {', '.join(_FORMATS)}"
+        raise DatasetError(
+            f"the picture does not decode: {kind} ({len(file)} bytes that begin with "
+            f"{file[:8].hex(' ')}; {type(error).__name__}); build the data set again"
+        ) from error
+    raise DatasetError(f"expected a picture with 8 bits for each channel, found {found}")

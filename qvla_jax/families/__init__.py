@@ -1,0 +1,1 @@
+"""Families of policies: each folder has its configuration, network, checkpoints and processor."""

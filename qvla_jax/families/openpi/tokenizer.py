@@ -1,0 +1,132 @@
+"""PaliGemma's tokenizer, from the file that the user has, and openpi's prompts."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import tokenizers
+
+from qvla_jax.array_typing import Bool, Float, Int
+from qvla_jax.errors import CheckpointError, InputError
+
+# Where openpi gets it from, and the same as a tokenizers file.
+SOURCES: Final = (
+    "gs://big_vision/paligemma_tokenizer.model, which openpi keeps as "
+    "~/.cache/openpi/big_vision/paligemma_tokenizer.model, or tokenizer.json of "
+    "google/paligemma-3b-pt-224"
+)
+# Lower edges of the 256 bins of a normalized state; one below the first is bin -1, as there.
+_BINS: Final = np.linspace(-1.0, 1.0, 257)[:-1]
+_PAD: Final = 0
+
+
+class Encoder(Protocol):
+    """Text -> ids, without special tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTokenizer:
+    """Writes prompts as openpi does, and pads or cuts their tokens to one length."""
+
+    encoder: Encoder
+    bos: int
+    max_tokens: int
+    # Ids of text are below this.
+    vocab_size: int
+
+    @classmethod
+    def from_file(cls, path: Path, *, max_tokens: int) -> "PromptTokenizer":
+        """Reads a SentencePiece model (`.model`) or a tokenizers file (`.json`).
+
+        Raises:
+            CheckpointError: the file is missing or damaged; the message says where to get it.
+            InputError: SentencePiece is not installed.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; the tokenizer is {SOURCES}")
+        if path.suffix == ".json":
+            return cls._from_json(path, max_tokens)
+        encoder = _sentencepiece(path)
+        return cls(encoder, encoder.bos, max_tokens, encoder.vocab_size)
+
+    @classmethod
+    def _from_json(cls, path: Path, max_tokens: int) -> "PromptTokenizer":
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path}: not a tokenizers file ({error})") from error
+        bos = tokenizer.token_to_id("<bos>")
+        if bos is None:
+            raise CheckpointError(f"{path}: has no token '<bos>'; the tokenizer is {SOURCES}")
+        # Tokens that were added behind those of text, as `<image>`, have no row in the embeddings.
+        return cls(_Tokenizers(tokenizer), bos, max_tokens, tokenizer.get_vocab_size(False))
+
+    def __call__(
+        self, prompt: str, state: Float[np.ndarray, " p"] | None = None
+    ) -> tuple[Int[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
+        """Token ids of a prompt, and which are not padding.
+
+        A prompt that is too long is cut behind its last token that fits, with a warning: openpi
+        does the same.
+
+        Args:
+            prompt: the instruction.
+            state: normalized and not padded, to be written into the prompt; None where the policy
+                does not read it there.
+        """
+        text = prompt.strip().replace("_", " ").replace("\n", " ")
+        if state is None:
+            # The line break is the start of the answer.
+            ids = [self.bos, *self.encoder.encode(text), *self.encoder.encode("\n")]
+        else:
+            bins = " ".join(map(str, np.digitize(state, _BINS) - 1))
+            ids = [self.bos, *self.encoder.encode(f"Task: {text}, State: {bins};\nAction: ")]
+        if len(ids) > self.max_tokens:
+            logging.getLogger(__name__).warning(
+                "prompt %r has %d tokens and is cut to %d", prompt, len(ids), self.max_tokens
+            )
+        ids = ids[: self.max_tokens]
+        padded = np.full(self.max_tokens, _PAD, np.int32)
+        padded[: len(ids)] = ids
+        return padded, np.arange(self.max_tokens) < len(ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokenizers:
+    tokenizer: tokenizers.Tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@dataclasses.dataclass(frozen=True)
+class _SentencePiece:
+    processor: Any
+    bos: int
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        return self.processor.encode(text)
+
+
+def _sentencepiece(path: Path) -> _SentencePiece:
+    try:
+        import sentencepiece
+    except ImportError:
+        raise InputError(
+            f"{path}: a SentencePiece model needs the package sentencepiece: pip install "
+            "'qvla-jax[openpi]'; or give the tokenizer.json of google/paligemma-3b-pt-224"
+        ) from None
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a SentencePiece model ({error}); the tokenizer is {SOURCES}"
+        ) from error
+    return _SentencePiece(processor, processor.bos_id(), processor.vocab_size())

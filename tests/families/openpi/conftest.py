@@ -1,0 +1,56 @@
+"""Small networks of both variants: every part of the architecture, at widths of a few entries."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from qvla_jax.families.openpi.checkpoint import load_weights
+from qvla_jax.families.openpi.config import GemmaConfig, OpenpiConfig, SiglipConfig, preset
+from qvla_jax.families.openpi.names import parameters
+from qvla_jax.families.openpi.network import FlowMatching, abstract_model
+
+# More than one key-value head, and heads that are not as wide as the network.
+_GEMMA = dict(depth=2, mlp_dim=10, num_heads=4, num_kv_heads=2, head_dim=4)
+
+
+@pytest.fixture(scope="session")
+def configs() -> dict[str, OpenpiConfig]:
+    """Variant -> configuration."""
+    return {
+        variant: dataclasses.replace(
+            preset(f"{variant}_libero"),
+            vision=SiglipConfig(width=12, depth=2, mlp_dim=14, num_heads=3, image_size=28),
+            language=GemmaConfig(width=8, **_GEMMA),
+            action_expert=GemmaConfig(width=6, **_GEMMA),
+            vocab_size=20,
+            action_dim=9,
+            action_horizon=3,
+            max_prompt_tokens=5,
+        )
+        for variant in ("pi0", "pi05")
+    }
+
+
+@pytest.fixture(scope="session")
+def tensors(configs) -> dict[str, dict[str, np.ndarray]]:
+    """Variant -> path of every parameter -> random value; every one of them matters."""
+    made = {}
+    for variant, config in configs.items():
+        rng = np.random.default_rng(len(variant))
+        made[variant] = {
+            path: rng.normal(size=variable.shape).astype(np.float32)
+            for path, variable in parameters(abstract_model(config))
+        }
+    return made
+
+
+@pytest.fixture(scope="session")
+def models(configs, tensors) -> dict[str, FlowMatching]:
+    """Variant -> a network with arrays, of moderate gain, that takes three steps."""
+    made = {}
+    for variant, config in configs.items():
+        model = abstract_model(dataclasses.replace(config, num_steps=3))
+        load_weights(model, {path: 0.4 * value for path, value in tensors[variant].items()})
+        made[variant] = model
+    return made

@@ -1,0 +1,74 @@
+"""The order of the rooms: a room imports from the floors below its own, and from itself."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "qvla_jax": ROOT / "qvla_jax",
+    "qvla_jax.solvers": ROOT / "solvers",
+    "qvla_jax.data": ROOT / "data",
+}
+# From the ground up. Rooms of one floor do not know each other.
+FLOORS = (
+    {"array_typing", "errors", "output", "precision", "progress", "provenance"},
+    {"atomic", "devices", "failures", "mapping", "plain", "stage_times"},
+    {"array_files", "config", "repeating", "sharding"},
+    {"data", "models", "solvers"},
+    {"quantization"},
+    {"kernels"},
+    {"checkpoints"},
+    {"families", "inference", "model_options"},
+    {"sensitivity"},
+    {"allocation", "baselines"},
+    {"evaluation"},
+    {"report"},
+    {"pipeline", "serving", "training"},
+    {"doctor"},
+    {"commands"},
+    {"cli"},
+)
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def rooms() -> Iterator[tuple[str, Path]]:
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            inside = ".".join(path.relative_to(folder).with_suffix("").parts)
+            room = f"{package}.{inside}".split(".")[1]
+            if room != "__init__":  # `import qvla_jax` loads what is asked for
+                yield room, path
+
+
+def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, room) of every import of the package, late ones included."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            own = node.module == "qvla_jax"
+            names = [f"qvla_jax.{a.name}" for a in node.names] if own else [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "qvla_jax" and len(parts) > 1 and parts[1] in FLOOR_OF:
+                yield node.lineno, parts[1]
+
+
+def test_every_room_has_a_floor():
+    assert {room for room, _ in rooms()} - {"__main__"} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("room", FLOOR_OF)
+def test_no_room_imports_from_a_floor_above(room):
+    upwards = [
+        f"{path.relative_to(ROOT)}:{line} imports {other}"
+        for own, path in rooms()
+        if own == room
+        for line, other in imported_rooms(path)
+        if other != room and FLOOR_OF[other] >= FLOOR_OF[room]
+    ]
+    assert not upwards
