@@ -9,8 +9,8 @@ KILLS ?= 50
 # Files or folders of tests; without any `make test` runs them all, and the targets for other sets of
 # versions run a selection that reaches every dependency in about two CPU minutes.
 TESTS ?=
-SELECTION := $(addprefix tests/, test_package.py solvers/test_solvers.py solvers/test_demotion.py \
-  kernels/test_cpu.py kernels/test_packing.py pipeline/test_run.py serving/test_server.py)
+SELECTION := $(addprefix tests/, solvers/test_solvers.py kernels/test_codes.py \
+  inference/test_packed_linear.py baselines/test_gptq.py pipeline/test_run.py serving/test_server.py)
 # The newest interpreter that is supported, wherever it can be found. Only running it tells: pyenv has
 # a python3.13 on the path that runs nothing while another version is chosen.
 PYTHON_NEWEST ?= $(shell for python in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/python; do \

@@ -241,7 +241,8 @@ def cbc_path() -> str | None:
         return cbcbox.cbc_bin_path()
     pulp: Any = importlib.import_module("pulp")
     bundled: Any = getattr(pulp, "PULP_CBC_CMD", None)
-    return shutil.which("cbc") or (bundled and shutil.which(bundled.pulp_cbc_path))
+    inside: str | None = None if bundled is None else bundled.pulp_cbc_path
+    return shutil.which("cbc") or (None if inside is None else shutil.which(inside))
 
 
 def _status_of_cbc(pulp: Any, problem: Any, outcome: Any) -> MipStatus:

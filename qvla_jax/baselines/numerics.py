@@ -77,8 +77,8 @@ def qwix_context() -> Iterator[None]:
         yield
 
 
-def how_to_quantize(bits: int, group: int | None) -> HowToQuantize:
-    """The description of rows [c, k] at these bits.
+def how_to_quantize(bits: int, group: int | None) -> Any:
+    """The `HowToQuantize` of rows [c, k] at these bits, as qwix's own type to a type checker.
 
     Raises:
         InputError: qwix or the packed layout has no such width.
