@@ -21,9 +21,11 @@ from qvla_jax.repeating import read_settings, write_settings
 
 from .report.fakes import fake_report
 
+# Shapes as in pipeline/conftest.py: programs that are compiled already.
 SMALL = (
-    "--frames", "4", "--probes", "1", "--validate", "0", "--eval-frames", "4",
-    "--budget-bits", "10", "--sweep", "10", "--uniform-bits", "4", "--match-uniform", "8",
+    "--frames", "6", "--probes", "2", "--validate", "0", "--eval-frames", "9", "--eval-batch", "4",
+    "--latency-calls", "2", "--budget-bits", "10", "--sweep", "10", "--uniform-bits", "4",
+    "--match-uniform", "8",
 )  # fmt: skip
 
 

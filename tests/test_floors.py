@@ -31,7 +31,7 @@ FLOORS = (
     {"commands"},
     {"cli"},
 )
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in sorted(rooms)}
 
 
 def rooms() -> Iterator[tuple[str, Path]]:
