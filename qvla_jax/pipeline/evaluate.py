@@ -64,7 +64,7 @@ def evaluate(
     Args:
         config: Settings.
         policy: The policy, if it is loaded already.
-        progress: Called as it goes on.
+        progress: reports progress.
 
     Raises:
         InputError: A file is missing or was made for another policy or calibration set, or the

@@ -48,7 +48,7 @@ def quantize_by_methods(
     Args:
         config: Settings.
         policy: The full-precision policy, if it is loaded already.
-        progress: Called as it goes on.
+        progress: reports progress.
 
     Returns:
         The file of each method.

@@ -23,7 +23,7 @@ def quantize(
     Args:
         config: Settings.
         policy: The full-precision policy, if it is loaded already.
-        progress: Called as it goes on.
+        progress: reports progress.
 
     Returns:
         The packed policy.

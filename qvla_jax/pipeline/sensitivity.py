@@ -46,7 +46,7 @@ def sensitivity(
         config: Settings.
         policy: The policy, if it is loaded already.
         calibration: The calibration set, if it is loaded already.
-        progress: Called as it goes on.
+        progress: reports progress.
 
     Returns:
         The content of validation.json; None if it was skipped.

@@ -151,7 +151,7 @@ def study(
         config: Settings.
         policy: The full-precision policy, if it is loaded already.
         make: Makes the environment of an episode, in a process of its own.
-        progress: Called as it goes on.
+        progress: reports progress.
 
     Returns:
         The content of results.json.

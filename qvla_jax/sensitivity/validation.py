@@ -68,7 +68,7 @@ def probe_sample(
         frames: frames that they are measured on.
         seed: of the draw.
         rules: those of the table.
-        progress: called as it goes on.
+        progress: reports progress.
 
     Raises:
         InputError: the table belongs to other layers, or nothing can be sampled.
@@ -107,7 +107,7 @@ def same_frames(
         method: None takes the table's own.
         seed: of the probes.
         rules: those of the table.
-        progress: called as it goes on.
+        progress: reports progress.
     """
     return sensitivities(
         policy,
@@ -150,7 +150,7 @@ def validate(
         frames: frames that they are measured on.
         seed: of the draw.
         rules: those of the table.
-        progress: called as it goes on.
+        progress: reports progress.
 
     Returns:
         JSON object: `channels`, `frames`, `method`, `spearman` (see `rank_correlations`) on the
