@@ -92,6 +92,8 @@ template <int BITS, int MR, int NT>
 #pragma GCC unroll 4
       for (int n = 0; n < NT; ++n) {
         block[n] = _mm512_loadu_si512(words[n]);
+        // One row waits for the core, too: GCC would read the block again for every field.
+        if constexpr (MR == 1) __asm__("" : "+v"(block[n]));
         prefetch<MR>(words[n]);
         words[n] += kBlock;
       }

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qvla_jax.array_typing import Integer, NpArray
+from qvla_jax.precision import in_32_bits
 from qvla_jax.sensitivity.table import SensitivityTable
 from qvla_jax.solvers import relax, solve
 from qvla_jax.solvers.solution import relative_gap
@@ -65,6 +66,7 @@ class Allocation:
         return {f.name: getattr(self, f.name) for f in fields if f.name != "bits"}
 
 
+@in_32_bits
 def allocate(
     table: SensitivityTable,
     *,

@@ -396,7 +396,11 @@ def _result_of(call: _Call) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            return call.function(call.settings)
+            if call.command.bare:
+                return call.function(call.settings)
+            from qvla_jax.precision import in_32_bits
+
+            return in_32_bits(call.function)(call.settings)
     except QvlaError:
         raise
     except Exception as error:

@@ -4,9 +4,15 @@ Two virtual CPU devices, so that sharded code paths run in plain CI; no implicit
 no implicit rank promotion, so that neither hides a mistake.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# Matrices of tests are small: OpenBLAS's threads, which wait busily, would only take time from the
+# other worker. It reads the variable when NumPy and SciPy load it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
@@ -20,12 +26,14 @@ _STATM = Path("/proc/self/statm")
 _MANY_PAGES = 2**31 // os.sysconf("SC_PAGE_SIZE")
 
 # Most programs of tests run once, and optimizing them takes longer than that. Subprocesses inherit
-# the flags.
+# the flags. JAX ends at a flag that it does not know, and releases differ in what they know.
 _FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):
-    # A third of the time of compilation goes into setting up MLIR for every program; later releases
-    # leave no choice, and end at flags that they do not know.
+    # Half of the time of compilation goes into MLIR, set up anew for every program.
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+if jax.__version_info__ < (0, 13):
+    # A library for products, which arranges itself for each of them.
+    _FLAGS.append("--xla_cpu_experimental_ynn_fusion_type=")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
@@ -40,10 +48,55 @@ def pytest_configure(config: pytest.Config) -> None:
     Each worker has a folder of its own: entries are not written whole or not at all.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    if config.cache is not None:
+    if getattr(config, "cache", None) is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{worker}")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# Files that share fixtures or programs run in one worker, and what takes longest starts first: the
+# workers end together. All other files follow, each by itself.
+_TOGETHER = (
+    ("tests/pipeline/", "tests/test_cli.py"),
+    ("tests/baselines/",),
+    ("tests/sensitivity/",),
+    ("tests/training/",),
+    ("tests/serving/",),
+)
+
+
+def _group(nodeid: str) -> tuple[int, str]:
+    """Rank and name of what a test runs together with."""
+    for rank, starts in enumerate(_TOGETHER):
+        if nodeid.startswith(starts):
+            return rank, starts[0]
+    return len(_TOGETHER), nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _group(item.nodeid)[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, workers take groups instead of files."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)[1]
+
+    config.option.loadscopereorder = False  # by the number of tests
+    return Groups(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: the garbage collector need not look through them again and again."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="session")

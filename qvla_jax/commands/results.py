@@ -12,7 +12,7 @@ from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.output import Result
 from qvla_jax.pipeline import files
 from qvla_jax.report.page import size_text
-from qvla_jax.report.terminal import methods_table, spearman_line, sweep_table
+from qvla_jax.report.terminal import methods_table, spearman_line, sweep_table, times_table
 
 
 def written(folder: Path) -> Result:
@@ -93,6 +93,8 @@ def report(content: Mapping[str, Any], folder: Path) -> Result:
         "",
         sweep_table([*content["methods"], *content["sweep"]]),
         content["packed"]["note"],
-        f"Report: {folder / files.REPORT_HTML}",
     ]
+    if content["stages"] is not None:
+        lines += ["", times_table(content["stages"]), ""]
+    lines.append(f"Report: {folder / files.REPORT_HTML}")
     return Result(content, tuple(lines))

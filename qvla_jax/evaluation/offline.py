@@ -6,14 +6,20 @@ names say so. Sums run in float64.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
+from qvla_jax import sharding
 from qvla_jax.array_typing import Float, NpArray
 from qvla_jax.errors import InputError
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, track
 
+if TYPE_CHECKING:
+    from qvla_jax.inference.policy import Policy
+
+_NO_FRAMES: Final = "there are no frames to evaluate on"
 # A gripper entry is in [0, 1]; the controller opens above and closes below this.
 GRIPPER_THRESHOLD = 0.5
 
@@ -88,6 +94,51 @@ class ActionErrors:
         }
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedFrames:
+    """Frames as model inputs on the devices: decoded and prepared once for many policies.
+
+    Attributes:
+        inputs: Batches of one size; the last one is padded.
+        expert: `[N, h, a]`, see `Predictions`.
+    """
+
+    inputs: tuple[Any, ...]
+    expert: Float[NpArray, "N h a"]
+
+    @classmethod
+    def of(cls, policy: "Policy", frames: _Frames, batch_size: int = 8) -> "PreparedFrames":
+        """Prepares frames.
+
+        Args:
+            policy: What takes the same inputs as the policies that `predict` gets.
+            frames: Frames with the expert's actions.
+            batch_size: Frames for each call of a policy. Few of them stay in a CPU's cache.
+
+        Raises:
+            InputError: The frames carry no expert actions, or there are none.
+        """
+        mesh = sharding.data_mesh()
+        size = -(-batch_size // mesh.size) * mesh.size
+        inputs, expert = [], []
+        for batch in frames.batches(size):
+            expert.append(_expert(policy, batch))
+            padded, _ = sharding.pad_batch(policy.prepare(batch), size)
+            inputs.append(sharding.shard_batch(mesh, padded))
+        if not expert:
+            raise InputError(_NO_FRAMES)
+        return cls(tuple(inputs), np.concatenate(expert))
+
+    def predict(self, policy: "Policy") -> Predictions:
+        """Runs a policy on every frame.
+
+        Raises:
+            InputError: A prediction is not finite.
+        """
+        chunks = np.concatenate(policy.run_all(self.inputs))[: len(self.expert)]
+        return Predictions(_checked(chunks), self.expert)
+
+
 def action_errors(
     candidate: Float[NpArray, "N h a"], reference: Float[NpArray, "N h a"]
 ) -> ActionErrors:
@@ -118,6 +169,7 @@ def action_errors(
     )
 
 
+@in_32_bits
 def evaluate(
     policy: _Policy,
     frames: _Frames,
@@ -183,18 +235,25 @@ def predict(
     chunks, expert = [], []
     total = -(-frames.frames // batch_size)
     for batch in track(frames.batches(batch_size), total, stage, progress):
-        if "actions" not in batch:
-            raise InputError(
-                f"frames for evaluation need the expert's 'actions'; got {', '.join(sorted(batch))}"
-            )
-        chunk = np.asarray(policy.infer_normalized(batch))
-        if not np.isfinite(chunk).all():
-            raise InputError("the policy predicts actions that are not finite: check its weights")
-        chunks.append(chunk)
-        expert.append(policy.normalize_actions(np.asarray(batch["actions"])))
+        expert.append(_expert(policy, batch))
+        chunks.append(_checked(np.asarray(policy.infer_normalized(batch))))
     if not chunks:
-        raise InputError("there are no frames to evaluate on")
+        raise InputError(_NO_FRAMES)
     return Predictions(np.concatenate(chunks), np.concatenate(expert))
+
+
+def _expert(policy: _Policy, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]:
+    if "actions" not in batch:
+        raise InputError(
+            f"frames for evaluation need the expert's 'actions'; got {', '.join(sorted(batch))}"
+        )
+    return policy.normalize_actions(np.asarray(batch["actions"]))
+
+
+def _checked(chunks: Float[NpArray, "b h a"]) -> Float[NpArray, "b h a"]:
+    if not np.isfinite(chunks).all():
+        raise InputError("the policy predicts actions that are not finite: check its weights")
+    return chunks
 
 
 def _check(candidate: np.ndarray, reference: np.ndarray) -> None:

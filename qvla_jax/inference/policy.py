@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from qvla_jax.models import (
     named_modules,
 )
 from qvla_jax.models.unread import DROPPED, drop_unread, is_dropped
+from qvla_jax.precision import in_32_bits
 from qvla_jax.provenance import package_versions
 
 WEIGHTS_FILE = "model.safetensors"
@@ -130,6 +131,7 @@ class Policy:
         """
         return self.run(self.prepare(batch, preprocessed=preprocessed))
 
+    @in_32_bits
     def run(self, inputs: ModelInputs) -> Float[np.ndarray, "b h a"]:
         """Prepared inputs -> normalized action chunks; see `infer_normalized`."""
         mesh = sharding.data_mesh()
@@ -139,6 +141,24 @@ class Policy:
             chunk = _forward(graphdef, mesh, state, sharding.shard_batch(mesh, padded))
         return np.asarray(chunk)[:count]
 
+    @in_32_bits
+    def run_all(self, batches: Sequence[ModelInputs]) -> list[Float[np.ndarray, "b h a"]]:
+        """As `run` for each of many batches: the weights are put on the devices once.
+
+        Args:
+            batches: prepared inputs; the size of each is a multiple of the number of devices.
+        """
+        mesh = sharding.data_mesh()
+        graphdef, state = nnx.split(self.model)
+        state = sharding.replicate(mesh, state)
+        with jax.default_matmul_precision("float32"):
+            chunks = [
+                _forward(graphdef, mesh, state, sharding.shard_batch(mesh, inputs))
+                for inputs in batches
+            ]
+        return [np.asarray(chunk) for chunk in chunks]
+
+    @in_32_bits
     def complete(self, inputs: ModelInputs) -> ModelInputs:
         """Prepared inputs, with the decoded tokens of a policy that decodes them.
 
@@ -214,6 +234,7 @@ class Policy:
         return dataclasses.replace(scaled, quantization=self.quantization)
 
     @functools.cached_property
+    @in_32_bits
     def fingerprint(self) -> str:
         """SHA-256 over configuration, statistics and weights: names the policy in results."""
         digest = hashlib.sha256()
@@ -234,6 +255,7 @@ class Policy:
                 digest.update(array.tobytes())
         return digest.hexdigest()
 
+    @in_32_bits
     def save(self, path: str | Path, *, dtype: jnp.dtype | None = None) -> None:
         """Writes what `load_policy` reads: a directory, or one `.qvla` file if packed.
 
@@ -260,6 +282,7 @@ class Policy:
         write_json(folder / STATISTICS_FILE, self.statistics)
         write_json(folder / CONFIG_FILE, self.config.to_dict())
 
+    @in_32_bits
     def export(self, path: str | Path, *, dtype: Any = None) -> None:
         """Writes the policy as a public directory, for PyTorch and for `load_policy`.
 
@@ -299,6 +322,7 @@ class Policy:
         )
 
 
+@in_32_bits
 def make_policy(
     config: OpenVLAConfig,
     model: Prismatic,
@@ -350,6 +374,7 @@ def make_policy(
     return Policy(config=config, model=model, processor=processor, statistics=statistics)
 
 
+@in_32_bits
 def load_policy(
     source: str | Path,
     *,
@@ -532,6 +557,7 @@ def _keep_dtype(embedding: nnx.Variable, tensors: Mapping[str, np.ndarray]) -> N
         embedding.set_value(jax.ShapeDtypeStruct(embedding.shape, stored.dtype))
 
 
+@in_32_bits
 def import_policy(
     source: str | Path,
     out: str | Path,
@@ -608,6 +634,7 @@ def _read_public(folder: Path, options: LoadOptions) -> Policy:
     return make_policy(config, abstract_model(config), tokenizer, statistics, source=str(source))
 
 
+@in_32_bits
 def random_policy(name: str, *, seed: int = 0) -> Policy:
     """A small preset with random weights and statistics of unit range, for tests and examples.
 

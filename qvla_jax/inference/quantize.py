@@ -13,6 +13,7 @@ from qvla_jax.inference.packed_linear import replace_by_packed
 from qvla_jax.inference.packing import pack_layer
 from qvla_jax.inference.policy import Policy
 from qvla_jax.kernels import LayerInputs
+from qvla_jax.precision import in_32_bits
 from qvla_jax.quantization.bias import corrected_bias
 from qvla_jax.quantization.codes import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
@@ -40,6 +41,7 @@ def policy_index(policy: Policy, rules: LayerRules = DEFAULT_RULES) -> ChannelIn
     return channel_index(quantizable_layers(policy.model, rules))
 
 
+@in_32_bits
 def quantize(
     policy: Policy,
     bits: Int[np.ndarray, " C"],
@@ -152,6 +154,7 @@ def _quantizer_of(bits: Any) -> Quantizer:
     return Quantizer(getattr(bits, "settings", None) or NEAREST_UNCORRECTED)
 
 
+@in_32_bits
 def quantize_uniform(
     policy: Policy,
     bits: int,

@@ -14,6 +14,7 @@ from qvla_jax.array_files import read_arrays, write_arrays
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import AllocateConfig
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import InputStatistics, uniform_bytes
 from qvla_jax.quantization.codes import BITS
@@ -96,6 +97,7 @@ class Allocations:
         return cls(items, layers, made_from)
 
 
+@in_32_bits
 def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> Allocations:
     """Solves for every sensitivity table in the folder, every solver and every budget.
 

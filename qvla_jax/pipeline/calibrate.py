@@ -6,9 +6,11 @@ from qvla_jax.data import open_x
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import CalibrateConfig
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 
 
+@in_32_bits
 def calibrate(config: CalibrateConfig, *, progress: Progress = no_progress) -> CalibrationSet:
     """Draws the calibration set and writes its manifest.
 

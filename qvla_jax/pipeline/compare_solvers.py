@@ -8,6 +8,7 @@ import tyro
 
 from qvla_jax.errors import InputError
 from qvla_jax.pipeline import files
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.report.pareto import save_pareto
@@ -84,6 +85,7 @@ class Compared:
         }
 
 
+@in_32_bits
 def compare_solvers(config: CompareSolversConfig, *, progress: Progress = no_progress) -> Compared:
     """Compares solvers, and writes the figure where it is wanted.
 

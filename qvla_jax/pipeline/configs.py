@@ -72,23 +72,29 @@ class SensitivityConfig(StageConfig, ModelOptions):
     # Random probe vectors for each frame (jacobian).
     probes: int = 8
     # Other methods to compare with, each in a file of its own.
-    baselines: tuple[str, ...] = ("input_hessian",)
+    baselines: tuple[str, ...] = ()
     # Sampled channels whose sensitivity is also measured exactly, to validate the rest; 0 skips it.
-    validate: int = 256
+    validate: int = 0
     # Calibration frames used for that.
     validate_frames: int = 8
+    # As --baselines input_hessian --validate 256, where these are left out: the proxy of the
+    # released code to compare with, and exact probing. Takes twice as long.
+    thorough: bool = False
     # Devices, of all processes, along the mesh's channel axis; the others split the frames.
     channel_devices: int = 1
     # Split the policy's weights over the channel axis, too (jacobian, refined, taylor).
     split_weights: bool = False
     # Leave the weights of a public directory in their files, and let them visit one device a stage
-    # at a time: for policies that do not fit into memory. Needs `--validate 0` and no baselines;
+    # at a time: for policies that do not fit into memory. Takes neither validation nor baselines;
     # rounding is to nearest, and joint factors are not measured.
     streamed: bool = False
 
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)
         _positive(self, "probes", "validate_frames", "channel_devices")
+        if self.thorough:
+            object.__setattr__(self, "baselines", self.baselines or ("input_hessian",))
+            object.__setattr__(self, "validate", self.validate or 256)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +150,8 @@ class EvaluateConfig(HeldoutConfig):
 
     # Uniform round-to-nearest baselines.
     uniform_bits: tuple[int, ...] = (2, 3, 4, 8)
-    # Frames for each forward pass.
-    eval_batch: int = 32
+    # Frames for each forward pass; few of them stay in a CPU's cache.
+    eval_batch: int = 8
     # Timed calls of the full and of the packed policy, one observation each; 0 times none.
     latency_calls: int = 50
 

@@ -1,9 +1,7 @@
 """Stage 5: the action error of every allocation on frames that calibration never saw."""
 
-import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,11 @@ from qvla_jax.baselines import check_setting, title
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.errors import InputError
-from qvla_jax.evaluation import Predictions, action_errors, predict
+from qvla_jax.evaluation import Predictions, action_errors
 from qvla_jax.evaluation.latency import WARM_UP, chunk_seconds, summarize_seconds
+from qvla_jax.evaluation.offline import PreparedFrames
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.comparable import comparable
 from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.pipeline import files
@@ -25,35 +25,24 @@ from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import EvaluateConfig, HeldoutConfig
 from qvla_jax.pipeline.methods import load_method, method_files
 from qvla_jax.pipeline.quantize import load_packed, packed_bits
-from qvla_jax.progress import Progress, no_progress
+from qvla_jax.precision import in_32_bits
+from qvla_jax.progress import Progress, no_progress, track
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, Quantizer, uniform_bytes
 from qvla_jax.quantization.quantizer import UNIFORM_FEEDBACK
+from qvla_jax.sensitivity import SensitivityTable
 
 EVALUATION_KIND = "qvla_jax.evaluation"
 SOURCE_BITS = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """Held-out frames, decoded once for all methods."""
-
-    frames: int
-    stored: tuple[Mapping[str, Any], ...]
-
-    @classmethod
-    def of(cls, heldout: CalibrationSet, batch: int) -> "Held":
-        """Decodes a set, in batches of this size."""
-        return cls(heldout.frames, tuple(heldout.batches(batch)))
-
-    def batches(self, n: int) -> Iterator[Mapping[str, Any]]:
-        """Yields the stored batches, whose size was chosen before."""
-        del n
-        yield from self.stored
-
-
+@in_32_bits
 def evaluate(
-    config: EvaluateConfig, *, policy: Policy | None = None, progress: Progress = no_progress
+    config: EvaluateConfig,
+    *,
+    policy: Policy | None = None,
+    table: SensitivityTable | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measures full precision, uniform rounding and every allocation; writes evaluation.json.
 
@@ -64,6 +53,7 @@ def evaluate(
     Args:
         config: Settings.
         policy: The policy, if it is loaded already.
+        table: The main sensitivity table, if it is loaded already.
         progress: reports progress.
 
     Raises:
@@ -83,9 +73,9 @@ def evaluate(
     )
     heldout = heldout_set(config, horizon=policy.config.action_horizon)
     check_disjoint(calibration, heldout)
-    held = Held.of(heldout, config.eval_batch)
+    held = PreparedFrames.of(policy, heldout, config.eval_batch)
     index = policy_index(policy)
-    table = load_tables(config.out)[0]
+    table = load_tables(config.out)[0] if table is None else table
 
     difference = 0.0
     feedback = Quantizer(UNIFORM_FEEDBACK, table.statistics)
@@ -93,22 +83,27 @@ def evaluate(
     methods = method_files(config.out)
     total = 1 + 2 * len(config.uniform_bits) + len(allocations.items) + len(methods)
     progress("evaluate", 0, total)
-    reference = predict(policy, held, batch_size=config.eval_batch)
+    reference = held.predict(comparable(policy))
     entries = [_full_entry(index, reference)]
     for bits in config.uniform_bits:
         progress("evaluate", len(entries), total)
-        uniform = quantize_uniform(policy, bits, packed=False)
-        entries.append(_uniform_entry(index, bits, predict(uniform, held), reference))
+        uniform = comparable(quantize_uniform(policy, bits, packed=False))
+        entries.append(_uniform_entry(index, bits, held.predict(uniform), reference))
         progress("evaluate", len(entries), total)
-        uniform = quantize_uniform(policy, bits, quantizer=feedback, packed=False)
-        entries.append(_feedback_entry(index, bits, predict(uniform, held), reference))
+        uniform = comparable(quantize_uniform(policy, bits, quantizer=feedback, packed=False))
+        entries.append(_feedback_entry(index, bits, held.predict(uniform), reference))
+    # Solvers and budgets may agree on the bits.
+    known: dict[bytes, Predictions] = {}
     for allocation in allocations.items:
         progress("evaluate", len(entries), total)
-        floats = quantize(policy, allocation.bits, quantizer=table.quantizer, packed=False)
-        predictions, execution = predict(floats, held), "float32"
+        same = allocation.bits.tobytes()
+        if same not in known:
+            floats = quantize(policy, allocation.bits, quantizer=table.quantizer, packed=False)
+            known[same] = held.predict(comparable(floats))
+        predictions, execution = known[same], "float32"
         if allocation is allocations.chosen:
             in_float, execution = predictions, "packed"
-            predictions = predict(packed, held)
+            predictions = held.predict(packed)
             difference = float(np.abs(predictions.chunks - in_float.chunks).max())
         solver = allocations.chosen.solver
         entries.append(
@@ -117,9 +112,10 @@ def evaluate(
     for path in methods:
         progress("evaluate", len(entries), total)
         other = load_method(path, allocations.made_from)
-        predictions = predict(unpacked(policy, other), held)
+        predictions = held.predict(comparable(unpacked(policy, other)))
         entries.append(_method_entry(index, path, other, predictions, reference))
     progress("evaluate", total, total)
+    latency = _latency(config, policy, packed, heldout, progress)
     evaluation = {
         "format": EVALUATION_KIND,
         "version": 1,
@@ -134,7 +130,7 @@ def evaluate(
             "quantized_weights": index.num_weights,
         },
         "packed": describe_packed(config.out / files.POLICY, allocations.chosen, difference),
-        "latency": _latency(config, policy, packed, heldout),
+        "latency": latency,
         "heldout": heldout.describe(),
         "chosen": allocations.chosen.name,
         "methods": entries,
@@ -146,15 +142,20 @@ def evaluate(
 
 
 def _latency(
-    config: EvaluateConfig, policy: Policy, packed: Policy, heldout: CalibrationSet
+    config: EvaluateConfig,
+    policy: Policy,
+    packed: Policy,
+    heldout: CalibrationSet,
+    progress: Progress,
 ) -> dict[str, Any] | None:
     """Times one chunk of the full and of the packed policy, call by call in turn."""
     if not config.latency_calls:
         return None
     calls = WARM_UP + config.latency_calls
     some = list(itertools.islice(heldout.batches(1), calls))
+    observations = itertools.islice(itertools.cycle(some), calls)
     seconds = chunk_seconds(
-        {"full": policy, "packed": packed}, itertools.islice(itertools.cycle(some), calls)
+        {"full": policy, "packed": packed}, track(observations, calls, "latency", progress)
     )
     ratios = np.divide(seconds["full"], seconds["packed"])
     return {

@@ -15,6 +15,8 @@ STATISTICS = "statistics.safetensors"
 # Seconds of each method. Not in the tables, which a sweep that was killed and went on repeats byte
 # for byte.
 TIMES = "sensitivity_times.json"
+# Where the time of `qvla run` went, stage by stage.
+RUN_TIMES = "run_times.json"
 # Finished items of a sweep, removed once its table is written.
 SWEEP = "sweep"
 VALIDATION = "validation.json"
@@ -47,6 +49,7 @@ _WRITERS = {
     ALLOCATION: "allocate",
     POLICY: "quantize",
     EVALUATION: "evaluate",
+    RUN_TIMES: "run",
     CLOSED_LOOP: "evaluate --sim libero_spatial",
 }
 

@@ -16,6 +16,7 @@ from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import HeldoutConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.solvers import AllocationProblem, evolve, local_search, relax, solve
@@ -64,6 +65,7 @@ class MeasureSolversConfig(HeldoutConfig):
             )
 
 
+@in_32_bits
 def measure_solvers(
     config: MeasureSolversConfig,
     *,

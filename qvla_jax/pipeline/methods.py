@@ -15,6 +15,7 @@ from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import StageConfig
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 
 
@@ -40,6 +41,7 @@ class MethodConfig(StageConfig, ModelOptions):
             check_setting(name)
 
 
+@in_32_bits
 def quantize_by_methods(
     config: MethodConfig, *, policy: Policy | None = None, progress: Progress = no_progress
 ) -> dict[str, Path]:

@@ -25,6 +25,7 @@ from qvla_jax.mapping import release_pages
 from qvla_jax.models import named_modules
 from qvla_jax.models.unread import DROPPED, drop_unread
 from qvla_jax.pipeline.configs import PackConfig
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import package_versions
 from qvla_jax.quantization import ChannelIndex, option_sizes, quantizable_layers, quantize_rows
@@ -43,6 +44,7 @@ _ROWS = 1024
 _SAMPLED_INPUTS = 512
 
 
+@in_32_bits
 def pack(config: PackConfig, *, progress: Progress = no_progress) -> None:
     """Packs a policy and writes the file.
 

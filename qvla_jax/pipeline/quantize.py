@@ -12,17 +12,25 @@ from qvla_jax.inference.quantize import quantize as pack_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.configs import QuantizeConfig
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
+from qvla_jax.sensitivity import SensitivityTable
 
 
+@in_32_bits
 def quantize(
-    config: QuantizeConfig, *, policy: Policy | None = None, progress: Progress = no_progress
+    config: QuantizeConfig,
+    *,
+    policy: Policy | None = None,
+    table: SensitivityTable | None = None,
+    progress: Progress = no_progress,
 ) -> Policy:
     """Packs the chosen allocation and writes policy.qvla.
 
     Args:
         config: Settings.
         policy: The full-precision policy, if it is loaded already.
+        table: The main sensitivity table, if it is loaded already.
         progress: reports progress.
 
     Returns:
@@ -34,7 +42,7 @@ def quantize(
     progress("quantize", 0, 1)
     policy = load_policy(config.model, **config.said()) if policy is None else policy
     allocations = Allocations.load(config.out / files.ALLOCATION)
-    table = load_tables(config.out)[0]
+    table = load_tables(config.out)[0] if table is None else table
     made_from = files.made_from(table)
     remedy = f"run `qvla sensitivity` and `qvla allocate` with --out {config.out} again"
     files.check_same(

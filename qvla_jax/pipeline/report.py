@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from qvla_jax.report.closed_loop import Rollout, choose_rollouts
 from qvla_jax.sensitivity.table import SensitivityTable
 
 KIND = "qvla_jax.report"
+RUN_TIMES_KIND = "qvla_jax.run_times"
 
 
 def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
             "allocate": sum(a.seconds for a in allocations.items),
             "evaluate": evaluation["seconds"],
         },
+        "stages": load_times(config.out, files.made_from(tables[0])),
         "closed_loop": None,
         "provenance": evaluation["provenance"],
     }
@@ -85,6 +88,23 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
     write_text(config.out / files.REPORT_HTML, page)
     progress("report", 1, 1)
     return content
+
+
+def save_times(
+    folder: Path, stages: Sequence[Mapping[str, Any]], made_from: Mapping[str, str]
+) -> None:
+    """Keeps where the time of a run went, for this report and later ones."""
+    header = {"format": RUN_TIMES_KIND, "version": 1, "made_from": made_from}
+    write_json(folder / files.RUN_TIMES, {**header, "stages": stages})
+
+
+def load_times(folder: Path, made_from: Mapping[str, str]) -> list[dict[str, Any]] | None:
+    """What `save_times` kept; None where the stages ran one by one, after it or without it."""
+    path = folder / files.RUN_TIMES
+    if not path.exists():
+        return None
+    content = files.read_json(path, kind=RUN_TIMES_KIND)
+    return content["stages"] if content["made_from"] == made_from else None
 
 
 def split_methods(

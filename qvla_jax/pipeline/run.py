@@ -5,17 +5,20 @@ from typing import Any
 
 from qvla_jax.inference import load_policy
 from qvla_jax.pipeline import files
-from qvla_jax.pipeline.allocate import allocate
+from qvla_jax.pipeline.allocate import allocate, load_tables
 from qvla_jax.pipeline.calibrate import calibrate
 from qvla_jax.pipeline.configs import RunConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, evaluate, heldout_set
 from qvla_jax.pipeline.quantize import quantize
-from qvla_jax.pipeline.report import report
+from qvla_jax.pipeline.report import report, save_times
 from qvla_jax.pipeline.sensitivity import check_budget, check_methods, sensitivity
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.solvers.registry import get_solver
+from qvla_jax.stage_times import StageTimes
 
 
+@in_32_bits
 def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Calibrates, measures, allocates, packs, evaluates and reports.
 
@@ -47,14 +50,22 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
     for name in config.solvers:
         get_solver(name)
     check_methods(config)
+    with StageTimes(progress, first="load") as times:
+        return _run(config, times)
+
+
+def _run(config: RunConfig, times: StageTimes) -> dict[str, Any]:
     policy = load_policy(config.model, **config.said())
     config = dataclasses.replace(config, horizon=policy.config.action_horizon)
     check_budget(policy, config.budget_bits)
     heldout = heldout_set(config, horizon=config.horizon)
-    calibration = calibrate(config, progress=progress)
+    calibration = calibrate(config, progress=times)
     check_disjoint(calibration, heldout)
-    sensitivity(config, policy=policy, calibration=calibration, progress=progress)
-    allocate(config, progress=progress)
-    quantize(config, policy=policy, progress=progress)
-    evaluate(config, policy=policy, progress=progress)
-    return report(config, progress=progress)
+    sensitivity(config, policy=policy, calibration=calibration, progress=times)
+    allocate(config, progress=times)
+    # Loaded once: its quantizer keeps what it computed for each layer.
+    table = load_tables(config.out)[0]
+    quantize(config, policy=policy, table=table, progress=times)
+    evaluate(config, policy=policy, table=table, progress=times)
+    save_times(config.out, times.describe(), files.made_from(table))
+    return report(config, progress=times)

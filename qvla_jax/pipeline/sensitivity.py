@@ -14,6 +14,7 @@ from qvla_jax.inference.quantize import policy_index
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.quantization import QuantizerSettings, option_sizes
 from qvla_jax.sensitivity import (
@@ -29,6 +30,7 @@ VALIDATION_KIND = "qvla_jax.validation"
 TIMES_KIND = "qvla_jax.sensitivity_times"
 
 
+@in_32_bits
 def sensitivity(
     config: SensitivityConfig,
     *,
@@ -109,7 +111,10 @@ def check_methods(config: SensitivityConfig) -> None:
         InputError: One is unknown; the message suggests close ones.
     """
     if config.streamed and (config.validate or config.baselines):
-        raise InputError("a streamed sweep takes --validate 0 and --baselines without a name")
+        raise InputError(
+            "a streamed sweep takes neither --validate, --baselines nor --thorough: these need all "
+            "weights in memory"
+        )
     for method in (config.method, *config.baselines):
         if method not in METHODS:
             raise InputError(unknown("sensitivity method", method, METHODS))

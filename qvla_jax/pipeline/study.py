@@ -20,19 +20,22 @@ from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.evaluation import ActionErrors, Predictions, action_errors, predict
+from qvla_jax.evaluation import ActionErrors, Predictions, action_errors
 from qvla_jax.evaluation.episodes import EpisodeLog
 from qvla_jax.evaluation.libero import make_libero
+from qvla_jax.evaluation.offline import PreparedFrames
 from qvla_jax.evaluation.workers import MakeEnvironment
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.comparable import comparable
 from qvla_jax.inference.quantize import policy_index
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.pipeline import closed_loop, files
 from qvla_jax.pipeline.calibrate import calibrate, load_calibration
 from qvla_jax.pipeline.configs import CalibrateConfig, HeldoutConfig
-from qvla_jax.pipeline.evaluate import SOURCE_BITS, Held, check_disjoint, heldout_set
+from qvla_jax.pipeline.evaluate import SOURCE_BITS, check_disjoint, heldout_set
 from qvla_jax.pipeline.methods import load_method, method_file
 from qvla_jax.pipeline.policies import check_crop
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, uniform_bytes
@@ -73,7 +76,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
     # Simulator processes; 0 is one for each core.
     workers: int = 0
     # Frames for each forward pass of the offline measurement.
-    eval_batch: int = 32
+    eval_batch: int = 8
 
     def __post_init__(self) -> None:
         CalibrateConfig.__post_init__(self)
@@ -138,6 +141,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
         )  # fmt: skip
 
 
+@in_32_bits
 def study(
     config: StudyConfig,
     *,
@@ -258,7 +262,7 @@ class _Study:
             "policy fingerprint": policy.fingerprint,
             "calibration hash": calibration.hash,
         }
-        self._held: Held | None = None
+        self._held: PreparedFrames | None = None
         self._reference: Predictions | None = None
         self._full_success: dict[str, Any] | None = None
         self._log: EpisodeLog | None = None
@@ -382,5 +386,5 @@ class _Study:
 
     def _predict(self, policy: Policy) -> Predictions:
         if self._held is None:
-            self._held = Held.of(self.heldout, self.config.eval_batch)
-        return predict(policy, self._held, batch_size=self.config.eval_batch)
+            self._held = PreparedFrames.of(self.policy, self.heldout, self.config.eval_batch)
+        return self._held.predict(comparable(policy))

@@ -17,6 +17,7 @@ from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import ValidateConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization.codes import SOURCE
@@ -35,6 +36,7 @@ STUDY_KIND = "qvla_jax.study"
 _ALL_LAYERS = LayerRules(include=(r".",))
 
 
+@in_32_bits
 def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Studies the sensitivity table in `config.out`, and writes study.json.
 

@@ -32,6 +32,7 @@ def bias_shift(
     return jnp.matmul(change, mean.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.jit
 def corrected_bias(
     weight: Float[Array, "c k"],
     quantized: Float[Array, "c k"],

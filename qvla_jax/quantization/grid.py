@@ -27,9 +27,10 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qvla_jax.array_typing import Array, Float, Int8
-from qvla_jax.quantization.codes import PRUNED, SOURCE, Grid, code_map, levels
+from qvla_jax.array_typing import Array, Float, Int, Int8
+from qvla_jax.quantization.codes import GRID_BITS, PRUNED, SOURCE, Grid, code_map, levels
 
 _SMALLEST_SCALE: Final = 2.0**-126
 _LARGEST_SCALE: Final = float(jnp.finfo(jnp.bfloat16).max)
@@ -100,6 +101,69 @@ def quantize_rows(
     onto = jnp.sum(unit * codes, axis=1, keepdims=True)
     stretch = energy / jnp.maximum(onto, _SMALLEST_SCALE)
     return codes.astype(jnp.int8), _scales(largest, stretch, 1)
+
+
+def quantize_mixed(
+    weight: Float[Array, "c k"], bits: Int[Array, " c"], *, grid: Grid
+) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
+    """As `quantize_rows` where every row has bits of its own, which are data: traceable.
+
+    One compiled program serves all mixes of bit-widths, where `quantize_rows` is compiled anew for
+    each of them.
+
+    Args:
+        weight: rows in float32, finite.
+        bits: of each row; those without a grid get the numbers of 8 bits.
+        grid: "rtn" or "fitted".
+
+    Returns:
+        Codes and scales in float32, those of `quantize_rows` bit for bit.
+    """
+    own_levels = mixed_levels(bits, grid)
+    tops = [code_map(b, grid).highest(b) for b in GRID_BITS]
+    # As XLA divides by a constant, which the largest code is in `quantize_rows`.
+    share = _of_bits(bits, np.float32(1) / np.asarray(tops, np.float32))
+    largest = jnp.max(jnp.abs(weight), axis=1, keepdims=True)
+    if grid == "rtn":
+        scale = _scales(largest, share, 1)
+        return nearest_code(weight / scale, *own_levels), scale
+    unit = weight / jnp.maximum(largest, _SMALLEST_SCALE)
+
+    def error(clip: Array) -> Float[Array, "c 1"]:
+        step = clip * share
+        change = step * nearest_code(unit / step, *own_levels) - unit
+        return jnp.sum(jnp.square(change), axis=1, keepdims=True)
+
+    clips = jnp.asarray(_CLIPS, jnp.float32)
+    clip = clips[jnp.argmin(jax.lax.map(error, clips), axis=0)]
+    # Below 8 bits the scale is stretched; see `quantize_rows`.
+    plain = _scales(largest, clip * share, 1)
+    codes = nearest_code(unit / (clip * share), *own_levels)
+    energy = jnp.sum(unit * unit, axis=1, keepdims=True)
+    onto = jnp.sum(unit * codes, axis=1, keepdims=True)
+    stretched = _scales(largest, energy / jnp.maximum(onto, _SMALLEST_SCALE), 1)
+    is_stretched = _of_bits(bits, np.asarray(GRID_BITS) < 8)
+    return (
+        jnp.where(is_stretched, codes, nearest_code(weight / plain, *own_levels)),
+        jnp.where(is_stretched, stretched, plain),
+    )
+
+
+def mixed_levels(bits: Int[Array, " c"], grid: Grid) -> Float[Array, "4 c 1"]:
+    """`levels` of every row; those of 8 bits where a row's bits have no grid."""
+    return jnp.stack(
+        [
+            _of_bits(bits, np.asarray(each, np.float32))
+            for each in zip(*(levels(b, grid) for b in GRID_BITS), strict=True)
+        ]
+    )
+
+
+def _of_bits(bits: Int[Array, " c"], values: np.ndarray) -> Array:
+    """The value, of those for `GRID_BITS`, that belongs to each row: [c, 1]."""
+    table = np.full(SOURCE + 1, values[GRID_BITS.index(8)], values.dtype)
+    table[list(GRID_BITS)] = values
+    return jnp.asarray(table)[bits][:, None]
 
 
 @functools.partial(jax.jit, static_argnames="bits")

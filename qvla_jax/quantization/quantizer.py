@@ -5,6 +5,7 @@ it, and `quantize` applies it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
@@ -12,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.array_typing import Array, Float, Int, Int8
 from qvla_jax.errors import InputError
-from qvla_jax.quantization.codes import GRID_BITS, GRIDS, PRUNED, SOURCE, Grid, levels
+from qvla_jax.quantization.codes import GRID_BITS, GRIDS, PRUNED, SOURCE, Grid
 from qvla_jax.quantization.feedback import feedback_factor, feedback_rows
-from qvla_jax.quantization.grid import changes_on_grid, fitted_clips, quantize_rows
+from qvla_jax.quantization.grid import changes_on_grid, fitted_clips, mixed_levels, quantize_mixed
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.rotation import rotate, rotate_back
 from qvla_jax.quantization.rows import QuantizedRows
@@ -169,23 +170,11 @@ class Quantizer:
 
         The scale of rows with 0 and 16 bits is 1. With rotation, `weight` holds rotated rows.
         """
-        bits, grid = np.asarray(bits), self.settings.grid
-        source = weight.astype(jnp.float32)
-        codes = jnp.zeros(source.shape, jnp.int8)
-        scales = jnp.ones_like(source[:, :1])
-        options = tuple(b for b in GRID_BITS if np.any(bits == b))
-        masks = [jnp.asarray(bits == b)[:, None] for b in options]
-        for mask, option in zip(masks, options, strict=True):
-            own_codes, own_scales = quantize_rows(source, option, grid=grid)
-            codes = jnp.where(mask, own_codes, codes)
-            scales = jnp.where(mask, own_scales, scales)
-        if options and self.settings.rounding == "feedback":
-            code_levels = jnp.ones((4, len(source)))
-            for mask, option in zip(masks, options, strict=True):
-                own_levels = jnp.asarray(levels(option, grid), jnp.float32)[:, None]
-                code_levels = jnp.where(mask.T, own_levels, code_levels)
-            order, factor = self._factors(path)
-            codes = feedback_rows(source, scales, code_levels, order, factor)
+        bits, grid = np.asarray(bits, np.int32), self.settings.grid
+        if self.settings.rounding == "nearest" or not np.isin(bits, GRID_BITS).any():
+            codes, scales = _nearest_codes(weight, bits, grid=grid)
+        else:
+            codes, scales = _feedback_codes(weight, bits, *self._factors(path), grid=grid)
         return QuantizedRows(bits=bits, codes=codes, scales=scales, grid=grid)
 
     def clips(
@@ -215,12 +204,8 @@ class Quantizer:
         if self._rounds_rows_alone:
             return changes_on_grid(weight, options, grid=self.settings.grid, clips=clips or {})
         source = weight.astype(jnp.float32)
-        each = {PRUNED: -source, SOURCE: jnp.zeros_like(source)}
-        for bits in options:
-            if bits not in each:
-                whole = self.rows(path, source, np.full(len(source), bits))
-                each[bits] = whole - source
-        return jnp.stack([each[bits] for bits in options])
+        rows = [self.rows(path, source, np.full(len(source), bits)) for bits in options]
+        return _changes(source, rows)
 
     @property
     def _rounds_rows_alone(self) -> bool:
@@ -238,3 +223,35 @@ class Quantizer:
             second_moment = np.asarray(rotate(rotate(jnp.asarray(second_moment, jnp.float32)).T))
         order, factor = feedback_factor(second_moment, self.settings.damping)
         return jnp.asarray(order), jnp.asarray(factor)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _nearest_codes(
+    weight: Float[Array, "c k"], bits: Int[Array, " c"], *, grid: Grid
+) -> tuple[Int8[Array, "c k"], Float[Array, "c 1"]]:
+    codes, scale = quantize_mixed(weight.astype(jnp.float32), bits, grid=grid)
+    return codes.astype(jnp.int8), _one_off_grid(bits, scale)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _feedback_codes(
+    weight: Float[Array, "c k"],
+    bits: Int[Array, " c"],
+    order: Int[Array, " k"],
+    factor: Float[Array, "k k"],
+    *,
+    grid: Grid,
+) -> tuple[Int8[Array, "c k"], Float[Array, "c 1"]]:
+    source = weight.astype(jnp.float32)
+    _, scale = quantize_mixed(source, bits, grid=grid)
+    codes = feedback_rows(source, scale, mixed_levels(bits, grid)[..., 0], order, factor)
+    return codes, _one_off_grid(bits, scale)
+
+
+def _one_off_grid(bits: Int[Array, " c"], scale: Float[Array, "c 1"]) -> Float[Array, "c 1"]:
+    return jnp.where(((bits == PRUNED) | (bits == SOURCE))[:, None], 1.0, scale)
+
+
+@jax.jit
+def _changes(source: Float[Array, "c k"], rows: list[Array]) -> Float[Array, "n c k"]:
+    return jnp.stack(rows) - source[None]

@@ -1,7 +1,9 @@
 """`QuantizedRows`: a layer's rows on their grids, between rounding and packing."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,11 +36,19 @@ class QuantizedRows:
         Args:
             source: the rows that were quantized.
         """
-        scales = jnp.asarray(self.scales)
-        if self.group is not None:
-            scales = jnp.repeat(scales, self.group, axis=1)[:, : source.shape[1]]
-        values = jnp.asarray(self.codes).astype(jnp.float32) * scales
-        values = jnp.where(jnp.asarray(self.bits == PRUNED)[:, None], 0.0, values)
-        return jnp.where(
-            jnp.asarray(self.bits == SOURCE)[:, None], source.astype(jnp.float32), values
-        )
+        return _dequantized(self.codes, self.scales, self.bits, source, group=self.group)
+
+
+@functools.partial(jax.jit, static_argnames="group")
+def _dequantized(
+    codes: Int8[Array, "c k"],
+    scales: Float[Array, "c g"],
+    bits: Int[Array, " c"],
+    source: Float[Array, "c k"],
+    *,
+    group: int | None,
+) -> Float[Array, "c k"]:
+    if group is not None:
+        scales = jnp.repeat(scales, group, axis=1)[:, : source.shape[1]]
+    values = jnp.where((bits == PRUNED)[:, None], 0.0, codes.astype(jnp.float32) * scales)
+    return jnp.where((bits == SOURCE)[:, None], source.astype(jnp.float32), values)

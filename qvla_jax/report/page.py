@@ -59,6 +59,7 @@ def render(
         _additivity_and_spearman(report),
         _heatmaps(sensitivity),
         _bits(report),
+        _times(report),
         _provenance(report),
     ]
     return (
@@ -319,6 +320,32 @@ def _bits(report: Mapping[str, Any]) -> str:
         f"({escape(_ours(report)['label'])}); "
         "on the right the mean, without scales and index.</figcaption></figure>\n"
     )
+
+
+def _times(report: Mapping[str, Any]) -> str:
+    """Where the time of the run went; nothing where the stages ran one by one."""
+    if report["stages"] is None:
+        return ""
+    rows = "".join(
+        f"<tr{' class=best' if name == 'all' else ''}><td>{escape(name)}</td>"
+        f"{''.join(f'<td>{value:,.1f}</td>' for value in values)}</tr>"
+        for name, *values in stage_rows(report["stages"])
+    )
+    heads = ("stage", "seconds", "of these compiling", "seconds of all cores")
+    return (
+        "<h2>Where the time goes</h2>"
+        f'<figure><div class="scroll">{_table(heads, rows)}</div><figcaption>Stages of the run up '
+        "to this report. XLA compiles a program when it is first used.</figcaption></figure>\n"
+    )
+
+
+def stage_rows(
+    stages: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, float, float, float]]:
+    """Name, seconds, seconds of compiling and CPU seconds of each stage, and of all together."""
+    rows = [(s["stage"], s["seconds"], s["compiling"], s["cpu"]) for s in stages]
+    total = [sum(column) for column in list(zip(*rows, strict=True))[1:]]
+    return [*rows, ("all", total[0], total[1], total[2])]
 
 
 def _provenance(report: Mapping[str, Any]) -> str:

@@ -1,11 +1,11 @@
 """Results as tables and lines for a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from qvla_jax.report.page import size_text
+from qvla_jax.report.page import size_text, stage_rows
 from qvla_jax.report.svg import number
 
 
@@ -33,6 +33,16 @@ def methods_table(entries: list[Mapping[str, Any]]) -> Table:
             "-" if full else f"{errors['gripper_flip_rate']:.2%}",
             f"{expert['action_l1_normalized']:.4f}",
         )
+    return table
+
+
+def times_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns where the time of a run went."""
+    table = Table("where the time goes", box=None, padding=(0, 1))
+    for heading in ("seconds", "of these compiling", "CPU seconds"):
+        table.add_column(heading, justify="right")
+    for name, *values in stage_rows(stages):
+        table.add_row(name, *(f"{value:.1f}" for value in values))
     return table
 
 

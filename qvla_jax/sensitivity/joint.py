@@ -18,7 +18,9 @@ from typing import Final
 
 import numpy as np
 
+from qvla_jax import sharding
 from qvla_jax.array_typing import Float, Int
+from qvla_jax.inference.comparable import comparable
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.progress import Progress, no_progress
@@ -40,7 +42,7 @@ def joint_factors(
     table: SensitivityTable,
     *,
     frames: int = 64,
-    batch: int = 32,
+    batch: int = 8,
     rules: LayerRules = DEFAULT_RULES,
     progress: Progress = no_progress,
 ) -> tuple[float, ...]:
@@ -68,7 +70,7 @@ def alternate(
     *,
     rounds: int = 3,
     frames: int = 64,
-    batch: int = 32,
+    batch: int = 8,
     rules: LayerRules = DEFAULT_RULES,
     progress: Progress = no_progress,
 ) -> Int[np.ndarray, " C"]:
@@ -117,8 +119,14 @@ class _JointErrors:
         self._policy, self._table, self._rules = policy, table, rules
         self._progress = progress
         part = FirstFrames(calibration, min(frames, calibration.frames))
-        self._observations = list(part.batches(batch))
-        self._source = [policy.infer_normalized(batch) for batch in self._observations]
+        mesh = sharding.data_mesh()
+        size = -(-min(batch, part.frames) // mesh.size) * mesh.size
+        self._frames = part.frames
+        self._inputs = [
+            sharding.shard_batch(mesh, sharding.pad_batch(policy.prepare(few), size)[0])
+            for few in part.batches(size)
+        ]
+        self._source = self._actions(policy)
         self._weights = table.provenance.get("settings", {}).get("action_weights")
 
     def error(self, bits: Int[np.ndarray, " C"]) -> float:
@@ -126,8 +134,10 @@ class _JointErrors:
         changed = quantize(
             self._policy, bits, quantizer=self._table.quantizer, rules=self._rules, packed=False
         )
-        actions = [changed.infer_normalized(batch) for batch in self._observations]
-        return _mean_square(actions, self._source, self._weights)
+        return _mean_square(self._actions(changed), self._source, self._weights)
+
+    def _actions(self, policy: Policy) -> Float[np.ndarray, "b h a"]:
+        return np.concatenate(comparable(policy).run_all(self._inputs))[: self._frames]
 
     def factors(self, bits: Int[np.ndarray, " C"]) -> tuple[float, ...]:
         """One for each option: of the channels that have it here, in company."""
@@ -156,9 +166,9 @@ def _sum(table: SensitivityTable, bits: np.ndarray, option: int) -> float:
 
 
 def _mean_square(
-    a: Sequence[Float[np.ndarray, "b h a"]],
-    b: Sequence[Float[np.ndarray, "b h a"]],
+    a: Float[np.ndarray, "b h a"],
+    b: Float[np.ndarray, "b h a"],
     weights: Sequence[float] | None,
 ) -> float:
-    change = np.concatenate(a).astype(np.float64) - np.concatenate(b)
+    change = a.astype(np.float64) - b
     return float(np.mean(np.sum(change**2 * (1.0 if weights is None else weights), axis=(1, 2))))

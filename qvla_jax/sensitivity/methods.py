@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.inference.policy import Policy
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization.codes import BITS, SOURCE
@@ -46,6 +47,7 @@ DEFAULT_SHARE: Final = 0.01
 DEFAULT_QUANTIZER: Final = QuantizerSettings()
 
 
+@in_32_bits
 def sensitivities(
     policy: Policy,
     calibration: Calibration,
@@ -229,7 +231,9 @@ def _costs(
             share=exact_share, seed=seed, batch=size, memory=memory, weights=weights, mesh=mesh,
             split_weights=split_weights, store=store, progress=progress,
         )  # fmt: skip
+    progress("rounded rows", 0, 1)
     constants = layer_constants(layers, quantizer, bits)
+    progress("rounded rows", 1, 1)
     return mean_over_frames(
         frame_costs(
             policy, calibration, index, constants, method=method, probes=probes, seed=seed,

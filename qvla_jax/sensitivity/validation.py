@@ -8,6 +8,7 @@ import numpy as np
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.index import ChannelIndex
@@ -125,6 +126,7 @@ def same_frames(
     )
 
 
+@in_32_bits
 def validate(
     policy: Policy,
     calibration: Calibration,

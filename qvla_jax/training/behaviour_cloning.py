@@ -25,6 +25,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy, load_policy, make_policy
 from qvla_jax.inference.word_tokenizer import word_tokenizer
 from qvla_jax.models import ModelInputs, Prismatic, make_model
+from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.training.augmentation import proprio_noise, random_shift
@@ -68,6 +69,7 @@ def _train_step(
     return updated, opt_state, loss
 
 
+@in_32_bits
 def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     """Trains a policy and writes it to `out/policy`.
 

@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
+from qvla_jax.data.calibration import calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation import action_errors, gripper_flips, predict
+from qvla_jax.evaluation.offline import PreparedFrames
+from qvla_jax.inference import random_policy
+from qvla_jax.inference.comparable import comparable
 
 
 class FakePolicy:
@@ -102,6 +106,17 @@ def test_chunks_that_are_not_finite_are_refused(chunks):
     chunks[1][2, 1, 0] = np.nan
     with pytest.raises(InputError, match="reference chunks"):
         action_errors(*chunks)
+
+
+def test_prepared_frames_give_what_the_policy_predicts_itself():
+    policy = random_policy("tiny-test")
+    frames = calibration_set("bundled", frames=5, split="heldout")
+    expected = predict(policy, frames)
+    # The last batch of two is padded; biases of zero change nothing.
+    prepared = PreparedFrames.of(policy, frames, batch_size=2)
+    for found in (prepared.predict(policy), prepared.predict(comparable(policy))):
+        np.testing.assert_allclose(found.chunks, expected.chunks, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(found.expert, expected.expert)
 
 
 def test_predictions_do_not_depend_on_the_batch_size():

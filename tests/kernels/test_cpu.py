@@ -3,6 +3,7 @@
 import dataclasses
 import mmap
 import os
+import pickle
 import subprocess
 import sys
 
@@ -126,22 +127,34 @@ def test_operands_that_do_not_fit_are_refused_by_the_kernel():
 
 
 LOWER = """
-import numpy as np, jax.numpy as jnp
+import pickle, sys
+from pathlib import Path
+import numpy as np
 from qvla_jax import kernels
 from qvla_jax.kernels import cpu
 assert cpu.instruction_set() == {name!r}, cpu.instruction_set()
-rng = np.random.default_rng(0)
-for group, source in ((None, np.float32), (48, jnp.bfloat16)):
-    weight = rng.normal(size=(70, 131)).astype(source)
-    bits = rng.choice([0, 2, 3, 4, 8, 16], 70)
-    w = kernels.pack(weight, bits, group)
-    for rows in (1, 3, 30):
-        x = jnp.asarray(rng.normal(size=(rows, 131)), jnp.float32)
-        for activation_bits in (16, 8):
-            found = kernels.mixed_matmul(x, w, activation_bits, "cpu")
-            expected = kernels.mixed_matmul(x, w, activation_bits, "reference")
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+for w, x, activation_bits, expected in pickle.loads(Path(sys.argv[1]).read_bytes()):
+    found = kernels.mixed_matmul(x, w, activation_bits, "cpu")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 """
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory):
+    """A file of weights, activations, their widths, and the products by the reference."""
+    rng, found = np.random.default_rng(0), []
+    reference = jax.jit(kernels.mixed_matmul, static_argnums=(2, 3))
+    for group, source in ((None, np.float32), (48, jnp.bfloat16)):
+        weight = rng.normal(size=(70, 131)).astype(source)
+        w = kernels.pack(weight, rng.choice([0, 2, 3, 4, 8, 16], 70), group)
+        for rows in (1, 3, 30):
+            x = rng.normal(size=(rows, 131)).astype(np.float32)
+            for activation_bits in (16, 8):
+                expected = reference(x, w, activation_bits, "reference")
+                found.append((w, x, activation_bits, np.asarray(expected)))
+    path = tmp_path_factory.mktemp("products") / "products.pickle"
+    path.write_bytes(pickle.dumps(found))
+    return path
 
 
 # Every processor runs the rest of a list from one of its entries on.
@@ -154,12 +167,12 @@ INSTRUCTION_SETS = (
 
 @needs_kernel
 @pytest.mark.parametrize("name", ["avx512", "avx2", "neon_dot", "neon", "portable"])
-def test_lower_instruction_sets(name):
+def test_lower_instruction_sets(name, products):
     best = cpu.instruction_set()
     if not any(name in names[names.index(best) :] for names in INSTRUCTION_SETS if best in names):
         pytest.skip(f"a processor with {best} does not run {name}")
     result = subprocess.run(
-        [sys.executable, "-c", LOWER.format(name=name)],
+        [sys.executable, "-c", LOWER.format(name=name), str(products)],
         env={**os.environ, "QVLA_CPU_KERNEL": name},
         capture_output=True,
         text=True,

@@ -22,6 +22,7 @@ def config(policy_folder, tmp_path_factory) -> pipeline.RunConfig:
         out=tmp_path_factory.mktemp("run") / "out",
         frames=6,
         probes=2,
+        thorough=True,
         validate=24,
         validate_frames=3,
         budget_bits=10.0,

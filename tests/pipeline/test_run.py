@@ -13,6 +13,9 @@ from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.quantize import packed_bits
+from qvla_jax.report.page import stage_rows
+
+TIMES = ("seconds", "compiling", "cpu")
 
 
 def entries(content):
@@ -26,6 +29,7 @@ def test_every_file_is_there_and_nothing_half_written(content, config):
         files.SENSITIVITY,
         files.STATISTICS,
         files.TIMES,
+        files.RUN_TIMES,
         "sensitivity_input_hessian.safetensors",
         files.VALIDATION,
         files.ALLOCATION,
@@ -132,6 +136,27 @@ def test_the_report_holds_no_machine_path(content, config):
     text = json.dumps(content) + (config.out / files.REPORT_HTML).read_text()
     assert str(config.out.parent) not in text
     assert str(config.model) not in text
+
+
+def test_the_stages_of_the_report_are_those_of_the_run_and_add_up(content, config):
+    stages = [stage["stage"] for stage in content["stages"]]
+    assert stages[:2] == ["load", "calibrate"]
+    assert {"jacobian: sensitivity", "jacobian: joint errors", "validation: exact"} <= set(stages)
+    assert stages[-4:] == ["allocate", "quantize", "evaluate", "latency"]
+    rows = stage_rows(content["stages"])
+    assert rows[-1] == ("all", *(sum(s[k] for s in content["stages"]) for k in TIMES))
+    assert all(0 <= compiling <= seconds for _, seconds, compiling, _ in rows)
+    page = (config.out / files.REPORT_HTML).read_text()
+    assert "Where the time goes" in page
+
+
+def test_thorough_adds_the_proxy_and_exact_probing_where_they_are_not_named(tmp_path):
+    plain = pipeline.RunConfig(out=tmp_path)
+    assert (plain.baselines, plain.validate) == ((), 0)
+    thorough = pipeline.RunConfig(out=tmp_path, thorough=True)
+    assert (thorough.baselines, thorough.validate) == (("input_hessian",), 256)
+    named = pipeline.RunConfig(out=tmp_path, thorough=True, baselines=("taylor",), validate=9)
+    assert (named.baselines, named.validate) == (("taylor",), 9)
 
 
 def test_sets_are_disjoint_and_named(content):

@@ -13,7 +13,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.quantization import Quantizer, QuantizerSettings
 from qvla_jax.quantization.bias import bias_shift, corrected_bias
 from qvla_jax.quantization.codes import GRID_BITS
-from qvla_jax.quantization.grid import dequantize_rows, on_grid, quantize_rows
+from qvla_jax.quantization.grid import dequantize_rows, on_grid, quantize_mixed, quantize_rows
 
 # One shape, so that each bit-width is compiled once.
 SHAPE = (5, 12)
@@ -41,6 +41,19 @@ def test_codes_and_scales_equal_a_float64_restatement(bits):
     # float32 division may land on the other side of a tie that float64 sees exactly.
     assert np.mean(np.asarray(codes) != expected) < 1e-3
     assert np.max(np.abs(np.asarray(codes) - expected)) <= 1
+
+
+@pytest.mark.parametrize("grid", ["rtn", "fitted"])
+def test_rows_with_bits_of_their_own_equal_rows_that_share_theirs_bit_for_bit(grid):
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(60, 96)).astype(np.float32) * np.exp(rng.normal(size=(60, 1)) * 4)
+    weight[:5] = 0
+    bits = np.resize(np.asarray(GRID_BITS, np.int32), 60)
+    codes, scale = jax.jit(quantize_mixed, static_argnames="grid")(weight, bits, grid=grid)
+    for b in GRID_BITS:
+        alike_codes, alike_scale = quantize_rows(jnp.asarray(weight), b, grid=grid)
+        np.testing.assert_array_equal(codes[bits == b], alike_codes[bits == b])
+        np.testing.assert_array_equal(scale[bits == b], alike_scale[bits == b])
 
 
 def test_ties_round_to_even():

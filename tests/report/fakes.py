@@ -159,6 +159,10 @@ def fake_report():
         "methods": methods,
         "sweep": sweep,
         "seconds": {"calibrate": 1.0, "sensitivity": 60.0},
+        "stages": [
+            {"stage": "load", "seconds": 1.5, "compiling": 0.25, "cpu": 1.25},
+            {"stage": "evaluate", "seconds": 40.0, "compiling": 5.5, "cpu": 70.0},
+        ],
         "provenance": {
             "packages": {"jax": "0.10.2"}, "commit": "0" * 40, "python": "3.11.7", "system": "Linux",
             "machine": "x86_64", "device": {"platform": "cpu", "kind": "cpu", "count": 2}, "seed": 0,

@@ -21,15 +21,18 @@ from qvla_jax.families.openpi.checkpoint import (
     step_folder,
 )
 from qvla_jax.families.openpi.config import OpenpiConfig
-from qvla_jax.families.openpi.network import FlowMatching, Pi0Inputs
+from qvla_jax.families.openpi.network import Conditioning, FlowMatching, Pi0Inputs
 from qvla_jax.families.openpi.processor import Processor, make_processor
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _actions(
-    graphdef: nnx.GraphDef[FlowMatching], state: nnx.State, inputs: Pi0Inputs
+    graphdef: nnx.GraphDef[FlowMatching],
+    state: nnx.State,
+    inputs: Pi0Inputs,
+    conditioning: Conditioning,
 ) -> Float[Array, "b h a"]:
-    return nnx.merge(graphdef, state).actions(inputs)
+    return nnx.merge(graphdef, state).actions(inputs, conditioning)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,13 @@ class OpenpiPolicy:
         """Prepared inputs -> normalized action chunks."""
         graphdef, state = nnx.split(self.model)
         with jax.default_matmul_precision("float32"):
-            return np.asarray(_actions(graphdef, state, inputs))
+            return np.asarray(_actions(graphdef, state, inputs, self.conditioning))
+
+    @functools.cached_property
+    def conditioning(self) -> Conditioning:
+        """What the network makes of the times of all steps: the same for every call."""
+        with jax.default_matmul_precision("float32"):
+            return self.model.conditioning(self.model.times[None])
 
     def infer(
         self,

@@ -21,12 +21,6 @@ from qvla_jax.families.openpi.config import GemmaConfig
 from qvla_jax.models.attention import heads_first
 from qvla_jax.models.linear import Embed, Linear
 
-# Layers of one module that take the same input.
-SAME_INPUT: Final = (
-    ("q_einsum", "k_einsum", "v_einsum"),
-    ("q_einsum_1", "k_einsum_1", "v_einsum_1"),
-    ("gate", "up"),
-)
 _EXPERTS: Final = ("", "_1")
 _MAX_WAVELENGTH: Final = 10_000.0
 

@@ -106,22 +106,32 @@ class FlowMatching(nnx.Module):
         self.action_in_proj = _linear(config.action_dim, width, rngs)
         self.action_out_proj = _linear(width, config.action_dim, rngs)
 
-    def __call__(self, inputs: Pi0Inputs) -> Float[Array, "b h a"]:
-        """Normalized action chunk of each observation; differentiable, every step unrolled."""
+    def __call__(
+        self, inputs: Pi0Inputs, conditioning: Conditioning | None = None
+    ) -> Float[Array, "b h a"]:
+        """Normalized action chunk of each observation; differentiable, every step unrolled.
+
+        Args:
+            inputs: observations and noise.
+            conditioning: of all steps, from `self.conditioning(self.times[None])`, which is the
+                same for every call; None computes it.
+        """
         prefix = self.prefix(inputs)
-        conditioning = self.conditioning(self.times[None])
+        conditioning = conditioning or self.conditioning(self.times[None])
         x = inputs.noise
         for step in range(self.config.num_steps):
             x = self.step(x, prefix, conditioning.at(step))
         return x
 
-    def actions(self, inputs: Pi0Inputs) -> Float[Array, "b h a"]:
+    def actions(
+        self, inputs: Pi0Inputs, conditioning: Conditioning | None = None
+    ) -> Float[Array, "b h a"]:
         """As a call, in a program of one step: what the robot executes."""
         prefix = self.prefix(inputs)
-        conditioning = self.conditioning(self.times[None])
+        steps = conditioning or self.conditioning(self.times[None])
 
         def step(x: Float[Array, "b h a"], number: Int[Array, ""]) -> tuple[Any, None]:
-            return self.step(x, prefix, conditioning.at(number)), None
+            return self.step(x, prefix, steps.at(number)), None
 
         return jax.lax.scan(step, inputs.noise, jnp.arange(self.config.num_steps))[0]
 
@@ -297,3 +307,14 @@ def abstract_model(config: OpenpiConfig, *, dtype: Any = None) -> FlowMatching:
         dtype: of all parameters; float32 if left out. The arithmetic's is in the configuration.
     """
     return abstract(lambda rngs: make_model(config, rngs=rngs), dtype=dtype)
+
+
+def unread_modules(config: OpenpiConfig) -> tuple[str, ...]:
+    """Paths of what a checkpoint holds and no call reads: of the prefix, all behind its last keys.
+
+    Of pi0.5, `time_mlp_in`, `time_mlp_out` and every `Dense_0` of the action expert's norms are
+    read by `conditioning` alone, which serves every call.
+    """
+    last = f"PaliGemma.llm.layers.{config.language.depth - 1}"
+    unread = ("attn.q_einsum", "attn.attn_vec_einsum", "pre_ffw_norm", "mlp")
+    return (*(f"{last}.{module}" for module in unread), "PaliGemma.llm.final_norm")
