@@ -9,7 +9,7 @@
     'bridge'
 
 Names are loaded when they are first used: importing this package reads nothing and imports neither
-TensorFlow Datasets nor JAX. `qvla_jax.data.open_x` says how each public data set is read,
+TensorFlow Datasets nor JAX. `qvla_jax.data.open_x` defines how each public data set is read;
 `qvla_jax.data.libero` turns LIBERO demonstrations into RLDS.
 """
 

@@ -32,10 +32,10 @@ from qvla_jax.errors import DatasetError, InputError
 from qvla_jax.progress import Progress, no_progress
 
 DEFAULT_FRAMES: Final = 128
-# Most episodes of each data set that are looked at.
+# Maximum number of episodes to read from each data set.
 DEFAULT_EPISODES: Final = 512
 BUNDLED: Final = "bundled"
-# What is calibrated on if no split is named: the first that there is.
+# Splits to calibrate on if none is named; the first that exists.
 _SPLITS: Final = ("calibration", "train")
 
 Source: TypeAlias = str | PathLike[str]
@@ -55,7 +55,7 @@ class CalibrationSet:
     """
 
     manifest: Mapping[str, Any]
-    # By the place of their data set among the sources, and their id.
+    # By the index of their data set among the sources, and their id.
     _episodes: Mapping[tuple[int, int], EncodedEpisode]
 
     @property
@@ -73,7 +73,7 @@ class CalibrationSet:
 
     @property
     def episode_keys(self) -> list[tuple[int, int]]:
-        """Of each frame, the place of its data set among the sources and its episode's id."""
+        """For each frame, the index of its data set among the sources and its episode's id."""
         return list(zip(self.manifest["datasets"], self.manifest["episodes"], strict=True))
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -83,7 +83,7 @@ class CalibrationSet:
         list of u8[H, W, 3] where data sets differ in size), state f32[b, p], instruction (list of
         str); and also actions f32[b, h, a] (standardized, not normalized), episode i64[b], step
         i64[b]. A mixture has wrist_image and state only if all its data sets have them, and state
-        only if they are of one length.
+        only if all have the same length.
         """
         if size < 1:
             raise InputError(f"batch size must be at least 1, got {size}")
@@ -91,7 +91,7 @@ class CalibrationSet:
             yield self._batch(slice(start, start + size))
 
     def describe(self) -> dict[str, Any]:
-        """Names the set for reports; where the data lie is left out."""
+        """Describes the set for reports, without the location of the data."""
         sources, manifest = self.manifest["sources"], self.manifest
 
         def joined(key: str) -> str:
@@ -105,7 +105,7 @@ class CalibrationSet:
         }
 
     def shares_data_with(self, other: "CalibrationSet") -> bool:
-        """Tells whether both sets draw from a split of one data set, in one file at least."""
+        """Whether both sets draw from the same split of a data set and share at least one file."""
 
         def files(drawn: CalibrationSet) -> set[tuple[str, ...]]:
             return {
@@ -152,7 +152,7 @@ class CalibrationSet:
 
         Args:
             manifest: a manifest or the path of one.
-            source: where the data lie, if no longer where the manifest says; for one data set.
+            source: location of the data, if it is no longer that of the manifest; for one data set.
 
         Raises:
             DatasetError: the manifest was altered, or the data are not those it was drawn from.
@@ -202,7 +202,7 @@ class CalibrationSet:
         return ["image", *(["wrist_image"] if self._common["wrist_image"] else [])]
 
     def _pictures(self, camera: str, rows: slice) -> list[tuple[Pictures, int]]:
-        """The pictures of some frames, each by its episode's and its step."""
+        """The pictures of some frames, each as its episode's pictures and its step."""
         pairs = zip(self.episode_keys[rows], self.manifest["steps"][rows], strict=True)
         return [(getattr(self._episodes[key], camera), step) for key, step in pairs]
 
@@ -217,7 +217,7 @@ class CalibrationSet:
 
     @cached_property
     def _common(self) -> Mapping[str, bool]:
-        """Whether all data sets have a part, so that every batch of the set has it."""
+        """Which parts all data sets have, so that every batch has them."""
         episodes = self._episodes.values()
         states = {None if (s := e.episode.state) is None else s.shape[1] for e in episodes}
         return {
@@ -247,7 +247,7 @@ def calibration_set(
     """Draws a calibration set.
 
     Frames are spread evenly over tasks, within a task over its episodes, and within an episode over
-    its length. The draw depends on the data, the seed and the arguments alone.
+    its length. The draw depends only on the data, the seed and the arguments.
 
     >>> import qvla_jax
     >>> frames = qvla_jax.calibration_set("bundled", frames=3, seed=0)
@@ -262,7 +262,7 @@ def calibration_set(
 
     Args:
         source: "bundled", an RLDS directory, the address of one (gs://...), or several of these
-            with their weights: each gets a share of the frames in proportion.
+            with their weights: each gets a proportional share of the frames.
         frames: number of frames. Without it, every frame of the trajectories drawn; without either,
             128 frames.
         trajectories: draw from this many episodes only; by default from all, "all" also takes all
@@ -270,21 +270,21 @@ def calibration_set(
         stride: without `frames`, take every `stride`-th step of each trajectory, from the first on:
             where a policy that executes chunks of that length would look.
         seed: seed of the draw.
-        split: split to draw from; left out, "calibration" where there is one, else "train".
+        split: split to draw from; by default "calibration" if there is one, else "train".
         horizon: number of actions of the expert with each frame.
         spec: how a data set is read, if not as its name says; see `RldsDataset`.
-        max_episodes: most episodes of each data set to look at (see `drawing.look`), but where all
-            are asked for.
-        balance: multiply weights by the number of frames that each data set has, as the public
-            training code does; see `open_x.mixture_below`.
+        max_episodes: maximum number of episodes to read from each data set (see `drawing.look`),
+            unless all are requested.
+        balance: multiply weights by the number of frames of each data set, as the public training
+            code does; see `open_x.mixture_below`.
         gripper_share: share of the frames that are drawn where the expert opens or closes the
-            gripper within the horizon, which decides success; None draws from all steps alike.
-        progress: called with the episodes looked at.
+            gripper within the horizon, which decides success; None draws from all steps equally.
+        progress: called with the episodes read.
 
     Raises:
-        DatasetError: the data cannot be read, hold fewer frames or trajectories than asked for, or
-            hold what is no picture, number or instruction: where in the episodes looked at, or, for
-            pictures, in the frames drawn. docs/data.md lists what is checked.
+        DatasetError: the data cannot be read, hold fewer frames or trajectories than requested, or
+            hold an invalid number or instruction in an episode that is read, or an invalid picture
+            in a drawn frame. docs/data.md lists what is checked.
     """
     for name, value in (
         ("frames", frames),
@@ -420,7 +420,7 @@ def _shares(
     capacity: Sequence[int],
     what: str,
 ) -> Sequence[int | None]:
-    """What of `total` each data set gives; a single one gives all (`draw` says what it lacks)."""
+    """Each data set's part of `total`; a single set gives all (`draw` reports a shortage)."""
     if total is None or len(pools) == 1:
         return [total] * len(pools)
     if total > sum(capacity):

@@ -1,4 +1,4 @@
-"""Draws of frames from one data set: which episodes are looked at, and which steps are taken."""
+"""Draws frames from one data set: chooses the episodes to read and the steps to take."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class Pool:
     Attributes:
         tasks: ids of the episodes of each instruction.
         lengths: steps of each episode.
-        stride: every so manyth step may be drawn, the first one included.
+        stride: every `stride`-th step may be drawn, starting with the first.
         deciding: steps of each episode whose next actions open or close the gripper.
-        unlabeled: number of episodes that were passed over, since they have no instruction.
+        unlabeled: number of episodes skipped because they have no instruction.
     """
 
     dataset: RldsDataset
@@ -63,15 +63,15 @@ def look(
 ) -> Pool:
     """Reads the instructions and lengths of a split's episodes.
 
-    As in the public training code, episodes without an instruction are passed over.
+    As in the public training code, episodes without an instruction are skipped.
 
     Args:
         dataset: the split.
-        max_episodes: most episodes to read. A larger split is not read whole: files are drawn by
-            the seed until they hold as many. Their records come in an order that was shuffled when
-            the set was written, so that they are a sample of the split.
+        max_episodes: maximum number of episodes to read. A larger split is not read completely:
+            files are drawn by the seed until they hold as many. Records were shuffled when the set
+            was written, so these files are a sample of the split.
         stride: see `Pool`.
-        horizon: actions from a step on that may make it a deciding one.
+        horizon: number of actions from a step on that can make it a deciding one.
         seed: draws the files.
         seen: called after each episode.
 
@@ -115,14 +115,14 @@ def draw(
     rng: np.random.Generator,
     gripper_share: float | None = None,
 ) -> list[tuple[int, int]]:
-    """Draws frames: spread evenly over tasks, in a task over episodes, in an episode over steps.
+    """Draws frames, spread evenly over tasks, over a task's episodes, and over an episode's steps.
 
     Args:
         pool: what to draw from.
         frames: number of frames; None takes every frame of the trajectories.
         trajectories: number of episodes to draw from; None takes all.
         rng: draws.
-        gripper_share: share of the frames that are deciding ones; None draws from all alike.
+        gripper_share: share of deciding frames; None draws from all frames equally.
 
     Returns:
         Ids of episodes and steps.

@@ -1,4 +1,4 @@
-"""What the readers yield: whole episodes, and single frames with the expert's next actions."""
+"""The readers' results: whole episodes, and single frames with the expert's next actions."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -14,17 +14,18 @@ from qvla_jax.data.pictures import Pictures
 class Episode:
     """One episode, its arrays stacked over steps; `t` counts steps here.
 
-    `wrist_image`, `state` and `joint_state` are None where the data set has none; both images
-    are None where they were not asked for.
+    `wrist_image`, `state` and `joint_state` are None if the data set has none; both images are None
+    if they were not requested.
 
     Attributes:
-        id: position of the episode in its split, whatever the process or the order of reading.
-        instructions: at each step the task in words, as stored; all of them are empty where nobody
-            wrote one down.
+        id: position of the episode in its split, independent of the process and the order of
+            reading.
+        instructions: the task in words at each step, as stored; all are empty if the episode has
+            none.
         action: translation (3), rotation (3) and gripper, 1 for open and 0 for closed; the data
             set's specification (`qvla_jax.data.open_x`) says what the first six mean.
-        reward: and `discount` and `is_terminal`: as stored, where that is a number for each step,
-            else 0, 1 and False. Nothing is computed from them.
+        reward: and `discount` and `is_terminal`: as stored, if that is one number per step, else 0,
+            1 and False. Nothing is computed from them.
         metadata: the episode's metadata as stored, text decoded.
     """
 
@@ -50,7 +51,7 @@ class Episode:
 
     @property
     def labeled(self) -> bool:
-        """Whether there are instructions; the public training code passes over what has none."""
+        """Whether there are instructions; the public training code skips episodes without any."""
         return bool(self.instruction.strip())
 
     def frame(self, step: int, horizon: int) -> "Frame":
@@ -88,7 +89,7 @@ class EncodedEpisode:
     wrist_image: Pictures | None
 
     def only(self, steps: Collection[int]) -> "EncodedEpisode":
-        """The same with the images of some steps alone; those of the others are empty."""
+        """The same with only the images of some steps; the others are empty."""
         wrist = None if self.wrist_image is None else self.wrist_image.only(steps)
         return replace(self, image=self.image.only(steps), wrist_image=wrist)
 

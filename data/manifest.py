@@ -8,13 +8,13 @@ from typing import Any, Final
 from qvla_jax.errors import DatasetError
 
 FORMAT: Final = 2
-# What the manifest's hash covers: everything that decides what the set holds, not where it lies.
+# What the manifest's hash covers: everything that determines the content, not its location.
 _HASHED: Final = ("format", "horizon", "datasets", "episodes", "steps")
 _HASHED_SOURCE: Final = ("dataset", "version", "split", "spec", "files")
 
 
 def steps_by_source(manifest: Mapping[str, Any]) -> list[dict[int, set[int]]]:
-    """Of each source the episodes drawn, in ascending order, and of each of these the steps."""
+    """For each source, the drawn episodes in ascending order, and the steps of each."""
     drawn: list[dict[int, set[int]]] = [{} for _ in manifest["sources"]]
     keys = ("datasets", "episodes", "steps")
     for place, episode, step in sorted(zip(*(manifest[key] for key in keys), strict=True)):
@@ -23,7 +23,7 @@ def steps_by_source(manifest: Mapping[str, Any]) -> list[dict[int, set[int]]]:
 
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """The sha256 over all that decides what a set holds."""
+    """The sha256 over everything that determines a set's content."""
     content = {key: manifest[key] for key in _HASHED}
     content["sources"] = [
         {key: source[key] for key in _HASHED_SOURCE} for source in manifest["sources"]
@@ -35,7 +35,7 @@ def check_manifest(manifest: Any, where: str) -> None:
     """Checks a manifest that was read; `where` names it.
 
     Raises:
-        DatasetError: it is none, of another format, or was altered.
+        DatasetError: it is not a manifest, has another format, or was altered.
     """
     if isinstance(manifest, Mapping) and manifest.get("format", FORMAT) != FORMAT:
         raise DatasetError(

@@ -1,9 +1,9 @@
-"""The pictures of a camera as a data set stores them, decoded when they are asked for.
+"""The pictures of a camera as a data set stores them, decoded on request.
 
 Encoded files are decoded here and not by TensorFlow, so that every file format gives the same
-pixels. They become three 8-bit channels as there: grayscale is repeated, palettes are looked up,
-transparency is dropped, CMYK is converted. Whatever else is stored where a picture should be is one
-`DatasetError` that names set, episode, step and feature.
+pixels. As in TensorFlow, they become three 8-bit channels: grayscale is repeated, palettes are
+looked up, transparency is dropped, CMYK is converted. Anything else stored in place of a picture
+raises a `DatasetError` that names set, episode, step and feature.
 """
 
 import io
@@ -24,20 +24,20 @@ Picture: TypeAlias = UInt8[NpArray, "height width 3"]
 _FORMATS: Final = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 # 8-bit modes; Pillow clips the others ("I;16", "I", "F") when it converts them.
 _MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
-# Where a PNG file says how many bits a channel has.
+# Offset of the bit depth in a PNG file.
 _PNG_BIT_DEPTH: Final = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """What one camera saw in an episode, a picture for each step.
+    """The pictures of one camera in an episode, one per step.
 
     Attributes:
         stored: JPEG or PNG files (also BMP, GIF, WebP), or u8[height, width, 3].
-        size: height and width that the data set declares; None where it leaves them open.
+        size: height and width that the data set declares; None if it does not.
         feature: the feature that they are stored in.
         episode: names set and episode in errors.
-        first_step: number, in the record, of the first step.
+        first_step: number of the first step in the record.
     """
 
     stored: Sequence[bytes | NpArray]
@@ -50,7 +50,7 @@ class Pictures:
         return len(self.stored)
 
     def only(self, steps: Collection[int]) -> "Pictures":
-        """The same with the pictures of some steps alone; those of the others are empty."""
+        """The same with only the pictures of some steps; the others are empty."""
         kept = [file if step in steps else b"" for step, file in enumerate(self.stored)]
         return replace(self, stored=kept)
 
@@ -58,7 +58,7 @@ class Pictures:
         """The picture of a step.
 
         Raises:
-            DatasetError: it is none, not 8 bits deep, or of another size than declared.
+            DatasetError: it is not a picture, not 8 bits deep, or not of the declared size.
         """
         try:
             image = _decode(self.stored[step])
@@ -68,7 +68,7 @@ class Pictures:
         return image
 
     def decode_all(self) -> UInt8[NpArray, "t height width 3"]:
-        """The pictures of all steps, which must be of one size."""
+        """The pictures of all steps, which must have the same size."""
         images = list(_threads().map(self.decode, range(len(self))))
         for step, image in enumerate(images):
             self.check_same_size(step, image.shape[:2], (0, images[0].shape[:2]))
@@ -98,7 +98,7 @@ class Pictures:
 def decode_each(
     chosen: Iterable[tuple[Pictures, int]],
 ) -> UInt8[NpArray, "b height width 3"] | list[Picture]:
-    """Decodes pictures, each named by its camera's and its step; a list where sizes differ."""
+    """Decodes pictures, each given as (pictures of its camera, step); a list if sizes differ."""
     images = list(_threads().map(lambda one: one[0].decode(one[1]), chosen))
     same = len({image.shape for image in images}) == 1
     return np.stack(images) if same else images
@@ -144,14 +144,14 @@ def _decode_file(file: bytes) -> Picture:
 
     try:
         with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
-            image.verify()  # The checksums of PNG, which decoding passes over; it needs a new file.
+            image.verify()  # The checksums of PNG, which decoding ignores; it needs a new file.
         with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
             deep = image.format == "PNG" and file[_PNG_BIT_DEPTH] > 8
             if not deep and image.mode in _MODES:
                 return np.asarray(image.convert("RGB"))
             found = f"{image.format} of mode {image.mode}{', 16 bits' if deep else ''}"
     except Exception as error:
-        # Damaged files make the decoders raise nearly anything.
+        # Decoders can raise almost anything on damaged files.
         kind = "the file is damaged"
         if isinstance(error, Image.UnidentifiedImageError):
             kind = f"none of {', '.join(_FORMATS)}"

@@ -27,9 +27,9 @@ METADATA_FILE: Final = "metadata.json"
 SPEC_KEY: Final = "spec"
 _SAMPLE_BYTES: Final = 1 << 16
 _BLOCK_BYTES: Final = 1 << 22
-# The name of a file that is one of several: what comes before, which, of how many.
+# The name of a shard: prefix, number, and number of shards.
 _SHARD: Final = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})")
-# A TFRecord is its length (u64), that one's checksum (u32), the bytes, their checksum (u32).
+# A TFRecord is its length (u64), the length's checksum (u32), the bytes, and their checksum (u32).
 _TFRECORD_HEAD: Final = struct.Struct("<QI")
 _TFRECORD_TAIL: Final = 4
 _BUILD_AGAIN: Final = (
@@ -42,7 +42,7 @@ class SplitRecords:
 
     Attributes:
         path: the directory of the data set's version, `split` the split's name.
-        features: of a step, by their paths, such as "observation/image".
+        features: features of a step, by path, such as "observation/image".
         num_episodes: number of records.
     """
 
@@ -94,7 +94,7 @@ class SplitRecords:
         return np.concatenate([[0], np.cumsum(self._lengths)[:-1]]).astype(np.int64)
 
     def _places(self, ids: Int64[NpArray, " e"]) -> list[int]:
-        """Which files hold some records."""
+        """The files that hold these records."""
         places = np.searchsorted(self.file_starts, np.unique(ids), side="right") - 1
         return np.unique(places).tolist()
 
@@ -127,7 +127,8 @@ class SplitRecords:
     def examples(self, ids: Int64[NpArray, " e"]) -> Iterator[Mapping[str, Any]]:
         """Yields records in the order of `ids`, their steps as a list, images as stored.
 
-        TFRecord has no random access: out of order, records that are due later are held in memory.
+        TFRecord has no random access: if read out of order, records needed later are held in
+        memory.
 
         Raises:
             DatasetError: a file is missing or damaged.
@@ -169,7 +170,7 @@ class SplitRecords:
 
     @functools.cached_property
     def _other_files(self) -> str:
-        """Files named as parts of the split that the description does not count, a few of them."""
+        """A few of the files named like shards of the split that the description does not count."""
         known = {path.name for path in self.files}
         starts = {m[1] for name in known if (m := _SHARD.fullmatch(name))}
         names = sorted(path.name for path in self.path.iterdir())
@@ -178,7 +179,7 @@ class SplitRecords:
         return ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
 
     def _check_count(self, place: int) -> None:
-        """Checks that a file is there and holds as many records as the description counts."""
+        """Checks that a file exists and holds as many records as the description states."""
         if place in self._counted:
             return
         path, expected = self.files[place], self._lengths[place]
@@ -195,7 +196,7 @@ class SplitRecords:
         self._counted.add(place)
 
     def _count(self, path: epath.Path) -> int | None:
-        """The number of records in a file; None if its format does not tell."""
+        """The number of records in a file; None if its format does not say."""
         file_format = self._builder.info.file_format.value
         if file_format == "array_record":
             from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -246,7 +247,7 @@ class SplitRecords:
                 del held[due]
 
     def _in_order(self, ids: Int64[NpArray, " e"]) -> Iterator[tuple[int, Any]]:
-        """Records in ascending order, of each file from the first to the last that is wanted."""
+        """Records in ascending order; reads each file from the first to the last requested one."""
         import tensorflow_datasets as tfds
 
         config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
@@ -270,7 +271,7 @@ def split_names(path: epath.Path) -> list[str]:
 
 
 def _builder(path: epath.Path) -> Any:
-    """TFDS declares most of what is used here as optional or not at all, hence Any."""
+    """TFDS declares most attributes used here as optional or not at all, hence Any."""
     import tensorflow_datasets as tfds
 
     try:
@@ -317,9 +318,9 @@ def _count_tfrecords(path: epath.Path) -> int:
 def _step_features(
     path: epath.Path, features: Any
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, Feature]]:
-    """Keys on the way to each feature of a step, and the features, by their paths.
+    """The keys that lead to each feature of a step, and the features, by path.
 
-    A key may hold slashes itself, so that paths cannot be split at them.
+    Keys may contain slashes, so paths cannot be split at them.
 
     Raises:
         DatasetError: it is not an RLDS data set.
@@ -336,7 +337,7 @@ def _step_features(
     flat: dict[str, Feature] = {}
 
     def add(above: tuple[str, ...], info: Any, encoded: bool) -> None:
-        if isinstance(info, Mapping):  # Of a sequence of dictionaries.
+        if isinstance(info, Mapping):  # A sequence of dictionaries.
             for key, below in info.items():
                 add((*above, key), below, encoded=False)
         else:
@@ -345,7 +346,7 @@ def _step_features(
             flat[name] = Feature(tuple(info.shape), np.dtype(info.np_dtype), encoded)
 
     def visit(node: Any, above: tuple[str, ...]) -> None:
-        if isinstance(node, tfds.features.FeaturesDict):  # It is no Mapping.
+        if isinstance(node, tfds.features.FeaturesDict):  # Not a Mapping.
             for key, below in node.items():
                 visit(below, (*above, key))
         else:

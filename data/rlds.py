@@ -1,8 +1,8 @@
-"""Reads RLDS data sets: episodes and frames in our standard, the same from either file format.
+"""Reads RLDS data sets: episodes and frames in standard form, the same from either file format.
 
-Which features they are taken from is what the data set's specification says
-(`qvla_jax.data.open_x`). Images are decoded here and not by TensorFlow, so that array_record and
-TFRecord give the same pixels, and a reader that wants actions only decodes none.
+The data set's specification (`qvla_jax.data.open_x`) says which features they come from. Images are
+decoded here and not by TensorFlow, so array_record and TFRecord give the same pixels, and a reader
+of actions alone decodes none.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,15 +42,15 @@ class RldsDataset:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Opens a data set; nothing but its description is read.
+        """Opens a data set; reads only its description.
 
         Args:
             path: the directory of one version, or a parent with only one data set below it; or the
                 address of one, such as gs://gresearch/robotics/taco_play/0.1.0.
             split: a split's name; no slices.
             spec: how to read it: a specification, the name of one, or the name of a JSON file with
-                one. Left out, it is found by the data set's name.
-            process_index: which share to read: episodes `process_index`, `+ process_count`, ...
+                one. By default it is found by the data set's name.
+            process_index: the share to read: episodes `process_index`, `+ process_count`, ...
             process_count: number of shares.
 
         Raises:
@@ -93,7 +93,7 @@ class RldsDataset:
         images: bool = True,
         seed: int | None = None,
     ) -> Iterator[Episode]:
-        """Yields episodes in the order given, but those of which their spec leaves no step.
+        """Yields episodes in the given order, except those without a step that their spec keeps.
 
         Args:
             indices: ids of episodes (positions in the split); by default those of this process.
@@ -101,7 +101,7 @@ class RldsDataset:
             seed: permutes the order; None keeps it.
 
         Raises:
-            DatasetError: an id is out of range, a file is damaged, or a step holds what is no
+            DatasetError: an id is out of range, a file is damaged, or a step holds an invalid
                 picture, number or instruction; docs/data.md lists what is checked.
         """
         for encoded in self.encoded_episodes(indices, seed=seed):
@@ -158,13 +158,13 @@ class RldsDataset:
                 yield encoded
 
     def sample_ids(self, count: int, *, seed: int) -> Int64[NpArray, " e"]:
-        """Ids of `count` of this process's episodes from few files, drawn; all if no more.
+        """Draws ids of `count` of this process's episodes from few files; all if there are no more.
 
-        A set that is read over the network costs its files, not its episodes.
+        Reading over the network costs whole files, not episodes.
         """
         if len(self.episode_ids) <= count:
             return self.episode_ids
-        # A stream of its own: the draws that follow do not depend on whether this one is made.
+        # A separate stream: later draws do not depend on whether this one is made.
         rng = np.random.default_rng([seed, 2])
         starts = self._records.file_starts
         place = np.searchsorted(starts, self.episode_ids, side="right")
@@ -225,7 +225,7 @@ def find_version(path: str | PathLike[str]) -> epath.Path:
     except QvlaError:
         raise
     except Exception as error:
-        # Whatever the library behind an address raises.
+        # Any error of the library behind an address.
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DatasetError(
             f"{path}: cannot be reached ({first}). An address such as gs:// needs TensorFlow "

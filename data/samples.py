@@ -1,4 +1,4 @@
-"""Where the episodes and policies that come with the package lie."""
+"""The locations of the bundled episodes and policies."""
 
 from pathlib import Path
 
@@ -11,5 +11,5 @@ def bundled_path() -> Path:
 
 
 def bundled_policy_path(name: str) -> Path:
-    """Where the weights of a policy that comes with the package would lie; it may not exist."""
+    """Where the weights of a bundled policy would be; it may not exist."""
     return _BUNDLED / "policies" / name

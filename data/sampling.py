@@ -14,7 +14,7 @@ def interleave(groups: Sequence[Int64[NpArray, " e"]]) -> list[int]:
 
 
 def spread(total: int, capacity: Int64[NpArray, " e"]) -> Int64[NpArray, " e"]:
-    """Shares `total` out as evenly as `capacity` allows, earlier ones first."""
+    """Divides `total` as evenly as `capacity` allows, earlier ones first."""
     counts = np.zeros_like(capacity)
     while (left := total - int(counts.sum())) > 0:
         open_ones = np.flatnonzero(counts < capacity)
@@ -30,14 +30,14 @@ def spread(total: int, capacity: Int64[NpArray, " e"]) -> Int64[NpArray, " e"]:
 def apportion(
     total: int, weights: Sequence[float], capacity: Sequence[int]
 ) -> Int64[NpArray, " e"]:
-    """Shares `total` out in proportion to `weights`, by largest remainders.
+    """Divides `total` in proportion to `weights`, by largest remainders.
 
-    What exceeds a capacity goes to the others, in proportion to theirs.
+    Shares beyond a capacity go to the others, in proportion to their weights.
 
     Args:
         total: at most the sum of `capacity`.
         weights: positive.
-        capacity: most that each can take.
+        capacity: maximum for each.
     """
     shares = np.asarray(weights, np.float64)
     limits = np.asarray(capacity, np.int64)

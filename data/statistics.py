@@ -1,6 +1,6 @@
 """Statistics of actions and proprio, computed once for a split and cached.
 
-The JSON is laid out as the `dataset_statistics.json` of OpenVLA's checkpoints, so either program
+The JSON has the layout of `dataset_statistics.json` in OpenVLA's checkpoints, so either program
 reads the other's. Everything is computed in float64 over all steps.
 """
 
@@ -22,7 +22,7 @@ from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import DatasetError, InputError
 
 _VALUES: Final = ("mean", "std", "max", "min", "q01", "q99")
-# Part of the cache's key: a change of what is computed, or refused, makes old caches stale.
+# Part of the cache's key: a change in what is computed or refused makes old caches stale.
 _VERSION: Final = 2
 
 
@@ -79,7 +79,7 @@ class ArrayStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetStatistics:
-    """What a policy needs to normalize what it sees and un-normalize what it does."""
+    """What a policy needs to normalize its inputs and un-normalize its actions."""
 
     dataset_name: str
     action: ArrayStatistics
@@ -138,7 +138,7 @@ class DatasetStatistics:
 
         Args:
             tree: what dataset_statistics.json holds.
-            dataset_name: which of its data sets; may be left out if it has only one.
+            dataset_name: one of its data sets; optional if it has only one.
             where: names the source in errors.
 
         Raises:
@@ -188,8 +188,8 @@ def dataset_statistics(
 ) -> DatasetStatistics:
     """Statistics of a split, from the cache if the data are still those it was computed from.
 
-    The cache lies beside the data, or in the user's cache folder where that cannot be written. A
-    file whose fingerprint is not the data's is stale: it is computed again and replaced.
+    The cache is next to the data, or in the user's cache folder if that cannot be written. A cache
+    whose fingerprint differs from the data's is stale and is replaced.
 
     Args:
         path: RLDS directory.
@@ -235,4 +235,4 @@ def _read_cache(path: Path, dataset_name: str, fingerprint: str) -> DatasetStati
             return None
         return DatasetStatistics.from_json(tree, dataset_name)
     except (OSError, ValueError, KeyError, TypeError, DatasetError):
-        return None  # Absent or unusable: what it says can always be computed again.
+        return None  # Absent or unusable: its content can always be recomputed.

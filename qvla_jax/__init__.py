@@ -13,8 +13,8 @@
     print(qvla_jax.evaluate(quantized, heldout, reference=policy))
     qvla_jax.serve(quantized, qvla_jax.ServeConfig(port=8000))
 
-`run(RunConfig(...))` is the same walk with its files and its report. `RunConfig` and `ServeConfig`
-are what `qvla run` and `qvla serve` make of their options.
+`run(RunConfig(...))` runs the same pipeline and writes its files and report. `RunConfig` and
+`ServeConfig` hold the options of `qvla run` and `qvla serve`.
 
 The public names are loaded when they are first used: `import qvla_jax` itself imports no JAX,
 TensorFlow or solver library and touches no device.
@@ -84,7 +84,7 @@ def __getattr__(name: str) -> Any:
     elif name in _LAZY:
         from qvla_jax import devices
 
-        devices.import_jax()  # or an error that says which variable hinders it
+        devices.import_jax()  # or an error that names the offending variable
         value = getattr(importlib.import_module(_LAZY[name]), name)
     else:
         raise AttributeError(f"module 'qvla_jax' has no attribute {name!r}")

@@ -18,16 +18,17 @@ class Allocation:
     """Bits for every channel, and how they were found.
 
     Attributes:
-        bits: `[C]`, in the table's channel order; those of `allocate` bring the table's quantizer
-            along for `quantize`.
+        bits: `[C]`, in the table's channel order; `allocate` attaches the table's quantizer for
+            `quantize`.
         sensitivity: the method that the costs come from.
         solver: the solver's registered name.
-        budget_bits: the budget, bits for each quantized weight with everything stored counted.
+        budget_bits: the budget in bits per quantized weight, counting everything stored.
         budget_bytes: the same in bytes.
         stored_bytes: what the allocation stores, at most `budget_bytes`.
-        predicted_sse_normalized: the summed costs: the joint error if errors simply added up.
+        predicted_sse_normalized: the summed costs, which would be the joint error if errors simply
+            added up.
         lower_bound: no allocation within the budget has a smaller sum of costs.
-        seconds: what the solver took.
+        seconds: the solver's run time.
         baseline: the costs are not those of the run's own method.
         matches: the bits of the uniform grid whose bytes are the budget, if it was chosen so.
     """
@@ -46,7 +47,7 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """By what share the summed costs exceed the lower bound: 0 is proven to be the best."""
+        """Relative excess of the summed costs over the lower bound; 0 is proven optimal."""
         return relative_gap(self.predicted_sse_normalized, self.lower_bound)
 
     @property
@@ -74,7 +75,7 @@ def allocate(
     minimum_bits: Mapping[str, int] | None = None,
     solver: str = DEFAULT_SOLVER,
 ) -> Allocation:
-    """Chooses a bit-width for every channel: the least summed cost within a budget.
+    """Chooses a bit-width for every channel to minimize the summed cost within a budget.
 
     >>> import qvla_jax
     >>> policy = qvla_jax.random_policy("tiny-test")
@@ -88,20 +89,20 @@ def allocate(
     >>> len(allocation.bits) == len(table.index)  # a width for each channel
     True
 
-    For more say in the matter (resources, tiles of a kernel, all solvers side by side) take
-    `table.problem(...)` to `qvla_jax.solvers`; `table.bits_of(solution)` leads back.
+    For more control (resources, kernel tiles, comparing all solvers), pass `table.problem(...)` to
+    `qvla_jax.solvers`; `table.bits_of(solution)` converts the result back.
 
     Args:
         table: from `sensitivities`.
-        budget_bits: bits for each quantized weight, everything stored counted (scales, biases,
-            index, padding). Give this or `budget_bytes`.
+        budget_bits: bits per quantized weight, counting everything stored (scales, biases, index,
+            padding). Give this or `budget_bytes`.
         budget_bytes: the same in bytes.
-        minimum_bits: the least bits of the layers that a regular expression matches.
+        minimum_bits: regular expression -> minimum bits of the layers that it matches.
         solver: one of `qvla_jax.solvers.available()`.
 
     Raises:
         BudgetError: even the smallest option of every channel exceeds the budget.
-        InputError: None or both budgets are given, the solver is unknown, or a pattern of
+        InputError: neither or both budgets are given, the solver is unknown, or a pattern of
             `minimum_bits` matches no layer.
     """
     problem = table.problem(

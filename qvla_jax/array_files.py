@@ -33,11 +33,11 @@ def write_arrays(
     Args:
         path: ends in `.safetensors` or `.npz`, which decides the format.
         arrays: numbers only; nothing is pickled.
-        header: whatever JSON can hold.
-        kind: what the file is, checked again by `read_arrays`.
+        header: JSON types.
+        kind: type of the file, which `read_arrays` checks.
 
     Raises:
-        InputError: the suffix is another one.
+        InputError: the suffix is not one of these.
     """
     suffix = _suffix(path)
     text = json.dumps({"kind": kind, "version": _VERSION, **header})
@@ -62,7 +62,7 @@ def read_arrays(
 
     Args:
         path: a `.safetensors` or `.npz` file.
-        kind: what the file must be.
+        kind: expected type of the file.
         required: arrays that must be there.
 
     Returns:
@@ -108,10 +108,10 @@ def _suffix(path: str | os.PathLike[str]) -> str:
 def read_npy(content: bytes) -> NDArray[Any]:
     """The array of an `.npy` file's content.
 
-    Nothing is allocated before its bytes are there: `numpy.load` believes the shape.
+    Nothing is allocated before its bytes are read: `numpy.load` trusts the declared shape.
 
     Raises:
-        ValueError: it is damaged, or holds something other than numbers, truth values or text.
+        ValueError: it is damaged, or holds something other than numbers, booleans or text.
     """
     stream = io.BytesIO(content)
     try:
@@ -141,7 +141,7 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
             # Compressed ones would take more memory than the file has bytes.
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
                 raise ValueError(f"{member.filename} is compressed or encrypted")
-            # Sizes are what the archive says: no more is reserved than the file has bytes.
+            # Sizes come from the archive: reserve no more than the file has bytes.
             left -= member.file_size
             if left < 0 or member.compress_size != member.file_size:
                 raise ValueError(f"{member.filename} reaches past the file's end")

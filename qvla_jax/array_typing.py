@@ -1,4 +1,4 @@
-"""Array annotations, and the one legend of the letters in them.
+"""Array annotations, and the legend of the letters in them.
 
 Shapes, wherever they are written (annotations, docstrings, error messages), use these letters:
 

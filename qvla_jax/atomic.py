@@ -1,4 +1,4 @@
-"""Files that are either written completely or not at all.
+"""Writes files completely or not at all.
 
 Each function writes to a temporary name in the destination's folder and renames it into place, so
 that a killed process, a full disk or an exception leaves the previous file (or nothing) and never
@@ -28,7 +28,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the destination; its parent folders are created.
 
     Raises:
-        InputError: it cannot be written: the disk is full, the folder read-only or no folder.
+        InputError: it cannot be written: the disk is full, or the folder is read-only or not a
+            folder.
     """
     path = Path(path)
     try:
@@ -46,7 +47,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; results are ordinary ones
         temporary.replace(path)
     except OSError as error:
-        # An error that names another file is about what is read meanwhile.
+        # An error that names another file concerns an input, not this output.
         if error.filename in (None, name):
             raise _cannot_write(path, error) from error
         raise

@@ -1,8 +1,8 @@
-"""The `qvla` command: one subcommand for each stage, and one for the whole walk.
+"""The `qvla` command: one subcommand for each stage, and one for the whole pipeline.
 
-Settings are the frozen dataclasses of the Python API, turned into options by tyro, and written next
-to what was made with them (`repeating`). Results go to stdout, as text or with `--json` as one JSON
-object; progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+Settings are the frozen dataclasses of the Python API, turned into options by tyro and written next
+to the output (`repeating`). Results go to stdout, as text or with `--json` as one JSON object;
+progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from qvla_jax.failures import broken_package, in_one_line
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
-# The settings' class, and the function that takes them: it returns an `output.Result`, or prints
+# The settings class, and the function that takes them, which returns an `output.Result`, or prints
 # by itself and returns None.
 Loaded: TypeAlias = tuple[type[Any], Callable[[Any], Any]]
 
@@ -37,15 +37,16 @@ class Command:
     Attributes:
         summary: one line for `qvla --help`.
         example: a call that works.
-        module: where it lives, in `qvla_jax.commands`. Only that of the command that runs is
+        module: its module in `qvla_jax.commands`. Only the module of the command that runs is
             imported.
-        variants: option -> what is meant instead where that option is given.
-        output: the setting that names what it writes; None where it writes nothing. Its settings
-            are kept there.
-        beside: they are kept next to it, not in it: where it is a file, or a policy's directory.
-        resumable: when it was interrupted, the same command goes on where it stopped.
-        has_result: it returns a `Result`, which `--json` prints for machines.
-        bare: it runs where nothing is installed but Python, and starts no device.
+        variants: option -> the command that runs instead if that option is given.
+        output: the setting that names its output, where its settings are kept; None if it writes
+            nothing.
+        beside: settings are kept next to the output, not in it, because it is a file or a policy's
+            directory.
+        resumable: after an interruption, the same command resumes where it stopped.
+        has_result: it returns a `Result`, which `--json` prints.
+        bare: it needs nothing but Python, and starts no device.
     """
 
     summary: str
@@ -252,7 +253,7 @@ _JSON, _CONFIG = "--json", "--config"
 
 
 def _parse(name: str, arguments: Sequence[str]) -> _Call:
-    """Turns arguments into settings, those of a `--config` file replaced by what is given."""
+    """Turns arguments into settings; given options replace those of a `--config` file."""
     if COMMANDS[name].bare:
         return _parse_bare(name, arguments)
     try:
@@ -311,7 +312,7 @@ def _parse_bare(name: str, arguments: Sequence[str]) -> _Call:
 
 
 def _with_values(kind: type[Any], arguments: Sequence[str]) -> list[str]:
-    """Spells out settings that are true, false or not said: `--no-NAME` is `--NAME False`."""
+    """Spells out settings that are true, false or not given: `--no-NAME` is `--NAME False`."""
     hints = typing.get_type_hints(kind)
     names = {f"--{name.replace('_', '-')}" for name, hint in hints.items() if hint == bool | None}
     spelled: list[str] = []
@@ -327,7 +328,7 @@ def _with_values(kind: type[Any], arguments: Sequence[str]) -> list[str]:
 
 
 def _description(kind: type[Any]) -> str:
-    """What a class of settings says of itself, without its examples, which are Python's."""
+    """The docstring of a settings class, without its Python examples."""
     return (kind.__doc__ or "").partition(">>>")[0].strip()
 
 
@@ -342,7 +343,7 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _arguments_of(kind: type[Any], command: Command) -> Any:
-    """The settings' class together with the options that commands have in common."""
+    """The settings class together with the options that commands have in common."""
     import tyro
 
     def option(name: str, kind: Any, default: Any, text: str) -> tuple[str, Any, Any]:
@@ -364,7 +365,7 @@ def _execute(call: _Call) -> int:
     from qvla_jax.output import print_json, print_result
 
     output = call.command.output and getattr(call.settings, call.command.output)
-    # What libraries print shall not get between the JSON.
+    # Keep the output of libraries out of the JSON.
     aside = (
         contextlib.redirect_stdout(sys.stderr) if call.for_machines else contextlib.nullcontext()
     )
@@ -395,7 +396,7 @@ def _execute(call: _Call) -> int:
 
 
 def _result_of(call: _Call) -> Any:
-    """Runs it; errors of the system and of libraries that are no bug become ours."""
+    """Runs it; errors of the system and of libraries that are not bugs become ours."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -416,7 +417,7 @@ _SHOW = warnings.showwarning
 
 
 def _warn(message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """Shows a warning: what is meant for people in one line, without its place in the code."""
+    """Shows a warning; those meant for users in one line, without the location in the code."""
     if issubclass(category, CheckpointWarning):
         print(f"qvla: warning: {' '.join(str(message).split())}", file=sys.stderr)
     else:
@@ -424,7 +425,7 @@ def _warn(message: Warning | str, category: type[Warning], *place: Any) -> None:
 
 
 def _keep_settings(call: _Call, output: Path) -> Path | None:
-    """Writes the settings next to what was made, once for all processes."""
+    """Writes the settings next to the output, once for all processes."""
     from qvla_jax.repeating import settings_file, write_settings
 
     if getattr(call.settings, "process", 0) != 0:
@@ -461,7 +462,7 @@ def _in_options(message: str, arguments: Sequence[str]) -> str:
     if command is None or command.bare:
         return message
     names: set[str] = set()
-    with contextlib.suppress(Exception):  # it is not installed, which the message says
+    with contextlib.suppress(Exception):  # if it is not installed, the message says so
         for form in (command, *command.variants.values()):
             names |= {field.name for field in dataclasses.fields(form.load()[0])}
     for name in names:

@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.plain import from_plain
 
-# Number of cameras -> what observations call their images, in the order that policies take them.
-# Two grippers have a camera each on ALOHA; names follow OpenVLA-OFT's.
+# Number of cameras -> what observations call their images, in the order that policies take them. On
+# ALOHA, each of the two grippers has a camera; names follow OpenVLA-OFT's.
 CAMERA_KEYS: Final[Mapping[int, tuple[str, ...]]] = {
     1: ("image",),
     2: ("image", "wrist_image"),
@@ -58,22 +58,22 @@ class LlamaConfig:
     num_key_value_heads: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    # Places of a sequence that it was made for, which bound the prompt. None: only
+    # Positions of the longest sequence that it supports, which bound the prompt. None: only
     # `max_prompt_tokens` does.
     max_position_embeddings: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentActionConfig:
-    """UniVLA's way to act: latent action tokens, and a decoder that reads their states."""
+    """How UniVLA acts: latent action tokens, and a decoder that reads their states."""
 
-    # Width of the decoder's pooling blocks, of a head times their number.
+    # Width of the decoder's pooling blocks: the width of a head times the number of heads.
     embed_dim: int
     num_heads: int
     mlp_dim: int
     # Latent tokens that are decoded for each chunk.
     num_tokens: int = 4
-    # The prompt where the latent tokens of the call before are given.
+    # The prompt when the latent tokens of the previous call are given.
     history_template: str = (
         "In: What action should the robot take to {instruction}? History action {history}\nOut:"
     )
@@ -94,7 +94,7 @@ class OpenVLAConfig:
     decoding: Literal["l1", "tokens", "latents"] = "l1"
     action_dim: int = 7
     action_horizon: int = 8
-    # What actions and proprio are scaled by to [-1, 1]: q01 and q99, or min and max.
+    # What scales actions and proprio to [-1, 1]: q01 and q99, or min and max.
     action_normalization: Literal["quantiles", "min_max"] = "quantiles"
     # 0: the policy takes no proprio.
     proprio_dim: int = 0
@@ -106,8 +106,8 @@ class OpenVLAConfig:
     # Crop the central 90 % of the area: for policies that were trained with random crops.
     center_crop: bool = False
     prompt_template: str = "In: What action should the robot take to {instruction}?\nOut:"
-    # Prompts are padded to this many tokens (BOS and the empty token included). Where the language
-    # model has places for more, longer ones are padded to twice as many, and so on.
+    # Prompts are padded to this many tokens (BOS and the empty token included). If the language
+    # model has positions for more, longer ones are padded to twice as many, and so on.
     max_prompt_tokens: int = 64
     bos_token_id: int = 1
     stop_token_id: int = 2
@@ -123,11 +123,11 @@ class OpenVLAConfig:
     latent_action: LatentActionConfig | None = None
 
     def __post_init__(self) -> None:
-        """Checks what no type says.
+        """Checks what the types do not express.
 
         Raises:
-            InputError: there are no names for the cameras, or the decoder's sizes are missing, or
-                there for nothing.
+            InputError: there are no names for this many cameras, or the decoder's sizes are missing
+                or not needed.
         """
         if self.num_images not in CAMERA_KEYS:
             raise InputError(
@@ -147,7 +147,7 @@ class OpenVLAConfig:
 
     @property
     def prompt_limit(self) -> int:
-        """Tokens of the longest prompt: the places that images, proprio and actions leave."""
+        """Tokens of the longest prompt: positions left free by images, proprio and actions."""
         places = self.text.max_position_embeddings
         if places is None:
             return self.max_prompt_tokens
@@ -155,7 +155,7 @@ class OpenVLAConfig:
         return places - self.num_prefix_tokens - behind
 
     def padded_prompt(self, tokens: int) -> int:
-        """What a prompt is padded to; few lengths, since each takes a compilation."""
+        """The length a prompt is padded to; there are few, because each takes a compilation."""
         width = self.max_prompt_tokens
         while width < tokens:
             width *= 2
@@ -186,7 +186,7 @@ class OpenVLAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         values = dataclasses.asdict(self)
-        # Those that do without keep the fingerprints that they had before there were these.
+        # Policies without these keep the fingerprints they had before the keys existed.
         if self.latent_action is None:
             del values["latent_action"]
         if self.action_normalization == "quantiles":
@@ -196,7 +196,7 @@ class OpenVLAConfig:
         return values
 
     def identity(self) -> dict[str, Any]:
-        """`to_dict` without what changes no action: the part of a fingerprint."""
+        """`to_dict` without the entries that change no action; part of a fingerprint."""
         values = self.to_dict()
         values["text"].pop("max_position_embeddings", None)
         return values
@@ -336,7 +336,7 @@ PRESETS: dict[str, OpenVLAConfig] = {
             ),
             **_SMALL,
         ),
-        # For unit tests: every part of the architecture at widths that compile in seconds.
+        # For unit tests: the complete architecture at widths that compile in seconds.
         OpenVLAConfig(
             name="tiny-test",
             vision=_small_towers(image_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2),
@@ -358,7 +358,7 @@ def preset(name: str) -> OpenVLAConfig:
     """Returns the configuration called `name`.
 
     Raises:
-        InputError: there is none; the message lists close matches.
+        InputError: the name is unknown; the message lists close matches.
     """
     if name not in PRESETS:
         raise InputError(unknown("model", name, PRESETS))

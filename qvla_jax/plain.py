@@ -31,7 +31,7 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     Args:
         kind: a dataclass, or the annotation of one of its fields.
         value: what `json` read.
-        where: how messages call it.
+        where: how error messages refer to it.
 
     Raises:
         InputError: a key is unknown, missing or of the wrong type; the message names it.

@@ -1,8 +1,8 @@
 """Progress bars: stage, items, rate and time left.
 
-Library functions take a `Progress` and call `progress(stage, done, total)` now and then; they know
-nothing of terminals. The command line hands them a `ProgressBars`, which draws bars on a terminal's
-stderr and is quiet everywhere else.
+Library functions take a `Progress` and call `progress(stage, done, total)` from time to time; they
+know nothing about terminals. The command line passes a `ProgressBars`, which draws bars if stderr
+is a terminal and is silent otherwise.
 """
 
 import sys
@@ -86,7 +86,7 @@ class ProgressBars:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Moves the bar of `stage`, creating it first if need be."""
+        """Moves the bar of `stage`, creating it if necessary."""
         if stage not in self._tasks:
             self._tasks[stage] = self._rich.add_task(stage, total=total)
         self._rich.update(self._tasks[stage], completed=done, total=total)
@@ -104,5 +104,5 @@ class ProgressBars:
         trace: TracebackType | None,
     ) -> None:
         """Stops drawing and leaves the bars as they are."""
-        if not self._rich.disable:  # before 14.3 Rich ends bars that it did not draw, too
+        if not self._rich.disable:  # before 14.3 Rich also ends bars that it did not draw
             self._rich.stop()

@@ -1,4 +1,4 @@
-"""What a result was made with: enough to repeat it, and nothing about whose machine it was."""
+"""Provenance of a result: enough to reproduce it, and nothing that identifies the machine."""
 
 import importlib.metadata
 import platform

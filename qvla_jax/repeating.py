@@ -1,4 +1,4 @@
-"""The settings of a command, written next to what it made, and read again to repeat it."""
+"""The settings of a command, written next to its output and read to repeat it."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ class Recorded:
     Attributes:
         path: of the file, for messages.
         command: the subcommand.
-        variant: the option that chose another form of it, such as `--sim`; None for the plain one.
+        variant: the option that selected a variant, such as `--sim`; None for the plain command.
         settings: JSON types, by the names of the command's settings.
     """
 
@@ -38,7 +38,7 @@ def settings_file(output: Path, command: str, variant: str | None, *, beside: bo
         output: the file or folder that it writes.
         command: the subcommand.
         variant: as in `Recorded`.
-        beside: next to `output`; False puts them into it, for folders that commands share.
+        beside: next to `output`; False puts them inside it, for folders that commands share.
     """
     if beside:
         return output.with_name(output.name + SUFFIX)

@@ -1,9 +1,9 @@
-"""The device meshes, and how arrays get onto them and back.
+"""The device meshes, and moving arrays to and from them.
 
 Batched inference has one axis, `data`: every local device takes an equal share of a batch, and
 weights are replicated. Sensitivity sweeps run on all devices of all processes and have a second
 axis, `channel`, over which output channels are split. On CPU one XLA device uses about one core, so
-`devices.use_all_cpu_cores` makes a virtual device of each.
+`devices.use_all_cpu_cores` creates a virtual device for each.
 
 Every process holds the same host arrays and calls the same functions in the same order (JAX's
 multi-controller model); each puts the shards of its own devices.
@@ -55,15 +55,15 @@ def one_device_mesh() -> Mesh:
 def join_processes(coordinator: str, processes: int, process: int) -> None:
     """Joins the processes of a sweep, before the first use of a device.
 
-    When one of them dies, the others end as well, at the latest after the heartbeat's timeout.
+    If one of them dies, the others exit as well, at the latest after the heartbeat timeout.
 
     Args:
         coordinator: HOST:PORT of process 0.
-        processes: how many there are.
+        processes: number of processes.
         process: which one this is.
 
     Raises:
-        InputError: the number is none of theirs, or nobody answers at the address.
+        InputError: the number is out of range, or nothing answers at the address.
     """
     if not 0 <= process < processes or ":" not in coordinator:
         raise InputError(
@@ -82,7 +82,7 @@ def is_main_process() -> bool:
 
 
 def put(mesh: Mesh, leaf: Any, spec: PartitionSpec) -> jax.Array:
-    """Puts one array on the mesh; the processes hand in the same values."""
+    """Puts one array on the mesh; all processes pass the same values."""
     sharding = NamedSharding(mesh, spec)
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
@@ -91,7 +91,7 @@ def put(mesh: Mesh, leaf: Any, spec: PartitionSpec) -> jax.Array:
 
 
 def to_host(array: AnyArray) -> np.ndarray:
-    """The whole array, on every process that asks; all of them have to."""
+    """The whole array, on every process; all processes must call it."""
     if isinstance(array, np.ndarray):
         return array
     if array.is_fully_addressable or array.is_fully_replicated:
@@ -100,11 +100,11 @@ def to_host(array: AnyArray) -> np.ndarray:
 
 
 def from_main_process(data: bytes) -> bytes:
-    """What the main process handed in; every process has to call."""
+    """The main process's argument, on every process; all processes must call it."""
     if jax.process_count() == 1:
         return data
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    # What the others handed in has another length, and is not looked at.
+    # The other processes' arguments may have another length, and are ignored.
     buffer = np.frombuffer(data.ljust(length)[:length], np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes()
 

@@ -15,8 +15,8 @@
     >>> "greedy:marginal" in solvers.available()  # `solvers.compare(problem)` runs them all
     True
 
-The package needs numpy; single solvers need what `available()` checks for, and import it when they
-run. It imports no JAX.
+The package needs numpy; individual solvers need what `available()` checks for, and import it when
+they run. It does not import JAX.
 """
 
 # Importing a solver registers it.

@@ -1,7 +1,7 @@
 """Channel counts in whole tiles.
 
 Kernels work on tiles of channels of one bit-width: 16 on a CPU, 64 on a GPU, 128 on a TPU. A count
-that is not a multiple of the tile is padded, by bytes that nobody counted or by channels promoted
+that is not a multiple of the tile must be padded, with uncounted bytes or with channels promoted
 after the fact. Here the counts are part of the allocation.
 """
 
@@ -20,11 +20,12 @@ def greedy_aligned(problem: AllocationProblem, *, iterations: int = 40) -> Propo
     """Counts per group and option in the problem's multiples; the price is reported.
 
     At a multiplier every group takes its cheapest options and then rounds each count up or down,
-    whichever costs less, by moving the channels that mind least. The multiplier is bisected until
-    the bytes fit. The multiples hold exactly; the cost is not proven optimal under them.
+    whichever costs less, by moving the channels for which that costs least. The multiplier is
+    bisected until the bytes fit. The multiples hold exactly; the cost is not proven optimal under
+    them.
 
     Options whose multiple is 1 take the remainder: usually pruned rows, which are not stored, and
-    the widest option. Where there is none, every group must be whole tiles.
+    the widest option. Without such options, every group must be whole tiles.
 
     Args:
         problem: the problem; without groups all channels form one.
@@ -75,7 +76,7 @@ def greedy_aligned(problem: AllocationProblem, *, iterations: int = 40) -> Propo
 def price_of_tiles(
     problem: AllocationProblem, choice: IntArray, unaligned: IntArray
 ) -> dict[str, float]:
-    """What whole tiles cost beside a good choice without them, for a solution's details."""
+    """What whole tiles cost relative to a good choice without them, for a solution's details."""
     cost = problem.cost_of(unaligned)
     return {"unaligned_cost": cost, "price": problem.cost_of(choice) - cost}
 
@@ -105,7 +106,7 @@ class _Groups:
         return self._choice(1.0, multiplier)
 
     def smallest(self) -> IntArray:
-        """i64[C], the aligned choice that minds the bytes alone."""
+        """i64[C], the aligned choice that minimizes only the bytes."""
         return self._choice(0.0, 1.0)
 
     def _choice(self, cost_weight: float, size_weight: float) -> IntArray:
@@ -133,15 +134,15 @@ class _Groups:
 def _align(values: FloatArray, multiples: IntArray) -> IntArray | None:
     """Rounds the counts of one group's options, one option after the other.
 
-    Channels come from and go to options that are not rounded yet, or free; so a rounded count
-    stays. Where no option is free, the last one gets what is left and must come out whole.
+    Channels move between options that are not rounded yet or are free, so a rounded count stays. If
+    no option is free, the last one gets the rest, which must be whole tiles.
 
     Args:
         values: f64[c, n], penalized costs; infinite for closed options.
         multiples: i64[n], the tile of each option.
 
     Returns:
-        i64[c], or None where that leads nowhere.
+        i64[c], or None if that fails.
     """
     tiled = np.flatnonzero(multiples > 1)
     if len(tiled) == len(multiples):
@@ -158,7 +159,7 @@ def _align(values: FloatArray, multiples: IntArray) -> IntArray | None:
             continue
         elsewhere = np.where(unrounded == 1, values, np.inf)
         target = elsewhere.argmin(axis=1)
-        with np.errstate(invalid="ignore"):  # closed options of channels that are no members
+        with np.errstate(invalid="ignore"):  # closed options of channels that are not members
             leave = np.where(members, elsewhere[rows, target] - values[:, option], np.inf)
         enter = np.where(unrounded[choice] == 1, values[:, option] - values[rows, choice], np.inf)
         out, loss_out = _least(leave, over)
@@ -174,7 +175,7 @@ def _align(values: FloatArray, multiples: IntArray) -> IntArray | None:
 
 
 def _least(losses: FloatArray, count: int) -> tuple[IntArray, float]:
-    """The `count` channels of least loss, and what they lose together; infinite if too few."""
+    """The `count` channels of smallest loss, and their total loss; infinite if too few."""
     if count > len(losses):
         return np.empty(0, dtype=np.int64), np.inf
     chosen = np.argpartition(losses, count - 1)[:count]

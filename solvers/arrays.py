@@ -13,7 +13,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-# Called as `progress(stage, done, total)` by what may take long.
+# Called as `progress(stage, done, total)` by long-running functions.
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)

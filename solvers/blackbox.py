@@ -1,4 +1,4 @@
-"""Searching with an objective that is no sum of costs: a measured error, a measured latency."""
+"""Searches with an objective that is not a sum of costs: a measured error or latency."""
 
 import dataclasses
 import hashlib
@@ -22,9 +22,9 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        choice: i64[C], feasible; the start itself where nothing measured less.
-        error: what the objective gave for it.
-        start_error: what it gave for the start; `error` is never larger.
+        choice: i64[C], feasible; the start itself if nothing measured better.
+        error: its objective value.
+        start_error: the start's objective value; `error` is never larger.
         evaluations: candidates measured.
         history: f64[r], the least error after each round, the start included.
         seconds: wall-clock time.
@@ -39,7 +39,7 @@ class SearchResult:
 
 
 def inner_solver(problem: AllocationProblem) -> str:
-    """The heuristic that honours a problem's constraints."""
+    """The heuristic that supports a problem's constraints."""
     if not problem.constraints:
         return "greedy:marginal"
     able = {"resources": "lagrangian", "multiples": "greedy:aligned"}
@@ -47,7 +47,7 @@ def inner_solver(problem: AllocationProblem) -> str:
 
 
 class Search:
-    """The best choice so far, from the start on; measures no candidate twice."""
+    """The best choice so far, beginning with the start; measures no candidate twice."""
 
     def __init__(
         self, problem: AllocationProblem, evaluate: Objective, start: IntArray | None, inner: str
@@ -81,7 +81,7 @@ class Search:
         self._start_error, self._history = self.error, [self.error]
 
     def measure(self, candidates: list[IntArray]) -> FloatArray:
-        """f64[p], errors of feasible candidates; infinite where they are NaN.
+        """f64[p], errors of feasible candidates; NaN becomes infinite.
 
         Raises:
             InputError: the objective returns another shape.
@@ -125,5 +125,5 @@ class Search:
 
 
 def _digest(choice: IntArray) -> bytes:
-    """What candidates are remembered by: themselves they would fill the memory, at full size."""
+    """Identifies a candidate; storing the candidates themselves would fill memory at full size."""
     return hashlib.blake2b(choice.astype(np.int16).tobytes(), digest_size=16).digest()

@@ -18,8 +18,8 @@ class Row:
 
     Attributes:
         label: the solver's name and settings.
-        solution: its solution; None where it could not solve the problem.
-        error: why not.
+        solution: its solution; None if it could not solve the problem.
+        error: why it could not.
     """
 
     label: str
@@ -80,8 +80,8 @@ def compare(
 ) -> Comparison:
     """Runs several solvers on one problem.
 
-    Each solver does all of its own work in its own seconds; the bound that certifies the heuristics
-    is computed once. A solver that cannot take the problem (too large a table, no uniform option
+    Each solver's seconds include all of its own work; the bound that certifies the heuristics is
+    computed once. A solver that cannot handle the problem (too large a table, no uniform option
     that fits) becomes a row with its reason.
 
     Args:

@@ -1,9 +1,9 @@
-"""Exact at full scale: fix what the dual bound decides, search the small core that is left.
+"""Exact at full scale: fix what the dual bound decides, search the small remaining core.
 
 With multiplier m and dual value L, option j of channel c has the reduced cost r = cost + m * size -
 (least such value of the channel) >= 0, and a choice costs exactly L + sum of its reduced costs + m
 * (unspent bytes). So a choice better than an incumbent has no option whose reduced cost reaches
-`incumbent - L`: all other options are fixed, and of millions of channels some hundred or thousand
+`incumbent - L`: such options are excluded, and of millions of channels only hundreds or thousands
 stay open, the *core* (Balas and Zemel, 1980).
 
 The core is searched by dynamic programming over the bytes by which a choice departs from the dual
@@ -28,7 +28,7 @@ from qvla_jax.solvers.registry import Proposal, register
 from qvla_jax.solvers.relaxation import Relaxation, option_major, relax
 from qvla_jax.solvers.solution import OPTIMALITY_TOLERANCE, Status
 
-# What the search may remember of its states to trace the best one back.
+# Limit of the history from which the search traces back its best state.
 _HISTORY_BYTES = 10**9
 
 
@@ -54,7 +54,7 @@ class Search:
     """What the dynamic program found.
 
     Attributes:
-        choice: i64[C], not dearer than the incumbent.
+        choice: i64[C], no more expensive than the incumbent.
         excess: its cost above the dual value.
         lower_bound: no choice has less excess; equals `excess` when the search ended by itself.
         stages: channels that were searched.
@@ -79,8 +79,8 @@ def core(
     Args:
         problem: the problem.
         time_limit: seconds, or None.
-        max_states: states kept at once; beyond, the least promising are dropped, and with them the
-            proof.
+        max_states: states kept at once; beyond that, the least promising are dropped, and the proof
+            is lost.
     """
     start = time.perf_counter()
     relaxation = relax(problem)
@@ -115,16 +115,15 @@ def ilp_core(
 ) -> Proposal:
     """Exact for millions of channels: reduced-cost fixing, then PuLP on the core.
 
-    A short dynamic program improves the incumbent first: every byte of excess less makes the core
-    smaller.
+    A short dynamic program improves the incumbent first: less excess makes the core smaller.
 
     Args:
         problem: the problem.
         backend: "highs" or "cbc".
-        time_limit: seconds for all of it, or None; HiGHS overruns its share by some tenths.
+        time_limit: seconds in total, or None; HiGHS overruns its share by a few tenths of a second.
         threads: threads of the solver.
-        max_core: channels that PuLP may get; of a larger core it gets the likeliest ones, without a
-            proof.
+        max_core: maximum number of channels for PuLP; of a larger core it gets the likeliest ones,
+            without a proof.
     """
     start = time.perf_counter()
     relaxation = relax(problem)
@@ -208,7 +207,7 @@ class _Dual:
 
     @property
     def tolerance(self) -> float:
-        """Excess that counts as none."""
+        """Excess that counts as zero."""
         return OPTIMALITY_TOLERANCE * max(abs(self.cost), abs(self.value))
 
     def excess_of(self, choice: IntArray) -> float:
@@ -271,18 +270,18 @@ def search_core(
     price, slack = dual.multiplier, dual.slack
     added = np.zeros(1, dtype=np.int64)
     reduced = np.zeros(1)
-    # Of each state: its parent in the stage before, and the option taken.
+    # For each state: its parent in the previous stage, and the option taken.
     history: list[tuple[NDArray[np.int32], NDArray[np.int16]]] = []
     remembered = 0
     best: tuple[int, int] | None = None
-    # Nothing that was dropped has less excess than this.
+    # No dropped state has less excess than this.
     dropped = math.inf
     peak, timed_out = 1, False
     # The dual choice itself fits: it leaves `slack` bytes unspent.
     if price * slack < excess:
         excess, best = price * slack, (0, 0)
     for k in range(len(opened.channel)):
-        # Whatever still differs from the states' own results changes one more channel at least.
+        # Any result other than the states' own changes at least one more channel.
         following = float(opened.second[k])
         alive = reduced + following < excess
         if not alive.any():
@@ -302,7 +301,7 @@ def search_core(
         # Sorted runs: the stable sort merges them in linear time.
         order = np.argsort(new_added, kind="stable")
         new_added, new_reduced = new_added[order], new_reduced[order]
-        # A state neither smaller nor cheaper than another leads nowhere that the other does not.
+        # A state that is neither smaller nor cheaper than another is dominated by it.
         costs = new_reduced - price * new_added
         floor = np.minimum.accumulate(costs)
         survives = np.concatenate([[True], costs[1:] < floor[:-1]])

@@ -1,4 +1,4 @@
-"""Cost against bytes: what several solvers reach over many budgets, above the bound for each."""
+"""Cost against bytes: the results of several solvers over many budgets, and the bound for each."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from qvla_jax.solvers.front import sweep
 from qvla_jax.solvers.problem import AllocationProblem
 from qvla_jax.solvers.registry import get_solver, solve
 
-# Those that take seconds at millions of channels; the exact ones lie on the bound anyway.
+# Solvers that take seconds at millions of channels; the exact ones reach the bound anyway.
 FAST = ("uniform", "greedy:released", "greedy:qvla", "greedy:marginal")
 
 

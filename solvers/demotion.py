@@ -86,7 +86,7 @@ def _walk(problem: AllocationProblem) -> _Walk:
     keep = np.ones(order.shape, dtype=np.bool_)
     keep[:, 1:] = size[:, 1:] != size[:, :-1]
     keep &= size >= 0
-    # Kept options first, in order; then the last kept one again and again.
+    # Kept options first, in order; then the last kept one repeated.
     position = np.argsort(~keep, axis=1, kind="stable")
     last = keep.sum(axis=1, keepdims=True) - 1
     position = np.take_along_axis(

@@ -1,13 +1,13 @@
-"""Evolution strategies for what the knapsack cannot see, in a space that they can search.
+"""Evolution strategies for effects that the knapsack does not model, in a searchable space.
 
 A candidate is not a choice but a vector of log-multipliers, one for each module and one for each
-option: what option j of channel c costs above the channel's least is multiplied by
+option: the cost of option j of channel c above the channel's minimum is multiplied by
 
     exp(x[module of c] + x[modules + j]),
 
-and the problem with these costs is solved by a fast solver. So a candidate is always feasible, a
-vector has some hundred entries for millions of channels, and x = 0 is the separable solution, from
-which the search starts. (CMA-ES: Hansen and Ostermeier, 2001; SNES: Schaul, Glasmachers and
+and the problem with these costs is solved by a fast solver. So every candidate is feasible, a
+vector has a few hundred entries for millions of channels, and x = 0 is the separable solution,
+where the search starts. (CMA-ES: Hansen and Ostermeier, 2001; SNES: Schaul, Glasmachers and
 Schmidhuber, 2011; both from evosax.)
 """
 
@@ -48,11 +48,11 @@ def evolve(
         evaluate: i64[p, C] -> f64[p], the error of candidates, all feasible.
         start: i64[C], measured first and returned if nothing is better; None takes the separable
             solution. The multipliers start from 1 either way.
-        algorithm: "cma_es", or "snes" where there are very many modules.
+        algorithm: "cma_es", or "snes" for very many modules.
         generations: rounds.
         population: candidates of a round.
         spread: standard deviation of the log-multipliers at the start.
-        inner: the solver that turns multipliers into a choice; None takes a fast one that honours
+        inner: the solver that turns multipliers into a choice; None takes a fast one that supports
             the problem's constraints.
         seed: seed.
         time_limit: seconds after which no further generation starts, or None.
@@ -80,7 +80,7 @@ def evolve(
             break
         vectors = strategy.ask()
         if generation == 0:
-            vectors[0] = 0.0  # the separable solution, wherever the start came from
+            vectors[0] = 0.0  # the separable solution, whatever the start is
         candidates: list[IntArray] = []
         for vector in vectors:
             weighted = scaled.problem(vector)
@@ -142,15 +142,15 @@ class _Scaled:
         costs = problem.costs
         if problem.allowed is not None:
             costs = np.where(problem.allowed, costs, np.inf)
-        # Above the channel's least, so that no multiplier meets a negative cost; closed options
-        # keep a finite one.
+        # Relative to the channel's minimum, so that no multiplier applies to a negative cost;
+        # closed options keep a finite cost.
         self._above = np.maximum(problem.costs - costs.min(axis=1, keepdims=True), 0.0)
         # A single group is scaled by the options' multipliers as well.
         self._modules = problem.group_count if problem.group_count > 1 else 0
         self.dimensions = self._modules + problem.options
 
     def problem(self, vector: FloatArray) -> AllocationProblem:
-        # Beyond e^8 either way a multiplier says no more than "first" or "last".
+        # Beyond e^8 in either direction a multiplier only means "first" or "last".
         multipliers = np.exp(np.clip(vector, -8.0, 8.0))
         costs = self._above * multipliers[self._modules :]
         if self._modules:
@@ -182,7 +182,7 @@ class _Strategy:
         finite = errors[np.isfinite(errors)]
         worst = float(finite.max()) if len(finite) else 0.0
         ranks = np.where(np.isfinite(errors), errors, worst + abs(worst) + 1.0)
-        # float32 must tell them apart.
+        # float32 must distinguish them.
         shifted = ranks - ranks.min()
         shifted /= shifted.max() or 1.0
         with self._plain():
@@ -200,7 +200,7 @@ class _Strategy:
         return key
 
     def _plain(self) -> Any:
-        """JAX's default promotion: evosax is written for it, whatever the caller has set."""
+        """JAX's default promotion, which evosax requires, whatever the caller has set."""
         return _Promotion(self._jax)
 
 

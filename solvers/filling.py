@@ -1,4 +1,4 @@
-"""Spending what is left of a budget."""
+"""Spends the rest of a budget."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from qvla_jax.solvers.relaxation import option_major
 
 
 def fill(problem: AllocationProblem, choice: IntArray) -> IntArray:
-    """Improves a feasible choice until no single change of one channel does and fits.
+    """Improves a feasible choice until no change of a single channel both improves it and fits.
 
     In rounds: every channel proposes the change that saves most cost per added byte among those
     that fit; the proposals are taken from the best down, skipping what no longer fits. Options off
@@ -19,7 +19,7 @@ def fill(problem: AllocationProblem, choice: IntArray) -> IntArray:
         choice: i64[C], feasible.
 
     Returns:
-        i64[C], feasible, not dearer.
+        i64[C], feasible, no more expensive.
     """
     choice = choice.copy()
     tables = (problem.sizes, *(resource.use for resource in problem.resources))

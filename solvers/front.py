@@ -1,4 +1,4 @@
-"""The whole trade-off of cost against bytes from one sort."""
+"""The whole trade-off between cost and bytes from one sort."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""The problem handed to an integer programming solver as it stands."""
+"""The unreduced problem as an integer program."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def ilp(
     warm_start: bool = True,
     max_channels: int = 100_000,
 ) -> Proposal:
-    """Integer programming through PuLP: exact, for up to some ten thousand channels.
+    """Integer programming through PuLP: exact, for up to about ten thousand channels.
 
     Args:
         problem: the problem.
@@ -41,10 +41,10 @@ def ilp(
         gap: relative gap at which the search may stop.
         threads: threads of the solver.
         warm_start: HiGHS starts from the solution of the heuristic for the problem's constraints
-            (CBC never does: it takes starts for optima now and then); either way that is returned
-            where the search finds nothing better.
-        max_channels: channels (or groups) beyond which it refuses: building the model alone would
-            take minutes, and memory by the gigabyte.
+            (CBC never does, because it sometimes reports a start as the optimum); either way that
+            solution is returned if the search finds nothing better.
+        max_channels: maximum number of channels (or groups); building a larger model alone would
+            take minutes and gigabytes of memory.
 
     Raises:
         InputError: a setting is wrong, the problem is too large, `level="group"` without groups, or
@@ -100,7 +100,7 @@ def ilp(
             details |= price_of_tiles(reduced, choice, loose)
     status = "time_limit" if result.status == "time_limit" else None
     if tied is not None:
-        # The certificate is that of the channel-wise problem, which may well do better.
+        # The certificate is that of the channel-wise problem, whose optimum may be better.
         return Proposal(tied.expand(choice), status=status, details=details)
     if result.status == "optimal" and gap == 0:
         status = "optimal"
@@ -117,7 +117,7 @@ def _incumbent(problem: AllocationProblem) -> tuple[Relaxation, IntArray | None]
             choice = within_limits(problem, priced)
         else:
             choice = marginal_from(problem, priced.relaxation).choice
-    except InputError:  # BudgetError among them: the heuristic found none, there may be one
+    except InputError:  # includes BudgetError: a choice may exist even if the heuristic found none
         choice = None
     return priced.relaxation, choice
 

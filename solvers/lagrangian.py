@@ -15,9 +15,9 @@ def lagrangian(problem: AllocationProblem, *, repair: bool = True) -> Proposal:
 
     Every channel minimizes `cost + multiplier * size` at the critical multiplier; where that leaves
     a tie, the longer option is taken as long as it fits. The choice is optimal for the bytes that
-    it happens to use, and leaves less than one step's bytes unspent. With further budgets, options
-    also pay for the resources that they use, at the prices that maximize the dual; what the choice
-    then exceeds is given back where that costs least.
+    it uses, and leaves less than one step's bytes unspent. With further budgets, options also pay
+    for the resources that they use, at the prices that maximize the dual; what the choice then
+    exceeds is given back where that costs least.
 
     Args:
         problem: the problem.
@@ -37,7 +37,7 @@ def within_limits(problem: AllocationProblem, priced: Priced, *, attempts: int =
     """The cheapest feasible choice near those of the best prices.
 
     Raises:
-        BudgetError: None was found.
+        BudgetError: none was found.
     """
     best: IntArray | None = None
     weights = priced_costs(problem, priced.relaxation.prices)

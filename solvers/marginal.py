@@ -17,8 +17,8 @@ def greedy_marginal(problem: AllocationProblem, *, direction: str = "both") -> P
     """Steps that save most cost per byte on each channel's convex hull; fills the slack.
 
     Both directions stop at the step at which the budget runs out. Promotion leaves that step out
-    and fills the bytes that remain; demotion takes it, gives the excess back where that costs
-    least, and fills likewise.
+    and fills the remaining bytes; demotion takes it, gives the excess back where that costs least,
+    and then also fills.
 
     Args:
         problem: the problem.
@@ -32,7 +32,7 @@ def greedy_marginal(problem: AllocationProblem, *, direction: str = "both") -> P
 def marginal_from(
     problem: AllocationProblem, relaxation: Relaxation, *, direction: str = "both"
 ) -> Proposal:
-    """`greedy:marginal` on a relaxation that is there already."""
+    """`greedy:marginal` on an existing relaxation."""
     levels, critical = take_ties(problem, relaxation)
     lower = relaxation.hulls.choice(levels)
     starts: list[IntArray] = []

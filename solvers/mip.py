@@ -10,9 +10,8 @@ from qvla_jax.solvers.arrays import BoolArray, FloatArray, IntArray
 from qvla_jax.solvers.programs import MipStatus, Program, Row, check_backend, solve_program
 from qvla_jax.solvers.resource import Resource
 
-# Units in which the costs reach the solver: the largest cost that an optimal solution can contain
-# becomes this. HiGHS works with absolute tolerances of about 1e-7, so that costs are told apart to
-# 1e-11 of that largest one.
+# Costs are scaled so that the largest cost that an optimal solution can contain becomes this. HiGHS
+# works with absolute tolerances of about 1e-7, so it resolves costs to 1e-11 of the largest.
 _COST_SCALE = 1e4
 
 
@@ -21,7 +20,7 @@ class MipResult:
     """What the solver found.
 
     Attributes:
-        choice: i64[C], or None where it found nothing that fits.
+        choice: i64[C], or None if it found nothing that fits.
         lower_bound: proven bound on the cost, within the solver's tolerances; -inf where it gives
             none.
         status: "optimal", "time_limit", "infeasible" (no choice fits), or "failed" (no usable
@@ -80,7 +79,7 @@ def solve_mip(
         opened: bool[C, n]; at least one option of every channel.
         budget: bytes.
         incumbent: i64[C], a feasible choice; options that cannot be part of a better one are left
-            out. None where none is known.
+            out. None if there is none.
         resources: further budgets, their tables [C, n] like the sizes.
         tiles: counts in multiples.
         slack_price: cost of every byte left unspent.
@@ -112,7 +111,7 @@ def solve_mip(
         useful[index, incumbent] = True
     extra = np.where(useful, sizes - least[:, None], 0)
     unit = float(np.gcd.reduce(extra, axis=None)) or 1.0
-    # The clip keeps the scale finite where all costs are next to nothing.
+    # The clip keeps the scale finite if all costs are nearly zero.
     ceiling = max(ceiling, 1e-300)
     scaled = np.where(useful, costs - floor[:, None], 0.0) * (_COST_SCALE / ceiling)
 
@@ -143,7 +142,7 @@ def solve_mip(
     start = None
     if incumbent is not None and warm_start:
         start = _start(incumbent, channel, option, knapsack, counters)
-    # Building took its share of the time.
+    # Building used part of the time.
     left = None if time_limit is None else max(0.1, time_limit - (time.perf_counter() - begin))
     answer = solve_program(program, backend, start=start, time_limit=left, gap=gap, threads=threads)
 

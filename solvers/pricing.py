@@ -1,4 +1,4 @@
-"""Several budgets at once: prices for the resources beside the bytes.
+"""Several budgets at once: prices for the resources other than bytes.
 
 With a price p_r >= 0 on a unit of each resource r, every choice within all limits costs at least
 
@@ -60,7 +60,7 @@ def relax_all(problem: AllocationProblem, *, iterations: int = 60) -> Priced:
     # Cutting planes: value, slope and prices of each evaluation.
     planes: list[tuple[float, FloatArray, FloatArray]] = []
     tried: list[tuple[float, IntArray]] = []
-    # The best alone: a relaxation's hulls take 200 MB at full scale.
+    # Keep only the best: a relaxation's hulls take 200 MB at full scale.
     found: tuple[float, Relaxation] | None = None
     prices = np.zeros(len(problem.resources))
     box = np.zeros_like(prices)
@@ -81,7 +81,7 @@ def relax_all(problem: AllocationProblem, *, iterations: int = 60) -> Priced:
             box = _first_box(problem, relaxation)
         best = found[0]
         prices, most = _highest(planes, box)
-        # A maximum on the box's edge says that the box was too small.
+        # A maximum on the edge of the box means that the box was too small.
         edge = prices >= box * (1 - 1e-9)
         box = np.where(edge, box * _GROWTH, box)
         if most - best <= _TOLERANCE * max(abs(best), abs(most)) and not edge.any():
@@ -149,7 +149,7 @@ def _highest(
         b_ub=np.array(sides),
         bounds=[*((0.0, 1.0) for _ in box), (None, None)],
     )
-    if result.status != 0:  # numerically spent: stay where the best plane was found
+    if result.status != 0:  # numerically exhausted: keep the best plane
         value, _, prices = max(planes, key=lambda plane: plane[0])
         return prices, value
     return np.asarray(result.x[:-1]) * box, float(-result.fun) * scale

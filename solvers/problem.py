@@ -31,21 +31,22 @@ class AllocationProblem:
 
     Args:
         costs: f64[C, n], any unit; finite.
-        sizes: i64[C, n], bytes really stored; integers, not negative.
+        sizes: i64[C, n], bytes actually stored; integers, not negative.
         budget: bytes that all channels together may take.
         groups: i64[C], the module (0 .. G-1) that each channel belongs to.
         group_names: G names, used in messages and by reports.
         fixed: i64[C], the option that a channel must take, or -1 where it is free.
         minimums: i64[G], the smallest option *index* open to the channels of each group.
-        multiples: i64[n] or i64[G, n], the tile of each option, in all groups or in each: how many
-            channels of a group take an option must be a multiple of its tile; 1 leaves it free.
-        resources: budgets beside the bytes.
+        multiples: i64[n] or i64[G, n], the tile of each option, in all groups or in each: the
+            number of channels of a group that take an option must be a multiple of its tile; 1
+            leaves it free.
+        resources: budgets other than bytes.
 
     Raises:
         InputError: an array has the wrong shape or type, a value is not finite or negative (the
             message names the channel), or `fixed` contradicts `minimums`.
-        BudgetError: even the smallest allowed options exceed the budget, or the thriftiest ones a
-            resource's limit; the message states what they take.
+        BudgetError: even the smallest allowed options exceed the budget, or the most economical
+            ones exceed a resource's limit; the message states what they take.
     """
 
     costs: FloatArray
@@ -141,7 +142,7 @@ class AllocationProblem:
 
     @functools.cached_property
     def minimum_size(self) -> int:
-        """The bytes of the smallest allowed option of every channel: the least feasible budget."""
+        """The bytes of every channel's smallest allowed option: the smallest feasible budget."""
         return int(self._masked(self.sizes, np.iinfo(np.int64).max).min(axis=1).sum())
 
     @functools.cached_property
@@ -171,7 +172,7 @@ class AllocationProblem:
 
     @property
     def constraints(self) -> tuple[str, ...]:
-        """Those beyond the budget and closed options that this problem has; few solvers take them.
+        """The constraints beyond the budget and closed options; few solvers support them.
 
         "multiples", "resources".
         """
@@ -185,7 +186,7 @@ class AllocationProblem:
         return counts
 
     def violation(self, choice: IntArray) -> str | None:
-        """What a choice i64[C] breaks, as a clause; None where it is feasible."""
+        """The constraint that a choice i64[C] violates, as a clause; None if it is feasible."""
         size = self.size_of(choice)
         if size > self.budget:
             return f"it takes {size:,} bytes of {self.budget:,}"
@@ -200,7 +201,7 @@ class AllocationProblem:
         return None
 
     def summary(self) -> "ProblemSummary":
-        """Counts what makes an instance unusual; nothing of it is an error."""
+        """Counts what makes an instance unusual; none of it is an error."""
         order = np.lexsort((self.costs, self.sizes), axis=1)
         costs = np.take_along_axis(self.costs, order, axis=1)
         sizes = np.take_along_axis(self.sizes, order, axis=1)
@@ -344,8 +345,8 @@ class ProblemSummary:
     """What `AllocationProblem.summary` counts.
 
     A channel is non-monotone when a larger option costs more than a smaller one; an option is
-    dominated when another one of the same channel is neither larger nor dearer. No optimum needs a
-    dominated option.
+    dominated when another option of the same channel is neither larger nor more expensive. No
+    optimum needs a dominated option.
     """
 
     channels: int

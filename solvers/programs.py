@@ -1,6 +1,6 @@
 """Mixed-integer programs in arrays, solved through PuLP.
 
-Whatever differs between PuLP 3 and 4 is in this module.
+All differences between PuLP 3 and 4 are handled in this module.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Minimizes `costs @ x` for `0 <= x <= upper` under the rows; each column is in one at least.
+    """Minimizes `costs @ x` for `0 <= x <= upper` under the rows; each column is in at least one.
 
     Attributes:
         costs: f64[n].
@@ -61,7 +61,7 @@ class Answer:
     """What the solver found.
 
     Attributes:
-        values: f64[n], within the solver's tolerances; anything where it found no solution.
+        values: f64[n], within the solver's tolerances; arbitrary if it found no solution.
         bound: bound on the least cost; -inf where the solver gives none.
         status: "optimal" (within the gap asked for), "time_limit", "infeasible", or "failed".
     """
@@ -97,21 +97,21 @@ def solve_program(
     Args:
         program: the program.
         backend: "highs" or "cbc".
-        start: f64[n], a feasible solution that HiGHS improves. CBC gets none: 2.10 now and then
-            takes a start for the optimum.
+        start: f64[n], a feasible solution that HiGHS improves. CBC gets none, because 2.10
+            sometimes reports a start as the optimum.
         time_limit: seconds to build and to solve, or None.
         gap: relative gap at which the search may stop.
         threads: threads of the solver.
 
     Raises:
         InputError: the backend is unknown or not installed.
-        QvlaError: the solver broke down.
+        QvlaError: the solver failed.
     """
     check_backend(backend)
     begin = time.perf_counter()
     pulp: Any = importlib.import_module("pulp")
     problem, variables = _written(pulp, program)
-    # Building took its share of the time.
+    # Building used part of the time.
     left = None if time_limit is None else max(0.1, time_limit - (time.perf_counter() - begin))
     options = {
         "msg": False,
@@ -138,7 +138,7 @@ def solve_program(
 
 def _written(pulp: Any, program: Program) -> tuple[Any, list[Any]]:
     """The program in PuLP's objects, and its variables in the order of the columns."""
-    # PuLP 4 gives every way to make an expression a name.
+    # PuLP 4 has separate names for the ways to make an expression.
     expression: Any = getattr(pulp.LpAffineExpression, "from_list", pulp.LpAffineExpression)
     problem: Any = pulp.LpProblem("allocation", pulp.LpMinimize)
     # PuLP 3 sorts the columns by name.
@@ -170,7 +170,7 @@ def _highs(pulp: Any, start: FloatArray | None, **options: Any) -> Any:
     if start is not None:
         methods["callSolver"] = _call_from(start)
         # HiGHS 1.16 can improve a start while it presolves, report the better objective, and return
-        # the start: without presolve what it returns is what it proved.
+        # the start: without presolve it returns what it proved.
         options["presolve"] = "off"
     return type("QuietHiGHS", (base,), methods)(
         mip_feasibility_tolerance=1e-9,
@@ -192,7 +192,7 @@ def _create_quietly(base: Any) -> Callable[[Any, Any], None]:
 
 @contextlib.contextmanager
 def _stdout_closed() -> Generator[None]:
-    """Sends what C code writes to file descriptor 1 nowhere."""
+    """Discards what C code writes to file descriptor 1."""
     try:
         sys.stdout.flush()
         saved = os.dup(1)
@@ -210,7 +210,7 @@ def _stdout_closed() -> Generator[None]:
 
 
 def _call_from(start: FloatArray) -> Callable[[Any, Any], None]:
-    """Runs HiGHS from a solution, which PuLP hands over from version 4 on only."""
+    """Runs HiGHS from a solution, which PuLP passes on only from version 4."""
 
     def call(self: Any, problem: Any) -> None:
         highspy: Any = importlib.import_module("highspy")

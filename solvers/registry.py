@@ -24,8 +24,8 @@ class Proposal:
     Attributes:
         choice: i64[C], feasible.
         lower_bound: a bound from an exhaustive search, where the solver has one.
-        status: only where the solver knows better than the gap tells.
-        relaxation: the linear relaxation, where the solver has computed it anyway.
+        status: only if the solver knows more than the gap shows.
+        relaxation: the linear relaxation, if the solver has computed it anyway.
         details: facts worth reporting.
     """
 
@@ -44,7 +44,7 @@ class Solver:
         name: `family` or `family:variant`.
         function: takes the problem and keyword settings, all with defaults.
         requires: modules that must be installed.
-        handles: constraints that it honours, as `AllocationProblem.constraints` names them.
+        handles: constraints that it supports, as `AllocationProblem.constraints` names them.
         summary: first line of the function's docstring.
     """
 
@@ -89,8 +89,8 @@ def register(
     Args:
         name: `family` or `family:variant`; new.
         requires: modules that the function imports when it runs.
-        handles: constraints that it honours beyond the budget and closed options; a problem with
-            others is not handed to it.
+        handles: constraints that it supports beyond the budget and closed options; it never gets a
+            problem with others.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -147,13 +147,13 @@ def solve(
 ) -> Solution:
     """Solves a problem and certifies the answer.
 
-    The lower bound is the dual value of the linear relaxation, whichever solver ran, or a tighter
-    one where an exact search proves it. `seconds` covers the solver alone.
+    For every solver, the lower bound is the dual value of the linear relaxation, or a tighter one
+    if an exact search proves it. `seconds` covers the solver alone.
 
     Args:
         problem: the problem.
         name: one of `available()`.
-        relaxation: `relax(problem)`, if it is there already; used for the certificate only.
+        relaxation: `relax(problem)`, if already computed; used for the certificate only.
         **settings: the solver's own settings.
 
     Returns:
@@ -178,7 +178,7 @@ def solve(
 
 
 def check_constraints(problem: AllocationProblem, solver: Solver) -> None:
-    """Checks that a solver honours every constraint of a problem.
+    """Checks that a solver supports every constraint of a problem.
 
     Raises:
         InputError: it does not; the message names those that do.

@@ -51,14 +51,14 @@ class Relaxation:
     """The optimum of the linear relaxation.
 
     Attributes:
-        budget: the budget that it is for.
-        hulls: the hulls that it was found on.
+        budget: its budget.
+        hulls: its convex hulls.
         multiplier: the critical slope, in cost per byte; 0 where the budget does not bind.
         lower_bound: the dual value there, reduced by the rounding errors of its own evaluation.
         levels: i64[C], the steps of each channel that are steeper than the multiplier; they fit the
             budget.
         prices: cost of a unit of each of the problem's resources, paid by every option before the
-            hulls were formed; without them the resources' limits play no part in the bound.
+            hulls were formed; without them the bound ignores the resources' limits.
     """
 
     budget: int
@@ -167,7 +167,7 @@ def critical_value(keys: FloatArray, weights: IntArray, capacity: int) -> float 
     if int(weights.sum()) <= capacity:
         return None
     while True:
-        # The median of a sample: deterministic, and close enough to halve what is left.
+        # The median of a sample: deterministic, and close enough to halve the rest.
         sample = keys[:: max(1, len(keys) // 1024)]
         pivot = np.partition(sample, len(sample) // 2)[len(sample) // 2]
         below = keys < pivot
@@ -187,8 +187,8 @@ def critical_value(keys: FloatArray, weights: IntArray, capacity: int) -> float 
 def dual_bound(problem: AllocationProblem, multiplier: float) -> float:
     """L(multiplier), evaluated on the options themselves and rounded down.
 
-    The hulls are not used: whatever error they might hold, the value is a lower bound for any
-    multiplier >= 0.
+    The hulls are not used, so the value is a lower bound for any multiplier >= 0, whatever errors
+    they may have.
     """
     eps = float(np.finfo(np.float64).eps)
     cost = magnitude = unsure = 0.0
@@ -201,7 +201,7 @@ def dual_bound(problem: AllocationProblem, multiplier: float) -> float:
         for j in range(len(costs)):
             value = _penalized(costs[j], sizes[j], multiplier)
             # A negative cost cancels against its bytes: such an option's exact value may be less
-            # than that of the one chosen. (A closed option's is no number, which fmin skips.)
+            # than that of the one chosen. (A closed option's is NaN, which fmin skips.)
             with np.errstate(invalid="ignore"):
                 error = 4 * eps * (np.abs(costs[j]) + np.abs(value - costs[j]))
                 lowest = np.fmin(lowest, value - error)

@@ -1,4 +1,4 @@
-"""Bringing a choice within all budgets."""
+"""Brings a choice within all budgets."""
 
 import numpy as np
 
@@ -9,11 +9,11 @@ _ROUNDS = 100
 
 
 def repair(problem: AllocationProblem, choice: IntArray, weights: FloatArray) -> IntArray | None:
-    """Changes channels until bytes and resources keep their limits.
+    """Changes channels until bytes and resources are within their limits.
 
-    In rounds: every channel proposes the change that costs least for each unit of excess (the
-    budgets' excesses, each as a share of its limit) that it takes away; the proposals are taken
-    from the best down while they help.
+    In rounds: every channel proposes the change that costs least per unit of excess that it removes
+    (the budgets' excesses, each as a share of its limit); the proposals are taken from the best
+    down while they help.
 
     Args:
         problem: the problem.
@@ -21,7 +21,7 @@ def repair(problem: AllocationProblem, choice: IntArray, weights: FloatArray) ->
         weights: f64[C, n], what the options cost, priced or not.
 
     Returns:
-        i64[C], feasible; None where no single change helps any more.
+        i64[C], feasible; None if no single change helps any more.
     """
     choice = choice.copy()
     tables = [problem.sizes, *(resource.use for resource in problem.resources)]
@@ -34,7 +34,7 @@ def repair(problem: AllocationProblem, choice: IntArray, weights: FloatArray) ->
     for _ in range(_ROUNDS):
         if bool((excess <= 0).all()):
             return choice
-        # What each change of one channel leaves of the summed excess.
+        # The summed excess that remains after each change of one channel.
         left = np.zeros(problem.costs.shape)
         for table, above, scale in zip(tables, excess, unit, strict=True):
             change = table - table[rows, choice][:, None]

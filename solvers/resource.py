@@ -1,4 +1,4 @@
-"""Budgets beside the bytes: BitOps, predicted latency, the number of pruned channels."""
+"""Budgets other than bytes: BitOps, predicted latency, the number of pruned channels."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from qvla_jax.solvers.arrays import IntArray, frozen, pick
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Resource:
-    """What the options use of something other than bytes, and how much of it there is.
+    """The use of something other than bytes by the options, and its limit.
 
     Whole numbers, in any unit (BitOps, nanoseconds, channels), so that sums are exact.
 
@@ -20,7 +20,7 @@ class Resource:
         limit: what all channels together may use.
 
     Raises:
-        InputError: `use` is no table of whole numbers, or one is negative.
+        InputError: `use` is not a table of whole numbers, or one is negative.
     """
 
     name: str
@@ -60,11 +60,11 @@ def count_of(
     Args:
         option: 0 .. n-1.
         shape: (C, n) of the problem.
-        least: channels that take it at least.
-        most: channels that take it at most; equal to `least` for a fixed number.
+        least: minimum number of channels that take it.
+        most: maximum number of channels that take it; equal to `least` for a fixed number.
 
     Returns:
-        A resource for each bound given, to be put into a problem's `resources`.
+        A resource for each given bound, for a problem's `resources`.
 
     Raises:
         InputError: the option or a number lies outside the problem.

@@ -16,8 +16,8 @@ _FORMAT = "qvla_jax.allocation_solution"
 
 Status = Literal["optimal", "feasible", "time_limit"]
 
-# Below this relative gap a solution counts as optimal: what float64 sums of millions of costs can
-# resolve.
+# Below this relative gap a solution counts as optimal: the resolution of float64 sums of millions
+# of costs.
 OPTIMALITY_TOLERANCE = 1e-12
 
 
@@ -30,15 +30,15 @@ class Solution:
         cost: the summed cost of the choice.
         size: its summed bytes; at most the problem's budget.
         lower_bound: no feasible allocation costs less than this.
-        seconds: wall-clock time that the solver took, without that of the certificate.
+        seconds: wall-clock time of the solver, without the certificate.
         status: "optimal" (the gap is below `OPTIMALITY_TOLERANCE`, or an exact search ended),
             "time_limit" (an exact search was cut short) or "feasible".
         solver: the registered name of the solver.
         settings: the settings it ran with, defaults included.
-        multiplier: a Lagrange multiplier in cost per byte; anybody can recompute a lower bound from
-            it.
-        prices: the same for each of the problem's resources, in cost per unit; empty where the
-            bound disregards them.
+        multiplier: a Lagrange multiplier in cost per byte, from which a lower bound can be
+            recomputed.
+        prices: the same for each of the problem's resources, in cost per unit; empty if the bound
+            ignores them.
         details: further facts that the solver reports, by name.
     """
 

@@ -1,10 +1,10 @@
 """Swaps at the margin: blocks of nearly indifferent channels, judged by a black-box objective.
 
 By the separable costs, a channel whose alternative has almost no reduced cost may as well take it:
-there the sum of costs says least and a measurement most. A proposal changes a block of such
-channels, all within one module from one option to another (errors of one module add up), or spread
-over all of them; the bytes are then balanced where the separable costs mind least. A block that
-helps makes the next ones larger, a round without success makes them smaller.
+here the sum of costs is least informative and a measurement most. A proposal changes a block of
+such channels, all within one module from one option to another (errors of one module add up), or
+spread over all of them; the bytes are then balanced where that costs least by the separable costs.
+A block that helps makes the next ones larger; a round without success makes them smaller.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def local_search(
         progress: called with the rounds done.
 
     Raises:
-        InputError: a setting is wrong, the problem wants counts in multiples, or the start is
+        InputError: a setting is wrong, the problem requires counts in multiples, or the start is
             unusable.
     """
     if rounds < 0 or population < 1 or not 0 < block <= 1 or not 0 < margin <= 1:
@@ -98,7 +98,7 @@ def _marginal_moves(
     if len(channel) == 0:
         return np.empty((0, 2), dtype=np.int64)
     ratio = reduced[channel, option] / np.abs(change[channel, option])
-    # Channels that cost nothing anywhere have nothing to tell.
+    # Channels that cost nothing anywhere are not informative.
     ratio[ratio >= multiplier * (1 - 1e-9)] = np.inf
     count = max(1, int(margin * len(ratio)))
     nearest = np.argpartition(ratio, count - 1)[:count]

@@ -32,7 +32,7 @@ class Tied:
 def tie(problem: AllocationProblem, labels: IntArray) -> Tied:
     """Makes channels with the same label share their option.
 
-    Any solver takes the result, and its bound is one for the tied problem. Its groups are the kinds
+    Any solver takes the result, and its bound holds for the tied problem. Its groups are the kinds
     of sets: those with equally many members in each of the original groups, so that multiples of
     channels become multiples of sets.
 
@@ -103,7 +103,7 @@ def _kinds(
     """Each set's kind, and for each kind the members that a set of it has in each group."""
     group_of = problem.group_of
     groups = int(group_of.max()) + 1
-    # One number for each pair, by set, then group: pairs themselves sort far more slowly.
+    # One number for each pair, by set, then group; sorting pairs is far slower.
     keys, counts = np.unique(member * groups + group_of, return_counts=True)
     sets, parts = np.divmod(keys, groups)
     shares: list[list[tuple[int, int]]] = [[] for _ in range(int(member.max()) + 1)]

@@ -1,7 +1,7 @@
-"""A solution's claims, checked anew from the problem's numbers in exact arithmetic.
+"""Rechecks a solution's claims from the problem's numbers in exact arithmetic.
 
-Nothing of the solvers is used: not their relaxation, their sums, or their table of open options.
-Doubles are whole multiples of a power of two; as Python integers they add up without any rounding.
+None of the solvers' code is used: not their relaxation, sums, or table of open options. Doubles are
+whole multiples of a power of two; as Python integers they add up without any rounding.
 """
 
 import collections
@@ -53,12 +53,12 @@ def verify(problem: AllocationProblem, solution: Solution) -> Verification:
     """Checks a solution's claims: the choice, its cost and bytes, every constraint, the bound.
 
     The bound is checked by weak duality: at any multiplier and prices that are not negative, the
-    sum over channels of the least penalized cost, less what the budgets are worth, is below the
-    cost of every feasible allocation.
+    sum over channels of the least penalized cost, minus the value of the budgets, is a lower bound
+    on the cost of every feasible allocation.
 
     Args:
         problem: the problem that was solved.
-        solution: any solution of it, whoever made it.
+        solution: any solution of it, from any source.
 
     Returns:
         The recomputed figures, and a sentence for every claim that does not hold.

@@ -4,8 +4,8 @@
 
 The action is the demonstrator's clean label in LIBERO's raw convention (gripper -1 open, +1 close).
 
-Which episodes are held out depends on the seed and the task alone: a sample and a full set built
-with one seed hold out the same episodes.
+The held-out episodes depend only on the seed and the task: a sample and a full set built with one
+seed hold out the same episodes.
 """
 
 import functools
@@ -121,7 +121,7 @@ def _example(demo: Demonstration, args: BuildArgs) -> dict[str, Any]:
 
 
 def _collect(args: BuildArgs) -> list[Demonstration]:
-    """Reads all demonstrations; of doubles, the first with frames."""
+    """Reads all demonstrations; of duplicates, keeps the first with frames."""
     found: dict[str, Demonstration] = {}
     lacking: dict[str, Demonstration] = {}
     for path in args.demos:

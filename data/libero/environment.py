@@ -5,14 +5,14 @@
         chunk = policy.infer(environment.observe())
         success = any(environment.step(action) for action in chunk)
 
-An episode starts from one of the benchmark's official initial states; ten steps of doing nothing
-let the objects settle; pictures are turned by 180 degrees; actions carry the gripper as OpenVLA has
-it (1 open, 0 closed), which becomes LIBERO's -1 and +1.
+An episode starts from one of the benchmark's official initial states; ten idle steps let the
+objects settle; pictures are rotated by 180 degrees; the gripper of actions follows OpenVLA (1 open,
+0 closed) and becomes LIBERO's -1 and +1.
 
-Two things differ from the reference, neither in what the policy sees. A picture is rendered when
-`observe` asks for it, not at each step. And cabinets and stoves, whose poses LIBERO draws when it
-resets and which the initial states do not hold, are drawn from a seed of each episode, not from one
-seed for a whole run: an episode is the same whichever ran before it.
+Two things differ from the reference, neither of which changes what the policy sees. Pictures are
+rendered on `observe`, not at each step. And the poses of cabinets and stoves, which LIBERO draws on
+reset and the initial states do not hold, are drawn from a seed per episode rather than one seed per
+run, so an episode does not depend on the episodes before it.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # Simulator processes need no JAX, which these annotations im
 WAIT_STEPS: Final = 10
 # Stands still with an open gripper.
 NO_OPERATION: Final = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
-# How far (m) a drawn start may leave the region of the official ones, and how often to draw.
+# How far (m) a drawn start may be outside the region of the official ones, and the number of tries.
 _MARGIN: Final = 0.015
 _MAX_DRAWS: Final = 100
 # Standard deviation (rad) of the arm's joints at the start of an episode.
@@ -109,10 +109,10 @@ class LiberoEnvironment:
         """Starts an episode.
 
         Args:
-            initial_state: number of an official initial state; None draws a start from the seed,
-                such as the official ones are, but none of them.
-            seed: draws what no initial state holds (poses of fixtures).
-            wait: steps of doing nothing.
+            initial_state: number of an official initial state; None draws a start from the seed
+                that resembles the official ones but is none of them.
+            seed: draws what initial states do not hold (poses of fixtures).
+            wait: number of idle steps.
 
         Raises:
             InputError: there is no such initial state.
@@ -195,8 +195,9 @@ class LiberoEnvironment:
 
     def _draw(self, seed: int) -> None:
         # LIBERO draws some poses relative to fixtures where the model has them at first ("in the
-        # top drawer"). Its own resets compile the model anew for that, which takes seconds, and
-        # make a new gripper with it, whose last command would otherwise leak into this episode.
+        # top drawer"). Its own resets recompile the model for that, which takes seconds and also
+        # makes a new gripper; otherwise the old gripper's last command would leak into this
+        # episode.
         place_fixtures(self._model, self._default_fixtures)
         for robot in self._env.robots:
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
@@ -208,12 +209,12 @@ class LiberoEnvironment:
             self.state = self._env.step(list(NO_OPERATION))[0]
 
     def _draw_start(self, seed: int, wait: int) -> None:
-        """Draws objects, fixtures and the arm, as official episodes have them.
+        """Draws objects, fixtures and the arm, distributed as in official episodes.
 
-        Objects and fixtures come from a draw each; angles of the arm's joints are normal about its
-        home position, robosuite's default, which LIBERO's own resets leave out. Some draws
-        interpenetrate and fling objects away; whatever leaves the region of the official initial
-        states is drawn again.
+        Objects and fixtures come from one draw each; angles of the arm's joints are normally
+        distributed about its home position, robosuite's default, which LIBERO's own resets omit. In
+        some draws objects interpenetrate and are thrown out; draws outside the region of the
+        official initial states are repeated.
         """
         box = self._official_box()
         for draw in range(_MAX_DRAWS):
@@ -302,7 +303,7 @@ def axis_angle(quaternion: "Float[NpArray, ' 4']") -> "Float64[NpArray, ' 3']":
 
 
 def default_fixtures(env: Any) -> dict[str, "Float64[NpArray, ' 7']"]:
-    """Poses of the fixtures as the task's model file has them, before any reset moved them."""
+    """Poses of the fixtures in the task's model file, before any reset."""
     bodies = {body.get("name"): body for body in env.env.model.worldbody.iter("body")}
     poses = {}
     for fixture in env.env.fixtures_dict.values():

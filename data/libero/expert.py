@@ -1,10 +1,10 @@
 """A scripted expert for LIBERO-Spatial and LIBERO-Object, from the simulator's state.
 
-It is memoryless: what it does follows from the present state alone, so that it can label any state
-that a learner visits. The phase (reach, close, carry, release) is read off the fingers and the
-distances. Motion is a funnel: the height to aim for rises with the horizontal distance from the
-target, and sideways motion waits until the gripper is nearly that high, so that nothing on the way
-is knocked over. Gains are proportional and saturate.
+It is memoryless: its action depends only on the current state, so it can label any state that a
+learner visits. The phase (reach, close, carry, release) follows from the fingers and the distances.
+Motion is a funnel: the target height rises with the horizontal distance from the target, and
+sideways motion waits until the gripper is nearly that high, so nothing on the way is knocked over.
+Gains are proportional and saturate.
 
 Actions are LIBERO's: changes of position and rotation of the operational-space controller, in
 [-1, 1] (0.05 m and 0.5 rad each), and the gripper (-1 open, +1 close).
@@ -27,18 +27,19 @@ if TYPE_CHECKING:
 
 Phase: TypeAlias = Literal["reach", "close", "carry", "release"]
 
-# Per metre and radian of error: a full action at 7 cm and at half a radian.
+# Per meter and radian of error: a full action at 7 cm and at half a radian.
 _GAIN, _ROTATION_GAIN = 14.0, 2.0
 # Caps on an action. The arm is near a singularity at the far side of the table and stalls if fast.
 _REACH_CAP, _CARRY_CAP, _ROTATION_CAP = 0.9, 0.8, 0.5
 # Pose of the gripper with its fingers down, its finger axis along y.
 _DOWN = np.diag([1.0, -1.0, -1.0])
-# Widest object (m) that open fingers take, their distance from its centre, and the room they need.
+# Widest object (m) that open fingers can take, their distance from its center, and the room they
+# need.
 _FITS, _FINGER, _FREE = 0.072, 0.048, 0.018
 # Height (m) of the hand's underside over the grasp, points along it, and how much thicker than a
-# finger it is to both sides.
+# finger it is on both sides.
 _PALM, _HAND, _THICKER = 0.033, (0.07, 0.10), 0.02
-# Fingers count as turned the right way below this error (rad).
+# Fingers count as correctly oriented below this error (rad).
 _TURNED = 0.25
 
 
@@ -53,7 +54,7 @@ class Expert(Protocol):
 
 
 def make_expert(environment: "LiberoEnvironment") -> Expert:
-    """The expert of a task, for the present episode: call it again after a reset.
+    """The expert of a task for the current episode; call this again after a reset.
 
     Raises:
         InputError: there is no expert for the suite.
@@ -74,9 +75,9 @@ class BowlExpert:
 
     Attributes:
         bowl: the bowl's name in the state, and `plate` the plate's.
-        side: direction from the bowl's centre to where its rim is grasped, radians in the world's
+        side: direction from the bowl's center to where its rim is grasped, radians in the world's
             xy.
-        radius: distance of the grasp from the centre (m), and `lift` the gripper's height over it.
+        radius: distance of the grasp from the center (m), and `lift` the gripper's height over it.
         phase: of the last action.
     """
 
@@ -90,7 +91,7 @@ class BowlExpert:
     # Additional height while 5 cm or more from the grasp, and of the carried bowl over the plate.
     _hover = 0.08
     _carry = 0.085
-    # Height of the carried bowl over the cabinet and its open drawer, which lie at y < 0.1.
+    # Height of the carried bowl over the cabinet and its open drawer, which are at y < 0.1.
     _cabinet = 1.185
     # Fingers closer than this (m), near the rim, hold it; wider open than `_open` they are open.
     _closed, _open = 0.014, 0.07
@@ -119,7 +120,7 @@ class BowlExpert:
         elif near and 0.001 < opening < self._closed:
             self.phase = "carry"
             target = plate[2] - 0.004 + self._carry * _ramp(from_plate, 0.008, 0.068)
-            # Over the cabinet, and once lifted out of the drawer, as high as to clear it.
+            # Over the cabinet, and once lifted out of the drawer, high enough to clear it.
             over = (1.0 - _ramp(bowl[1], 0.06, 0.10)) * _ramp(bowl[2], 1.0, 1.03)
             target = max(target, over * self._cabinet + (1.0 - over) * target)
             action[:3] = _approach(plate - bowl, target - bowl[2], _CARRY_CAP)
@@ -128,7 +129,8 @@ class BowlExpert:
             self.phase = "reach"
             rise = error[2] + self._hover * _ramp(sideways, 0.006, 0.056)
             action[:3] = _approach(error, rise, _REACH_CAP)
-            # Once fingers move the tolerance widens, or they would open and close in turns.
+            # Once fingers move the tolerance widens, or they would alternate between opening and
+            # closing.
             tolerance = 0.010 if opening > self._open else 0.018
             if max(sideways, abs(error[2])) < tolerance and np.abs(turn).max() < _TURNED:
                 self.phase = "close"
@@ -146,17 +148,17 @@ class DrawerExpert(BowlExpert):
     """Picks a bowl out of a drawer that is hardly wider than the bowl and the fingers.
 
     The rim is grasped along the drawer's width, at `side` or opposite. Near the middle both sides
-    have room for the outer finger, and the one that the gripper is nearer to is taken: a learner
-    whose choice hung on millimetres alone would waver between them.
+    have room for the outer finger, and the side nearer to the gripper is chosen: a learner whose
+    choice depended on millimeters would waver between them.
 
     Attributes:
-        drawer: centre of the drawer in the world (m).
+        drawer: center of the drawer in the world (m).
     """
 
     drawer: "Float64[NpArray, ' 3']" = field(kw_only=True)
 
-    # How far (m) the bowl may stand off the drawer's centre towards `side`, and away from it, for
-    # a grasp at `side`, and opposite; measured with both grasps from 30 initial states.
+    # How far (m) the bowl may be off the drawer's center, toward `side` and away from it, for a
+    # grasp at `side`, and opposite; measured with both grasps from 30 initial states.
     _toward, _away = 0.009, -0.002
 
     def _side(self, state: Mapping[str, Any]) -> float:
@@ -244,7 +246,7 @@ class SmoothNoise:
         self._noise = np.zeros(6)
 
     def __call__(self, action: "Float64[NpArray, ' 7']", phase: Phase) -> "Float64[NpArray, ' 7']":
-        """The action to execute; the argument stays as it is."""
+        """The action to execute; the argument is not changed."""
         fresh = np.sqrt(1.0 - self._correlation**2) * self._sigma
         self._noise = self._correlation * self._noise + fresh * self._rng.standard_normal(6)
         strength = 0.25 if phase in ("close", "release") else 1.0
@@ -280,8 +282,8 @@ def rotation_vector(matrix: "Float64[NpArray, '3 3']") -> "Float64[NpArray, ' 3'
 
 
 def _turn(state: Mapping[str, Any], side: float) -> "Float64[NpArray, ' 3']":
-    """Rotation that is left until the finger axis is parallel to `side`, fingers down."""
-    # A gripper turned by half a turn grasps the same, so the yaw nearest to none is taken.
+    """Remaining rotation until the finger axis is parallel to `side`, fingers down."""
+    # A gripper rotated by half a turn grasps the same, so the smallest yaw is taken.
     yaw = (side + np.pi / 2) % np.pi - np.pi / 2 - np.pi / 2
     yaw = yaw + np.pi if yaw < -np.pi / 2 + 1e-6 else yaw
     c, s = np.cos(yaw), np.sin(yaw)
@@ -306,7 +308,7 @@ def _approach(error: np.ndarray, rise: float, cap: float) -> "Float64[NpArray, '
     return motion / max(1.0, float(np.abs(motion).max()) / cap)
 
 
-# Where the rim is grasped, degrees in the world's xy, by task: away from what stands beside it.
+# Where the rim is grasped, degrees in the world's xy, by task: away from neighboring objects.
 _RIM_SIDES = (-90, 156, -90, -90, None, -90, 156, -90, -90, 156)
 _TARGET, _PLATE = "akita_black_bowl_1", "plate_1"
 _DRAWER = "wooden_cabinet_1_cabinet_top"
@@ -360,8 +362,8 @@ def _free_side(
 ) -> float:
     """Direction across which the fingers close on an object.
 
-    Along y where it fits between the fingers, these come down beside nothing else and the hand over
-    nothing as high; else across the narrowest side on which they do.
+    Along y if the object fits between the fingers, and fingers and hand come down clear of other
+    objects; else across the narrowest side where they do.
 
     Args:
         points: corners of the object in the world's xy.
@@ -407,7 +409,7 @@ def _corners(model: Any, data: Any, geoms: list[str]) -> "Float64[NpArray, 'n 3'
     points = []
     for name in geoms:
         geom = model.geom(name).id
-        # Half sizes of the box in the shape's own frame, whatever its type, and its centre there.
+        # Half sizes and center of the box in the shape's own frame, for every type.
         centre, half = model.geom_aabb[geom][:3], model.geom_aabb[geom][3:]
         frame = data.geom_xmat[geom].reshape(3, 3)
         points.append(data.geom_xpos[geom] + (centre + signs * half) @ frame.T)

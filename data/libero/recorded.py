@@ -1,4 +1,4 @@
-"""Episodes as they were seen, in one file each: what `qvla collect` builds RLDS from.
+"""Recorded episodes, one file each, from which `qvla collect` builds RLDS.
 
 Pictures are stored as JPEG, encoded once.
 """
@@ -30,7 +30,7 @@ class Recording:
         instruction: the task in words.
         seed: of the episode.
         success: whether the last action solved the task.
-        image: JPEG of the main camera, and `wrist_image` of the one at the gripper.
+        image: JPEG of the main camera; `wrist_image` likewise of the wrist camera.
         state: f32[8] proprio.
         joint_state: f32[7] in rad.
         label: f32[7], what the expert does in this state, in LIBERO's convention.
@@ -54,7 +54,7 @@ class Recording:
         return cls(task=task, instruction=instruction, seed=seed)
 
     def add(self, seen: Mapping[str, Any], *, joints: np.ndarray, label: np.ndarray) -> None:
-        """Adds what was seen before an action; the action itself goes to `executed`."""
+        """Adds the observation before an action; the action itself goes to `executed`."""
         for key in CAMERA_KEYS:
             getattr(self, key).append(encode_jpeg(seen[key]))
         self.state.append(np.asarray(seen["state"], np.float32))
@@ -66,7 +66,7 @@ class Recording:
 
 
 def encode_jpeg(image: np.ndarray, *, quality: int = _QUALITY, full_chroma: bool = True) -> bytes:
-    """Encodes u8[height, width, 3]; colour at full resolution or half."""
+    """Encodes u8[height, width, 3]; color at full resolution or half."""
     from PIL import Image
 
     buffer = io.BytesIO()

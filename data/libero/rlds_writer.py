@@ -1,8 +1,7 @@
 """Writes RLDS data sets with the features of the public modified_libero_rlds (extra `rlds`).
 
-What reads those reads these. `episode_metadata` says more than theirs does: where an episode
-comes from, who acted in it, whether it succeeded, and whether what was executed differed from the
-label.
+Readers of those read these. `episode_metadata` adds where an episode comes from, who acted in it,
+whether it succeeded, and whether the executed actions differ from the labels.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from qvla_jax.errors import DatasetError
 
 
 class Identified(Protocol):
-    """What is asked of an episode that is to be put into a split."""
+    """What assigning an episode to a split requires."""
 
     @property
     def task(self) -> str:
@@ -44,15 +43,15 @@ Item = TypeVar("Item", bound=Identified)
 def split_by_task(
     items: Sequence[Item], *, seed: int, heldout: int, needed: int
 ) -> Iterator[tuple[list[Item], list[Item]]]:
-    """Yields for each task what is left and what is held out, each in a seeded order.
+    """Yields the remaining and the held-out episodes of each task, each in a seeded order.
 
-    What is held out follows from the seed and the task alone.
+    The held-out episodes depend only on the seed and the task.
 
     Args:
         items: episodes of any tasks.
-        seed: chooses.
+        seed: seed of the choice.
         heldout: episodes of each task to hold out.
-        needed: episodes that a task must have.
+        needed: number of episodes that a task must have.
 
     Raises:
         DatasetError: a task has too few episodes.
@@ -80,7 +79,7 @@ def episode_example(
     policy: str,
     noise_sigma: float,
 ) -> dict[str, Any]:
-    """An episode as the writer takes it; `label` becomes the action."""
+    """An episode in the writer's form; `label` becomes the action."""
     last = len(recording) - 1
     steps = [
         {
@@ -126,11 +125,11 @@ def write_rlds(
 
     Args:
         splits: split -> its episodes, in the order in which they are written.
-        example: makes of an episode what `episode_example` returns; called as it is written.
+        example: turns an episode into the form of `episode_example`; called while writing.
         out: data directory; the set is written to <out>/<name>/<version>.
-        name: of the data set.
+        name: name of the data set.
         size: height and width of the pictures.
-        description: of the data set.
+        description: description of the data set.
         file_format: array_record is read without TensorFlow.
 
     Raises:
@@ -148,8 +147,8 @@ def write_rlds(
     folder = Path(builder.data_dir)
     if folder.exists():
         raise DatasetError(f"{folder}: exists already; remove it or choose another --out or --name")
-    # TFDS writes to an incomplete directory beside it and renames that at the end. It also makes a
-    # folder for downloads, though there are none.
+    # TFDS writes to a temporary directory next to it and renames that at the end. It also makes a
+    # folder for downloads, although there are none.
     with tempfile.TemporaryDirectory() as downloads:
         builder.download_and_prepare(download_dir=downloads)
     return folder
@@ -160,7 +159,7 @@ class LiberoRlds(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
-    # Nothing is downloaded, so there are no checksums for TFDS to look for beside this module.
+    # Nothing is downloaded, so there are no checksums for TFDS to look for next to this module.
     url_infos = {}  # noqa: RUF012  # pyright: ignore
 
     def __init__(
@@ -226,7 +225,7 @@ class LiberoRlds(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=features.FeaturesDict(
                 {"steps": features.Dataset(step), "episode_metadata": metadata}
             ),
-            # Whatever the data set's name, it is read as LIBERO's.
+            # Whatever its name, the data set is read like LIBERO's.
             metadata=tfds.core.MetadataDict({SPEC_KEY: "libero"}),
             # Written in the order given: tasks by name, episodes by seed.
             disable_shuffling=True,

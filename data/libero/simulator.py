@@ -1,10 +1,10 @@
 """The LIBERO simulator of one task, and its cameras.
 
-Needs the `libero` extra and an OpenGL library (EGL by default). `TaskScene` is a picture book: it
-puts the simulator into a stored state and renders it; nothing in this module steps the physics.
+Needs the `libero` extra and an OpenGL library (EGL by default). `TaskScene` puts the simulator into
+a stored state and renders it; nothing in this module steps the physics.
 
-Rendering is what LIBERO costs most. Reflections and multisampling take half to three quarters of
-it and show on the stove's glossy top only, so `"fast"` rendering does without either; a picture
+Rendering is the largest part of LIBERO's cost. Reflections and multisampling take half to three
+quarters of it and only show on the stove's glossy top, so `"fast"` rendering omits both; a picture
 is rendered at twice its size and averaged instead. `"libero"` renders as LIBERO does.
 """
 
@@ -114,7 +114,7 @@ class Cameras:
         quality, view = model.vis.quality, model.vis.global_
         if self._fast:
             quality.offsamples = 0
-        quality.shadowsize = 64  # No light in LIBERO casts a shadow; the default map is 4096 wide.
+        quality.shadowsize = 64  # No light in LIBERO casts shadows; the default map is 4096 wide.
         view.offwidth, view.offheight = max(view.offwidth, rendered), max(view.offheight, rendered)
         self._reflection = mujoco.mjtRndFlag.mjRND_REFLECTION
         try:
@@ -129,7 +129,8 @@ class Cameras:
         renderer = self._renderer
         renderer.update_scene(self._data, camera=CAMERAS[camera], scene_option=self._options)
         renderer.scene.flags[self._reflection] = not self._fast
-        # MuJoCo's own renderer hands the rows top-down; a turn by 180 degrees leaves the columns.
+        # MuJoCo's own renderer returns rows top-down; after a rotation by 180 degrees only the
+        # columns remain to flip.
         return box_average(renderer.render()[:, ::-1], self._supersample)
 
     def close(self) -> None:
@@ -178,7 +179,7 @@ def load_suite(name: str) -> Any:
 
 
 def check_state(model: Any, state: np.ndarray) -> None:
-    """Refuses a flattened state (time, positions, velocities) of another task.
+    """Rejects a flattened state (time, positions, velocities) of another task.
 
     Raises:
         InputError: it has another length.
@@ -239,10 +240,10 @@ def _import_libero() -> tuple[Any, Path]:
 
 @contextlib.contextmanager
 def unattended() -> Iterator[None]:
-    """Lets LIBERO be imported where nobody answers.
+    """Imports LIBERO without user interaction.
 
-    hf-libero asks on its first import whether data sets shall lie elsewhere; the answer is no. What
-    it prints is dropped.
+    On its first import hf-libero asks whether to keep data sets elsewhere; the answer is no. Its
+    output is discarded.
     """
     ask, builtins.input = builtins.input, lambda *_: "n"
     try:

@@ -1,4 +1,4 @@
-"""The LIBERO suites, and how long OpenVLA-OFT lets an episode of each last."""
+"""The LIBERO suites, and OpenVLA-OFT's limit on the length of their episodes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class Suite:
     """One suite of LIBERO.
 
     Attributes:
-        name: LIBERO's name of it.
+        name: LIBERO's name of the suite.
         tasks: number of tasks.
         max_steps: steps after which an episode counts as failed, not counting the first ones, in
             which the objects settle. OpenVLA-OFT's limits: the longest demonstration and some
@@ -42,7 +42,7 @@ def get(name: str) -> Suite:
     """The suite of a name.
 
     Raises:
-        InputError: there is none; the message lists close matches.
+        InputError: the name is unknown; the message lists close matches.
     """
     if name not in SUITES:
         raise InputError(unknown("LIBERO suite", name, SUITES))

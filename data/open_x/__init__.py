@@ -1,4 +1,4 @@
-"""Open-X Embodiment: what each data set stores and what it means, and one way to our standard.
+"""Open-X Embodiment: what each data set stores and means, and its conversion to standard form.
 
     spec = open_x.get("bridge_orig")          # or read from a JSON file, or made: DatasetSpec(...)
     open_x.MIXTURES["oxe_magic_soup_plus"]    # weights of OpenVLA's training mixture

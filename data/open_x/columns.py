@@ -1,10 +1,10 @@
-"""Where numbers lie in a step: a feature's path, and which of its entries.
+"""Where numbers are in a step: a feature's path and a slice of its entries.
 
     "action[0:3]"                 the first three entries of the feature "action"
     "observation/state[-1:]"      the last one
     "action/world_vector"         all of them
 
-The bounds are those of a Python slice, but must lie inside the feature. In shapes, `t` counts the
+The bounds are those of a Python slice, but must be inside the feature. In shapes, `t` counts the
 steps of an episode and `d` columns.
 """
 
@@ -23,7 +23,7 @@ Columns: TypeAlias = tuple[str | None, ...]
 # The values of a feature, one for each step.
 Values: TypeAlias = Callable[[str], Sequence[Any]]
 
-# Kinds of numpy's dtypes that columns may be stored as: truth values, integers, floats.
+# Kinds of numpy dtypes that columns may have: booleans, integers, floats.
 NUMBERS: Final = "biuf"
 # Half of float32's range: differences of two values stay inside of it.
 _LARGEST: Final = float(np.finfo(np.float32).max) / 2
@@ -46,7 +46,7 @@ class Entries:
         """Reads the notation.
 
         Raises:
-            InputError: it is none.
+            InputError: it is not in this notation.
         """
         match = _PATTERN.fullmatch(text)
         if match is None:
@@ -66,7 +66,7 @@ class Entries:
         """Number of entries taken from a feature of `size`.
 
         Raises:
-            DatasetError: a bound lies outside, or nothing is left between them.
+            DatasetError: a bound is outside the feature, or nothing is between them.
         """
         taken = len(range(size)[self.start : self.stop])
         outside = [b for b in (self.start, self.stop) if b is not None and not -size <= b <= size]
@@ -75,11 +75,11 @@ class Entries:
         return taken
 
     def of(self, values: Sequence[Any], first_step: int = 0) -> Float64[NpArray, "t d"]:
-        """The entries, of every step; scalars are features of one entry.
+        """The entries of every step; scalars are features with one entry.
 
         Raises:
-            DatasetError: a value is no number, not finite, or float32 cannot hold it; the message
-                names the step, counted from `first_step` on.
+            DatasetError: a value is not a number, not finite, or does not fit in float32; the
+                message names the step, counted from `first_step` on.
         """
         try:
             array = np.asarray(values)
@@ -95,7 +95,7 @@ class Entries:
         self.width(size)
         array = array[:, self.start : self.stop]
         exact = array.dtype.kind in "iu"
-        # Written so that NaN fails, too.
+        # Written so that NaN also fails.
         fits = np.abs(array.astype(np.float64)) <= (_LARGEST_INTEGER if exact else _LARGEST)
         if not fits.all():
             step, place = np.argwhere(~fits)[0].tolist()
@@ -121,7 +121,7 @@ def width(columns: Columns, sizes: Mapping[str, int]) -> int:
 
 
 def numbers(columns: Columns, values: Values, steps: range) -> Float64[NpArray, "t d"]:
-    """The columns, side by side, of some of a record's steps.
+    """The columns, side by side, for some of a record's steps.
 
     Raises:
         DatasetError: a value of these steps is not finite; see `Entries.of`.

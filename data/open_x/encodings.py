@@ -1,6 +1,6 @@
-"""What data sets write down for gripper and rotation, by name, and how it becomes our standard.
+"""The encodings of gripper and rotation in data sets, by name, and their conversion.
 
-Every function takes a whole episode of `t` steps, since some encodings tell only what changes.
+Every function takes a whole episode of `t` steps, because some encodings only record changes.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ Movement: TypeAlias = Literal["delta", "velocity", "reached", "absolute"]
 
 Gripper: TypeAlias = Float64[NpArray, " t"]
 
-# How far a relative command must lie from 0 to be one, and where a gripper counts as settled.
+# How far a relative command must be from 0 to count, and where a gripper counts as settled.
 # Thresholds of the public transforms.
 _COMMAND: Final = 0.1
 _SETTLED_OPEN, _SETTLED_CLOSED = 0.95, 0.05
@@ -49,7 +49,7 @@ def _closed_signed(gripper: Gripper) -> Gripper:
 
 
 def open_settled(gripper: Gripper) -> Gripper:
-    """Open or closed, whichever the gripper settles at next.
+    """Open or closed, depending on where the gripper settles next.
 
     A last stretch that never settles keeps the last value.
     """
@@ -61,9 +61,9 @@ def open_settled(gripper: Gripper) -> Gripper:
 
 
 def closing(gripper: Gripper) -> Gripper:
-    """The state that commands lead to: positive closes, negative opens, near 0 changes nothing.
+    """The state resulting from commands: positive closes, negative opens, near 0 changes nothing.
 
-    Before the first command the gripper is in the other state; without any it is open.
+    Before the first command the gripper is in the opposite state; without any command it is open.
     """
     state = np.where(gripper < -_COMMAND, 1.0, np.where(gripper > _COMMAND, 0.0, np.nan))
     commands = np.flatnonzero(~np.isnan(state))
@@ -75,7 +75,7 @@ def closing(gripper: Gripper) -> Gripper:
 
 # Each gives 1 for open and 0 for closed.
 GRIPPERS: Final[Mapping[GripperEncoding, Callable[[Gripper], Gripper]]] = {
-    # 1 open, 0 closed; also truth values.
+    # 1 open, 0 closed; also booleans.
     "open": _open,
     # 1 closed, 0 open.
     "closed": _closed,
@@ -92,7 +92,7 @@ GRIPPERS: Final[Mapping[GripperEncoding, Callable[[Gripper], Gripper]]] = {
 # The encodings that read nothing.
 CONSTANT_GRIPPERS: Final = ("always_open", "always_closed")
 
-# Numbers that each stores.
+# How many numbers each stores.
 ROTATIONS: Final[Mapping[RotationEncoding, int]] = {
     "euler": 3,
     "axis_angle": 3,
@@ -106,7 +106,7 @@ def to_three(
 ) -> Float64[NpArray, "t 3"]:
     """A rotation as three numbers.
 
-    Euler angles and axis-angles stay as they are: for the small rotations of one step they agree
+    Euler angles and axis-angles are not converted: for the small rotations of one step they agree
     to first order, and the public checkpoints were trained on them as stored.
     """
     if encoding == "none":
@@ -117,7 +117,7 @@ def to_three(
 def quaternion_to_euler(q: Float64[NpArray, "t 4"]) -> Float64[NpArray, "t 3"]:
     """Unit quaternions (x, y, z, w) to angles about the fixed axes x, then y, then z, in rad.
 
-    Where the second is a right angle, the third is set to 0.
+    If the second is a right angle, the third is set to 0.
     """
     x, y, z, w = q.T
     sine = np.clip(2 * (w * y - x * z), -1.0, 1.0)

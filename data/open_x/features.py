@@ -1,4 +1,4 @@
-"""What a data set says of the features of a step, and whether a specification fits them."""
+"""The declared features of a step, and the check that a specification fits them."""
 
 import math
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ _INTEGERS: Final = "iu"
 
 @dataclass(frozen=True)
 class Feature:
-    """What a data set's description says of a feature of a step.
+    """A feature of a step as a data set's description declares it.
 
     Attributes:
         shape: None for a size that differs from step to step.
         dtype: object for text.
-        encoded: whether it is stored as the files of pictures, which `dtype` is decoded to.
+        encoded: whether it is stored as picture files, which decode to `dtype`.
     """
 
     shape: tuple[int | None, ...]
@@ -42,14 +42,14 @@ class Feature:
 
 
 def check_features(spec: DatasetSpec, features: Mapping[str, Feature]) -> None:
-    """Checks that a data set has what its specification takes.
+    """Checks that a data set has what its specification requires.
 
     Args:
         spec: the specification.
-        features: of a step, by their paths.
+        features: the features of a step, by path.
 
     Raises:
-        DatasetError: a feature is missing, or has another dtype or shape than is needed.
+        DatasetError: a feature is missing, or has the wrong dtype or shape.
     """
     missing = [path for path in spec.features() if path not in features]
     if missing:
@@ -90,7 +90,7 @@ def check_features(spec: DatasetSpec, features: Mapping[str, Feature]) -> None:
 
 
 def _check_picture(path: str, feature: Feature) -> None:
-    if feature.one_text:  # The files, in a feature of text; each says itself what it is.
+    if feature.one_text:  # Files in a text feature; each declares its own format.
         return
     shape = feature.shape
     if len(shape) != 3 or shape[-1] != 3 or feature.dtype != np.uint8:
@@ -113,5 +113,5 @@ def _check_instruction(path: str, feature: Feature) -> None:
 
 
 def has_all(columns: Columns, features: Mapping[str, Feature]) -> bool:
-    """Whether there are columns and a data set has the features of all of them."""
+    """Whether there are columns, and the data set has all of their features."""
     return bool(columns) and all(path in features for path in paths(columns))

@@ -9,16 +9,16 @@ import numpy as np
 from qvla_jax.array_typing import NpArray
 from qvla_jax.errors import DatasetError
 
-# No keyboard writes these; line breaks and tabs are another matter.
+# Control characters except line breaks and tabs.
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-# What Python's str() makes of bytes, of a list of them, and of an array of numbers.
+# The results of Python's str() for bytes, for a list of them, and for an array of numbers.
 _PYTHON: Final = re.compile(
     r"""\s*(\[\s*)?b(?P<quote>['"]).*(?P=quote).*|\s*array\(.*|\s*\[[-+\d\s.,eE]*\]\s*""", re.DOTALL
 )
 
 
 def instructions(path: str, stored: Sequence[Any], steps: range) -> tuple[str, ...]:
-    """The instructions of an episode's steps; either all have one or none.
+    """The instructions of an episode's steps; either all steps have one or none.
 
     Args:
         path: the feature.
@@ -26,8 +26,8 @@ def instructions(path: str, stored: Sequence[Any], steps: range) -> tuple[str, .
         steps: numbers of the steps in the record.
 
     Raises:
-        DatasetError: one is no instruction (see `instruction_text`), or empty where others are not;
-            the message names step and feature.
+        DatasetError: one is invalid (see `instruction_text`), or empty while others are not; the
+            message names step and feature.
     """
     texts: list[str] = []
     for step, value in zip(steps, stored, strict=True):
@@ -49,8 +49,8 @@ def instruction_text(value: Any) -> str:
     """Text as stored: UTF-8, or the codes of its bytes, padded with zeros.
 
     Raises:
-        DatasetError: it is not UTF-8, holds control characters, or is what Python prints for bytes
-            or an array.
+        DatasetError: it is not UTF-8, holds control characters, or looks like Python's output for
+            bytes or an array.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
         value = _from_codes(value)

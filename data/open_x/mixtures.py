@@ -1,7 +1,7 @@
 """The named mixtures of OpenVLA's training code: data sets and their sampling weights.
 
-A weight multiplies the number of a set's frames: with weights of 1, frames are drawn as from all
-sets joined.
+A weight multiplies the number of a set's frames: with weights of 1, frames are drawn as from the
+concatenation of all sets.
 """
 
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ def get(name: str) -> Mapping[str, float]:
     """The weights of a named mixture, by data set.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: the name is unknown.
     """
     if name not in MIXTURES:
         raise InputError(unknown("mixture", name, MIXTURES))

@@ -18,20 +18,20 @@ from qvla_jax.errors import InputError, unknown
 
 @dataclass(frozen=True, kw_only=True)
 class ActionSpec:
-    """Where an action's parts lie and what they mean.
+    """Where an action's parts are and what they mean.
 
     Attributes:
         translation: three columns; see `qvla_jax.data.open_x.columns`.
         rotation: as many columns as its encoding stores.
         rotation_encoding: euler (angles), axis_angle (axis times angle), quaternion (x, y, z, w),
             or none, where the data set has no rotations.
-        gripper: one column; none with an encoding that is always the same.
+        gripper: one column; none if the encoding is constant.
         gripper_encoding: which numbers mean open; see `encodings.GRIPPERS`.
         movement: what translation and rotation are. delta: a change of the end effector's pose for
-            one step, in the units of the data set's controller. velocity: the like per time.
-            reached: poses, whose differences from one step to the next are the action (the last
-            step has none). absolute: target poses, left as they are, as the public checkpoints were
-            trained on them.
+            one step, in the units of the data set's controller. velocity: the same per unit of
+            time. reached: poses, whose differences from one step to the next are the action (the
+            last step has none). absolute: target poses, not converted, because the public
+            checkpoints were trained on them.
     """
 
     translation: Columns
@@ -44,21 +44,21 @@ class ActionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """How the steps of a data set become ours: images, instruction, proprio and 7-d action.
+    """How to convert the steps of a data set: images, instruction, proprio and 7-d action.
 
     Features are named by their paths in a step, such as "observation/image".
 
     Attributes:
-        name: of the data set.
-        image: feature of the main camera; for sets with a camera at the gripper only, that one.
-        wrist_image: feature of a camera at the gripper beside the main one.
+        name: name of the data set.
+        image: feature of the main camera, or of the wrist camera if there is no other.
+        wrist_image: feature of a wrist camera in addition to the main one.
         instruction: feature with the task in words: text, or the numbers of its characters.
         action: see `ActionSpec`.
-        proprio: columns of the robot's state; none where the set has no proprio.
-        joint_state: columns of the joint angles (rad), taken where the data set has them.
-        control_hz: steps for each second.
-        skip_first: steps at the beginning that are left out.
-        aliases: other names that the data set goes by.
+        proprio: columns of the robot's state; none if the set has no proprio.
+        joint_state: columns of the joint angles (rad), read if the data set has them.
+        control_hz: steps per second.
+        skip_first: number of steps to drop at the beginning.
+        aliases: other names of the data set.
         notes: what to know before using it.
     """
 
@@ -107,7 +107,7 @@ class DatasetSpec:
         return list(dict.fromkeys([path for path in single if path is not None] + columns))
 
     def to_json(self) -> dict[str, Any]:
-        """As plain lists and strings; what has its default is left out."""
+        """As plain lists and strings, without defaults."""
         return _plain(self)
 
     @classmethod

@@ -473,7 +473,7 @@ _SPECS: Final = (
 )
 
 SPECS: Final[Mapping[str, DatasetSpec]] = {spec.name: spec for spec in _SPECS}
-# By every name that a data set goes by.
+# By every name of a data set.
 NAMES: Final = {name: spec for spec in _SPECS for name in (spec.name, *spec.aliases)}
 
 # Open-X sets that move joints: there is no end-effector delta to take from them.
@@ -485,7 +485,7 @@ JOINT_ACTIONS: Final = (
 
 
 def find(name: str) -> DatasetSpec | None:
-    """The specification of a data set's name or of one of its aliases; None where there is none.
+    """The specification for a data set's name or alias; None if there is none.
 
     Raises:
         InputError: the data set's actions are joint positions.
@@ -502,7 +502,7 @@ def load(spec: DatasetSpec | str) -> DatasetSpec:
     """A specification from its name or from the name of a JSON file, which ends in .json.
 
     Raises:
-        InputError: there is none of that name, or the file does not hold one.
+        InputError: the name is unknown, or the file does not hold a specification.
     """
     if isinstance(spec, DatasetSpec):
         return spec
@@ -516,10 +516,11 @@ def load(spec: DatasetSpec | str) -> DatasetSpec:
 
 
 def get(name: str) -> DatasetSpec:
-    """The specification of a name.
+    """The specification with a name.
 
     Raises:
-        InputError: there is none (the message lists close matches), or its actions are refused.
+        InputError: the name is unknown (the message lists close matches), or its actions are
+            refused.
     """
     spec = find(name)
     if spec is None:

@@ -1,4 +1,4 @@
-"""The one way from a data set's steps to our standard, whatever its specification says.
+"""Converts a data set's steps to standard form, following its specification.
 
 Standard: an action has 7 entries, translation (3), rotation (3) and gripper, which is 1 for open
 and 0 for closed; images are u8; the instruction is text.
@@ -19,7 +19,7 @@ from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.pictures import Pictures
 from qvla_jax.errors import DatasetError
 
-# How far a gripper may lie outside [0, 1] by noise.
+# How far noise may push a gripper outside [0, 1].
 _SLACK: Final = 0.01
 
 
@@ -33,23 +33,23 @@ def standardize(
     metadata: Mapping[str, Any],
     features: Mapping[str, Feature],
 ) -> EncodedEpisode | None:
-    """Makes an episode of a record's steps.
+    """Makes an episode from a record's steps.
 
     Args:
-        spec: of the data set.
+        spec: the data set's specification.
         values: the values of a feature in every step.
         steps: number of steps.
-        name: of the episode and its set, in errors of pictures, which are decoded later.
+        name: names the episode and its set in errors about pictures, which are decoded later.
         episode_id: its position in the split.
         metadata: the episode's metadata.
-        features: that there are, by their paths.
+        features: the available features, by path.
 
     Returns:
-        The episode; None where no step is left of it.
+        The episode; None if no step remains.
 
     Raises:
-        DatasetError: the gripper leaves [0, 1], a value is not finite, or an instruction is none;
-            the message names step and feature. All steps that are kept are looked at.
+        DatasetError: the gripper leaves [0, 1], a value is not finite, or an instruction is
+            invalid; the message names step and feature. All kept steps are checked.
     """
     kept = range(steps)[spec.skip_first : steps - (spec.action.movement == "reached")]
     if not kept:

@@ -1,7 +1,7 @@
 """Methods by name: published quantizers, through qwix where it has them, and our own.
 
 Every method takes the full-precision policy and calibration frames and returns a policy that runs
-from packed weights, whose bytes are those that allocations are counted by (docs/baselines.md).
+from packed weights, whose bytes are counted as for allocations (docs/baselines.md).
 """
 
 from qvla_jax.baselines.measurements import Measurements

@@ -1,7 +1,7 @@
-"""Our own rows, and the rows between uniform rounding and them: an ablation.
+"""Our own methods, and the steps between uniform rounding and them: an ablation.
 
-Each recipe names a quantizer, and the options that the allocation of the measured action
-sensitivities chooses among, for channels or whole layers; or none, where all channels have the same
+Each recipe names a quantizer, and the options among which the allocation by measured action
+sensitivities chooses, for channels or whole layers; without options, all channels have the same
 bits. Activations are rounded for each token when the policy runs, in every quantized layer.
 """
 
@@ -30,19 +30,19 @@ _SOLVER = "greedy:marginal"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a row does.
+    """A method of ours.
 
     Attributes:
         title: for tables.
         quantizer: grid, rounding, bias correction.
         options: bits that the allocation chooses among; None gives all channels the same.
         by_layer: all channels of a layer have the same bits.
-        rotates: inputs are rotated where activations have fewer than 8 bits: that makes them easier
-            to round, and weights harder.
-        alternates: allocations and the joint factors that they turn out to have follow each other
+        rotates: inputs are rotated if activations have fewer than 8 bits, which makes activations
+            easier to round and weights harder.
+        alternates: alternates between allocating and measuring the allocation's joint factors
             (sensitivity.joint.alternate).
-        gripper: how much the squared error of the gripper, the last action dimension, counts in
-            the allocation; every other dimension counts 1.
+        gripper: weight of the squared error of the gripper, the last action dimension, in the
+            allocation; every other dimension has weight 1.
         allocates_activations: activation bits of layers are allocated (baselines.activations).
         tuned: scales and biases are then tuned on the action error (baselines.tuning).
     """
@@ -116,7 +116,7 @@ def with_activations(job: Job, packed: Policy, bits: Mapping[str, int] | None = 
     Args:
         job: what the header describes.
         packed: the policy.
-        bits: by path of the layer; None gives all those of the setting.
+        bits: by path of the layer; None gives all layers those of the setting.
     """
     for path, layer in packed_layers(packed.model).items():
         layer.activation_bits = int(job.setting.activation_bits) if bits is None else bits[path]

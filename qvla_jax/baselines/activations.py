@@ -1,9 +1,9 @@
 """Activation bits of layers: their sensitivity, and the allocation under a budget of work.
 
-The bits of weights cost bytes, those of activations cost work: a budget of A is the average of the
-activation bits over all multiplications of a forward pass. To first order errors add, and so the
-two choices can be made one after the other, each under its own budget. Layers that take the same
-input round it once and have one choice.
+Weight bits cost bytes, activation bits cost work: a budget of A is the average of the activation
+bits over all multiplications of a forward pass. To first order errors add, so the two choices can
+be made one after the other, each under its own budget. Layers with the same input round it once and
+share one choice.
 """
 
 import functools
@@ -30,7 +30,7 @@ from qvla_jax.solvers import AllocationProblem, solve
 
 _FRAMES: Final = 32
 _BATCH: Final = 8
-# Exact at once: there is one choice for each input of a layer, not for each channel.
+# An exact solver is cheap here: there is one choice per layer input, not per channel.
 _SOLVER: Final = "ilp"
 
 
@@ -45,18 +45,18 @@ def allocate_activations(
     """Activation bits of every packed layer by measured sensitivity.
 
     The cost of a choice is the squared error of the normalized action, summed over the chunk, when
-    the inputs of these layers alone are rounded, in the packed policy: what the rounding of its
-    weights does is in neither of the two actions that are compared.
+    only the inputs of these layers are rounded. Both actions that are compared come from the packed
+    policy, so the rounding of its weights does not count.
 
     Args:
         policy: full precision.
-        packed: made of it; the activation bits that it has are ignored.
-        calibration: the first 32 frames of it are used.
+        packed: made from it; its activation bits are ignored.
+        calibration: its first 32 frames are used.
         budget_bits: average over multiplications, 4 to 16.
         progress: called with the measurements done.
 
     Returns:
-        By path: 4, 8 or 16.
+        4, 8 or 16 by path.
 
     Raises:
         BudgetError: the budget is below 4 bits.
@@ -80,7 +80,7 @@ def allocate_activations(
 
 
 def _same_input(paths: Iterable[str]) -> list[tuple[str, ...]]:
-    """Paths in their order; those of layers that take the same input together."""
+    """Paths in order, grouped by the input that their layers take."""
     groups: dict[tuple[str, str], tuple[str, ...]] = {}
     for path in paths:
         parent, _, name = path.rpartition(".")
@@ -98,7 +98,7 @@ def _inputs(policy: Policy, calibration: Calibration) -> list[Any]:
 
 
 def _multiplications(policy: Policy, packed: Policy, inputs: Any) -> dict[str, int]:
-    """Of each packed layer in one forward pass of a batch; 0 where it is never reached."""
+    """Multiplications of each packed layer in one forward pass of a batch; 0 if never reached."""
     shapes = {path: layer.weight.shape for path, layer in packed_layers(packed.model).items()}
     found = dict.fromkeys(shapes, 0)
 

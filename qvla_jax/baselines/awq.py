@@ -1,9 +1,9 @@
 """AWQ (Lin et al. 2024, arXiv 2306.00978) by qwix's `awq_core`.
 
 Inputs that are large on average get more of the grid: rows are rounded as w s with s_i a power of
-the mean magnitude of input i, normalized; the power is searched on a grid of 20 from 0 to 1 for the
-least error of the rows weighted by these magnitudes. The layer's inputs are multiplied by 1 / s,
-which is stored in bfloat16. qwix has no search for clips, which the published code has too.
+the mean magnitude of input i, normalized; the power is searched on a grid of 20 values from 0 to 1
+for the smallest error of the rows weighted by these magnitudes. The layer's inputs are multiplied
+by 1 / s, which is stored in bfloat16. The published code also searches clips; qwix does not.
 """
 
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def awq(
     fan_in = weight.shape[1]
     own = effective_group(fan_in, group)
     rows = padded(weight, own)
-    # A padded input is as an average one: it must not decide the normalization.
+    # A padded input counts as an average one: it must not influence the normalization.
     magnitude = np.full(rows.shape[1], float(np.mean(mean_magnitude)), np.float32)
     magnitude[:fan_in] = mean_magnitude
     with qwix_context():

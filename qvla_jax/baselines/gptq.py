@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al. 2023, arXiv 2210.17323) by qwix's `gptq_core`.
 
-Inputs are taken in their own order, one after another; the rounding error of each moves into those
-that are left, through the Cholesky factor of the damped inverse Hessian. Grids are fixed before: by
-the row, or by each group when its first input is reached.
+Inputs are rounded in their original order; the rounding error of each moves into the remaining ones
+through the Cholesky factor of the damped inverse Hessian. Grids are fixed beforehand: from the row,
+or from each group when its first input is reached.
 """
 
 from typing import Final
@@ -47,7 +47,7 @@ def gptq(
     group = effective_group(fan_in, group)
     rows = padded(weight, group)
     extra = rows.shape[1] - fan_in
-    # Padded inputs are never active, which GPTQ knows as dead columns.
+    # Padded inputs are never active, so GPTQ treats them as dead columns.
     level = max(float(np.mean(np.diagonal(hessian))), np.finfo(np.float64).tiny)
     scaled = jnp.asarray(np.pad(hessian / level, (0, extra)), jnp.float32)
     damping = _DAMPING

@@ -1,4 +1,4 @@
-"""What every method is handed, and the frame around those that look at one layer at a time."""
+"""The input of every method, and the driver of methods that process one layer at a time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ RowsOf = Callable[[Float[Array, "c k"], InputMoments | None], QuantizedRows]
 class Job:
     """What a method works on."""
 
-    # The policy and the frames, and what is measured on them.
+    # The policy, the frames, and what is measured on them.
     measured: Measurements
     setting: Setting
 
@@ -58,13 +58,13 @@ def layer_by_layer(
     *,
     made_with: Mapping[str, object] | None = None,
 ) -> Policy:
-    """The packed policy of a method that looks at one layer at a time.
+    """The packed policy of a method that processes one layer at a time.
 
     Args:
         job: what to work on.
         rows_of: the method.
-        moments: of the layers' inputs; empty where the method reads none.
-        made_with: of the file's header; None: the calibration set.
+        moments: of the layers' inputs; empty if the method reads none.
+        made_with: entries of the file's header; None records the calibration set.
     """
     index = policy_index(job.policy, job.rules)
     layers = quantizable_layers(job.policy.model, job.rules)

@@ -1,4 +1,4 @@
-"""What methods measure on one policy and one calibration set, each thing once."""
+"""Measurements that methods share on one policy and one calibration set, each taken once."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from qvla_jax.sensitivity.joint import joint_factors
 from qvla_jax.sensitivity.statistics import input_statistics
 
 Moments = Mapping[str, InputMoments]
-# All that rows can have; a table of fewer is a part of it.
+# All options that rows can have; a table of fewer is a subset.
 OPTIONS = (0, 2, 3, 4, 8, 16)
 
 Kept = TypeVar("Kept", InputStatistics, SensitivityTable)
@@ -46,13 +46,13 @@ class Measurements:
 
         Args:
             policy: full precision.
-            calibration: the only frames that are looked at.
+            calibration: the only frames that are used.
             rules: which layers are quantized.
             moments: of the layers' inputs, if they are known already.
-            probes: of sensitivities, for each frame.
-            folder: where statistics and sensitivities are kept, so that another process need not
-                measure them again; None keeps nothing.
-            progress: called as it goes on.
+            probes: probes of the sensitivities per frame.
+            folder: where statistics and sensitivities are kept for other processes; None keeps
+                nothing.
+            progress: reports progress.
         """
         self.policy, self.calibration, self.rules = policy, calibration, rules
         self.probes, self.progress = probes, progress
@@ -62,14 +62,14 @@ class Measurements:
         if folder is not None:
             of = [policy.fingerprint, calibration.manifest["sha256"], probes]
             self._folder = folder / _digest([*of, dataclasses.asdict(rules)])
-        # Instances are compared by identity, so each has entries of its own.
+        # Instances are compared by identity, so each has its own entries.
         self.statistics = functools.lru_cache(maxsize=None)(self._statistics)
         self._whole_table = functools.lru_cache(maxsize=None)(self._measured_table)
         self.table = functools.lru_cache(maxsize=None)(self._table)
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """Of the inputs of every layer that the forward pass reaches."""
+        """Moments of the inputs of every layer that the forward pass reaches."""
         index = policy_index(self.policy, self.rules)
         return input_moments(self.policy, self.calibration, index, progress=self.progress)
 
@@ -134,13 +134,13 @@ class Measurements:
         return self._kept(name, measure, load)
 
     def _kept(self, name: str, measure: Callable[[], Kept], load: Callable[[Path], Kept]) -> Kept:
-        """What lies in the folder, measured first where it does not."""
+        """The measurement kept in the folder, taken first if it is missing."""
         if self._folder is None:
             return measure()
         path = self._folder / f"{name}.safetensors"
         if not path.is_file():
             measure().save(path)
-        # Also right after it was measured: files hold fewer digits.
+        # Read back even right after measuring, because files hold fewer digits.
         return load(path)
 
 

@@ -2,7 +2,8 @@
 
 The provider intercepts each `dot_general` of the NNX model as qwix's own calibration providers do,
 and takes GPTQ's Hessian, AWQ's mean magnitude and SmoothQuant's largest magnitude in one pass over
-the calibration frames. As in the published codes all tokens count alike, padded prompt tokens too.
+the calibration frames. As in the published implementations, all tokens count equally, including
+padded prompt tokens.
 """
 
 import dataclasses
@@ -49,11 +50,11 @@ class _Moments(calibration.SinglePassCalibrationProvider):
         return qwix.QuantizationRule
 
     def get_stats_suffix(self) -> str:
-        """Behind the weight's name."""
+        """The suffix of the weight's name."""
         return _SUFFIX
 
     def compute_stats(self, lhs: Float[Array, "k t"]) -> dict[str, Any]:
-        """Of one call's inputs, tokens last."""
+        """Statistics of one call's inputs, tokens last."""
         return {
             "hessian": gptq_core.compute_hessian(lhs),
             "mean": awq_core.compute_act_scale(lhs, axis=1),

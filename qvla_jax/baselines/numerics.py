@@ -30,7 +30,7 @@ from qvla_jax.quantization.rows import QuantizedRows
 
 @dataclasses.dataclass(frozen=True)
 class HowToQuantize:
-    """What functions of qwix read of their argument `how`, whose own class has no public name."""
+    """The attributes that qwix's functions read from their argument `how`, of a private class."""
 
     qtype: Any
     channelwise_axes: tuple[int, ...]
@@ -43,8 +43,7 @@ class HowToQuantize:
 class _SyntheticType:
     """qwix's "int2" and "int3", which numpy reads as the 4-bit integers that qwix keeps them in.
 
-    GPTQ in qwix allocates its result with `dtype=how.qtype`, for which the plain names are no
-    dtype.
+    GPTQ in qwix allocates its result with `dtype=how.qtype`, where the plain names are not dtypes.
     """
 
     dtype: Final = np.dtype(ml_dtypes.int4)
@@ -64,9 +63,9 @@ class _SyntheticType:
 
 @contextlib.contextmanager
 def qwix_context() -> Iterator[None]:
-    """Around calls of qwix: JAX's default promotion, which it relies on.
+    """Surrounds calls of qwix with JAX's default promotion, which it relies on.
 
-    qwix 0.1.8 calls Flax by names that Flax has renamed, about which nobody here can do anything.
+    Silences warnings about names that Flax has renamed and qwix 0.1.8 still uses.
     """
     with (
         jax.numpy_dtype_promotion("standard"),
@@ -95,7 +94,7 @@ def how_to_quantize(bits: int, group: int | None) -> Any:
 
 
 def padded(weight: Float[Array, "c k"], group: int | None) -> Float[Array, "c k"]:
-    """Zeros behind the last input up to whole groups; they have code 0 and change no scale."""
+    """Appends zero inputs up to whole groups; they have code 0 and change no scale."""
     extra = 0 if group is None else -weight.shape[1] % group
     return jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, extra)))
 
@@ -109,7 +108,7 @@ def taken(array: qwix.QArray, fan_in: int, bits: int, group: int | None) -> Quan
     """Codes and stored scales of qwix's array, without padded inputs.
 
     Args:
-        array: rows [c, k] with zeros behind the last input.
+        array: rows [c, k], padded with zeros after the last input.
         fan_in: k.
         bits: of all rows.
         group: from `effective_group`.

@@ -1,18 +1,19 @@
 """OmniQuant (Shao et al. 2024, arXiv 2308.13137): learned clips, and learned input scales.
 
-qwix has none of it, so the equations stand here. Blocks are taken in the order in which the policy
-calls them; each is fitted to its full-precision outputs by gradient descent (equation 1),
+qwix does not have it, so the equations are implemented here. Blocks are taken in the order in which
+the policy calls them; each is fitted to its full-precision outputs by gradient descent (equation
+1),
 
     min over clips and scales of || F(W, X) - F(Q(W), X_q) ||^2,
 
-where X_q is what the quantized blocks before make of the calibration frames. In each layer
+where X_q is the output of the preceding quantized blocks on the calibration frames. In each layer
 
     range = sigmoid(clip) max|w s|,  w_hat = step clamp(round(w s / step)),  step = range / bound,
 
-with one clip for each row or group (learnable weight clipping, equation 2; symmetric, so that the
-paper's two clips are one), and s_i learned for each input where activations are rounded (learnable
+with one clip for each row or group (learnable weight clipping, equation 2; symmetric, so the
+paper's two clips become one), and s_i learned for each input if activations are rounded (learnable
 equivalent transformation, equation 3, without its shifts), beginning at SmoothQuant's with alpha
-1/2. Rounding passes gradients on. As published: AdamW without decay, clips beginning at
+1/2. Gradients pass straight through rounding. As published: AdamW without decay, clips beginning at
 sigmoid(4), learning rates 1e-2 and 5e-3, 20 epochs.
 
 All blocks' inputs and outputs on the calibration frames are held on the host.
@@ -103,7 +104,7 @@ def fake_quantized(
 
 
 class _Fitted(nnx.Module):
-    """A linear layer under what has been learned for it."""
+    """A linear layer with its learned parameters applied."""
 
     def __init__(self, linear: nnx.Linear, learned: Learned, grid: Grid):
         scale = jnp.exp(learned["log_scale"])
@@ -186,15 +187,15 @@ def fit_block(
     *,
     epochs: int = _EPOCHS,
 ) -> tuple[dict[str, Learned], list[float]]:
-    """What is learned for a block's layers, and the mean loss of each epoch.
+    """The learned parameters of a block's layers, and the mean loss of each epoch.
 
     Args:
         block: full precision.
-        start: where to begin, by the layer's path within the block.
+        start: initial values, by the layer's path within the block.
         args: of its calls, batches along the first axis of every array.
         targets: its full-precision outputs.
         grid: bits and groups.
-        epochs: passes over the batches; the result is that of the one with the least loss.
+        epochs: passes over the batches; the result is that of the pass with the smallest loss.
     """
     graphdef, state = nnx.split(block)
     carry = (dict(start), _optimizer(start).init(dict(start)))
@@ -232,7 +233,7 @@ def omniquant_policy(job: Job) -> Policy:
     losses: dict[str, list[float]] = {}
     stages, calls = _recorded(job, index.paths)
     linears = quantizable_layers(job.policy.model, job.rules)
-    # Full-precision and quantized output of the block before.
+    # Full-precision and quantized output of the previous block.
     last: tuple[np.ndarray, np.ndarray] | None = None
     for number, stage in enumerate(stages):
         job.progress(job.setting.name, number, len(stages))
@@ -286,8 +287,8 @@ def _recorded(
 ) -> tuple[list[str], dict[str, tuple[Any, Float[np.ndarray, "n b ..."]]]]:
     """Blocks that hold quantized layers, in the order of their calls, with arguments and outputs.
 
-    Batches of `_BATCH` frames along a new first axis; frames that fill none are left out (all of a
-    smaller set make one batch).
+    Batches of `_BATCH` frames along a new first axis; frames that do not fill a batch are left out
+    (a smaller set is one batch).
     """
     wanted = [
         stage

@@ -1,4 +1,4 @@
-"""Rows that a method quantized -> a policy that runs from packed weights."""
+"""Builds a policy that runs from packed weights out of the rows that a method quantized."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -30,10 +30,10 @@ def packed_policy(
     Args:
         policy: the full-precision policy.
         index: its quantized layers.
-        rows: of each of them, in the index's order.
-        setting: what made them; its activation bits are those of every layer.
-        rules: that `index` was made by.
-        made_with: what the file's header says beside the method's name and the policy.
+        rows: those of each layer, in the index's order.
+        setting: the method and its bits; its activation bits apply to every layer.
+        rules: the rules that `index` was made with.
+        made_with: entries of the file's header in addition to the method's name and the policy.
     """
     model = nnx.merge(*nnx.split(policy.model))
     linears = quantizable_layers(model, rules)

@@ -10,7 +10,7 @@ all stored bytes are within the budget.
 
 Released: the cost is the weight error under the layer's input covariance (`input_hessian`), a step
 is ranked by the absolute cost at its new bit-width, and the budget is an average over *channels*,
-of codes alone; what is really stored is what the file says.
+of codes alone; the file's header says what is actually stored.
 """
 
 import numpy as np

@@ -32,10 +32,10 @@ class Method:
 
     Attributes:
         title: for tables.
-        make: applies it.
+        make: applies the method.
         grouped: whether groups of inputs may have scales of their own.
-        allocates: whether bits are a budget, which may be broken.
-        rounds_activations: whether it is one for rounded activations alone.
+        allocates: whether bits are a budget, which may be fractional.
+        rounds_activations: whether it only works with rounded activations.
         allocates_activations: whether bits of activations are a budget, too.
     """
 
@@ -132,7 +132,7 @@ def check_setting(name: str) -> Setting:
 
 
 def title(setting: Setting) -> str:
-    """The row for people, without the bits of its weights."""
+    """The row's title, without the bits of its weights."""
     group = "" if setting.group is None else f", groups of {setting.group}"
     bits = setting.activation_bits
     return METHODS[setting.method].title + group + ("" if bits == 16 else f", A{bits:g}")
@@ -150,13 +150,13 @@ def quantize_by(
     """The policy quantized by a method, running from packed weights.
 
     Args:
-        policy: the full-precision policy; it is left as it is.
+        policy: the full-precision policy; it is not changed.
         calibration: the only frames that a method may see.
         name: METHOD-wBITS[aBITS][-gGROUP], such as "gptq-w4"; see `METHODS`.
-        measured: what other methods have measured on the same policy and frames; its rules and its
-            progress then hold.
+        measured: shared measurements on the same policy and frames; their rules and progress then
+            apply.
         rules: which layers are quantized.
-        progress: called as it goes on.
+        progress: reports progress.
 
     Raises:
         InputError: the name is wrong, the set is empty, or a weight or input is not finite.

@@ -17,9 +17,9 @@ class Setting:
     """A method with its bits."""
 
     method: str
-    # Of every weight's code; for methods that allocate, the budget in bits for each weight.
+    # Bits of every weight's code; for methods that allocate, the budget in bits per weight.
     bits: float
-    # Of activations; 16 leaves them as they are. For methods that allocate them, the budget:
+    # Bits of activations; 16 does not round them. For methods that allocate them, the budget,
     # averaged over multiplications.
     activation_bits: float = 16
     # Inputs that share a scale; None: the whole row.

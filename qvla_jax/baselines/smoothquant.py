@@ -2,8 +2,8 @@
 
 Equation 4: s_i = max|x_i|^alpha / max|w_i|^(1 - alpha) moves the range of activations into weights;
 rows are rounded as w s, and the layer's inputs, multiplied by m = 1 / s (stored in bfloat16), are
-rounded token by token when the policy runs. One alpha serves all layers: the one of `ALPHAS` with
-the least squared error of the action on calibration frames.
+rounded token by token when the policy runs. All layers share one alpha: the one of `ALPHAS` with
+the smallest squared error of the action on calibration frames.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.sensitivity.batches import FirstFrames
 
 ALPHAS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# Below this the published code does not let a weight's range fall.
+# The published code's lower bound for a weight's range.
 _FLOOR: Final = 1e-5
-# Frames that decide about alpha, and how many of them go together.
+# Frames that decide alpha, and how many of them form a batch.
 _FRAMES, _BATCH = 32, 8
 
 
@@ -37,7 +37,7 @@ def smoothing_scales(
     Args:
         weight: source rows.
         largest: largest |x_i| over the calibration tokens. An input that is always zero keeps its
-            range: it has none to move, and its multiplier would be without bound.
+            range: it has none to move, and its multiplier would be unbounded.
         alpha: share of the range that moves.
     """
     ranges = jnp.maximum(jnp.max(jnp.abs(weight.astype(jnp.float32)), axis=0), _FLOOR)
@@ -68,7 +68,7 @@ def smoothquant(
 
 
 def smoothquant_policy(job: Job) -> Policy:
-    """The policy at the alpha with the least squared error of the action."""
+    """The policy at the alpha with the smallest squared error of the action."""
     frames = FirstFrames(job.calibration, min(_FRAMES, job.calibration.frames))
     batches = list(frames.batches(_BATCH))
 

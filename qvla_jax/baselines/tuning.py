@@ -1,11 +1,10 @@
 """End-to-end tuning: scales and biases of a packed policy by gradient descent on the action error.
 
-Codes stay as they are, so that w_hat = s q is linear in the scale of its row, and nothing has to be
-estimated through the rounding of weights; that of activations is passed straight through. The loss
-is the squared error of the action against full precision on calibration frames, so no labels are
-needed. (EfficientQAT, arXiv 2407.11062, tunes step sizes end to end on the loss of a language
-model.) The last frames are held back: they say which epoch is taken, none of them if no epoch is
-better than the start.
+Codes are fixed, so w_hat = s q is linear in the scale of its row and needs no gradient through the
+rounding of weights; rounding of activations uses a straight-through estimator. The loss is the
+squared error of the action against full precision on calibration frames, so no labels are needed.
+(EfficientQAT, arXiv 2407.11062, tunes step sizes end to end on the loss of a language model.) The
+last frames are held back to choose the epoch; if none is better than the start, nothing is changed.
 """
 
 import dataclasses
@@ -50,7 +49,7 @@ class Tuned(TypedDict):
 
 
 class Fixed(TypedDict):
-    """What a layer's rows store, on their place in the layer."""
+    """What a layer's rows store, by output channel."""
 
     # Scales, and 1 for rows without one.
     scale: Float[Array, " c"]
@@ -146,10 +145,10 @@ def tune(
 
     Args:
         policy: full precision.
-        packed: made of it.
+        packed: made from it.
         calibration: the frames to tune on.
         epochs: passes over them.
-        rate: Adam's, which falls to 0 on a cosine.
+        rate: Adam's learning rate, with cosine decay to 0.
         progress: called with the epochs done.
 
     Returns:
@@ -199,8 +198,8 @@ def tune(
 
 
 def _batches(policy: Policy, calibration: Calibration) -> tuple[list[Any], list[Any]]:
-    """Model inputs with the full-precision actions: those that are used, and those held back."""
-    # Two batches at least.
+    """Model inputs with the full-precision actions: those for tuning, and those held back."""
+    # At least two batches.
     size = max(min(_BATCH, calibration.frames // 2), 1)
     graphdef, state = nnx.split(policy.model)
 
@@ -241,7 +240,7 @@ def _fixed(weight: kernels.PackedWeight) -> Fixed:
 def _with(
     weight: kernels.PackedWeight, scale: Float[Array, " c"], bias: Float[Array, " c"]
 ) -> kernels.PackedWeight:
-    """The same codes under other scales and biases."""
+    """The same codes with other scales and biases."""
     own = np.asarray(scale)
     scales = tuple(
         stored

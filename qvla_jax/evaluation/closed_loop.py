@@ -60,20 +60,20 @@ def run_episodes(
     """Runs episodes and hands over each result as it comes.
 
     Args:
-        episodes: What to run; roughly in this order.
-        policies: Policies by their fingerprint.
-        make: Makes the environment of an episode, in the worker.
-        workers: Simulator processes.
-        on_result: Called with each finished episode.
-        choose_replay: Called after it: what to keep of this episode, or None.
-        shadows: Fingerprint of a policy -> those of others that are asked wherever it decides, so
+        episodes: what to run; roughly in this order.
+        policies: policies by their fingerprint.
+        make: makes the environment of an episode, in the worker.
+        workers: simulator processes.
+        on_result: called with each finished episode.
+        choose_replay: called after it: what to keep of this episode, or None.
+        shadows: fingerprint of a policy -> those of others that are asked wherever it decides, so
             that the result holds their deviations. They have to take the same observations.
-        patience: How long (s) a policy waits for more observations once one is there.
-        start: Starts a worker.
+        patience: how long (s) a policy waits for more observations once one is there.
+        start: starts a worker.
 
     Raises:
-        InputError: A worker cannot use what it was given, such as an unknown initial state.
-        QvlaError: A worker failed or died, or a policy gave actions that are not finite.
+        InputError: a worker cannot use what it was given, such as an unknown initial state.
+        QvlaError: a worker failed or died, or a policy gave actions that are not finite.
     """
     todo = list(episodes)
     traces = Traces()
@@ -191,7 +191,7 @@ def decide(
     """Normalized chunks for observations, from one call with `rows` rows.
 
     Raises:
-        QvlaError: An action is not finite.
+        QvlaError: an action is not finite.
     """
     padded = [*observations, *[observations[-1]] * (rows - len(observations))]
     batch: dict[str, Any] = {

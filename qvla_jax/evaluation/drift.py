@@ -68,8 +68,8 @@ def summarize_drift(
     """Drift and accumulated deviation of a policy over the episodes that have them.
 
     Args:
-        candidate: Finished episodes of the candidate.
-        reference: Finished episodes of the reference.
+        candidate: finished episodes of the candidate.
+        reference: finished episodes of the reference.
 
     Returns:
         None where the two have no time steps in common. Otherwise, for each moment at which the

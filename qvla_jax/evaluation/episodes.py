@@ -24,16 +24,16 @@ class Episode:
     """All that decides the outcome of an episode.
 
     Attributes:
-        policy_hash: Fingerprint of the policy.
+        policy_hash: fingerprint of the policy.
         suite: LIBERO's name of the suite.
-        task: Number of the task in the suite.
-        initial_state: Number of the official initial state; None draws one from the seed.
-        seed: Draws what the initial state does not hold.
-        max_steps: Steps after which the episode has failed.
-        open_loop_steps: Actions of each chunk that are executed before the next is asked for.
-        size: Height and width of the pictures.
-        rendering: How they are rendered.
-        simulator: Packages that simulate, with their versions.
+        task: number of the task in the suite.
+        initial_state: number of the official initial state; None draws one from the seed.
+        seed: draws what the initial state does not hold.
+        max_steps: steps after which the episode has failed.
+        open_loop_steps: actions of each chunk that are executed before the next is asked for.
+        size: height and width of the pictures.
+        rendering: how they are rendered.
+        simulator: packages that simulate, with their versions.
     """
 
     policy_hash: str
@@ -58,13 +58,13 @@ class Result:
     """A finished episode.
 
     Attributes:
-        episode: What was run.
+        episode: what was run.
         task_name: LIBERO's name of the task.
-        success: Whether the task was done.
-        steps: Actions executed, not counting the steps in which the objects settle.
-        seconds: Wall time, waiting for the policy included.
-        positions: Where the end effector was (m) whenever the policy was asked.
-        deviations: Fingerprint of another policy -> the squared distances of its normalized actions
+        success: whether the task was done.
+        steps: actions executed, not counting the steps in which the objects settle.
+        seconds: wall time, waiting for the policy included.
+        positions: where the end effector was (m) whenever the policy was asked.
+        deviations: fingerprint of another policy -> the squared distances of its normalized actions
             from those that were executed, for each chunk.
     """
 
@@ -87,7 +87,7 @@ class Result:
         """Reads what `to_dict` gave; further keys are ignored.
 
         Raises:
-            KeyError: A key is missing.
+            KeyError: a key is missing.
         """
         names = [field.name for field in dataclasses.fields(Episode)]
         own = [field.name for field in dataclasses.fields(cls) if field.name != "episode"]
@@ -104,7 +104,7 @@ class EpisodeLog:
         """Reads what is there; a last line that a killed process left unfinished is removed.
 
         Raises:
-            InputError: Another line is not one of ours.
+            InputError: another line is not one of ours.
         """
         self.path = path
         self.results: dict[Episode, Result] = {}
@@ -115,8 +115,8 @@ class EpisodeLog:
         """Adds a finished episode, on disk before this returns.
 
         Args:
-            result: What came out.
-            policy: The policy as the user named it, for readers of the file.
+            result: what came out.
+            policy: the policy as the user named it, for readers of the file.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:

@@ -20,9 +20,9 @@ def chunk_seconds(
     Times are of `Policy.run`, from the prepared observation to the actions on the host.
 
     Args:
-        policies: Policies by name.
-        observations: What `Policy.prepare` takes, one observation each.
-        warm_up: Observations at the beginning that are not counted.
+        policies: policies by name.
+        observations: what `Policy.prepare` takes, one observation each.
+        warm_up: observations at the beginning that are not counted.
 
     Returns:
         Name -> wall-clock seconds of each counted call.

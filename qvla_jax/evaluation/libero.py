@@ -31,8 +31,8 @@ def make_libero(episode: Episode, *, sigmas: Sequence[float] = (0.0,)) -> Libero
     """The environment of an episode.
 
     Args:
-        episode: What is to be run.
-        sigmas: Noise that is executed on top of the expert's actions; an episode's seed chooses
+        episode: what is to be run.
+        sigmas: noise that is executed on top of the expert's actions; an episode's seed chooses
             one of them. Policies act without noise.
     """
     options: dict[str, Any] = {"size": episode.size, "rendering": episode.rendering}
@@ -97,10 +97,10 @@ def record(
     """Runs an episode again and writes all that was seen, with the expert's label of each state.
 
     Args:
-        environment: Of the episode.
-        episode: What was run.
-        actions: Those that the policy gave, in its convention.
-        path: Where to.
+        environment: of the episode.
+        episode: what was run.
+        actions: those that the policy gave, in its convention.
+        path: where to.
     """
     assert isinstance(environment, LiberoEnvironment)
     environment.reset(episode.initial_state, seed=episode.seed)

@@ -59,19 +59,19 @@ class ActionErrors:
     """Errors of N chunks against a reference, all in the normalized action space.
 
     Attributes:
-        action_sse_normalized: Squared error summed over a chunk, averaged over frames: the unit of
+        action_sse_normalized: squared error summed over a chunk, averaged over frames: the unit of
             the sensitivities.
-        action_mse_normalized: The same, per action entry.
-        action_mse_median_normalized: Median over frames of what `action_mse_normalized` averages. A
+        action_mse_normalized: the same, per action entry.
+        action_mse_median_normalized: median over frames of what `action_mse_normalized` averages. A
             few frames in which a policy is about to decide, such as when to close the gripper,
             hold much of the mean.
-        action_l1_normalized: Mean absolute error per action entry.
-        mse_by_dimension: Mean squared error of each action dimension, `[a]`.
-        l1_by_dimension: Mean absolute error of each action dimension, `[a]`.
-        worst_by_dimension: Largest absolute error of each action dimension, over all frames and
+        action_l1_normalized: mean absolute error per action entry.
+        mse_by_dimension: mean squared error of each action dimension, `[a]`.
+        l1_by_dimension: mean absolute error of each action dimension, `[a]`.
+        worst_by_dimension: largest absolute error of each action dimension, over all frames and
             steps, `[a]`.
-        gripper_flips: Gripper entries on the other side of the threshold than the reference's.
-        gripper_flip_rate: The same, as a share of all gripper entries.
+        gripper_flips: gripper entries on the other side of the threshold than the reference's.
+        gripper_flip_rate: the same, as a share of all gripper entries.
         frames: N.
     """
 
@@ -99,7 +99,7 @@ class PreparedFrames:
     """Frames as model inputs on the devices: decoded and prepared once for many policies.
 
     Attributes:
-        inputs: Batches of one size; the last one is padded.
+        inputs: batches of one size; the last one is padded.
         expert: `[N, h, a]`, see `Predictions`.
     """
 
@@ -111,12 +111,12 @@ class PreparedFrames:
         """Prepares frames.
 
         Args:
-            policy: What takes the same inputs as the policies that `predict` gets.
-            frames: Frames with the expert's actions.
-            batch_size: Frames for each call of a policy. Few of them stay in a CPU's cache.
+            policy: what takes the same inputs as the policies that `predict` gets.
+            frames: frames with the expert's actions.
+            batch_size: frames for each call of a policy. Few of them stay in a CPU's cache.
 
         Raises:
-            InputError: The frames carry no expert actions, or there are none.
+            InputError: the frames carry no expert actions, or there are none.
         """
         mesh = sharding.data_mesh()
         size = -(-batch_size // mesh.size) * mesh.size
@@ -133,7 +133,7 @@ class PreparedFrames:
         """Runs a policy on every frame.
 
         Raises:
-            InputError: A prediction is not finite.
+            InputError: a prediction is not finite.
         """
         chunks = np.concatenate(policy.run_all(self.inputs))[: len(self.expert)]
         return Predictions(_checked(chunks), self.expert)
@@ -145,11 +145,11 @@ def action_errors(
     """Compares chunks with reference chunks.
 
     Args:
-        candidate: Normalized chunks, the gripper in the last action entry.
-        reference: Chunks of the same shape: those of full precision, or the expert's.
+        candidate: normalized chunks, the gripper in the last action entry.
+        reference: chunks of the same shape: those of full precision, or the expert's.
 
     Raises:
-        InputError: The shapes differ, there are no frames, or a value is not finite.
+        InputError: the shapes differ, there are no frames, or a value is not finite.
     """
     _check(candidate, reference)
     error = candidate.astype(np.float64) - reference.astype(np.float64)
@@ -190,14 +190,14 @@ def evaluate(
     (2, True)
 
     Args:
-        policy: The policy, such as a quantized one.
-        frames: Frames that it was not calibrated on.
-        reference: The full-precision policy, or its `predict(...)`, which serves many comparisons.
-        batch_size: Frames for each call of a policy.
-        progress: Called after each batch.
+        policy: the policy, such as a quantized one.
+        frames: frames that it was not calibrated on.
+        reference: the full-precision policy, or its `predict(...)`, which serves many comparisons.
+        batch_size: frames for each call of a policy.
+        progress: called after each batch.
 
     Raises:
-        InputError: The frames carry no expert actions, or a prediction is not finite.
+        InputError: the frames carry no expert actions, or a prediction is not finite.
     """
     if not isinstance(reference, Predictions):
         reference = predict(reference, frames, batch_size=batch_size, progress=progress)
@@ -223,14 +223,14 @@ def predict(
     """Runs a policy on every frame.
 
     Args:
-        policy: The policy.
-        frames: Frames with the expert's actions, such as a `CalibrationSet`.
-        batch_size: Frames for each call of the policy.
-        stage: What the progress is reported as.
-        progress: Called after each batch.
+        policy: the policy.
+        frames: frames with the expert's actions, such as a `CalibrationSet`.
+        batch_size: frames for each call of the policy.
+        stage: what the progress is reported as.
+        progress: called after each batch.
 
     Raises:
-        InputError: The frames carry no expert actions, or a prediction is not finite.
+        InputError: the frames carry no expert actions, or a prediction is not finite.
     """
     chunks, expert = [], []
     total = -(-frames.frames // batch_size)

@@ -23,8 +23,8 @@ class Success:
     """A success rate.
 
     Attributes:
-        successes: Episodes solved.
-        episodes: Episodes run.
+        successes: episodes solved.
+        episodes: episodes run.
     """
 
     successes: int
@@ -50,10 +50,10 @@ class Comparison:
     """Two policies on the same episodes.
 
     Attributes:
-        both: Episodes that both solve.
-        candidate_only: Episodes that only the candidate solves.
-        reference_only: Episodes that only the reference solves.
-        neither: Episodes that neither solves.
+        both: episodes that both solve.
+        candidate_only: episodes that only the candidate solves.
+        reference_only: episodes that only the reference solves.
+        neither: episodes that neither solves.
     """
 
     both: int
@@ -96,7 +96,7 @@ def compare(candidate: Mapping[Key, bool], reference: Mapping[Key, bool]) -> Com
     """Pairs the outcomes of two policies by episode; episodes that only one has run are left out.
 
     Raises:
-        InputError: They have no episode in common.
+        InputError: they have no episode in common.
     """
     counts = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
     for key in candidate.keys() & reference.keys():
@@ -117,7 +117,7 @@ def wilson_interval(
     """Wilson's score interval of a proportion, without continuity correction.
 
     Raises:
-        InputError: There are no episodes, or more successes than episodes.
+        InputError: there are no episodes, or more successes than episodes.
     """
     if not 0 <= successes <= episodes or episodes < 1:
         raise InputError(f"{successes} successes in {episodes} episodes: no success rate")

@@ -45,9 +45,9 @@ def write_video(
     """Writes an mp4 file that browsers play.
 
     Args:
-        path: Where to.
-        frames: Pictures of one size.
-        rate: Frames for each second.
+        path: where to.
+        frames: pictures of one size.
+        rate: frames for each second.
 
     Raises:
         InputError: PyAV is missing.

@@ -1,4 +1,4 @@
-"""Multiplying by packed mixed-bit weights, without a dequantized copy of them.
+"""Products with packed mixed-bit weights, without a dequantized copy.
 
 w = kernels.pack(weight, bits)            # PackedWeight: canonical, what files hold
 w = kernels.prepare(w)                    # rearranged once for this platform

@@ -10,16 +10,16 @@ import numpy as np
 from qvla_jax.array_typing import Array, Float, Int8
 from qvla_jax.errors import InputError
 
-# 16 leaves activations as they are.
+# 16 does not round activations.
 ACTIVATION_BITS: Final = (16, 8, 4)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerInputs:
-    """What a layer does to its inputs before it multiplies: x -> round(rotate(x scale)).
+    """What a layer does to its inputs before the product: x -> round(rotate(x scale)).
 
     Raises:
-        InputError: no kernel has these bits, or the scale is no vector of positive numbers that
+        InputError: no kernel has these bits, or the scale is not a vector of positive numbers that
             bfloat16 holds.
     """
 
@@ -27,7 +27,7 @@ class LayerInputs:
     activation_bits: int = 16
     # Factor of each input (SmoothQuant's and AWQ's 1 / s); None: 1.
     scale: Float[np.ndarray, " k"] | None = None
-    # Whether they are rotated (quantization.rotation), as the rows of the weight are.
+    # Whether they are rotated (quantization.rotation), like the rows of the weight.
     rotated: bool = False
 
     def __post_init__(self) -> None:
@@ -41,12 +41,12 @@ class LayerInputs:
 
     @property
     def is_plain(self) -> bool:
-        """True where the layer multiplies by its inputs as they are."""
+        """True if the layer uses its inputs unchanged."""
         return self.activation_bits == 16 and self.scale is None and not self.rotated
 
 
 def check_activation_bits(bits: int) -> None:
-    """Raises an `InputError` if no kernel has these."""
+    """Raises an `InputError` if no kernel has this bit-width."""
     if bits not in ACTIVATION_BITS:
         raise InputError(f"activation_bits {bits}: choose from {ACTIVATION_BITS}")
 
@@ -81,12 +81,12 @@ def _codes(
 
 
 def round_activations(x: Float[Array, "*m k"], bits: int) -> Float[Array, "*m k"]:
-    """S q in float32; x itself at 16 bits."""
+    """`s q` in float32; x itself at 16 bits."""
     return round_to(x, jnp.float32(largest_code(bits))) if bits != 16 else x.astype(jnp.float32)
 
 
 def round_to(x: Float[Array, "*m k"], qmax: Float[Array, ""]) -> Float[Array, "*m k"]:
-    """As `round_activations`, where one compiled program serves all bits.
+    """Like `round_activations`, but one compiled program serves all bits.
 
     Args:
         x: activations.

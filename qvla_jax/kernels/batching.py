@@ -1,4 +1,4 @@
-"""`vmap` of a product: more rows of one product, not more products."""
+"""`vmap` of a product adds rows to one product instead of adding products."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from qvla_jax.array_typing import Array
 def over_rows(rows: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Array]:
     """`rows`, a product [m, k] -> [m, c], for any leading axes of x, and under `vmap`.
 
-    A mapped axis of x becomes another leading axis. Mapped weights are taken one by one.
+    A mapped axis of x becomes another leading axis. Mapped weights are processed one by one.
     """
 
     @custom_vmap

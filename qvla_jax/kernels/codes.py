@@ -1,8 +1,8 @@
 """Integer codes in 32-bit words: the bit layout of a packed row.
 
 Code i of a row with b bits a code occupies the bits [i b, (i + 1) b) of a little-endian bit stream
-that is cut into 32-bit words; the bits behind the last code are zero. At 2, 4, 8 and 16 bits every
-code lies in one word, at 3 bits some straddle two.
+that is cut into 32-bit words; the bits after the last code are zero. At 2, 4, 8 and 16 bits every
+code is in one word; at 3 bits some straddle two.
 
 Stored codes are unsigned, u in [0, 2^b); `quantization.codes` says what they stand for. The
 functions take numpy or JAX arrays and return the same kind.
@@ -23,12 +23,12 @@ WORD_BITS = 32
 
 
 def held_bits(bits: int) -> int:
-    """Width of the fields in which backends hold codes: 3-bit ones lie in 4 bits."""
+    """Width of the fields in which backends hold codes: 3-bit codes take 4 bits."""
     return 4 if bits == 3 else bits
 
 
 def array_module(*arrays: Any) -> ModuleType:
-    """Numpy for numpy arrays, `jax.numpy` as soon as one array is JAX's."""
+    """`numpy` for numpy arrays, `jax.numpy` if any array is a JAX array."""
     return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
 
 
@@ -40,7 +40,7 @@ def num_words(k: int, bits: int) -> int:
 def to_unsigned(
     codes: Int[np.ndarray, "c k"], bits: int, map_: CodeMap
 ) -> UInt8[np.ndarray, "c k"]:
-    """U of the codes q.
+    """The unsigned codes u of the codes q.
 
     Raises:
         InputError: a code is not among those of the map.
@@ -82,7 +82,8 @@ def unpack_words(words: AnyArray, bits: int, k: int) -> AnyArray:
     c = words.shape[0]
     kind = xp.uint16 if bits > 8 else xp.uint8
     if xp is np and bits in (2, 4, 8):
-        # Byte by byte, which takes an eighth of the memory and time: large files are loaded so.
+        # Byte by byte, which takes an eighth of the memory and time; large files are loaded this
+        # way.
         data = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8)
         codes = np.empty((c, data.shape[1], 8 // bits), np.uint8)
         for i in range(8 // bits):

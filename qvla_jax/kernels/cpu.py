@@ -5,9 +5,10 @@ are held in 4 bits, float16 and float32 rows in float32, and rows and inputs are
 tiles and blocks, so a prepared weight takes somewhat more than the file. Outputs are stored through
 the index by the kernel itself.
 
-bfloat16 activations meet the weights as they are. float32 ones count as the sum of two bfloat16
-numbers where the path multiplies those (about 2^-17 relative), and in float32 elsewhere. Intel's
-processors multiply float32 numbers faster than pairs of bfloat16 ones, and so do that.
+bfloat16 activations are multiplied unchanged. float32 activations are split into the sum of two
+bfloat16 numbers on paths that multiply those (about 2^-17 relative error), and stay in float32
+elsewhere. Intel's processors multiply float32 numbers faster than pairs of bfloat16 numbers, so
+there they stay in float32.
 """
 
 import contextlib
@@ -81,9 +82,9 @@ class CpuWeight(Rearranged):
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, registered with XLA; None, with one warning, if there is none.
 
-    The environment variable QVLA_CPU_LIBRARY names another one than the package's.
+    The environment variable QVLA_CPU_LIBRARY selects another library than the package's.
     """
-    # An editable installation keeps it apart from the sources, where an import would find it.
+    # An editable installation keeps it outside the sources, where an import finds it.
     spec = importlib.util.find_spec("qvla_jax.kernels._cpu")
     path = Path(__file__).with_name("_cpu.so") if spec is None else Path(spec.origin or "")
     path = Path(os.environ.get("QVLA_CPU_LIBRARY") or path)
@@ -107,8 +108,8 @@ def instruction_set() -> str | None:
 
     On x86-64 "avx512_bf16" (with VNNI and BF16), "avx512" (with VNNI), "avx2_vnni" (with AVX-VNNI),
     "avx2" or "portable"; on 64-bit ARM "neon_bf16" (with SDOT and BFDOT), "neon_dot" (with SDOT),
-    "neon" or "portable". The environment variable QVLA_CPU_KERNEL chooses another one that the
-    processor runs.
+    "neon" or "portable". The environment variable QVLA_CPU_KERNEL selects another path that the
+    processor supports.
     """
     loaded = library()
     return None if loaded is None else loaded.qvla_kernel_name().decode()
@@ -123,9 +124,9 @@ def supports(w: PackedWeight) -> str | None:
 
 
 def prepare(w: PackedWeight) -> CpuWeight:
-    """Arranges a weight in tiles; numpy arrays stay numpy's, and the words get memory of their own.
+    """Arranges a weight in tiles; numpy arrays stay numpy arrays, and words get their own memory.
 
-    `jax.device_put` leaves these where they lie; `jnp.asarray` would copy them to smaller pages.
+    `jax.device_put` does not move them; `jnp.asarray` would copy them to smaller pages.
     """
     xp, c = array_module(*jax.tree.leaves(w)), w.shape[0]
     groups = w.num_groups
@@ -198,7 +199,7 @@ def matmul(
         x: bfloat16 or float32.
         w: from `prepare`.
         activation_bits: 16, 8 or 4.
-        max_threads: of XLA's pool; 0 takes all.
+        max_threads: threads of XLA's pool to use; 0 uses all.
     """
     library()  # registers the call
     c, k = w.shape
@@ -275,8 +276,8 @@ def _tile_words(bits: int, k: int) -> int:
     return -(-k // _INPUTS) * _INPUTS * bits // 32
 
 
-# What brings the codes of a canonical word, code i in bits [i b, (i + 1) b), to their places in a
-# tile: bits under a mask change places with those so far above them.
+# Moves the codes of a canonical word, code i in bits [i b, (i + 1) b), to their places in a tile:
+# bits under a mask are swapped with those a shift above them.
 _EXCHANGES: Final = {
     8: (),
     4: ((0x0000FF00, 8), (0x00F000F0, 4)),
@@ -301,7 +302,7 @@ def _exchanged(words: AnyArray, bits: int, *, inverse: bool = False) -> AnyArray
 
 
 def _bytes_of(elements: AnyArray) -> AnyArray:
-    """Little-endian bytes, as both are on every processor that has a kernel."""
+    """Little-endian bytes, as on every processor that has a kernel."""
     if isinstance(elements, jax.Array):
         return jax.lax.bitcast_convert_type(elements, jnp.uint8).reshape(-1)
     return np.ascontiguousarray(elements).view(np.uint8).reshape(-1)
@@ -338,16 +339,15 @@ def _joined(xp: Any, parts: list[Any], dtype: Any) -> AnyArray:
 
 
 def _in_huge_pages(parts: list[np.ndarray]) -> np.ndarray:
-    """The parts one after the other, in pages of 2 MiB where Linux has them to give.
+    """The parts one after the other, in pages of 2 MiB where Linux provides them.
 
-    A product of one row is as fast as memory is read, and prefetching goes no further than the end
-    of a page.
+    A product of one row is limited by memory bandwidth, and prefetching stops at the end of a page.
     """
     size = sum(part.size for part in parts)
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.concatenate([np.zeros(0, np.uint8), *parts])
-    # One page more, so that the words can begin where a page does. What nothing touches costs
-    # nothing, and small pages hold what does not fill a large one.
+    # One extra page lets the words begin at a page boundary. Untouched memory costs nothing, and
+    # small pages hold what does not fill a large one.
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _HUGE_PAGE

@@ -37,7 +37,7 @@ _MODULES: Final[dict[str, str]] = {
     "pallas_tpu": "qvla_jax.kernels.pallas_tpu",
     "pallas_gpu": "qvla_jax.kernels.pallas_gpu",
 }
-# Arrangements whose products are made of others' products, and have their gradients.
+# Arrangements whose products are composed of other products, and have their gradients.
 _COMPOSED: Final[dict[str, str]] = {"sharded": "qvla_jax.kernels.sharded"}
 # Platform (`jax.default_backend()`) -> the implementations to try, best first.
 _PREFERRED: Final[dict[str, tuple[str, ...]]] = {
@@ -70,7 +70,7 @@ def prepare(w: PackedWeight, implementation: str | None = None) -> Any:
 
 
 def canonical(w: Any) -> PackedWeight:
-    """The canonical weight that `prepare` made `w` of."""
+    """The canonical weight that `prepare` made `w` from."""
     return w if isinstance(w, PackedWeight) else _backend(w.implementation).canonical(w)
 
 
@@ -87,9 +87,9 @@ def mixed_matmul(
 
     Args:
         x: activations, bfloat16 or float32, any number of leading axes.
-        w: a `PackedWeight`, or what `prepare` or `shard` made of one. A canonical weight is
-            rearranged by every call, so prepare those that are used more than once.
-        activation_bits: 16 takes x as it is, 8 and 4 round it to integers row by row, or to
+        w: a `PackedWeight`, or the result of `prepare` or `shard`. Every call rearranges a
+            canonical weight, so prepare weights that are used more than once.
+        activation_bits: 16 uses x unchanged; 8 and 4 round it to integers row by row, or to
             bfloat16 for rows of 16 bits.
         implementation: "reference" or another of `implementations()`; None takes the one that `w`
             was prepared for, or else the best for the platform.
@@ -130,7 +130,7 @@ def _forward(x: Array, w: Any, activation_bits: int, name: str) -> tuple[Array, 
 
 def _backward(activation_bits: int, name: str, w: Any, dy: Array) -> tuple[Array, None]:
     del activation_bits, name
-    # Gradients are no part of inference: one way for all implementations.
+    # Inference needs no gradients, so all implementations share one.
     return reference.transposed(dy, canonical(w)), None
 
 

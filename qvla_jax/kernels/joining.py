@@ -1,6 +1,6 @@
-"""Several packed weights as one, whose outputs lie one behind another.
+"""Several packed weights as one, with concatenated outputs.
 
-Layers that take the same input then run in one call, which reads the input and rounds it once.
+Layers with the same input then run in one call, which reads and rounds the input once.
 """
 
 from collections.abc import Sequence
@@ -78,8 +78,9 @@ def part(joined: PackedWeight, start: int, stop: int, *, index: bool = True) -> 
     Args:
         joined: from `join`.
         start: first output channel.
-        stop: behind the last one.
-        index: whether the part has an index; only one width without pruned channels can do without.
+        stop: end, exclusive.
+        index: whether the part has an index; it may only be left out for one width without pruned
+            channels.
     """
     joined = jax.device_get(joined)
     words, scales, channels, segments = [], [], [], []

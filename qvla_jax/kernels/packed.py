@@ -1,7 +1,7 @@
 """`PackedWeight`: a weight matrix in the canonical order of docs/mathematics.md section 6.
 
-It is what files hold and what every backend starts from. Backends rearrange it once
-(`qvla_jax.kernels.prepare`); its own order is chosen for nothing but being canonical.
+Files hold it, and every backend starts from it. Backends rearrange it once
+(`qvla_jax.kernels.prepare`); its own order serves only to be canonical.
 """
 
 import dataclasses
@@ -53,14 +53,14 @@ class PackedWeight:
 
         w_hat[index[r], i] = scales[s][r, i // group] (multiplier u[r, i] + offset),
 
-    and 16-bit rows hold the source's own numbers. A JAX pytree: arrays are leaves, all else is
-    static. Arrays are numpy's or JAX's.
+    and 16-bit rows hold the source's own numbers. A JAX pytree: arrays are leaves, everything else
+    is static. Arrays are numpy or JAX arrays.
 
     Invariants (see `validate`): segments come in the order of `WIDTHS`, none is empty; words[s] is
-    uint32[rows, ceil(k bits / 32)] with zeros behind the last code, where a 16-bit row has the bits
-    of `source_dtype`; scales[s] is bfloat16[rows, ceil(k / group)], positive and finite, and has no
+    uint32[rows, ceil(k bits / 32)] with zeros after the last code; a 16-bit row has the bits of
+    `source_dtype`; scales[s] is bfloat16[rows, ceil(k / group)], positive and finite, and has no
     column at 16 bits; index is uint16[rows of all segments] without repetition and ascending within
-    a segment, or None where the one segment holds all channels in order.
+    a segment, or None if the only segment holds all channels in order.
     """
 
     words: tuple[AnyArray, ...]
@@ -71,9 +71,9 @@ class PackedWeight:
     segments: tuple[Segment, ...]
     # (c, k), pruned channels included.
     shape: tuple[int, int]
-    # Inputs that share a scale; None: the whole row does.
+    # Inputs that share a scale; None: the whole row.
     group: int | None = None
-    # Of 16-bit rows: "bfloat16", "float16" or "float32".
+    # Dtype of 16-bit rows: "bfloat16", "float16" or "float32".
     source_dtype: str = "bfloat16"
 
     @property
@@ -83,7 +83,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays: what is stored."""
+        """Stored bytes: those of all arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def bits(self) -> np.ndarray:
@@ -96,7 +96,7 @@ class PackedWeight:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rearranged:
-    """What a backend's arrangement keeps of the `PackedWeight` that it was made of, arrays apart.
+    """The static fields of the `PackedWeight` that a backend's arrangement keeps.
 
     All of it is static; `REARRANGED` names it for `jax.tree_util.register_dataclass`.
     """
@@ -196,7 +196,7 @@ def source_values(words: AnyArray, k: int, source_dtype: str) -> Float[AnyArray,
 
 
 def source_words(rows: np.ndarray, source_dtype: str) -> np.ndarray:
-    """Rows in the source dtype [r, k] -> uint32 words, whole ones."""
+    """Rows in the source dtype [r, k] -> whole uint32 words."""
     values = np.ascontiguousarray(rows.astype(SOURCE_DTYPES[source_dtype]))
     if source_dtype == "float32":
         return values.view(np.uint32)
@@ -208,7 +208,7 @@ def stored_rows(w: PackedWeight) -> Float[Array, "r k"]:
     """w_hat of the rows of all segments in float32, in the order of the index.
 
     One elementwise expression for all widths, because every layer of a traced model holds it and
-    compile time counts: bit i b of a row's stream lies in word i b // 32.
+    compile time matters: bit i b of a row's stream is in word i b // 32.
     """
     k = w.shape[1]
     source = 8 * np.dtype(SOURCE_DTYPES[w.source_dtype]).itemsize
@@ -273,14 +273,14 @@ def validate(w: PackedWeight, *, where: str = "packed weight") -> None:
         where: file and layer named in errors.
 
     Raises:
-        InputError: an invariant does not hold; the message says which.
+        InputError: an invariant is violated; the message says which.
     """
     for problem in _problems(w):
         raise InputError(f"{where}: {problem}")
 
 
 def _problems(w: PackedWeight) -> Any:
-    """Yields what is wrong, in an order in which later checks may rely on earlier ones."""
+    """Yields problems, in an order in which later checks can rely on earlier ones."""
     c, k = w.shape
     if c < 1 or k < 1:
         yield f"shape {w.shape} has no weights"

@@ -1,4 +1,4 @@
-"""Rows and the bit-width of each -> `PackedWeight`."""
+"""Packs rows, each with its own bit-width, into a `PackedWeight`."""
 
 import jax
 import ml_dtypes
@@ -66,11 +66,11 @@ def pack_rows(
     The stored bytes are those that `quantization.layout.row_bytes` counts for each row.
 
     Args:
-        rows: codes and scales. Its `input_scale` is the layer's business, not the weight's.
+        rows: codes and scales. Its `input_scale` belongs to the layer, not the weight.
         source: the rows that were quantized, float32 or narrower, finite: 16-bit rows keep them.
         bias: the layer's bias, kept in its dtype; outputs of pruned rows are their bias.
-        source_dtype: of 16-bit rows; None: the narrowest that holds the whole weight exactly.
-        index: whether to store which channel a row is. False needs one width for all rows.
+        source_dtype: dtype of 16-bit rows; None: the narrowest that holds the whole weight exactly.
+        index: whether to store the channel of each row. False requires one width for all rows.
 
     Raises:
         InputError: shapes do not fit, a width is no option, a weight, code or scale cannot be
@@ -185,7 +185,8 @@ def _round(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes [c, k] and scales [c, g] of all rows at one width.
 
-    All rows, although some are not needed: the quantizer is compiled once for each shape.
+    Processes all rows, although some are not needed, because the quantizer is compiled once per
+    shape.
     """
     c, k = rows.shape
     if group is None or group >= k:
@@ -198,7 +199,7 @@ def _round(
     codes, scales = codes.reshape(c, whole), scales.reshape(c, -1)
     if whole == k:
         return codes, scales
-    # The last group is shorter. Zeros would not do: the odd grid has no code for them.
+    # The last group is shorter. It cannot be padded with zeros: the odd grid has no code for them.
     tail = jax.device_get(quantize_rows(rows[:, whole:], width, grid=grid))
     return np.concatenate([codes, tail[0]], axis=1), np.concatenate([scales, tail[1]], axis=1)
 

@@ -1,16 +1,16 @@
-"""The kernel for NVIDIA GPUs: Pallas through Triton, a launch for each bit-width of a weight.
+"""The kernel for NVIDIA GPUs: Pallas through Triton, one launch per bit-width of a weight.
 
 A program holds some rows of x and one tile of `kernels.tiles` in registers and walks over the
-tile's blocks of words; where rows are few, several programs share the inputs of a tile. What is
-left of the product is elementwise, and XLA fuses it: sums over the programs of a tile, scales, the
+tile's blocks of words; if there are few rows, several programs share the inputs of a tile. The rest
+of the product is elementwise, and XLA fuses it: sums over the programs of a tile, scales, the
 gather that brings sums into the order of the outputs, and the bias.
 
-bfloat16 activations meet the codes in bfloat16, which holds them exactly; float32 ones meet them in
-float32. Integer activations meet them as int8, summed in int32 within a plane where weights have
-groups, and within a program where they have none. Groups scale the sums of a plane, which never
-lies in two of them.
+bfloat16 activations are multiplied by the codes in bfloat16, which holds them exactly, and float32
+activations in float32. Integer activations are multiplied in int8 and summed in int32, within a
+plane if weights have groups and within a program if they have none. Groups scale the sums of a
+plane, which never spans two groups.
 
-Off a GPU the kernel is interpreted, which is slow, and there to be tested.
+Without a GPU the kernel is interpreted, which is slow and only for tests.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ from qvla_jax.quantization.codes import SOURCE, CodeMap
 
 try:
     from jax.experimental.pallas import triton as plgpu
-except ImportError:  # JAX 0.11 says that a later release will leave this backend out
+except ImportError:  # JAX 0.11 announces that a later release will drop this backend
     plgpu = None
 
 # Channels of a tile.
 _LANES: Final = 64
 # Words of a block: the shortest sum that the tensor cores take of int8 operands.
 _DEPTH: Final = 32
-# Rows of x in a program, at most, and a multiple of the least that tensor cores take.
+# Maximum rows of x in a program, a multiple of the minimum for tensor cores.
 _MOST_ROWS: Final = 64
 _LEAST_ROWS: Final = 16
-# Programs to aim for: two for each of the 132 processors of an H100.
+# Target number of programs: two for each of the 132 processors of an H100.
 _PROGRAMS: Final = 264
 
 
@@ -74,8 +74,8 @@ def supports(w: PackedWeight) -> str | None:
 
 
 def prepare(w: PackedWeight) -> GpuWeight:
-    """Arranges a weight in tiles; numpy arrays stay numpy's."""
-    # Groups are multiples of 16: a plane lies in one.
+    """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
+    # Groups are multiples of 16, so a plane is within one group.
     depth = _DEPTH if w.group is None or w.group % _DEPTH == 0 else _DEPTH // 2
     tiled = tiles.arrange(w, depth, _LANES)
     return GpuWeight(tiled, tiles.positions(tiled, w.shape[0]))
@@ -103,7 +103,7 @@ def _rows(x: Float[Array, "m k"], w: GpuWeight, activation_bits: int) -> Float[A
     if activation_bits != 16:
         whole = x.astype(jnp.bfloat16)
         codes, scale = quantize_activations(x, activation_bits)
-        # Shorter sums than tensor cores take of int8: bfloat16 holds the codes as well.
+        # Sums too short for int8 tensor cores; bfloat16 also holds the codes.
         rounded = (codes if tiled.depth == _DEPTH else codes.astype(jnp.bfloat16), scale)
     sums, block, tile = [], 0, 0
     for part in tiled.parts:
@@ -125,7 +125,7 @@ def _rows(x: Float[Array, "m k"], w: GpuWeight, activation_bits: int) -> Float[A
 def _part(
     x: Array, tiled: tiles.TiledWeight, part: tiles.Part, first: tuple[int, int], bm: int
 ) -> Float[Array, "m n"]:
-    """Sums of the tiles of one width, which begin at the first (block, tile)."""
+    """Sums of the tiles of one width, starting at `first` (block, tile)."""
     launch = functools.partial(_launch, part=part, first=first, bm=bm)
     return jax.lax.platform_dependent(
         x,
@@ -196,7 +196,7 @@ def _kernel(
     first_block, first_tile = first
     here = pl.ds((first_tile + tile) * lanes, lanes)
     integers = x.dtype == jnp.int8
-    # Sums of integers stay integers as long as no scale meets them.
+    # Sums of integers stay integers until a scale is applied.
     kind = jnp.int32 if integers and step is None else jnp.float32
 
     def add(block: Array, total: Array) -> Array:

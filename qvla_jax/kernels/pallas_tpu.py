@@ -1,19 +1,19 @@
 """The TPU kernel: one Pallas launch for a weight of mixed bit-widths.
 
-The grid walks over blocks of `kernels.tiles`, all of one size; tables that are prefetched into
-scalar memory say of each block which width it has, to which tile it belongs and at which input it
-starts. Rows of x stay in VMEM with all their inputs, and so do their sums, in the order of the
-tiles. The last step brings the sums into the order of the outputs: within a segment channels
-ascend, so 128 neighbouring outputs take from each run of rows at most 128 neighbouring sums, which
-lie in two vectors of lanes; a gather within those and a selection place them. Pruned channels
-select nothing; the bias is added, and the block of outputs is stored.
+The grid walks over blocks of `kernels.tiles`, all of one size; tables prefetched into scalar memory
+give the width, the tile and the first input of each block. Rows of x stay in VMEM with all their
+inputs, and so do their sums, in the order of the tiles. The last step brings the sums into the
+order of the outputs: within a segment channels ascend, so 128 adjacent outputs take at most 128
+adjacent sums from each run of rows, which are in two vectors of lanes; a gather within those and a
+selection place them. Pruned channels select nothing. Then the bias is added and the block of
+outputs is stored.
 
-bfloat16 activations meet the codes in bfloat16, which holds them exactly; float32 ones meet them in
-float32. Integer activations meet them as int8, summed in int32 within a block. Sums are scaled by
-the block, or by the plane where groups are whole planes; finer groups scale the weights, as the
-exact sum of two bfloat16 numbers.
+bfloat16 activations are multiplied by the codes in bfloat16, which holds them exactly, and float32
+activations in float32. Integer activations are multiplied in int8 and summed in int32 within a
+block. Sums are scaled per block, or per plane if groups are whole planes; finer groups scale the
+weights, as the exact sum of two bfloat16 numbers.
 
-Off a TPU the kernel is interpreted, which is slow, and there to be tested.
+Without a TPU the kernel is interpreted, which is slow and only for tests.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ _LANES: Final = 128
 # Candidates for the size of a block. 512 words by 512 channels are 1 MiB.
 _DEPTHS: Final = (128, 256, 512)
 _TILES: Final = (128, 256, 512)
-# A step of the grid takes 0.3 microseconds or so, in which memory delivers about as many bytes.
+# A step of the grid takes about 0.3 microseconds, in which memory delivers about this many bytes.
 _STEP_BYTES: Final = 2**18
-# VMEM that a launch may take; v5e, v5p and v6e have at least twice as much.
+# VMEM that a launch may use; v5e, v5p and v6e have at least twice as much.
 _VMEM_BYTES: Final = 40 * 2**20
 # Rows of a block of x: whole sublanes of int8, the narrowest type.
 _ROWS: Final = 32
@@ -52,7 +52,7 @@ _ROWS: Final = 32
 )
 @dataclasses.dataclass(frozen=True)
 class TpuWeight:
-    """Tiles, and the way from their lanes to the outputs; O vectors of 128 outputs, R runs."""
+    """Tiles, and the map from their lanes to the outputs; O vectors of 128 outputs, R runs."""
 
     tiled: tiles.TiledWeight
     position: AnyArray  # int32 [1, O 128], lane that an output's sum is in; -1: none
@@ -75,7 +75,7 @@ def supports(w: PackedWeight) -> str | None:
 
 
 def prepare(w: PackedWeight) -> TpuWeight:
-    """Arranges a weight in tiles; numpy arrays stay numpy's."""
+    """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
     tiled = tiles.arrange(w, *block_shape(w.segments, w.shape[1], w.group))
     position = tiles.positions(tiled, -(-w.shape[0] // _LANES) * _LANES)
     windows = _windows(array_module(position), tiled, position)
@@ -83,7 +83,7 @@ def prepare(w: PackedWeight) -> TpuWeight:
 
 
 def _runs(w: tiles.TiledWeight) -> list[tuple[int, int]]:
-    """Lanes [start, stop) of each chunk: there outputs ascend."""
+    """Lanes [start, stop) of each chunk, within which outputs ascend."""
     runs, lane = [], 0
     for part in w.parts:
         start = lane
@@ -114,9 +114,10 @@ def canonical(w: TpuWeight) -> PackedWeight:
 
 
 def block_shape(segments: tuple[Segment, ...], k: int, group: int | None) -> tuple[int, int]:
-    """Words and channels of a block: what reads the fewest bytes, and no step fewer than it hides.
+    """Words and channels of a block: the fewest bytes to read, in steps that hide their overhead.
 
-    Groups need planes of 128 inputs, so that a plane lies in one group where groups are multiples.
+    Groups need planes of 128 inputs, so that a plane is within one group if groups are multiples of
+    that.
     """
     depths = _DEPTHS if group is None else _DEPTHS[:1]
 
@@ -188,7 +189,7 @@ def _launch(x: dict[str, Array], w: TpuWeight, *, bm: int, dtype: Any, interpret
         "position": w.position,
         "bias": jnp.pad(jnp.asarray(tiled.bias), (0, outputs - tiled.shape[0]))[None],
     }
-    # The index maps take the grid's indices and the prefetched tables.
+    # The index maps receive the grid's indices and the prefetched tables.
     specs = {
         "float": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0)),
         "codes": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0)),
@@ -262,7 +263,7 @@ def _kernel(
     @pl.when(start[g] == 0)
     def _() -> None:
         sums[:, here] = jnp.zeros((sums.shape[0], lanes), jnp.float32)
-        # Rows of bfloat16 share sublanes, and single ones are read below.
+        # Rows of bfloat16 share sublanes, but single rows are read below.
         scales[...] = refs["scales"][...].astype(jnp.float32)
 
     for width in codes:
@@ -313,9 +314,9 @@ def _block(
 def _scaled_dot(
     x: Array, codes: Int32[Array, "depth n"], scales: list[Float[Array, "1 n"]]
 ) -> Float[Array, "m n"]:
-    """X (s q) with scales s of groups that are finer than a plane.
+    """`x (s q)` with scales s of groups that are finer than a plane.
 
-    S q has at most 16 bits: 8 of q, 8 of the bfloat16 s.
+    `s q` has at most 16 bits: 8 of q, 8 of the bfloat16 s.
     """
     depth, lanes = codes.shape
     wide = [jnp.broadcast_to(row, (depth // len(scales), lanes)) for row in scales]
@@ -346,7 +347,7 @@ def _store(windows: Any, refs: dict[str, Any], y: Any, sums: Any, runs: int) -> 
 
 
 def _merge(y: Any, here: Any, sums: Any, window: Array, wanted: Array, bias: Any) -> None:
-    """Stores those of the wanted lanes that lie in the two vectors of a window."""
+    """Stores the wanted lanes that are in the two vectors of a window."""
     result = y[:, here]
     for half in range(2):
         first = pl.multiple_of((window + half) * _LANES, _LANES)

@@ -1,4 +1,4 @@
-"""What the Pallas kernels do with a plane of a block: unpack it, multiply by it."""
+"""Unpacks a plane of a block and multiplies by it, for the Pallas kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ def unpack(
     """Codes q of a plane; at 16 bits the bfloat16 numbers, widened to float32.
 
     Args:
-        words: of a block.
-        bits: of its tile.
-        plane: which bit field, 0 to 32 / bits - 1.
-        codes: what stored codes of this tile stand for.
+        words: the words of a block.
+        bits: the width of its tile.
+        plane: the bit field, 0 to 32 / bits - 1.
+        codes: the integers that stored codes of this tile stand for.
     """
     if bits == SOURCE:  # the upper halves of float32
         upper = words << 16 if plane == 0 else words & np.int32(-(2**16))
@@ -26,13 +26,13 @@ def unpack(
     field = words
     if plane < WORD_BITS // bits - 1:
         field = field << (WORD_BITS - bits * (plane + 1))
-    field = field >> (WORD_BITS - bits)  # arithmetic: the sign comes along
+    field = field >> (WORD_BITS - bits)  # an arithmetic shift keeps the sign
     shift = codes.offset + codes.multiplier * 2 ** (bits - 1)  # of s = u - 2^(b-1)
     return field if (codes.multiplier, shift) == (1, 0) else codes.multiplier * field + shift
 
 
 def dot(x: Float[Array, "m depth"], plane: Array) -> Array:
-    """X times a plane, which the type of x holds exactly; sums in int32 or float32."""
+    """`x` times a plane, which the type of x holds exactly; sums in int32 or float32."""
     if x.dtype == jnp.int8:
         return jnp.dot(x, plane.astype(jnp.int8), preferred_element_type=jnp.int32)
     plane = plane.astype(jnp.float32)

@@ -3,8 +3,8 @@
     y[..., c] = sum_i x_hat[..., i] w_hat[c, i] + bias[c],
 
 with w_hat as in `PackedWeight`, accumulated in float32. x_hat is x at 16 activation bits; at 8 and
-4 bits it is x rounded by `quantize_activations`, except for 16-bit rows: they meet x in bfloat16,
-because all else would cost them several times as long as the rest of the layer.
+4 bits it is x rounded by `quantize_activations`, except for 16-bit rows, which use x in bfloat16:
+anything else would take them several times as long as the rest of the layer.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from qvla_jax.quantization.codes import SOURCE
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class ReferenceWeight:
-    """A canonical weight that is meant for this implementation and no other."""
+    """A canonical weight reserved for this implementation."""
 
     weight: PackedWeight
 
@@ -38,7 +38,7 @@ class ReferenceWeight:
 
 
 def prepare(w: PackedWeight) -> ReferenceWeight:
-    """The canonical order is the one that the reference computes from."""
+    """The reference computes from the canonical order."""
     return ReferenceWeight(w)
 
 
@@ -82,7 +82,7 @@ def matmul(
 
 
 def transposed(dy: Float[Array, "*m c"], w: PackedWeight) -> Float[Array, "*m k"]:
-    """Dy w_hat: the gradient with respect to the activations, for every implementation."""
+    """`dy w_hat`: the gradient with respect to the activations, for every implementation."""
     if not w.segments:
         return jnp.zeros((*dy.shape[:-1], w.shape[1]), dy.dtype)
     kept = dy if w.index is None else dy[..., jnp.asarray(w.index)]

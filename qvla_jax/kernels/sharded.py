@@ -1,10 +1,9 @@
-"""Tensor parallelism: the output channels of a packed weight dealt over the devices of a mesh axis.
+"""Tensor parallelism: distributes the output channels of a packed weight over a mesh axis.
 
-Every device gets as many channels of each bit-width as any other, so that all run the same program
+Every device gets the same number of channels of each bit-width, so that all run the same program
 and none waits. Channels that do not divide evenly move to the next wider width with their codes and
-scales where that takes fewer bytes than padding, which is the rule of `kernels.tiles` for tiles;
-the product does not change. The devices' outputs are gathered and brought into the order of the
-channels.
+scales if that takes fewer bytes than padding, as `kernels.tiles` does for tiles; the product does
+not change. The devices' outputs are gathered and put in channel order.
 """
 
 import dataclasses
@@ -39,11 +38,12 @@ from qvla_jax.sharding import put, to_host
 )
 @dataclasses.dataclass(frozen=True)
 class ShardedWeight(Rearranged):
-    """A packed weight whose channels lie on several devices; d of them, l channels on each."""
+    """A packed weight whose channels are on several devices; d of them, l channels on each."""
 
     # A backend's arrangement, every array with a leading axis d that is split over the devices.
     shards: Any
-    # int32 [c]: where a channel is among the outputs of all devices, d l, and the pruned ones.
+    # int32 [c]: position of a channel among the outputs of all devices, d l, and the pruned
+    # channels.
     position: Int32[AnyArray, " c"]
     # [p], biases of pruned channels, ascending; float32.
     pruned_bias: Float[AnyArray, " p"]
@@ -64,13 +64,14 @@ class ShardedWeight(Rearranged):
 def shard(
     w: PackedWeight, mesh: Mesh, axis: str, implementation: str | None = None
 ) -> ShardedWeight:
-    """Deals the channels of a weight over the devices of a mesh axis and arranges each share.
+    """Distributes the channels of a weight over the devices of a mesh axis and arranges each share.
 
     Args:
-        w: canonical weight, also one of `kernels.join`, with its arrays on the host or on a device.
-        mesh: of any shape; along its other axes the weight is repeated.
-        axis: of the mesh.
-        implementation: that runs each share; None takes the best for the platform.
+        w: canonical weight, possibly from `kernels.join`, with its arrays on the host or on a
+            device.
+        mesh: any shape; the weight is replicated along its other axes.
+        axis: the axis of the mesh.
+        implementation: runs each share; None takes the best for the platform.
 
     Returns:
         What `mixed_matmul` takes in place of `w`.
@@ -129,7 +130,8 @@ def matmul(x: Float[Array, "*m k"], w: ShardedWeight, activation_bits: int) -> F
             parts.insert(0, jax.lax.all_gather(y, w.axis, axis=y.ndim - 1, tiled=True))
         return jnp.concatenate(parts, axis=-1)[..., position]
 
-    # Outputs of custom calls do not say over which axes they vary, which the check would ask for.
+    # Outputs of custom calls do not declare the axes over which they vary, which the check
+    # requires.
     mapped = jax.shard_map(
         whole, mesh=w.mesh, in_specs=(every, split, every, every), out_specs=every, check_vma=False
     )
@@ -139,12 +141,12 @@ def matmul(x: Float[Array, "*m k"], w: ShardedWeight, activation_bits: int) -> F
 def deal(
     w: PackedWeight, devices: int
 ) -> tuple[list[PackedWeight], Int32[np.ndarray, " c"], Int32[np.ndarray, " p"]]:
-    """Deals the channels of a weight on the host.
+    """Distributes the channels of a weight on the host.
 
     Returns:
-        The devices' weights, which have the same segments and differ in their arrays alone (padding
-        rows have codes 0 and scale 1); where each channel of `w` is among the outputs of all
-        devices, one behind another, and the pruned ones behind those; the pruned channels.
+        The devices' weights, which have the same segments and differ only in their arrays (padding
+        rows have codes 0 and scale 1); the position of each channel of `w` in the concatenated
+        outputs of all devices, followed by the pruned channels; the pruned channels.
     """
     parts = plan(w.segments, devices)
     share = sum(part.tiles(devices) for part in parts)
@@ -193,7 +195,7 @@ def deal(
 
 
 def canonical(w: ShardedWeight) -> PackedWeight:
-    """The weight that was dealt, exactly, on the host."""
+    """The distributed weight, exactly, on the host."""
     held = jax.tree.map(to_host, w.shards)
     shares = [
         jax.device_get(dispatch.canonical(jax.tree.map(lambda array, i=device: array[i], held)))
@@ -236,7 +238,7 @@ def canonical(w: ShardedWeight) -> PackedWeight:
 
 
 def _dealt(rows: np.ndarray, devices: int, padding: float) -> np.ndarray:
-    """Rows [n, ...] -> [devices, ceil(n / devices), ...], filled up."""
+    """Rows [n, ...] -> [devices, ceil(n / devices), ...], padded."""
     extra = -len(rows) % devices
     filler = np.full((extra, *rows.shape[1:]), padding, rows.dtype)
     return np.stack(np.split(np.concatenate([rows, filler]), devices))

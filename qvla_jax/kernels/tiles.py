@@ -1,16 +1,16 @@
 """Tiles: the arrangement of packed weights that the Pallas kernels read.
 
-Output channels lie along the lanes, because that is where both accelerators want them. Channels
-of one bit-width form tiles of `lanes` channels, and a tile is a run of blocks of equal size, int32
-[depth, lanes], whatever its width: a block of b bits covers P depth inputs, P = 32 / b. It is split
-into planes: word j of a column holds, in bit field i, the code of input start + i depth + j. So
-unpacking is one shift to the left and one arithmetic shift to the right, and each plane meets a
-contiguous slice of x.
+Output channels are along the lanes, as both accelerators prefer. Channels of one bit-width form
+tiles of `lanes` channels, and a tile is a run of blocks of equal size, int32 [depth, lanes],
+whatever its width: a block of b bits covers P depth inputs, P = 32 / b. It is split into planes:
+word j of a column holds, in bit field i, the code of input start + i depth + j. So unpacking is one
+shift to the left and one arithmetic shift to the right, and each plane meets a contiguous slice of
+x.
 
 A field holds the signed number s = u - 2^(b-1) for the stored code u: the code q itself where codes
 are signed, and q = 2 s + 1 in tiles of odd 2-bit codes. 3-bit codes are held in 4 bits. Channels
-that do not fill their last tile move to the next wider one, with their codes and scales, where that
-takes fewer bytes than filling the tile up; the product does not change. 8-bit ones do not move to
+that do not fill their last tile move to the next wider width, with their codes and scales, if that
+takes fewer bytes than padding the tile; the product does not change. 8-bit channels do not move to
 16 bits, where activations are not rounded.
 """
 
@@ -51,7 +51,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Tiles of one bit-width: the chunks whose rows lie in them, one behind the other."""
+    """Tiles of one bit-width: the chunks whose rows they hold, in order."""
 
     bits: int
     chunks: tuple[Chunk, ...]
@@ -84,12 +84,12 @@ class TiledWeight(Rearranged):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Which rows lie in tiles of which width."""
+        """Which rows are in tiles of which width."""
         return plan(self.segments, self.lanes)
 
     @property
     def padded_k(self) -> int:
-        """Inputs that the blocks of the widest reach cover."""
+        """Inputs covered by the blocks that reach furthest."""
         return padded_inputs(self.shape[1], self.parts, self.depth)
 
     @property
@@ -105,7 +105,7 @@ class TiledWeight(Rearranged):
 
 
 def plan(segments: tuple[Segment, ...], lanes: int) -> tuple[Part, ...]:
-    """Tiles for the rows of all segments, in the fewest bytes that moving rows can reach."""
+    """Tiles for the rows of all segments, moving rows to minimize bytes."""
     plans = (_moved(segments, lanes, moves) for moves in itertools.product((False, True), repeat=2))
     return min(plans, key=lambda parts: sum(p.bits * p.tiles(lanes) for p in parts))
 
@@ -160,10 +160,10 @@ def unsupported(w: PackedWeight) -> str | None:
 
 
 def positions(w: TiledWeight, size: int) -> Int32[AnyArray, " n"]:
-    """The lane of each of the first outputs, of which there may be fewer; -1: it has none."""
+    """The lane of each of the first `size` outputs; -1 if it has none."""
     xp = array_module(w.index)
     lane = xp.arange(w.index.shape[0], dtype=np.int32)
-    # Padding lanes write behind the end, where nothing is read.
+    # Padding lanes write past the end, where nothing is read.
     target = xp.where(w.index < 0, size, w.index)
     found = xp.full(size + 1, -1, np.int32)
     if xp is jnp:
@@ -173,7 +173,7 @@ def positions(w: TiledWeight, size: int) -> Int32[AnyArray, " n"]:
 
 
 def arrange(w: PackedWeight, depth: int, lanes: int) -> TiledWeight:
-    """Canonical -> tiles; numpy arrays stay numpy's."""
+    """Canonical -> tiles; numpy arrays stay numpy arrays."""
     xp, (c, k) = array_module(*jax.tree.leaves(w)), w.shape
     parts = plan(w.segments, lanes)
     channels = xp.arange(c) if w.index is None else xp.asarray(w.index)
@@ -234,7 +234,7 @@ def restore(w: TiledWeight) -> PackedWeight:
             )
             row += chunk.rows
         block, lane = block + count, lane + tiles * w.lanes
-    # Rows that moved lie in wider tiles, before those that stayed.
+    # Rows that moved are in wider tiles, before those that stayed.
     chunks = sorted(found, key=lambda chunk: (chunk.segment, chunk.start))
     of_segment = [[found[c] for c in chunks if c.segment == s] for s in range(len(w.segments))]
     index = [found[chunk][2] for chunk in chunks]
@@ -248,7 +248,7 @@ def restore(w: TiledWeight) -> PackedWeight:
 
 
 def _fields(w: PackedWeight, chunk: Chunk, bits: int) -> AnyArray:
-    """What the rows of a chunk have in the bit fields of tiles of a width: unsigned [rows, k]."""
+    """Bit fields of a chunk's rows in tiles of a width: unsigned [rows, k]."""
     segment = w.segments[chunk.segment]
     codes = unpack_words(w.words[chunk.segment][chunk.start : chunk.stop], segment.bits, w.shape[1])
     xp = array_module(codes)

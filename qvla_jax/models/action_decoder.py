@@ -1,7 +1,7 @@
 """UniVLA's action decoder: attention pooling over hidden states, then one layer to the chunk.
 
-Two pooling blocks (Set Transformer's pooling by attention, with norms behind the sums): one learned
-vector reads the states over the image, another one, with the first's result added, those over the
+Two pooling blocks (Set Transformer's pooling by attention, with norms after the sums): one learned
+vector pools the states of the image; another, with the first result added, pools those of the
 latent action tokens (UniVLA, arXiv 2505.06111, section 3.3).
 """
 
@@ -14,12 +14,12 @@ from qvla_jax.config import LatentActionConfig
 from qvla_jax.models.attention import attention
 from qvla_jax.models.linear import Linear
 
-# Smallest root mean square that a vector is divided by.
+# Lower bound of the root mean square that a vector is divided by.
 _MIN_RMS = 1e-8
 
 
 class UnitRMSNorm(nnx.Module):
-    """x / max(RMS(x), 1e-8) g: the bound, unlike the epsilon of Llama's norm, moves nothing."""
+    """x / max(RMS(x), 1e-8) g: unlike the epsilon of Llama's norm, the bound changes no value."""
 
     def __init__(self, dim: int):
         self.g = nnx.Param(jnp.ones(dim))
@@ -80,7 +80,7 @@ class MAPBlock(nnx.Module):
 
         Args:
             states: what is pooled.
-            start: is added to the learned vector that asks.
+            start: added to the learned query vector.
         """
         learned = self.latents[...].astype(states.dtype)[None]
         x = jnp.broadcast_to(learned, (states.shape[0], *learned.shape[1:]))

@@ -1,4 +1,4 @@
-"""From a configuration to its network."""
+"""Builds the network that a configuration describes."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ def make_model(config: OpenVLAConfig, *, rngs: nnx.Rngs) -> Prismatic:
 class _OneKey(nnx.RngStream):
     """Gives the same key for every draw.
 
-    Where only shapes matter nothing is drawn, and a count of draws, traced, would make tracing
+    When only shapes matter, nothing is drawn, and a traced count of draws would make tracing
     quadratic in the number of layers.
     """
 
@@ -37,13 +37,13 @@ def abstract_model(config: OpenVLAConfig, *, dtype: Any = None) -> Prismatic:
 
     Args:
         config: the architecture.
-        dtype: of all parameters; float32 if left out. Arithmetic stays in float32.
+        dtype: dtype of all parameters; float32 by default. Arithmetic stays in float32.
     """
     return abstract(lambda rngs: make_model(config, rngs=rngs), dtype=dtype)
 
 
 def abstract(make: Callable[[nnx.Rngs], M], *, dtype: Any = None) -> M:
-    """What a function makes of random streams, with shapes and dtypes in place of arrays."""
+    """The result of a function of random streams, with shapes and dtypes in place of arrays."""
 
     def shapes() -> M:
         rngs = nnx.Rngs()

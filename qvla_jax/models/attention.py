@@ -39,11 +39,11 @@ def heads_first(
     q: Float[Array, "b n t d"],
     *parts: tuple[Float[Array, "b n d s"], Float[Array, "b n s d"], Bool[Array, "b 1 #t s"] | None],
 ) -> Float[Array, "b n t d"]:
-    """`attention` where axes lie as the products read them, so that nothing is moved.
+    """`attention` with axes in the order in which the products read them, so that nothing is moved.
 
     Args:
         q: queries.
-        parts: keys, values and mask each; a query attends to the places of all parts.
+        parts: keys, values and mask of each part; a query attends to the positions of all parts.
     """
     q = q * q.shape[-1] ** -0.5
     logits = [(q @ k).astype(jnp.float32) for k, _, _ in parts]

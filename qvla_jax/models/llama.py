@@ -42,11 +42,11 @@ def apply_rotary(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one layer: of the prompt's t places and of r later tokens.
+    """Keys and values of one layer, for the prompt's t positions and r later tokens.
 
-    Axes lie as `heads_first` reads them, and what is there is never written again: XLA's CPU
-    backend would copy the whole cache for every token, which takes as long as the products with
-    all weights.
+    Axes are in the order in which `heads_first` reads them, and existing entries are never written
+    again: XLA's CPU backend would copy the whole cache for every token, which takes as long as the
+    products with all weights.
     """
 
     k: Float[Array, "b m d t"]
@@ -82,7 +82,7 @@ class LlamaAttention(nnx.Module):
         angles: tuple[Float[Array, "b t 1 r"], Float[Array, "b t 1 r"]],
         mask: Bool[Array, "b 1 #t t"],
     ) -> tuple[Float[Array, "b t c"], KVCache]:
-        """As a call, and returns the cache of these places."""
+        """Like a call, but also returns the cache of these positions."""
         q, k, v = self._project(x, angles)
         held_k, held_v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         cache = KVCache(k=held_k, v=held_v, later_k=held_k[..., :0], later_v=held_v[:, :, :0])
@@ -95,9 +95,9 @@ class LlamaAttention(nnx.Module):
         places: Int[Array, " b"],
         cache: KVCache,
     ) -> tuple[Float[Array, "b 1 c"], KVCache]:
-        """One token of each sequence, at its place; attends to all places up to it.
+        """One token of each sequence at its position; attends to all positions up to it.
 
-        The prompt's places that later tokens took, or will take, are its padding.
+        Later tokens take the prompt's padded positions.
         """
         q, k, v = self._project(x, angles)
         cache = dataclasses.replace(
@@ -212,7 +212,7 @@ class LlamaModel(nnx.Module):
     def fill(
         self, embeddings: Float[Array, "b t c"], mask: Bool[Array, "b 1 #t t"]
     ) -> tuple[Float[Array, "b t c"], list[KVCache]]:
-        """As a call, and returns the cache of each layer."""
+        """Like a call, but also returns the cache of each layer."""
         angles = self._angles(_positions(embeddings))
         x, caches = embeddings, []
         for layer in self.layers:
@@ -223,7 +223,7 @@ class LlamaModel(nnx.Module):
     def step(
         self, embedding: Float[Array, "b 1 c"], places: Int[Array, " b"], caches: list[KVCache]
     ) -> tuple[Float[Array, "b 1 c"], list[KVCache]]:
-        """One more token of each sequence: its final-norm state, and the caches with it."""
+        """One more token of each sequence: its final-norm state, and the updated caches."""
         angles = self._angles(places[:, None])
         x, updated = embedding, []
         for layer, cache in zip(self.layers, caches, strict=True):

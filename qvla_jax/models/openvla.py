@@ -1,12 +1,10 @@
 """OpenVLA (action tokens) and OpenVLA-OFT (parallel decoding), and what UniVLA shares with them.
 
-All put the patches right behind BOS: BOS, patches of every image, the proprio token (OFT), the
-rest of the prompt with the empty token last.
-
-OpenVLA goes on greedily with 7 action tokens, causally. OpenVLA-OFT appends h a zeroed action
-placeholders and the stop token, lets every position attend to every position that is not padding,
-and reads h a final-norm states from the empty token's own position on: as in next-token
-prediction, a state stands one place before the entry that it predicts.
+All put the patches right after BOS: BOS, patches of every image, the proprio token (OFT), the rest
+of the prompt with the empty token last. OpenVLA then decodes 7 action tokens greedily and causally.
+OpenVLA-OFT appends h a zeroed action placeholders and the stop token, lets every position attend to
+every position that is not padding, and reads h a final-norm states from the empty token's own
+position on: as in next-token prediction, a state is one position before the entry that it predicts.
 """
 
 import dataclasses
@@ -29,7 +27,7 @@ from qvla_jax.models.vision import VisionBackbone
 class ModelInputs:
     """What the model takes; the first axis of every array is the batch.
 
-    Arrays may be numpy's until they are put on a device.
+    Arrays may be numpy arrays until they are put on a device.
     """
 
     # Images of v cameras, already at the towers' size.
@@ -40,8 +38,8 @@ class ModelInputs:
     prompt_length: Int[Array, " b"]
     # Normalized proprio; None for policies that take none.
     proprio: Float[Array, "b p"] | None = None
-    # The tokens to read expectations or states behind, from `Prismatic.complete`; None until then
-    # and for policies that decode none.
+    # The decoded tokens whose expectations or states are read, from `Prismatic.complete`; None
+    # until then and for policies that decode none.
     action_tokens: Int[Array, "b n"] | None = None
 
 
@@ -67,7 +65,7 @@ class Prismatic(nnx.Module):
         return self(inputs)
 
     def complete(self, inputs: ModelInputs) -> ModelInputs:
-        """The inputs with all that a call would have to compute first, so that it is one pass."""
+        """Adds everything that a call would compute first, so that the call is one pass."""
         return inputs
 
 
@@ -91,7 +89,7 @@ class OpenVLAOFT(Prismatic):
         return self.action_head(self.action_states(states, inputs.prompt_length))
 
     def embed(self, inputs: ModelInputs) -> tuple[Float[Array, "b t c"], Bool[Array, "b t"]]:
-        """The whole sequence, and which places are not padding."""
+        """The whole sequence, and which positions are not padding."""
         text, valid, is_placeholder = self._text_embeddings(inputs)
         language = None
         if self.config.use_film:
@@ -136,7 +134,7 @@ class OpenVLAOFT(Prismatic):
 
 
 class Autoregressive(Prismatic):
-    """What the policies that decode tokens share: greedy decoding, and the states behind tokens."""
+    """What policies that decode tokens share: greedy decoding, and the states of tokens."""
 
     def complete(self, inputs: ModelInputs) -> ModelInputs:
         """The inputs with the greedily decoded tokens, unless they have them already."""
@@ -146,7 +144,7 @@ class Autoregressive(Prismatic):
         return dataclasses.replace(inputs, action_tokens=tokens)
 
     def embed(self, inputs: ModelInputs) -> tuple[Float[Array, "b t c"], Bool[Array, "b t"]]:
-        """The prompt with its patches, and which places are not padding."""
+        """The prompt with its patches, and which positions are not padding."""
         prefix = self.projector(self.vision_backbone(inputs.images))
         text = self.language_model.model.embed_tokens(inputs.input_ids)
         place = jnp.arange(inputs.input_ids.shape[1])[None]
@@ -155,12 +153,12 @@ class Autoregressive(Prismatic):
     def states(self, inputs: ModelInputs) -> tuple[Float[Array, "b t c"], Float[Array, "b n c"]]:
         """Final-norm states from one causal pass over the prompt and its n decoded tokens.
 
-        The choice of the tokens is held fixed, so that the result is differentiable. Inputs from
-        `complete` bring the tokens along, and every layer is then called once.
+        The tokens are held fixed, so the result is differentiable. Inputs from `complete` include
+        the tokens, and every layer is then called once.
 
         Returns:
-            The states of all places, and of those that the tokens are predicted at: the prompt's
-            last one, and all tokens but the last.
+            The states of all positions, and of those that predict the tokens: the prompt's last
+            position, and all tokens but the last.
         """
         tokens = self.complete(inputs).action_tokens
         assert tokens is not None  # what `complete` completes
@@ -202,11 +200,11 @@ class Autoregressive(Prismatic):
         )
 
     def choose(self, logits: Float[Array, "b v"]) -> Int[Array, " b"]:
-        """The token that is decoded where these are the logits."""
+        """The token to decode, given its logits."""
         return jnp.argmax(logits, axis=-1)
 
     def _first_place(self, inputs: ModelInputs) -> Int[Array, " b"]:
-        """Place of the prompt's last token, whose state predicts the first token."""
+        """Position of the prompt's last token, whose state predicts the first token."""
         return self.config.num_prefix_tokens + inputs.prompt_length - 1
 
 
@@ -215,10 +213,10 @@ class RollOut:
     """What greedy decoding computes."""
 
     tokens: Int[Array, "b n"]
-    # Those that each token was chosen by.
+    # The logits that each token was chosen by.
     logits: Float[Array, "b n v"]
-    # Final-norm states of the prompt with its patches, and of the places that tokens are predicted
-    # at: the prompt's last one, and all tokens but the last.
+    # Final-norm states of the prompt with its patches, and of the positions that predict tokens:
+    # the prompt's last position, and all tokens but the last.
     prompt_states: Float[Array, "b t c"]
     states: Float[Array, "b n c"]
 
@@ -227,7 +225,7 @@ class OpenVLA(Autoregressive):
     """OpenVLA: greedy decoding of 7 action tokens."""
 
     def __call__(self, inputs: ModelInputs) -> Float[Array, "b 1 a"]:
-        """Expected action over the bins at each of the 7 greedily decoded places."""
+        """Expected action over the bins at each of the 7 greedily decoded positions."""
         logits = self.language_model.lm_head(self.states(inputs)[1])
         return action_bins.expectation(logits, self.config.action_vocab_size)[:, None]
 
@@ -239,7 +237,7 @@ class OpenVLA(Autoregressive):
 def _behind_bos(
     prefix: Float[Array, "b p c"], text: Float[Array, "b t c"], valid: Bool[Array, "b t"]
 ) -> tuple[Float[Array, "b p+t c"], Bool[Array, "b p+t"]]:
-    """Puts the prefix behind the first token."""
+    """Inserts the prefix after the first token."""
     return (
         jnp.concatenate([text[:, :1], prefix, text[:, 1:]], axis=1),
         jnp.concatenate([valid[:, :1], jnp.ones(prefix.shape[:2], bool), valid[:, 1:]], axis=1),

@@ -1,7 +1,7 @@
 """UniVLA (arXiv 2505.06111): latent action tokens, and a decoder that reads their states.
 
-The states are those that the public evaluation takes out of `generate`: it returns one of each
-place that was fed, and the last latent token is never fed. The "last four" are thus those of the
+The states are those that the public evaluation takes from `generate`, which returns one per
+position that was fed; the last latent token is never fed. The "last four" are thus those of the
 prompt's last token and of the first three latent tokens. Its "first 256" count from BOS on, which
 leaves out the last patch. (Its training reads the states of the four latent tokens themselves.)
 """
@@ -30,12 +30,12 @@ class UniVLA(Autoregressive):
         )
 
     def __call__(self, inputs: ModelInputs) -> Float[Array, "b h a"]:
-        """Normalized action chunk behind the greedily decoded latent tokens, which are fixed."""
+        """Normalized action chunk from the greedily decoded latent tokens, which are held fixed."""
         states, latent_states = self.states(inputs)
         return self.action_decoder(latent_states, self.visual_states(states))
 
     def actions(self, inputs: ModelInputs) -> Float[Array, "b h a"]:
-        """As a call, with the states of the decoding itself where the tokens are not given."""
+        """Like a call, but uses the states of decoding itself if the tokens are not given."""
         if inputs.action_tokens is not None:
             return self(inputs)
         decoded = self.roll_out(inputs)
@@ -46,6 +46,6 @@ class UniVLA(Autoregressive):
         return states[:, : self.config.num_prefix_tokens]
 
     def choose(self, logits: Float[Array, "b v"]) -> Int[Array, " b"]:
-        """The most likely token but for the end of the sequence, which may not come so early."""
+        """The most likely token except the end of the sequence, which may not come so early."""
         stop = jnp.arange(logits.shape[-1]) == self.config.stop_token_id
         return jnp.argmax(jnp.where(stop[None], -jnp.inf, logits), axis=-1)

@@ -1,4 +1,4 @@
-"""What the public checkpoints hold and inference never reads."""
+"""Weights that the public checkpoints hold and inference never reads."""
 
 from typing import Any, Final
 
@@ -6,14 +6,14 @@ from flax import nnx
 
 from qvla_jax.models.openvla import Prismatic
 
-# Value of the key `unread` in the header of a packed file whose model was treated so.
+# Value of the key `unread` in the header of a packed file without these weights.
 DROPPED: Final = "dropped"
 
 
 def drop_unread(model: Prismatic) -> None:
-    """Removes, in place, what no policy of this kind reads; it may be abstract.
+    """Removes, in place, what no policy of this kind reads; the model may be abstract.
 
-    That is all that follows the feature block of a tower (its last block, final norm and attention
+    That is everything after the feature block of a tower (its last block, final norm and attention
     pool in the public checkpoints) and, with a regression head, the language model's output layer.
     """
     backbone = model.vision_backbone
@@ -26,7 +26,7 @@ def drop_unread(model: Prismatic) -> None:
 
 
 def is_dropped(model: Prismatic) -> bool:
-    """Whether `drop_unread` took anything from this model."""
+    """Whether `drop_unread` removed anything from this model."""
     backbone, language_model = model.vision_backbone, model.language_model
     if model.config.decoding == "l1" and language_model.lm_head is None:
         return True

@@ -170,7 +170,7 @@ class VisionTransformer(nnx.Module):
             None, None, None
         ]
         x = self.patch_embed(pixels)
-        # Positions belong to patches alone: prefix tokens come in front afterwards.
+        # Only patches have positions: prefix tokens are prepended afterwards.
         x = x + self.pos_embed[...].astype(x.dtype)
         prefix = [
             jnp.broadcast_to(token[...].astype(x.dtype), (x.shape[0], *token.shape[1:]))

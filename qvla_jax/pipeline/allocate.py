@@ -28,9 +28,9 @@ class Allocations:
     """All allocations of a run.
 
     Attributes:
-        items: The chosen one first.
+        items: the chosen one first.
         layers: `path`, `out_features` and `fan_in` of each layer, in channel order.
-        made_from: Policy fingerprint and calibration hash.
+        made_from: policy fingerprint and calibration hash.
     """
 
     items: tuple[Allocation, ...]
@@ -46,7 +46,7 @@ class Allocations:
         """The allocation of the run's own method and solver at another budget, by its name.
 
         Raises:
-            InputError: The run has none.
+            InputError: the run has none.
         """
         chosen = self.chosen
         own = {
@@ -73,7 +73,7 @@ class Allocations:
         """Reads a file written by `save`.
 
         Raises:
-            InputError: It is missing, damaged or of another kind.
+            InputError: it is missing, damaged or of another kind.
         """
         arrays, header = read_arrays(files.needed(path), kind=KIND, required=("bits.0",))
         try:
@@ -105,8 +105,8 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
     the sensitivity, under the same allocator.
 
     Raises:
-        BudgetError: Even the smallest option of every channel exceeds the budget.
-        InputError: A table is missing or damaged, a solver's name is unknown, or a pattern of
+        BudgetError: even the smallest option of every channel exceeds the budget.
+        InputError: a table is missing or damaged, a solver's name is unknown, or a pattern of
             `minimum_bits` matches no layer.
     """
     tables = load_tables(config.out)

@@ -15,8 +15,8 @@ def calibrate(config: CalibrateConfig, *, progress: Progress = no_progress) -> C
     """Draws the calibration set and writes its manifest.
 
     Raises:
-        InputError: There is no such mixture or specification.
-        DatasetError: A data set is missing, lacks a key, or has fewer frames than asked for.
+        InputError: there is no such mixture or specification.
+        DatasetError: a data set is missing, lacks a key, or has fewer frames than asked for.
     """
     files.check_folder(config.out)
     source: str | dict[str, float] = config.weights or config.dataset
@@ -42,6 +42,6 @@ def load_calibration(folder: Path) -> CalibrationSet:
     """Rebuilds the set that `calibrate` drew.
 
     Raises:
-        InputError: There is no manifest, or the data are not those that it was drawn from.
+        InputError: there is no manifest, or the data are not those that it was drawn from.
     """
     return CalibrationSet.from_manifest(files.needed(folder / files.CALIBRATION))

@@ -114,14 +114,14 @@ def closed_loop(
     """Runs the episodes that are not finished yet and writes closed_loop.json.
 
     Args:
-        config: Settings.
-        policies: Policies by the names in `config.policy`, if they are loaded already.
-        make: Makes the environment of an episode, in a process of its own.
-        progress: Called after each episode.
+        config: settings.
+        policies: policies by the names in `config.policy`, if they are loaded already.
+        make: makes the environment of an episode, in a process of its own.
+        progress: called after each episode.
 
     Raises:
-        InputError: The simulator, a policy or a task is missing, or a file is damaged.
-        QvlaError: A simulator process failed.
+        InputError: the simulator, a policy or a task is missing, or a file is damaged.
+        QvlaError: a simulator process failed.
     """
     files.check_folder(config.out)
     log = EpisodeLog(config.out / EPISODES_FILE)
@@ -200,11 +200,11 @@ def load_actors(names: Sequence[str], options: ModelOptions) -> dict[str, Actor]
     """The scripted expert, or policies by their names.
 
     Args:
-        names: As `ClosedLoopConfig.policy`.
-        options: Of those among them that are public directories, or were made from one.
+        names: as `ClosedLoopConfig.policy`.
+        options: of those among them that are public directories, or were made from one.
 
     Raises:
-        InputError: There is no such policy, options mean none of them, or a fine-tune's crop is
+        InputError: there is no such policy, options mean none of them, or a fine-tune's crop is
             not said.
     """
     models = {name: model_of(name)[0] for name in names if name != EXPERT}
@@ -263,7 +263,7 @@ def summarize(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     """Success of each policy, and each compared with the first one: per task, overall, and drift.
 
     Args:
-        results: Policy by the user's name -> its finished episodes.
+        results: policy by the user's name -> its finished episodes.
     """
     reference, *others = results
     return {
@@ -309,7 +309,7 @@ def check_simulator(make: MakeEnvironment | None) -> str:
     """Checks that episodes can run, before a policy is loaded.
 
     Args:
-        make: What makes their environments; only LIBERO's own are looked at.
+        make: what makes their environments; only LIBERO's own are looked at.
 
     Returns:
         The packages that simulate, with their versions; "none" where it is not LIBERO.
@@ -329,7 +329,7 @@ def simulator_versions() -> str:
     """The packages that simulate, with their versions.
 
     Raises:
-        InputError: No LIBERO is installed.
+        InputError: no LIBERO is installed.
     """
     found = {}
     for name in _SIMULATOR_PACKAGES:

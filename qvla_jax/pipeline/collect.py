@@ -116,9 +116,9 @@ class Collected:
     """What came out.
 
     Attributes:
-        folder: Of the data set.
-        results: All episodes that were run, kept or not.
-        kept: Those in the data set.
+        folder: of the data set.
+        results: all episodes that were run, kept or not.
+        kept: those in the data set.
     """
 
     folder: Path
@@ -139,16 +139,16 @@ def collect(
     Finished episodes are not run again: an interrupted run goes on where it stopped.
 
     Args:
-        config: Settings.
-        policy: Who acts, if it is loaded already.
-        make: Makes the environment of an episode, in a process of its own.
-        keep: Records an episode, in that process.
-        progress: Called after each episode.
+        config: settings.
+        policy: who acts, if it is loaded already.
+        make: makes the environment of an episode, in a process of its own.
+        keep: records an episode, in that process.
+        progress: called after each episode.
 
     Raises:
         InputError: TensorFlow, the simulator, a policy or a task is missing.
-        DatasetError: The data set exists already.
-        QvlaError: A task succeeds too seldom, or a simulator process failed.
+        DatasetError: the data set exists already.
+        QvlaError: a task succeeds too seldom, or a simulator process failed.
     """
     files.check_folder(config.out)
     if importlib.util.find_spec("tensorflow") is None:
@@ -222,7 +222,7 @@ class _Run:
         """The next episodes to run; none if enough are kept.
 
         Raises:
-            QvlaError: A task was tried too often.
+            QvlaError: a task was tried too often.
         """
         todo = []
         for task in self.tasks:

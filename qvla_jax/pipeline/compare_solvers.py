@@ -65,9 +65,9 @@ class Compared:
     """What came out.
 
     Attributes:
-        config: The settings.
-        comparison: Of the solvers, under the budget.
-        points: Of the figure, over all budgets; None where none was drawn.
+        config: the settings.
+        comparison: of the solvers, under the budget.
+        points: of the figure, over all budgets; None where none was drawn.
     """
 
     config: CompareSolversConfig
@@ -90,8 +90,8 @@ def compare_solvers(config: CompareSolversConfig, *, progress: Progress = no_pro
     """Compares solvers, and writes the figure where it is wanted.
 
     Raises:
-        InputError: There is no such problem or solver, or a file is damaged.
-        BudgetError: The budget is below the least size.
+        InputError: there is no such problem or solver, or a file is damaged.
+        BudgetError: the budget is below the least size.
     """
     problem, weights = problem_of(config)
     names = config.solvers or available()
@@ -112,7 +112,7 @@ def problem_of(config: CompareSolversConfig) -> tuple[AllocationProblem, int | N
     """The problem that is meant, and its quantized weights where they are known.
 
     Raises:
-        InputError: There is no such problem, or a budget was given beside a file's own.
+        InputError: there is no such problem, or a budget was given beside a file's own.
     """
     name, bits = config.problem, config.budget_bits
     if name == _OPENVLA:

@@ -51,13 +51,13 @@ def evaluate(
     and the largest difference of an action is reported.
 
     Args:
-        config: Settings.
-        policy: The policy, if it is loaded already.
-        table: The main sensitivity table, if it is loaded already.
-        progress: Called as it goes on.
+        config: settings.
+        policy: the policy, if it is loaded already.
+        table: the main sensitivity table, if it is loaded already.
+        progress: reports progress.
 
     Raises:
-        InputError: A file is missing or was made for another policy or calibration set, or the
+        InputError: a file is missing or was made for another policy or calibration set, or the
             evaluation frames are those of the calibration.
     """
     started = time.perf_counter()
@@ -168,7 +168,7 @@ def describe_packed(path: Path, chosen: Allocation, difference: float) -> dict[s
     """What the packed policy's file holds, and how far its actions are from those in float32.
 
     Raises:
-        InputError: The file does not store the bytes that the allocator counted.
+        InputError: the file does not store the bytes that the allocator counted.
     """
     file = PackedFile(path)
     if file.packed_bytes != chosen.stored_bytes:
@@ -207,7 +207,7 @@ def check_disjoint(calibration: CalibrationSet, heldout: CalibrationSet) -> None
     """Refuses to evaluate on the frames that were calibrated on.
 
     Raises:
-        InputError: Both sets draw from the same files.
+        InputError: both sets draw from the same files.
     """
     if calibration.shares_data_with(heldout):
         found = heldout.describe()

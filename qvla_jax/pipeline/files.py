@@ -63,7 +63,7 @@ def check_folder(folder: Path) -> None:
     """Checks that results can be put into `folder`, without creating it.
 
     Raises:
-        InputError: It is a file, or nothing can be written there.
+        InputError: it is a file, or nothing can be written there.
     """
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
@@ -84,7 +84,7 @@ def needed(path: Path) -> Path:
     """Returns `path` if it is there.
 
     Raises:
-        InputError: It is missing; the message names the command that writes it.
+        InputError: it is missing; the message names the command that writes it.
     """
     if path.is_file():
         return path
@@ -96,7 +96,7 @@ def read_json(path: Path, *, kind: str, version: int = 1) -> dict[str, Any]:
     """Reads one of our JSON files.
 
     Raises:
-        InputError: It is missing, damaged, of another kind or of another version.
+        InputError: it is missing, damaged, of another kind or of another version.
     """
     try:
         content = json.loads(needed(path).read_text("utf-8"))
@@ -118,13 +118,13 @@ def check_same(
     """Checks that a file was made from what the caller has.
 
     Args:
-        path: The file.
-        found: What it says it was made from.
-        expected: What it should have been made from, the same keys.
-        remedy: What to do if it was not.
+        path: the file.
+        found: what it says it was made from.
+        expected: what it should have been made from, the same keys.
+        remedy: what to do if it was not.
 
     Raises:
-        InputError: A key is missing or differs.
+        InputError: a key is missing or differs.
     """
     for key, value in expected.items():
         if found.get(key) != value:

@@ -79,7 +79,7 @@ def measure_solvers(
     Args:
         config: settings.
         policy: the policy, if it is loaded already.
-        progress: called as it goes on.
+        progress: reports progress.
 
     Raises:
         InputError: a file is missing or belongs to another policy, a name is unknown, or the

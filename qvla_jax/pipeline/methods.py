@@ -48,15 +48,15 @@ def quantize_by_methods(
     """Quantizes and saves.
 
     Args:
-        config: Settings.
-        policy: The full-precision policy, if it is loaded already.
-        progress: Called as it goes on.
+        config: settings.
+        policy: the full-precision policy, if it is loaded already.
+        progress: reports progress.
 
     Returns:
         The file of each method.
 
     Raises:
-        InputError: There is no calibration manifest, a name is wrong, or the policy is quantized.
+        InputError: there is no calibration manifest, a name is wrong, or the policy is quantized.
     """
     policy = load_policy(config.model, **config.said()) if policy is None else policy
     calibration = load_calibration(config.out)
@@ -89,12 +89,12 @@ def load_method(path: Path, made_from: Mapping[str, Any]) -> Policy:
     """Loads a method's packed policy.
 
     Args:
-        path: The file.
-        made_from: What it has to be made from: `policy fingerprint`, and `calibration hash`, which
+        path: the file.
+        made_from: what it has to be made from: `policy fingerprint`, and `calibration hash`, which
             is not looked at where a method uses no calibration frames.
 
     Raises:
-        InputError: It is missing, damaged, or was made from something else.
+        InputError: it is missing, damaged, or was made from something else.
     """
     command = f"`qvla quantize --method {path.stem} --out {path.parent.parent}`"
     if not path.is_file():

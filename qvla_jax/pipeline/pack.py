@@ -120,7 +120,7 @@ def packed_layers(
         index: whether quantized layers store which channel a row is.
         kept_bits: of the channels of all other layers, which take their inputs as they are.
         inputs: what quantized layers do to their inputs.
-        progress: called as it goes on.
+        progress: reports progress.
     """
     for number, (path, linear) in enumerate(linears.items()):
         progress("pack", number, len(linears))
@@ -171,7 +171,7 @@ def weight_error_bits(
         linears: the quantized layers.
         index: their channels.
         mean_bits: stored bits for each weight, everything counted.
-        progress: called as it goes on.
+        progress: reports progress.
 
     Raises:
         BudgetError: even pruning everything takes more.

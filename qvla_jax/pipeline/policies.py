@@ -28,11 +28,11 @@ def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
     """Loads a policy by its name.
 
     Args:
-        name: As above.
-        options: What its files do not tell.
+        name: as above.
+        options: what its files do not tell.
 
     Raises:
-        InputError: There is no such policy or run, or the allocation is another policy's.
+        InputError: there is no such policy or run, or the allocation is another policy's.
     """
     model, quantized = model_of(name)
     policy = load_policy(model, **({} if options is None else options.said()))
@@ -90,7 +90,7 @@ def check_crop(model: str, options: ModelOptions) -> None:
     says so.
 
     Raises:
-        InputError: The policy decodes action tokens, and neither its files nor the options tell.
+        InputError: the policy decodes action tokens, and neither its files nor the options tell.
     """
     folder = Path(model)
     if options.center_crop is not None or not folder.is_dir() or not is_huggingface(folder):

@@ -28,16 +28,16 @@ def quantize(
     """Packs the chosen allocation and writes policy.qvla.
 
     Args:
-        config: Settings.
-        policy: The full-precision policy, if it is loaded already.
-        table: The main sensitivity table, if it is loaded already.
-        progress: Called as it goes on.
+        config: settings.
+        policy: the full-precision policy, if it is loaded already.
+        table: the main sensitivity table, if it is loaded already.
+        progress: reports progress.
 
     Returns:
         The packed policy.
 
     Raises:
-        InputError: A file is missing, or was made for another policy or calibration set.
+        InputError: a file is missing, or was made for another policy or calibration set.
     """
     progress("quantize", 0, 1)
     policy = load_policy(config.model, **config.said()) if policy is None else policy
@@ -62,7 +62,7 @@ def load_packed(path: Path, allocations: Allocations) -> Policy:
     """Loads the packed policy of a run.
 
     Raises:
-        InputError: It is missing, damaged, or not of the chosen allocation.
+        InputError: it is missing, damaged, or not of the chosen allocation.
     """
     policy = load_policy(files.needed(path))
     found = packed_bits(policy)
@@ -85,7 +85,7 @@ def packed_bits(policy: Policy) -> dict[str, Int[np.ndarray, " c"]]:
     """Bits of the channels of each packed layer.
 
     Raises:
-        InputError: No layer is packed.
+        InputError: no layer is packed.
     """
     layers = packed_layers(policy.model)
     if not layers:

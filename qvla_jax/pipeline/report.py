@@ -31,7 +31,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         The content of report.json.
 
     Raises:
-        InputError: A file is missing, damaged, or does not belong to the others.
+        InputError: a file is missing, damaged, or does not belong to the others.
     """
     progress("report", 0, 1)
     evaluation = files.read_json(config.out / files.EVALUATION, kind=EVALUATION_KIND)

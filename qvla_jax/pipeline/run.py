@@ -44,7 +44,7 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
         The content of report.json.
 
     Raises:
-        InputError: Something handed in cannot be used.
+        InputError: something handed in cannot be used.
     """
     files.check_folder(config.out)
     for name in config.solvers:

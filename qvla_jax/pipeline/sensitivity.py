@@ -45,16 +45,16 @@ def sensitivity(
     one writes.
 
     Args:
-        config: Settings.
-        policy: The policy, if it is loaded already.
-        calibration: The calibration set, if it is loaded already.
-        progress: Called as it goes on.
+        config: settings.
+        policy: the policy, if it is loaded already.
+        calibration: the calibration set, if it is loaded already.
+        progress: reports progress.
 
     Returns:
         The content of validation.json; None if it was skipped.
 
     Raises:
-        InputError: There is no calibration manifest, or a method's name is unknown.
+        InputError: there is no calibration manifest, or a method's name is unknown.
     """
     files.check_folder(config.out)
     check_methods(config)
@@ -108,7 +108,7 @@ def check_methods(config: SensitivityConfig) -> None:
     """Checks the methods' names.
 
     Raises:
-        InputError: One is unknown; the message suggests close ones.
+        InputError: one is unknown; the message suggests close ones.
     """
     if config.streamed and (config.validate or config.baselines):
         raise InputError(
@@ -124,8 +124,8 @@ def check_budget(policy: Policy, budget_bits: float) -> None:
     """Checks, before anything is measured, that a budget can be met.
 
     Raises:
-        BudgetError: The smallest option of every channel takes more; the message says how much.
-        InputError: A weight is not finite.
+        BudgetError: the smallest option of every channel takes more; the message says how much.
+        InputError: a weight is not finite.
     """
     index = policy_index(policy)
     least = int(option_sizes(index, BITS).min(axis=1).sum())

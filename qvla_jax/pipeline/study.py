@@ -126,9 +126,9 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
         """Settings of the paired episodes of these policies, full precision first.
 
         Args:
-            sim: The suite.
-            names: Policies beside full precision.
-            finished: All episodes that there can be, of which some are finished, in place of those
+            sim: the suite.
+            names: policies beside full precision.
+            finished: all episodes that there can be, of which some are finished, in place of those
                 that are asked for.
         """
         everything = finished or not self.episodes_per_task
@@ -152,16 +152,16 @@ def study(
     """Fills the cells that are empty and writes the tables and figures.
 
     Args:
-        config: Settings.
-        policy: The full-precision policy, if it is loaded already.
-        make: Makes the environment of an episode, in a process of its own.
-        progress: Called as it goes on.
+        config: settings.
+        policy: the full-precision policy, if it is loaded already.
+        make: makes the environment of an episode, in a process of its own.
+        progress: reports progress.
 
     Returns:
         The content of results.json.
 
     Raises:
-        InputError: A file in the folder was made from another policy or calibration set, the
+        InputError: a file in the folder was made from another policy or calibration set, the
             evaluation frames are those of the calibration, or the simulator is missing.
     """
     files.check_folder(config.out)

@@ -1,6 +1,6 @@
 """Code sets: the integers that a row may have at each bit-width of each grid.
 
-One table. Grids round to it, words store it, kernels read it.
+Grids, storage and kernels all read this one table.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ Grid: TypeAlias = Literal["fitted", "rtn"]
 
 PRUNED: Final = 0
 SOURCE: Final = 16
-# Allocations have 3 bits only where they are asked for.
+# Allocations use 3 bits only on request.
 GRID_BITS: Final = (2, 3, 4, 8)
 BITS: Final = (PRUNED, *GRID_BITS, SOURCE)
 

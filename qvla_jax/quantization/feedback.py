@@ -3,7 +3,7 @@
 A row w quantized to w_hat = w + d changes the output by d x, and over inputs with covariance H the
 mean square of that is d H d^T. Rounding to nearest keeps each entry of d small; error feedback
 (GPTQ, Frantar et al. 2023, arXiv 2210.17323) keeps d H d^T small. With U the upper Cholesky factor
-of (H + damping mean(diag H) I)^-1, inputs are taken in turn, the one of largest variance first:
+of (H + damping mean(diag H) I)^-1, inputs are rounded in order of decreasing variance:
 
     q_j = nearest code of w_j / s,     e = (w_j - s q_j) / U[j, j],     w_i -= e U[j, i] for i > j.
 
@@ -86,7 +86,7 @@ def feedback_rows(
             w = part[:, i]
             code = nearest_code(w / step_scale, *levels)
             error = (w - step_scale * code) / local[i, i]
-            # The factor is triangular: inputs before i stay as they are.
+            # The factor is triangular: inputs before i do not change.
             return part - error[:, None] * local[i][None], (code.astype(jnp.int8), error)
 
         _, (codes, errors) = jax.lax.scan(of_input, part, jnp.arange(block))

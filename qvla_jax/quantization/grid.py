@@ -1,7 +1,7 @@
 """Quantizer grids of one output channel (docs/mathematics.md section 1).
 
 A row w in R^k at b bits has a scale s, a bfloat16 number, because that is what is stored, and
-integer codes q, so that w_hat = s q. Two grids are offered.
+integer codes q, so that w_hat = s q. There are two grids.
 
 "rtn", round to nearest: the grid of QVLA (arXiv 2602.03782) and of uniform baselines,
 
@@ -11,14 +11,14 @@ with ties rounded to even. The rounded scale may be smaller than the exact one b
 1 - 2^-9 at most, so w / s exceeds qmax by at most 127 * 2^-9 < 1/2: nothing is clipped, and
 |w - w_hat| <= s / 2.
 
-"fitted", ours: codes are those of s = clip * max|w| / qmax, with the `clip` of a fixed list that
-has the least squared error for the row; at 2 bits they are {-3, -1, 1, 3} instead of
-{-2, -1, 0, 1}. A row of Gaussian weights uses 3 of the 4 levels of the "rtn" grid at 2 bits and its
-squared error is 63 % of its energy; on the offset grid it is 12 %. Below 8 bits the scale is then
-stretched until <w, w_hat> = ||w||^2. Least squares shrinks rows (by 12 % at 2 bits), and while one
-shrunken channel does little, thousands of them shrink the signal together: with the stretch the
-error of a single 2-bit row grows to 13 % of its energy, but the errors of many add up as
-independent ones do. (Scales without bias for the same reason: EDEN, arXiv 2108.08842.)
+"fitted", ours: codes are those of s = clip * max|w| / qmax, with the `clip` from a fixed list that
+has the smallest squared error for the row; at 2 bits they are {-3, -1, 1, 3} instead of {-2, -1, 0,
+1}. A row of Gaussian weights uses 3 of the 4 levels of the "rtn" grid at 2 bits and its squared
+error is 63 % of its energy; on the offset grid it is 12 %. Below 8 bits the scale is then stretched
+until <w, w_hat> = ||w||^2. Least squares shrinks rows (by 12 % at 2 bits), and while one shrunken
+channel does little, thousands of them shrink the signal together: with the stretch the error of a
+single 2-bit row grows to 13 % of its energy, but the errors of many add up as independent ones do.
+(Scales without bias for the same reason: EDEN, arXiv 2108.08842.)
 """
 
 import functools
@@ -170,8 +170,8 @@ def _of_bits(bits: Int[Array, " c"], values: np.ndarray) -> Array:
 def fitted_clips(weight: Float[Array, "c k"], bits: int) -> Float[Array, "c 1"]:
     """The clip of least squared error of every row on the "fitted" grid.
 
-    The search takes 21 passes over the weights, which whoever quantizes the same rows again and
-    again can keep.
+    The search takes 21 passes over the weights; keep the result to quantize the same rows
+    repeatedly.
 
     Raises:
         InputError: `bits` has no grid.
@@ -227,7 +227,7 @@ def changes_on_grid(
     grid: Grid,
     clips: Mapping[int, Float[Array, "c 1"]],
 ) -> Float[Array, "n c k"]:
-    """w_hat - w of every row under every option, rounded to nearest, in one pass for each.
+    """w_hat - w of every row under every option, rounded to nearest.
 
     Args:
         weight: rows, any floating type, finite.

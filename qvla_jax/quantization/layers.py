@@ -18,7 +18,7 @@ class LayerRules:
     """Regular expressions on dotted layer paths, matched from the start (`re.match`).
 
     A layer is quantized if a pattern of `include` matches and none of `exclude` does. A pattern
-    that decides nothing is an error, so that a misspelt rule is never dropped silently.
+    that matches nothing is an error, so a misspelled rule is never silently ignored.
     """
 
     # Vision towers (patch embeddings too) and the language model's blocks. Projector, action head,
@@ -75,7 +75,7 @@ def channel_index(layers: dict[str, nnx.Linear]) -> ChannelIndex:
 
 
 def layer_info(path: str, linear: nnx.Linear) -> LayerInfo:
-    """What a channel index says of a layer."""
+    """A layer's entry in a channel index."""
     rows = weight_rows(linear)
     arrays = [rows] if linear.bias is None else [rows, np.asarray(linear.bias[...])]
     return LayerInfo(

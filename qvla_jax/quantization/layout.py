@@ -2,15 +2,15 @@
 
 A row of fan-in k at b bits is stored as
 
-    4 ceil(k b / 32)   whole 32-bit words along k (16-bit rows: the source dtype, whole words),
-    2 ceil(k / g)      its bfloat16 scales, for 2 to 8 bits (g = k unless scales are grouped),
-    2 (4)              its bias, where the layer stores one, in the source dtype,
-    2                  its 16-bit entry in the layer's output index (mixed layouts alone).
+    4 ceil(k b / 32)   whole 32-bit words along k (16-bit rows: the source dtype, whole words), 2
+    ceil(k / g)      its bfloat16 scales, for 2 to 8 bits (g = k unless scales are grouped), 2 (4)
+    its bias, if the layer stores one, in the source dtype, 2                  its 16-bit entry in
+    the layer's output index (mixed layouts alone).
 
-A pruned row keeps its bias (there lives its mean output) and loses all else: the index lists the
-rows that are stored, and the outputs of all others are their biases. Biases count in every option,
-because each layer with a corrected bias stores the whole vector. A uniform model needs no index;
-all else counts by the same rules.
+A pruned row keeps only its bias, which holds its mean output: the index lists the rows that are
+stored, and the outputs of all others are their biases. Biases count in every option, because each
+layer with a corrected bias stores the whole vector. A uniform model needs no index; everything else
+counts by the same rules.
 """
 
 import math

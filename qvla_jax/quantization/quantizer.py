@@ -38,14 +38,14 @@ class QuantizerSettings:
     grid: Grid = "fitted"
     # "nearest", or "feedback": rounding errors move into weights not rounded yet.
     rounding: Rounding = "feedback"
-    # What a row loses on the mean input moves into its bias.
+    # The row's error on the mean input moves into its bias.
     bias_correction: bool = True
-    # Of the input statistics for both: "tokens", or "action": a token counts by how much the action
-    # depends on the layer there (sensitivity.statistics).
+    # How tokens are weighted in the input statistics for both: "tokens" weights them equally,
+    # "action" by how much the action depends on the layer there (sensitivity.statistics).
     weighting: Weighting = "tokens"
-    # Inputs and rows are rotated (quantization.rotation): for rounded activations.
+    # Rotate inputs and rows (quantization.rotation), for rounded activations.
     rotation: bool = False
-    # Of the error feedback: share of the mean input variance added to every variance.
+    # Damping of the error feedback: share of the mean input variance added to every variance.
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class QuantizerSettings:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether calibration data enter."""
+        """Whether the quantizer needs calibration data."""
         return self.bias_correction or self.rounding == "feedback"
 
     @classmethod
@@ -76,12 +76,12 @@ UNIFORM_BASELINE = QuantizerSettings(grid="rtn", rounding="nearest", bias_correc
 UNIFORM_FEEDBACK = QuantizerSettings(bias_correction=False)
 
 
-# Bytes of factors that a quantizer keeps: all those of a small policy, some layers' at 7B.
+# Bytes of factors that a quantizer keeps: enough for a small policy, or for some layers at 7B.
 _FACTOR_BYTES: Final = 2**30
 
 
 class _BoundedCache:
-    """Results of a function by path, the latest that fit into so many bytes."""
+    """Results of a function by path; keeps the latest that fit in a number of bytes."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class Quantizer:
     def clips(
         self, weight: Float[Array, "c k"], options: tuple[int, ...]
     ) -> dict[int, Float[Array, "c 1"]]:
-        """What `row_changes` takes longest to find out, by bits; empty if it needs nothing."""
+        """The costly part of `row_changes`, by bits; empty if there is none."""
         if self.settings.grid != "fitted" or not self._rounds_rows_alone:
             return {}
         return {b: fitted_clips(weight, b) for b in options if b in GRID_BITS}

@@ -1,10 +1,10 @@
 """Randomized Hadamard rotation of a layer's inputs: x' = H (s x) / sqrt(n), n inputs at a time.
 
 H is the Hadamard matrix of the largest power of two n that divides the inputs k, s are signs. The
-rotation spreads what one input holds over n of them, so that the range of a token, which decides
-how finely it is rounded, no longer hangs on its largest input (QuaRot, arXiv 2404.00456). Rows are
-rotated alike, which changes no product. The signs depend on k alone and are no part of a file: bit
-i of SHAKE-128 of "qvla_jax rotation" says whether input i changes its sign.
+rotation spreads each input over n of them, so that the range of a token, which determines how
+finely it is rounded, no longer depends on its largest input (QuaRot, arXiv 2404.00456). Rows are
+rotated in the same way, which changes no product. The signs depend only on k and are not stored:
+bit i of SHAKE-128 of "qvla_jax rotation" says whether input i changes its sign.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""`QuantizedRows`: a layer's rows on their grids, from the rounding to the packed words."""
+"""`QuantizedRows`: a layer's rows on their grids, between rounding and packing."""
 
 import dataclasses
 import functools
@@ -19,15 +19,15 @@ class QuantizedRows:
     """
 
     bits: Int[np.ndarray, " c"]
-    # On the grid's code set at the row's width; of rows of 0 and 16 bits nobody reads them.
+    # On the grid's code set at the row's width; unused for rows of 0 and 16 bits.
     codes: Int8[AnyArray, "c k"]
     # float32 that bfloat16 holds exactly, positive; ceil(k / group) of them for each row.
     scales: Float[AnyArray, "c g"]
     grid: Grid
     # Inputs that share a scale; None: the whole row.
     group: int | None = None
-    # Factor of each input, float32 that bfloat16 holds exactly: the rows multiply
-    # x[i] input_scale[i]. None: 1.
+    # Factor of each input, float32 that bfloat16 holds exactly: the rows are multiplied by x[i]
+    # input_scale[i]. None: 1.
     input_scale: Float[np.ndarray, " k"] | None = None
 
     def dequantized(self, source: Float[Array, "c k"]) -> Float[Array, "c k"]:

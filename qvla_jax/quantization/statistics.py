@@ -3,7 +3,7 @@
 Measured once (sensitivity.statistics), used by the bias correction, by error feedback and by the
 sensitivities of that quantizer alike. Layers with equal statistics, such as q, k and v, share their
 arrays, in memory and in the file. The matrices are large (k = 11008: 485 MB in float32), so they
-live in a file of their own, are read one layer at a time, and are no part of a sensitivity table.
+have their own file, are read one layer at a time, and are not part of a sensitivity table.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from qvla_jax.array_typing import Float
 from qvla_jax.errors import InputError
 from qvla_jax.quantization.index import ChannelIndex
 
-# What tokens count by: all alike, or by how much the action depends on the layer there.
+# How tokens are weighted: equally, or by how much the action depends on the layer there.
 Weighting: TypeAlias = Literal["tokens", "action"]
 
 _KIND: Final = "qvla_jax.input_statistics"

@@ -1,4 +1,4 @@
-"""The report: what was done and measured, for machines (JSON), people (HTML) and terminals."""
+"""The report of what was done and measured, as JSON, as HTML and for terminals."""
 
 from qvla_jax.report.page import SensitivityMap, render
 

@@ -10,9 +10,9 @@ from typing import Any
 from qvla_jax.report.figures import MORE_STYLES, margin_of
 from qvla_jax.report.svg import Axis, element, figure, label, number, span
 
-# Colours of the policies, after the page's families; the first policy is the reference.
+# Colors of the policies, after the page's families; the first policy is the reference.
 _COLOURS = ("full", "ours", "qvla", "hessian", "uniform", *MORE_STYLES)
-# Rollouts are part of the page: few enough that it still opens at once on a phone.
+# Rollouts are embedded in the page: few enough that it still opens quickly on a phone.
 _MOST_VIDEOS, _MOST_VIDEO_BYTES = 8, 6 * 2**20
 
 
@@ -29,7 +29,7 @@ def closed_loop_section(summary: Mapping[str, Any], rollouts: Sequence[Rollout] 
 
     Args:
         summary: its content.
-        rollouts: videos, the most telling first; those that would make the page too large are
+        rollouts: videos, the most informative first; those that would make the page too large are
             left out.
     """
     settings = summary["settings"]
@@ -210,12 +210,12 @@ def _videos(rollouts: Sequence[Rollout]) -> str:
 
 
 def _short(policy: str) -> str:
-    """A policy's name for a narrow margin: the end tells more than the beginning."""
+    """A policy's name for a narrow margin: the end is more informative than the beginning."""
     return policy[-48:]
 
 
 def _whole(share: float) -> str:
-    """A share as percentage points with its sign, which a zero does not have."""
+    """A share as percentage points with its sign, except for zero."""
     return f"{round(100 * share):+d}".replace("+0", "0")
 
 

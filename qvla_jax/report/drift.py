@@ -12,7 +12,7 @@ def save_drift(drifts: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[
     """Draws the end effectors' distance and the accumulated action deviation over time.
 
     Args:
-        drifts: name of a policy -> what `evaluation.drift.summarize_drift` says of it.
+        drifts: name of a policy -> its result of `evaluation.drift.summarize_drift`.
         path: the file; its name ends in `.png`.
     """
     # Without pyplot: no display, no global state.

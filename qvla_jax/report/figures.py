@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG that takes its colours from the page."""
+"""The figures of the report, as SVG that takes its colors from the page."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ STYLES = {
     "uniform": "uniform",
     "full": "full",
 }
-# Of what has no colour of its own, in this order, and then again from the first.
+# For series without their own color, in this order, then starting over.
 MORE_STYLES = ("violet", "gold", "rose", "teal", "brown")
 
 
@@ -41,7 +41,7 @@ def margin_of(names: Iterable[str]) -> float:
 def error_against_bytes(
     entries: Sequence[Mapping[str, Any]], styles: Mapping[str, str], *, mebibytes: bool = False
 ) -> str:
-    """Draws measured action error (log) against the bytes really stored, a line for each series.
+    """Draws measured action error (log) against the bytes actually stored, one line per series.
 
     Args:
         entries: evaluated methods, as in report.json's `methods` and `sweep`.

@@ -11,7 +11,7 @@ from qvla_jax.array_typing import Float, NpArray
 from qvla_jax.report.figures import margin_of, short_path
 from qvla_jax.report.svg import Axis, element, figure, label, number
 
-# Anchors of a perceptually even map from dark violet to yellow (after matplotlib's "magma").
+# Anchors of a perceptually uniform map from dark violet to yellow (after matplotlib's "magma").
 _ANCHORS = np.array(
     [
         [12, 9, 38], [48, 17, 95], [96, 26, 128], [145, 43, 129], [194, 58, 116], [231, 91, 93],
@@ -35,8 +35,8 @@ def heatmap(
         paths: the layers' paths.
         layers: for each layer the cost of every channel at one bit-width. Rows are stretched to
             the same width, however many channels a layer has.
-        bounds: costs of the darkest and the brightest colour; those outside are clipped.
-        title: announced by screen readers.
+        bounds: costs of the darkest and the brightest color; values outside are clipped.
+        title: text for screen readers.
     """
     rows = np.stack([_resample(np.sort(costs)[::-1]) for costs in layers])
     row, width, top = 14, 940, 46
@@ -62,7 +62,7 @@ def heatmap(
 
 
 def cost_bounds(costs: Float[NpArray, "..."]) -> tuple[float, float]:
-    """Returns the range of costs worth a colour: the largest, and four to eight decades below."""
+    """Returns the range of costs to color: from the largest to four to eight decades below."""
     positive = costs[costs > 0]
     if not positive.size:
         return 1e-9, 1.0
@@ -72,7 +72,7 @@ def cost_bounds(costs: Float[NpArray, "..."]) -> tuple[float, float]:
 
 
 def _resample(costs: np.ndarray) -> np.ndarray:
-    """Nearest-neighbour stretch of a row to a fixed number of columns."""
+    """Nearest-neighbor stretch of a row to a fixed number of columns."""
     return costs[np.arange(_COLUMNS) * len(costs) // _COLUMNS]
 
 

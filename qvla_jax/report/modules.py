@@ -1,7 +1,7 @@
-"""What a policy is made of: parameters, bytes and output channels, module by module.
+"""Describes a policy: parameters, bytes and output channels, module by module.
 
-Nothing but shapes and dtypes is read, so that a 7B policy is described in seconds. A module that
-every block repeats stands in one row, its number written `*`.
+Only shapes and dtypes are read, so a 7B policy is described in seconds. A module that every block
+repeats takes one row, with `*` for its number.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ from qvla_jax.models.surgery import named_modules
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
 
-# What the public checkpoints are published in, and so what presets without weights are counted in.
+# The dtype of the published checkpoints, used to count presets without weights.
 _PUBLISHED = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Module:
-    """Parameters that one module owns itself, or the like modules of all blocks together."""
+    """Parameters that one module owns itself, or those of the same module in all blocks."""
 
     # Dotted path; numbers of blocks are `*`.
     path: str
@@ -49,14 +49,14 @@ class Module:
     parameters: int
     # As stored.
     stored_bytes: int
-    # Output channels of linear layers; 0 for all else.
+    # Output channels of linear layers; 0 for everything else.
     channels: int
     # The weights are quantized by the rules; biases always keep the source's bits.
     quantized: bool
 
     @property
     def part(self) -> str:
-        """The part of the policy that it belongs to: `vision_backbone.featurizer`, `projector`."""
+        """The part of the policy it belongs to: `vision_backbone.featurizer`, `projector`."""
         names = self.path.split(".")
         return ".".join(names[: 2 if names[0] in ("vision_backbone", "language_model") else 1])
 
@@ -66,7 +66,7 @@ class Description:
     """A policy's modules, and its quantizable channels."""
 
     config: OpenVLAConfig
-    # Where shapes and dtypes come from, for people.
+    # Description of where shapes and dtypes come from.
     source: str
     modules: tuple[Module, ...]
     index: ChannelIndex
@@ -120,7 +120,7 @@ def describe(source: str, *, rules: LayerRules = DEFAULT_RULES) -> Description:
 def _dtypes(
     model: nnx.Module, tensors: Mapping[str, np.ndarray], source: Source
 ) -> dict[str, np.dtype[Any]]:
-    """Public name -> stored dtype; raises if the tensors are not those of the model."""
+    """Public name -> stored dtype; raises an error if the tensors are not those of the model."""
     check_shapes(model, tensors, source=source)
     return {name: tensors[name].dtype for name in tensors}
 
@@ -185,7 +185,7 @@ def _index(layers: Mapping[str, nnx.Linear], dtypes: Mapping[str, np.dtype[Any]]
 
 
 def modules_table(modules: Iterable[Module]) -> Table:
-    """The table for people: each part of the policy with its modules, and the sum."""
+    """The table to print: each part of the policy with its modules, and the total."""
     modules = list(modules)
     table = Table("module", box=None, padding=(0, 1))
     for heading in ("modules", "parameters", "bytes", "output channels"):

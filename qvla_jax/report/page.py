@@ -45,7 +45,7 @@ def render(
     Args:
         report: see docs/file_formats.md for its schema.
         sensitivity: what the heatmaps show.
-        rollouts: videos of closed-loop episodes, if the report has such.
+        rollouts: videos of closed-loop episodes, if there are any.
     """
     style = resources.files("qvla_jax.report").joinpath("style.css").read_text("utf-8")
     budget = number(report["budget"]["bits_per_weight"])
@@ -391,7 +391,7 @@ def _legend(entries: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> 
 
 
 def _styles(report: Mapping[str, Any]) -> dict[str, str]:
-    """The colour of every series, the same in all of the page."""
+    """The color of every series, the same throughout the page."""
     return figures.styles_of([*report["methods"], *report["sweep"]])
 
 

@@ -13,7 +13,7 @@ from qvla_jax.solvers import Pareto
 def save_pareto(
     pareto: Pareto, path: str | os.PathLike[str], *, weights: int | None = None
 ) -> None:
-    """Draws cost (log) against bytes, a series for each solver above the line of the bound.
+    """Draws cost (log) against bytes, one series per solver above the line of the bound.
 
     Args:
         pareto: the points.

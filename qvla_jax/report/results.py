@@ -37,13 +37,13 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def draw_error(results: Mapping[str, Any], path: Path) -> None:
-    """Draws action error (log) against stored bytes as PNG, a series for each row.
+    """Draws action error (log) against stored bytes as PNG, one series per row.
 
-    Cells with rounded activations are hollow; a line joins the best of the others.
+    Cells with rounded activations are hollow; a line connects the best of the others.
 
     Args:
         results: what `pipeline.study` returns.
-        path: of the picture, which is replaced.
+        path: the picture's file, which is replaced.
     """
     errors = [(cell, _mse(cell)) for cell in _available(results)]
     points = [(cell, error, (0.0, 0.0)) for cell, error in errors if error > 0]
@@ -118,7 +118,7 @@ def _draw(
 def _front(
     points: Sequence[tuple[Mapping[str, Any], float]], *, lowest: bool
 ) -> list[tuple[float, float]]:
-    """MiB and value of the cells that are better than all that store no more."""
+    """MiB and value of the cells that are better than all cells of the same size or smaller."""
     front: list[tuple[float, float]] = []
     for cell, value in sorted(
         points, key=lambda p: (p[0]["stored_bytes"], p[1] if lowest else -p[1])

@@ -15,7 +15,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
 
     Args:
         study: what `pipeline.validate` returns.
-        path: of the picture, which is replaced.
+        path: the picture's file, which is replaced.
     """
     import matplotlib
 

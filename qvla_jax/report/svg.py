@@ -1,7 +1,7 @@
 """The few SVG shapes that the report draws with.
 
-Colours are CSS classes and variables of the page, never literals, so that one figure serves the
-light and the dark theme.
+Colors are CSS classes and variables of the page, never literals, so that one figure serves the
+light and dark themes.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def label(content: str, x: float, y: float, **attributes: object) -> str:
 
 
 def figure(width: float, height: float, parts: Iterable[str], *, title: str) -> str:
-    """Returns a scalable SVG with a title that screen readers announce."""
+    """Returns a scalable SVG with a title for screen readers."""
     content = element("title", escape(title)) + "".join(parts)
     return element(
         "svg",
@@ -83,7 +83,7 @@ class Axis:
 def span(
     values: Sequence[float], *, log: bool = False, margin: float = 0.06
 ) -> tuple[float, float]:
-    """Returns the range of `values`, a little widened."""
+    """Returns the range of `values`, slightly widened."""
     low, high = min(values), max(values)
     if log:
         low, high = math.log10(low), math.log10(high)
@@ -93,7 +93,7 @@ def span(
 
 
 def number(value: float) -> str:
-    """Formats a number for people: three significant digits, powers of ten as such."""
+    """Formats a number for display: three significant digits, powers of ten as such."""
     if value == 0:
         return "0"
     if 1e-4 <= abs(value) < 1e5:

@@ -109,9 +109,9 @@ def drift_line(drift: Mapping[str, Any]) -> str:
 
 
 def sweep_table(entries: list[Mapping[str, Any]]) -> Table:
-    """Returns our errors over the budgets: measured, predicted, and beside a uniform grid's.
+    """Returns our errors over the budgets: measured, predicted, and next to a uniform grid's.
 
-    A grid is compared where its stored bytes were the budget.
+    A grid is compared where the budget was its stored bytes.
     """
     uniform = {e["requested_bits"]: e for e in entries if e["family"] == "uniform"}
     table = Table("budget", box=None, padding=(0, 1))

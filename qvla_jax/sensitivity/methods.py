@@ -113,7 +113,7 @@ def sensitivities(
             policies with `load_policy(..., mapped=True)` that do not fit into memory. Neither
             joint factors nor error feedback: they need more than the means of the inputs.
         store: keeps finished items, so that a killed sweep goes on where it stopped.
-        progress: called as it goes on.
+        progress: reports progress.
 
     Returns:
         Costs in squared normalized action units (but for input_hessian), with sizes in bytes.

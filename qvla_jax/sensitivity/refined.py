@@ -82,7 +82,7 @@ def refined_costs(
         mesh: from `sharding.sweep_mesh`, which is also the default.
         split_weights: of the first-order passes, as in `jacobian.frame_costs`.
         store: keeps finished items.
-        progress: called as it goes on.
+        progress: reports progress.
 
     Raises:
         InputError: the share is not in (0, 1], the set is empty, or a cost is not finite.

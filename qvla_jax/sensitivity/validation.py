@@ -69,7 +69,7 @@ def probe_sample(
         frames: frames that they are measured on.
         seed: of the draw.
         rules: those of the table.
-        progress: called as it goes on.
+        progress: reports progress.
 
     Raises:
         InputError: the table belongs to other layers, or nothing can be sampled.
@@ -108,7 +108,7 @@ def same_frames(
         method: None takes the table's own.
         seed: of the probes.
         rules: those of the table.
-        progress: called as it goes on.
+        progress: reports progress.
     """
     return sensitivities(
         policy,
@@ -152,7 +152,7 @@ def validate(
         frames: frames that they are measured on.
         seed: of the draw.
         rules: those of the table.
-        progress: called as it goes on.
+        progress: reports progress.
 
     Returns:
         JSON object: `channels`, `frames`, `method`, `spearman` (see `rank_correlations`) on the

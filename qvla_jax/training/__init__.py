@@ -1,4 +1,4 @@
-"""Behaviour cloning of small policies."""
+"""Behavior cloning of small policies."""
 
 from qvla_jax.training.behaviour_cloning import train
 from qvla_jax.training.config import TrainConfig

@@ -11,7 +11,7 @@ def random_shift(
 ) -> UInt8[Array, "b v H W 3"]:
     """Random crops of the edge-padded images: shifts of up to `pixels` in each direction.
 
-    Every camera of every observation is shifted on its own.
+    Every camera of every observation is shifted independently.
     """
     b, v, height, width, _ = images.shape
     margin = ((0, 0), (0, 0), (pixels, pixels), (pixels, pixels), (0, 0))
@@ -27,5 +27,5 @@ def random_shift(
 def proprio_noise(
     key: jax.Array, proprio: Float[Array, "b p"], *, scale: float
 ) -> Float[Array, "b p"]:
-    """Adds Gaussian noise to normalized proprio: the policy must not trust it to the last digit."""
+    """Adds Gaussian noise to normalized proprio, so the policy does not rely on its last digits."""
     return proprio + scale * jax.random.normal(key, proprio.shape, proprio.dtype)

@@ -1,4 +1,4 @@
-"""Behaviour cloning: the L1 distance between predicted and demonstrated action chunks."""
+"""Behavior cloning: the L1 distance between predicted and demonstrated action chunks."""
 
 import dataclasses
 import functools
@@ -73,20 +73,21 @@ def _train_step(
 def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     """Trains a policy and writes it to `out/policy`.
 
-    A run that was cut off goes on from its last checkpoint and gives the same weights as one that
-    was not: the order of the frames and the augmentations depend on the seed and the step alone.
+    An interrupted run resumes from its last checkpoint and gives the same weights as an
+    uninterrupted one: the order of the frames and the augmentations depend only on the seed and the
+    step.
 
     Args:
         config: the recipe.
         progress: reports the loading of episodes and the steps.
 
     Returns:
-        The policy's directory (weights rounded to bfloat16), with `training.json` beside them.
+        The policy's directory (weights rounded to bfloat16), with `training.json` next to them.
 
     Raises:
-        InputError: `out` holds a run of another recipe or on other data, or the initial policy has
+        InputError: `out` holds a run with another recipe or other data, or the initial policy has
             another architecture.
-        CheckpointError: a byte of the last checkpoint changed; the message says how to go on.
+        CheckpointError: the last checkpoint is corrupt; the message says how to continue.
         DatasetError: the data set cannot be read.
     """
     architecture = preset(config.model)
@@ -129,7 +130,7 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
             "train_frames": len(frames),
             "heldout_episodes": len(heldout_set),
             "heldout_frames": len(heldout),
-            # In the data set's units, the controller's commands: what the normalization undoes.
+            # In the data set's units, the controller's commands, which the normalization maps.
             "heldout_l1": float((shipped * units).mean()),
             "heldout_l1_by_dimension": (shipped * units).mean(axis=0).tolist(),
             "heldout_l1_normalized": float(shipped.mean()),
@@ -145,7 +146,7 @@ def heldout_l1(policy: Policy, frames: Frames, *, batch_size: int = 64) -> Float
     total = np.zeros(frames.chunks.shape[1:], np.float64)
     for start in range(0, len(frames), batch_size):
         part = frames.take(np.arange(start, min(start + batch_size, len(frames))))
-        # One compiled program serves the last, smaller batch too.
+        # Pad the last, smaller batch so that one compiled program serves all.
         padded, count = sharding.pad_batch(part.inputs, batch_size)
         total += np.abs(policy.run(padded)[:count] - part.chunks).sum(axis=0)
     return total / len(frames)
@@ -231,7 +232,7 @@ class _Log:
 
 
 def _step(line: str) -> float:
-    """The step of a line; infinite for the half of a line that a killed run left behind."""
+    """The step of a line; infinite for a truncated line that a killed run left behind."""
     try:
         return float(json.loads(line)["step"])
     except ValueError:

@@ -1,4 +1,4 @@
-"""The recipe of a training run, and whether the run in a folder is still that one."""
+"""The recipe of a training run, and the check that the run in a folder matches it."""
 
 import dataclasses
 import json
@@ -11,20 +11,21 @@ from qvla_jax.errors import InputError
 
 CONFIG_FILE = "train_config.json"
 
-# These do not change what a run computes up to its last checkpoint, so that a run may be prolonged;
-# `claim_folder` still refuses to prolong a run that has begun to decay.
+# These do not change what a run computes up to its last checkpoint, so a run can be extended;
+# `claim_folder` still refuses to extend a run that has begun to decay.
 _MAY_CHANGE = ("steps", "decay_steps", "checkpoint_every", "evaluate_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides the trained weights."""
+    """Everything that determines the trained weights."""
 
-    # RLDS directory with the two splits below. Its training split gives the normalization.
+    # RLDS directory with the two splits below. Its training split determines the normalization.
     data: Path
-    # Checkpoints, log and the finished policy; a run that was cut off is resumed from here.
+    # Folder for checkpoints, log and the finished policy; an interrupted run resumes from here.
     out: Path
-    # More RLDS directories to train on, such as what a policy visited and the expert labelled.
+    # More RLDS directories to train on, such as states that a policy visited and the expert
+    # labeled.
     more_data: tuple[Path, ...] = ()
     # Preset of the architecture.
     model: str = "libero-mini"
@@ -34,13 +35,14 @@ class TrainConfig:
     train_split: str = "train"
     # Split to measure on.
     heldout_split: str = "heldout"
-    # How the data sets are read: a data set's name, or a JSON file; left out, by their names.
+    # Specification of the data sets: the name of one, or a JSON file; by default, found by their
+    # names.
     spec: str | None = None
     # Seed of the random weights, the order of the frames and the augmentations.
     seed: int = 0
-    # Steps in all.
+    # Total number of steps.
     steps: int = 3000
-    # Frames in a step.
+    # Frames per step.
     batch_size: int = 48
     # Muon learns faster; AdamW is what the first stage of the bundled policy was trained with.
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -72,12 +74,12 @@ class TrainConfig:
 
 
 def portable(config: TrainConfig, *, initial_fingerprint: str | None) -> dict[str, Any]:
-    """The recipe without the places where its files lay.
+    """The recipe without the locations of its files.
 
     Args:
         config: the recipe.
-        initial_fingerprint: of the initial policy, which is named by it and by its folder's name;
-            None if there is none.
+        initial_fingerprint: fingerprint of the initial policy, which is identified by it and its
+            folder's name; None if there is none.
     """
     values = dataclasses.asdict(config)
     for key in ("data", "more_data", "out"):
@@ -89,7 +91,7 @@ def portable(config: TrainConfig, *, initial_fingerprint: str | None) -> dict[st
 
 
 def of_a_step(config: TrainConfig) -> TrainConfig:
-    """The recipe without what no training step depends on: one compiled program for all such."""
+    """The recipe without what no training step depends on, to share one compiled program."""
     default = TrainConfig(data=Path(), out=Path())
     same = ("data", "out", "more_data", "model", "initial_policy", "train_split", "heldout_split")
     same += ("spec", "checkpoint_every", "evaluate_every")
@@ -101,12 +103,12 @@ def claim_folder(config: TrainConfig, recipe: Mapping[str, Any], data: Sequence[
 
     Args:
         config: the recipe.
-        recipe: the same as `portable` says it.
+        recipe: the same in the form of `portable`.
         data: fingerprints of the training sets.
 
     Raises:
-        InputError: another recipe or other data are there, or a run that has begun to decay is to
-            be prolonged.
+        InputError: the folder has another recipe or other data, or the run to extend has begun to
+            decay.
     """
     path = config.out / CONFIG_FILE
     values = {**recipe, "data": list(data)}
@@ -118,7 +120,7 @@ def claim_folder(config: TrainConfig, recipe: Mapping[str, Any], data: Sequence[
                     f"{config.out} holds a run with {key} = {old.get(key)!r}, asked for "
                     f"{values[key]!r}; choose another --out"
                 )
-        # A kill may have left half a checkpoint, under another name.
+        # A kill may have left a partial checkpoint under another name.
         steps = [p.name for p in (config.out / "checkpoints").glob("*") if p.name.isdecimal()]
         reached = max(map(int, steps), default=0)
         decay_from = min(old["steps"] - old["decay_steps"], config.steps - config.decay_steps)

@@ -46,18 +46,18 @@ def load_frames(
     stage: str,
     progress: Progress = no_progress,
 ) -> Frames:
-    """Reads every frame of one or more splits into memory, one after the other.
+    """Reads every frame of one or more splits into memory.
 
-    Episodes without an instruction are passed over, as in the public training code.
+    Episodes without an instruction are skipped, as in the public training code.
 
     One frame takes v H W 3 bytes: 98 kB for two cameras at 128 px, 1.9 GB for LIBERO-Spatial's
     20,000 frames.
 
     Args:
         datasets: opened RLDS splits.
-        processor: of the policy that is trained.
+        processor: the processor of the policy to train.
         stage: name of the progress bar.
-        progress: reports one item for each episode.
+        progress: reports one item per episode.
 
     Raises:
         DatasetError: a set cannot be read, or no episode has an instruction.

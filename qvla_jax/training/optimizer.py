@@ -1,7 +1,7 @@
-"""AdamW or Muon, with a learning rate that warms up, stays, and decays over the last steps.
+"""AdamW or Muon, with a learning rate that warms up, stays constant, and decays at the end.
 
-With this schedule (warmup-stable-decay) a run can be prolonged from any checkpoint before the decay
-without having planned its length.
+With this schedule (warmup-stable-decay) a run can be extended from any checkpoint before the decay,
+without planning its length in advance.
 """
 
 import jax
@@ -10,8 +10,8 @@ from optax import contrib
 
 from qvla_jax.training.config import TrainConfig
 
-# Scales Muon's orthogonal updates to the size that AdamW's have, so that one learning rate and one
-# weight decay serve both (Liu et al., 2025, "Muon is scalable for LLM training", section 2.2).
+# Scales Muon's orthogonal updates to the size of AdamW's, so that one learning rate and one weight
+# decay serve both (Liu et al., 2025, "Muon is scalable for LLM training", section 2.2).
 _MUON_UPDATE_RMS = 0.2
 
 
