@@ -58,11 +58,12 @@ def in_one_line(error: Exception) -> QvlaError | None:
 
 def broken_package(error: Exception) -> InputError | None:
     """What a failed import means to a user; None if the fault may be in this package."""
-    missing = (getattr(error, "name", None) or "").partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and missing not in ("", _PACKAGE):
-        said = f"{missing} is not installed"
-    elif missing == _PACKAGE or (package := _raised_in(error)) == _PACKAGE:
+    named = error.name if isinstance(error, ImportError) else None
+    package = (named or "").partition(".")[0] or _raised_in(error)
+    if package == _PACKAGE:
         return None
+    if isinstance(error, ModuleNotFoundError) and named:
+        said = f"{package} is not installed"
     else:
         said = f"{_variables(str(error))}{package} is broken ({_text(error)})"
     return InputError(f"{said}; `qvla doctor` says what to install")
