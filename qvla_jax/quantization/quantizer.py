@@ -151,10 +151,11 @@ class Quantizer:
         rows.
         """
         bits, grid = np.asarray(bits, np.int32), self.settings.grid
+        codes, scale = quantize_mixed(weight, bits, grid=grid)
         if self.settings.rounding == "nearest" or not np.isin(bits, GRID_BITS).any():
-            return _nearest_rows(weight, bits, grid=grid)
+            return _nearest_rows(weight, bits, codes, scale)
         order, factor = self._factor(path)
-        return _feedback_rows(weight, bits, order, factor, grid=grid)
+        return _feedback_rows(weight, bits, scale, order, factor, grid=grid)
 
     def clips(
         self, weight: Float[Array, "c k"], options: tuple[int, ...]
@@ -204,30 +205,30 @@ class Quantizer:
         return jnp.asarray(order), jnp.asarray(factor)
 
 
-@functools.partial(jax.jit, static_argnames="grid")
+@jax.jit
 def _nearest_rows(
-    weight: Float[Array, "c k"], bits: Int[Array, " c"], *, grid: Grid
+    weight: Float[Array, "c k"],
+    bits: Int[Array, " c"],
+    codes: Float[Array, "c k"],
+    scale: Float[Array, "c 1"],
 ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
-    source = weight.astype(jnp.float32)
-    codes, scale = quantize_mixed(source, bits, grid=grid)
-    return _where_on_grid(source, bits, dequantize(codes, scale), scale)
+    return _where_on_grid(weight.astype(jnp.float32), bits, dequantize(codes, scale), scale)
 
 
 @functools.partial(jax.jit, static_argnames="grid")
 def _feedback_rows(
     weight: Float[Array, "c k"],
     bits: Int[Array, " c"],
+    scale: Float[Array, "c 1"],
     order: Int[Array, " k"],
     factor: Float[Array, "k k"],
     *,
     grid: Grid,
 ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
     source = weight.astype(jnp.float32)
-    _, scale = quantize_mixed(source, bits, grid=grid)
     code_levels = mixed_levels(bits, grid)[..., 0]
-    return _where_on_grid(
-        source, bits, feedback_rows(source, scale, code_levels, order, factor), scale
-    )
+    rounded = feedback_rows(source, scale, code_levels, order, factor)
+    return _where_on_grid(source, bits, rounded, scale)
 
 
 def _where_on_grid(
