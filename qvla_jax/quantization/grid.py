@@ -103,22 +103,25 @@ def quantize_rows(
     return codes.astype(jnp.int8), _scales(largest, stretch, 1)
 
 
+@functools.partial(jax.jit, static_argnames="grid")
 def quantize_mixed(
     weight: Float[Array, "c k"], bits: Int[Array, " c"], *, grid: Grid
 ) -> tuple[Float[Array, "c k"], Float[Array, "c 1"]]:
-    """As `quantize_rows` where every row has bits of its own, which are data: traceable.
+    """As `quantize_rows` where every row has bits of its own, which are data.
 
     One compiled program serves all mixes of bit-widths, where `quantize_rows` is compiled anew for
     each of them.
 
     Args:
-        weight: rows in float32, finite.
+        weight: rows, any floating type, finite.
         bits: of each row; those without a grid get the numbers of 8 bits.
         grid: "rtn" or "fitted".
 
     Returns:
-        Codes and scales in float32, those of `quantize_rows` bit for bit.
+        Codes and scales in float32, those of `quantize_rows` bit for bit unless an outer `jit` lets
+        XLA fuse the sums over rows with something else.
     """
+    weight = weight.astype(jnp.float32)
     own_levels = mixed_levels(bits, grid)
     tops = [code_map(b, grid).highest(b) for b in GRID_BITS]
     # As XLA divides by a constant, which the largest code is in `quantize_rows`.

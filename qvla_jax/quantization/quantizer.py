@@ -171,11 +171,12 @@ class Quantizer:
         The scale of rows with 0 and 16 bits is 1. With rotation, `weight` holds rotated rows.
         """
         bits, grid = np.asarray(bits, np.int32), self.settings.grid
+        codes, scales = quantize_mixed(weight, bits, grid=grid)
         if self.settings.rounding == "nearest" or not np.isin(bits, GRID_BITS).any():
-            codes, scales = _nearest_codes(weight, bits, grid=grid)
+            codes = codes.astype(jnp.int8)
         else:
-            codes, scales = _feedback_codes(weight, bits, *self._factors(path), grid=grid)
-        return QuantizedRows(bits=bits, codes=codes, scales=scales, grid=grid)
+            codes = _feedback_codes(weight, bits, scales, *self._factors(path), grid=grid)
+        return QuantizedRows(bits=bits, codes=codes, scales=_one_off_grid(bits, scales), grid=grid)
 
     def clips(
         self, weight: Float[Array, "c k"], options: tuple[int, ...]
@@ -226,28 +227,21 @@ class Quantizer:
 
 
 @functools.partial(jax.jit, static_argnames="grid")
-def _nearest_codes(
-    weight: Float[Array, "c k"], bits: Int[Array, " c"], *, grid: Grid
-) -> tuple[Int8[Array, "c k"], Float[Array, "c 1"]]:
-    codes, scale = quantize_mixed(weight.astype(jnp.float32), bits, grid=grid)
-    return codes.astype(jnp.int8), _one_off_grid(bits, scale)
-
-
-@functools.partial(jax.jit, static_argnames="grid")
 def _feedback_codes(
     weight: Float[Array, "c k"],
     bits: Int[Array, " c"],
+    scale: Float[Array, "c 1"],
     order: Int[Array, " k"],
     factor: Float[Array, "k k"],
     *,
     grid: Grid,
-) -> tuple[Int8[Array, "c k"], Float[Array, "c 1"]]:
-    source = weight.astype(jnp.float32)
-    _, scale = quantize_mixed(source, bits, grid=grid)
-    codes = feedback_rows(source, scale, mixed_levels(bits, grid)[..., 0], order, factor)
-    return codes, _one_off_grid(bits, scale)
+) -> Int8[Array, "c k"]:
+    return feedback_rows(
+        weight.astype(jnp.float32), scale, mixed_levels(bits, grid)[..., 0], order, factor
+    )
 
 
+@jax.jit
 def _one_off_grid(bits: Int[Array, " c"], scale: Float[Array, "c 1"]) -> Float[Array, "c 1"]:
     return jnp.where(((bits == PRUNED) | (bits == SOURCE))[:, None], 1.0, scale)
 
