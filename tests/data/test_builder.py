@@ -1,5 +1,6 @@
 """The RLDS builder, read back by the reader; writing needs TensorFlow."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from qvla_jax.data.libero.frames import save_rendered
 from qvla_jax.data.libero.hdf5 import read_demonstrations
 from qvla_jax.errors import DatasetError
 
-pytest.importorskip("tensorflow", reason="writing RLDS needs TensorFlow (extra `rlds`)")
+if importlib.util.find_spec("tensorflow") is None:  # importing it takes seconds of every worker
+    pytest.skip("writing RLDS needs TensorFlow (extra `rlds`)", allow_module_level=True)
 
 from qvla_jax.data.libero.builder import BuildArgs, build, choose_splits
 

@@ -1,5 +1,6 @@
 """Calibration sets of several data sets, and of a part of a large one."""
 
+import importlib.util
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,8 @@ from qvla_jax.data import open_x
 from qvla_jax.data.sampling import apportion
 from qvla_jax.errors import DatasetError, InputError
 
-pytest.importorskip("tensorflow", reason="writing RLDS needs TensorFlow (extra `rlds`)")
+if importlib.util.find_spec("tensorflow") is None:  # importing it takes seconds of every worker
+    pytest.skip("writing RLDS needs TensorFlow (extra `rlds`)", allow_module_level=True)
 
 from . import open_x_sets as sets
 

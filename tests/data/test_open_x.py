@@ -4,6 +4,7 @@ The expected actions are the public transforms, written out here feature by feat
 specifications are made of.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -22,7 +23,8 @@ from qvla_jax.data.open_x import encodings
 from qvla_jax.data.open_x.columns import Entries
 from qvla_jax.errors import DatasetError, InputError
 
-pytest.importorskip("tensorflow", reason="writing RLDS needs TensorFlow (extra `rlds`)")
+if importlib.util.find_spec("tensorflow") is None:  # importing it takes seconds of every worker
+    pytest.skip("writing RLDS needs TensorFlow (extra `rlds`)", allow_module_level=True)
 
 from . import open_x_sets as sets
 
