@@ -159,7 +159,7 @@ COMMANDS = {
         output="file", beside=True,
     ),
     "train": Command(
-        "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", "train",
+        "train a policy by behavior cloning", "qvla train --data DIR --out runs/train", "train",
         resumable=True,
     ),
     "serve": Command(
