@@ -160,7 +160,7 @@ COMMANDS = {
         output="file", beside=True,
     ),
     "train": Command(
-        "train a policy by behaviour cloning", "qvla train --data DIR --out runs/train", "train",
+        "train a policy by behavior cloning", "qvla train --data DIR --out runs/train", "train",
         resumable=True,
     ),
     "serve": Command(

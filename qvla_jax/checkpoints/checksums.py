@@ -1,7 +1,7 @@
-"""SHA-256 of every file of a folder, kept in the folder: a changed byte is found when it is read.
+"""SHA-256 of every file of a folder, kept in the folder, to detect changed bytes on reading.
 
-For checkpoints whose format has no checksums of its own; those that were written before, without
-the list, are read as they are.
+For checkpoints whose format has no checksums of its own; older ones without the list are read
+unchecked.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ CHECKSUMS_FILE = "checksums.json"
 
 
 def write_checksums(folder: Path) -> None:
-    """Lists every file below the folder, which is complete."""
+    """Lists every file below the folder, which must be complete."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS_FILE)
     sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
     write_json(folder / CHECKSUMS_FILE, {"sha256": sums})
@@ -26,7 +26,7 @@ def check_checksums(folder: Path, *, remedy: str) -> None:
 
     Args:
         folder: what `write_checksums` was called with.
-        remedy: the end of the error: what to do.
+        remedy: end of the error message, saying what to do.
 
     Raises:
         CheckpointError: a file is missing or not the one that was written, or the list is damaged.

@@ -1,8 +1,8 @@
-"""Lists of the keys of a settings file: which are followed, which do not matter, which are refused.
+"""Rules for the keys of a settings file: which are followed, irrelevant, or refused.
 
-Nothing that a file declares is passed over: a key is read (`Follow`), known to change no number
-(`Ignore`), or supported with some values only (`Only`). Every other key is refused by name, since
-what it asks for would not be done. `qvla_jax.checkpoints.keys` holds the lists.
+Nothing that a file declares is silently ignored: a key is read (`Follow`), known to change no
+number (`Ignore`), or supported only with some values (`Only`). Every other key is refused by name,
+since it would have no effect. `qvla_jax.checkpoints.keys` holds the lists.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from qvla_jax.errors import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class Follow:
-    """The reader takes the value, and checks it."""
+    """The reader uses the value, and checks it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Ignore:
 
 @dataclasses.dataclass(frozen=True)
 class Only:
-    """What these values ask for is what is done anyway."""
+    """These values request what is done anyway."""
 
     values: tuple[Any, ...]
     why: str = ""
@@ -69,7 +69,7 @@ def check_declared(
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: the beginning of its text."""
+    """A value for error messages: the beginning of its text."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

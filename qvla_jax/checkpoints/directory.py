@@ -1,4 +1,4 @@
-"""All tensors of a public directory as one mapping, each of which knows its file."""
+"""All tensors of a public directory as one mapping, with the file of each."""
 
 import collections
 import re
@@ -21,16 +21,16 @@ from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.errors import CheckpointError, CheckpointWarning
 
-# Buffers that older versions of the public code stored, and that it computes anew and ignores.
+# Buffers that older versions of the public code stored; it recomputes and ignores them.
 _IGNORED: Final = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$")
 
 
 class PublicTensors(Mapping[str, np.ndarray]):
     """The tensors of a directory under the names of `qvla_jax.models`.
 
-    Weights are mapped when they are asked for, components (`.pt`) at once. Adapters inside a
-    component are merged at once, too; the public code does so when it loads. An adapter in a folder
-    beside the weights is part of them already: the public scripts that write both have merged it.
+    Weights are mapped on request, components (`.pt`) immediately. Adapters inside a component are
+    merged immediately, too, as the public code does on loading. An adapter in a folder next to the
+    weights is already part of them: the public scripts that write both have merged it.
     """
 
     def __init__(self, folder: Path, *, merge: bool = False):
@@ -44,7 +44,7 @@ class PublicTensors(Mapping[str, np.ndarray]):
             CheckpointError: a file is missing, damaged or refused, or an adapter does not fit.
 
         Warns:
-            CheckpointWarning: an adapter is left alone.
+            CheckpointWarning: an adapter is ignored.
         """
         self._weights = ShardedTensors(folder)
         check_tensor_files(folder)
@@ -87,7 +87,7 @@ class PublicTensors(Mapping[str, np.ndarray]):
         self._tensors = collections.ChainMap(components, rest)  # type: ignore[arg-type]
 
     def file_of(self, name: str) -> str:
-        """The file that a tensor stands in or, if it stands in none, that should hold it."""
+        """The file that holds a tensor or, if none does, the file that should."""
         part = self._parts.get(name.partition(".")[0])
         return str(self._files.get(name) or part or self._weights.file_of(name) or self._listing)
 

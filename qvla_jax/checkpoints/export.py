@@ -1,4 +1,4 @@
-"""Writing the public Hugging Face layout: of a model, of an imported directory, synthetic ones.
+"""Writes the public Hugging Face layout: for a model, an imported directory, or synthetic weights.
 
 Tensors of a directory pass one at a time through the same path as in `load_policy`: mapped,
 checked, brought into Flax's layout and placed on the device; then back.
@@ -46,7 +46,7 @@ _BLOCK: Final = 1 << 22
 
 # Linear maps of FiLM itself, which the public code adds after the adapters.
 _FILM: Final = (".scale.weight", ".scale.bias", ".shift.weight", ".shift.bias")
-# Parts that are component files, and what the files are called.
+# Parts that are component files, and the names of the files.
 _WHOLE: Final = ("action_head", "proprio_projector", "action_decoder")
 _FILES: Final = {
     "action_head": "action_head--0_checkpoint.pt",
@@ -66,24 +66,25 @@ def export_model(
     *,
     dtype: Any = None,
 ) -> None:
-    """Writes a model as a public directory, but for the tokenizer.
+    """Writes a model as a public directory, without the tokenizer.
 
     Action head, proprio projector, action decoder and a vision backbone with FiLM become component
     files. The public code wraps the latter in adapters before it loads it, so it is written with
-    adapters that add nothing; the towers without FiLM stand among the weights as well, as there.
+    adapters that add nothing; as in public checkpoints, the towers without FiLM are also among the
+    weights.
 
     Args:
-        config: the model's configuration. What the layout does not tell is kept in config.json
+        config: the model's configuration. What the layout cannot express is kept in config.json
             under the key `qvla_jax`, which the public code does not read.
         model: with arrays.
         statistics: data set name -> public statistics.
         out: an empty or new folder.
-        dtype: of all tensors; None keeps the parameters' own.
+        dtype: dtype of all tensors; None keeps the parameters' own.
 
     Raises:
         InputError: `out` holds files already.
         CheckpointError: the model's parameters are not those of the configuration; a quantized
-            model has biases that the layout has no place for.
+            model has biases that the layout cannot hold.
     """
     tensors = public_tensors(model, dtype=dtype)
     check_shapes(abstract_model(config), tensors, source=config.name)
@@ -108,7 +109,7 @@ def export_model(
 
 
 def _write_settings(config: OpenVLAConfig, statistics: Mapping[str, Any], out: Path) -> None:
-    """Everything but weights, which are there already, and the tokenizer."""
+    """Writes everything but the tokenizer and the weights, which already exist."""
     for name, content in public_settings(config).items():
         write_json(out / name, content)
     write_json(out / STATISTICS_FILE, statistics)
@@ -116,7 +117,7 @@ def _write_settings(config: OpenVLAConfig, statistics: Mapping[str, Any], out: P
     read, _ = read_config(out, sizes_only=True)
     told = read.to_dict() | {"name": None, "unnorm_key": None}  # folder and statistics may change
     own = {key: value for key, value in config.to_dict().items() if value != told.get(key)}
-    if config.decoding == "l1":  # what was made up, since the files do not tell it
+    if config.decoding == "l1":  # made up, because the files do not say
         for name in ("num_images", "action_horizon", "action_normalization", "center_crop"):
             own[name] = getattr(config, name)
     write_json(out / CONFIG_FILE, {**settings, "norm_stats": statistics, OWN_KEY: own})
@@ -143,8 +144,8 @@ def reexport(source: Path, out: Path) -> None:
     """Imports a public directory tensor by tensor and writes it again, bit for bit.
 
     Component files (`.pt`), tokenizer and settings are copied as they are, and so are weights that
-    a component file replaces. An adapter beside the weights, which hold it, is left alone. Numbers
-    that are no JSON (NaN, infinite) become null in the settings, as in a policy.
+    a component file replaces. An adapter next to weights that include it is ignored. Numbers that
+    are not valid JSON (NaN, infinite) become null in the settings, as in a policy.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor does not fit its model.
@@ -167,7 +168,7 @@ def reexport(source: Path, out: Path) -> None:
 
 
 class _Imported(Mapping[str, np.ndarray]):
-    """The stored tensors, each imported when it is asked for."""
+    """The stored tensors, each imported on request."""
 
     def __init__(
         self,
@@ -226,9 +227,8 @@ class _Random(Mapping[str, np.ndarray]):
 
     Entries of matrices are Student's t with 5 degrees of freedom, of deviation 0.02. The deviations
     of output channels spread around it as a log-normal does (sigma 0.5), and those of one input in
-    128 are four times as large. Factors of norms lie around 1, all other vectors around 0.
-
-    Tensors of one shape are one tensor, its first axis rolled by another number of places.
+    128 are four times as large. Factors of norms are around 1, all other vectors around 0. Tensors
+    of the same shape are one tensor with its first axis rolled by different amounts.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int):
@@ -264,6 +264,6 @@ class _Random(Mapping[str, np.ndarray]):
 
 
 def check_empty(out: Path) -> None:
-    """Raises an `InputError` if a folder holds files already."""
+    """Raises an `InputError` if a folder already holds files."""
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: holds files already; name an empty or a new folder")

@@ -1,4 +1,4 @@
-"""The files of a public directory: which hold the policy, and what errors say where one lacks."""
+"""The files of a public directory: which hold the policy, and the errors if one is missing."""
 
 import fnmatch
 import json
@@ -13,15 +13,15 @@ STATISTICS_FILE: Final = "dataset_statistics.json"
 ADAPTER_FOLDER: Final = "lora_adapter"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
-# Parts that may lie in a file of their own, which then replaces what the weights hold of them, and
-# what the file is called. The public code wants the part's name and "checkpoint" in it.
+# Parts that may have their own file, which then replaces them in the weights, and the file's name.
+# The public code requires the part's name and "checkpoint" in it.
 COMPONENTS: Final = {
     "action_head": "*action_head*checkpoint*.pt",
     "proprio_projector": "*proprio_projector*checkpoint*.pt",
     "vision_backbone": "*vision_backbone*checkpoint*.pt",
     "action_decoder": "action_decoder*.pt",
 }
-# What training leaves beside a policy, and other forms of the same weights: not read.
+# Leftovers of training, and other forms of the same weights: not read.
 _NOT_READ: Final = (
     "optimizer*",
     "scheduler*",
@@ -33,7 +33,7 @@ _NOT_READ: Final = (
     "trainer_state*",
     "pytorch_model*.bin",
 )
-# Files that hold tensors: each is read, not read on purpose, or refused.
+# Files that hold tensors: each is read, deliberately not read, or refused.
 _TENSORS: Final = ("*.pt", "*.pth", "*.ckpt", "*.bin")
 _OTHER_FORMATS: Final = ("*.gguf", "*.bin", "*.h5", "*.msgpack", "*.pth", "*.ckpt", "*.onnx")
 
@@ -54,7 +54,7 @@ def component_file(folder: Path, name: str) -> Path | None:
 
 
 def check_tensor_files(folder: Path) -> None:
-    """Checks that no file holds tensors that would be passed over.
+    """Checks that no file holds tensors that would be silently ignored.
 
     Raises:
         CheckpointError: there is one. The message names it.
@@ -123,7 +123,7 @@ def check_not_adapter_only(folder: Path) -> None:
 
 
 def missing_weights(folder: Path, index: Path) -> CheckpointError:
-    """What there is in place of `model.safetensors` and of an index."""
+    """The error for missing weights; names what the directory has instead."""
     check_not_adapter_only(folder)
     shards = sorted(path.name for path in folder.glob("model*.safetensors"))
     if shards:
@@ -151,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parses a JSON file that holds an object.
 
     Raises:
-        CheckpointError: it is missing, not JSON, or another value.
+        CheckpointError: it is missing, not JSON, or not an object.
     """
     try:
         content = json.loads(path.read_text())

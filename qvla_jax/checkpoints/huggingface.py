@@ -16,7 +16,7 @@
 | `tokenizer_config.json`              | must say what `tokenizer.json` does                |
 | `generation_config.json`             | must ask for greedy decoding                       |
 
-What each of the settings files may declare is listed in `qvla_jax.checkpoints.keys`.
+`qvla_jax.checkpoints.keys` lists what each settings file may declare.
 """
 
 import math
@@ -46,15 +46,15 @@ from qvla_jax.checkpoints.univla import decoder_sizes
 from qvla_jax.config import PRESETS, LlamaConfig, OpenVLAConfig, VisionTowerConfig
 from qvla_jax.errors import CheckpointError, InputError, unknown
 
-# Of config.json: what our own export keeps and the public layout has no word for.
+# Key of config.json under which our export keeps what the public layout cannot express.
 OWN_KEY: Final = "qvla_jax"
 KNOWN_TOWERS: Final = {t.timm_id: t for t in PRESETS["openvla-7b"].vision}
 TOWERS_FILE: Final = "tiny_vision_archs.json"
 _BOS: Final = 1
 _EOS: Final = 2
-# Entries of an action, where no tensor tells them.
+# Entries of an action, if no tensor determines them.
 _ACTION_DIM: Final = 7
-# Prompts are padded to this, so that one compiled program serves nearly all instructions.
+# Prompts are padded to this length, so that one compiled program serves nearly all instructions.
 _MAX_PROMPT_TOKENS: Final = 96
 _CLASSES: Final = {
     "OpenVLAConfig",
@@ -70,7 +70,7 @@ def is_huggingface(folder: Path) -> bool:
     """Whether a directory holds a public checkpoint rather than one of ours.
 
     Raises:
-        CheckpointError: config.json is no JSON, or there is nothing but an adapter.
+        CheckpointError: config.json is not JSON, or there is only an adapter.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -92,14 +92,14 @@ def read_config(
 
     Args:
         folder: the directory.
-        options: what the files do not tell.
-        empty_token_id: the tokenizer's lone word-boundary piece; Llama's 29871 if left out.
-        sizes_only: the caller needs no more than the shapes of the parameters, for which nothing
-            has to be said: what is not told by the files is made up.
+        options: what the files do not say.
+        empty_token_id: the tokenizer's lone word-boundary piece; by default Llama's 29871.
+        sizes_only: the caller only needs the shapes of the parameters, which need no options: what
+            the files do not say is made up.
 
     Raises:
-        CheckpointError: a file is missing or would be passed over; a key has no, an unknown or an
-            unsupported value; or an option is needed, or contradicts the files.
+        CheckpointError: a file is missing or would be silently ignored; a key has a missing,
+            unknown or unsupported value; or an option is needed, or contradicts the files.
     """
     path = folder / CONFIG_FILE
     raw = read_json(path)
@@ -146,7 +146,7 @@ def read_config(
 
 
 def _check_classes(auto_map: Any, path: Path) -> None:
-    """Checks that the code that transformers would load is that of OpenVLA."""
+    """Checks that transformers would load OpenVLA's code."""
     named = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
     for name in named:
         if not isinstance(name, str) or name.rpartition(".")[2] not in _CLASSES:
@@ -157,7 +157,7 @@ def _check_classes(auto_map: Any, path: Path) -> None:
 
 
 def _own(raw: Mapping[str, Any], path: Path, options: LoadOptions) -> dict[str, Any]:
-    """What our own export kept, and what the user says."""
+    """The configuration kept by our own export, with the user's options."""
     kept = raw.get(OWN_KEY, {})
     if not isinstance(kept, dict):
         raise CheckpointError(f"{path}: {OWN_KEY}: expected an object, found {kept!r}")
@@ -173,7 +173,7 @@ def _own(raw: Mapping[str, Any], path: Path, options: LoadOptions) -> dict[str, 
 
 
 def _inferred(folder: Path, raw: Mapping[str, Any], empty_token_id: int | None) -> OpenVLAConfig:
-    """The architecture, as far as the files tell it."""
+    """The architecture, as far as the files determine it."""
     head, proprio, film, decoder = (component_file(folder, name) for name in COMPONENTS)
     if head is not None and decoder is not None:
         raise CheckpointError(
@@ -199,7 +199,7 @@ def _inferred(folder: Path, raw: Mapping[str, Any], empty_token_id: int | None) 
         raise CheckpointError(f"{head}: is a diffusion head, which is not supported; L1 heads are")
     oft = head is not None
     text = _text_config(raw["text_config"], folder / CONFIG_FILE)
-    # UniVLA's actions are those of its LIBERO evaluation, as OpenVLA's.
+    # UniVLA's actions are those of its LIBERO evaluation, like OpenVLA's.
     window, latent = (1, None) if decoder is None else decoder_sizes(decoder, _ACTION_DIM)
     for key in ("pad_token_id", "pad_to_multiple_of"):
         if type(raw[key]) is not int:
@@ -226,15 +226,15 @@ def _inferred(folder: Path, raw: Mapping[str, Any], empty_token_id: int | None) 
 
 
 def check_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
-    """Checks a tokenizer, and that what stands beside `tokenizer.json` asks for nothing else.
+    """Checks a tokenizer, and that the files next to `tokenizer.json` agree with it.
 
     Args:
         folder: the directory.
-        tokenizer: what `tokenizer.json` holds.
+        tokenizer: the content of `tokenizer.json`.
 
     Raises:
         CheckpointError: a setting is not supported, a token has another id, or prompts do not begin
-            with BOS, behind which the image goes, or end with EOS.
+            with BOS, after which the image goes, or they end with EOS.
     """
     token_id = tokenizer.token_to_id
     ids = tokenizer.encode("a").ids
@@ -275,7 +275,7 @@ def _only_key(statistics: Mapping[str, Any], folder: Path) -> str:
 
 
 def _conventions(config: OpenVLAConfig, key: str | None) -> dict[str, Any]:
-    """Chunk length, normalization and images, where the kind of the policy or its robot tells."""
+    """Chunk length, normalization and images, as far as the policy or its robot fixes them."""
     if config.decoding != "l1":
         return {
             "action_horizon": config.action_horizon,
@@ -296,7 +296,7 @@ def _told(
     statistics: Mapping[str, Any],
     source: Path,
 ) -> dict[str, Any]:
-    """Which statistics, and what goes with them; raises if the user has to say it."""
+    """The statistics and what follows from them; raises an error if the user must choose."""
     if key not in statistics:
         raise CheckpointError(f"{source}: {unknown('statistics', key, statistics)}")
     check_entry(statistics, key, str(source))
@@ -319,7 +319,7 @@ def _told(
 
 
 def _check_tokens(folder: Path, config: OpenVLAConfig, horizon: int | None) -> None:
-    """Checks the chunk length that is said of a policy without a regression head."""
+    """Checks the given chunk length of a policy without a regression head."""
     kind = "OpenVLA" if config.decoding == "tokens" else "UniVLA"
     if horizon not in (None, config.action_horizon):
         raise CheckpointError(
@@ -384,7 +384,7 @@ def _text_config(raw: Mapping[str, Any], path: Path) -> LlamaConfig:
 
 
 def _whole(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    """A positive whole number; null, and a key that is missing, stand for the default."""
+    """A positive whole number; null and a missing key mean the default."""
     value = raw.get(key)
     value = default if value is None else value
     if value is None:
@@ -424,7 +424,7 @@ def _towers(folder: Path, raw: Mapping[str, Any]) -> tuple[VisionTowerConfig, Vi
 
 
 def _colours(path: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """The constants that each tower's input is normalized with."""
+    """The normalization constants of each tower's input."""
     raw = read_json(path)
     check_declared(raw, keys.PREPROCESSOR, str(path))
     lists = {
@@ -517,7 +517,7 @@ def _action_dim(head: Path) -> int:
 
 
 def _check_sizes(folder: Path, config: OpenVLAConfig, entry: Mapping[str, Any], key: str) -> None:
-    """Raises if a component's sizes are not those of the statistics that the policy uses."""
+    """Raises an error if a component's sizes differ from those of the policy's statistics."""
     for block, part, name, size in (
         ("action", "action_head", "model.fc2.weight", config.action_dim),
         ("proprio", "proprio_projector", "fc1.weight", config.proprio_dim),

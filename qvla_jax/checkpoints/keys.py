@@ -56,7 +56,7 @@ _GENERATION: Final[Mapping[str, Rule]] = {
     "return_dict_in_generate": _RUNTIME,
 }
 
-# What both `PretrainedConfig`s, the model's and that of its language model, may hold.
+# Keys that both `PretrainedConfig`s, the model's and its language model's, may hold.
 _PRETRAINED: Final[Mapping[str, Rule]] = {
     **_GENERATION,
     "_name_or_path": _ABOUT,
@@ -176,7 +176,7 @@ PREPROCESSOR: Final[Mapping[str, Rule]] = {
     "transformers_version": _ABOUT,
     "_name_or_path": _ABOUT,
 }
-# Of each entry of `tvf_normalize_params`, `tvf_resize_params` and `tvf_crop_params`.
+# Keys of each entry of `tvf_normalize_params`, `tvf_resize_params` and `tvf_crop_params`.
 NORMALIZE: Final[Mapping[str, Rule]] = {"mean": _READ, "std": _READ, "inplace": _RUNTIME}
 RESIZE: Final[Mapping[str, Rule]] = {
     "size": _READ,
@@ -186,7 +186,7 @@ RESIZE: Final[Mapping[str, Rule]] = {
 }
 CROP: Final[Mapping[str, Rule]] = {"output_size": _READ}
 
-# Of each tower in tiny_vision_archs.json.
+# Keys of each tower in tiny_vision_archs.json.
 TOWER: Final[Mapping[str, Rule]] = {
     "patch_size": _READ,
     "embed_dim": _READ,
@@ -205,7 +205,7 @@ TOWER: Final[Mapping[str, Rule]] = {
     "qkv_bias": Only((True,)),
 }
 
-# `tokenizer_config.json` beside `tokenizer.json`, which says how text becomes tokens.
+# `tokenizer_config.json` next to `tokenizer.json`, which defines how text becomes tokens.
 TOKENIZER: Final[Mapping[str, Rule]] = {
     "added_tokens_decoder": _READ,
     "add_bos_token": Only((True, None)),
@@ -248,7 +248,7 @@ TOKENIZER: Final[Mapping[str, Rule]] = {
     "special_tokens_map_file": _ABOUT,
 }
 
-# Of each data set in dataset_statistics.json or `norm_stats`.
+# Keys of each data set in dataset_statistics.json or `norm_stats`.
 STATISTICS: Final[Mapping[str, Rule]] = {
     "action": _READ,
     "proprio": _READ,
@@ -256,7 +256,7 @@ STATISTICS: Final[Mapping[str, Rule]] = {
     "num_trajectories": _ABOUT,
 }
 _UNUSED = Ignore("no normalization reads it")
-# Of its blocks, `action` and `proprio`.
+# Keys of its blocks, `action` and `proprio`.
 BLOCK: Final[Mapping[str, Rule]] = {
     "q01": _READ,
     "q99": _READ,
@@ -271,7 +271,7 @@ BLOCK: Final[Mapping[str, Rule]] = {
     "count": _UNUSED,
 }
 
-# `adapter_config.json` of PEFT. What is null, false or empty passes under any name.
+# PEFT's `adapter_config.json`. Unknown keys pass if they are null, false or empty.
 ADAPTER: Final[Mapping[str, Rule]] = {
     "r": _READ,
     "lora_alpha": _READ,

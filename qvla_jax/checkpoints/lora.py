@@ -1,4 +1,4 @@
-"""Merging low-rank adapters (LoRA, as PEFT stores them) into the weights that they adapt.
+"""Merges low-rank adapters (LoRA, as PEFT stores them) into the weights that they adapt.
 
 W <- W + (alpha / r) B A. A convolution's A is [r, 3, p, p] and its B [c, r, 1, 1].
 """
@@ -19,9 +19,9 @@ from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.checkpoints.weights import check_shape
 from qvla_jax.errors import CheckpointError
 
-# OpenVLA-OFT trains with alpha = min(r, 16); the files do not tell it.
+# OpenVLA-OFT trains with alpha = min(r, 16); the files do not say.
 _MAX_ALPHA = 16
-# The rank that it trains with, and what an error expects where an adapter is not there at all.
+# Its training rank, which errors expect if an adapter is missing.
 _RANK = 32
 _PEFT_PREFIX = "base_model.model."
 
@@ -53,7 +53,7 @@ def _checked(
     source: str,
     rank: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both halves of an adapter; raises unless they fit the shape of their weight."""
+    """Both halves of an adapter; raises an error unless they fit the shape of their weight."""
     channels, *inputs = weight
     a = _expect(names[0], halves[0], (rank, *inputs), source)
     b = _expect(names[1], halves[1], (channels, rank, *[1] * (len(inputs) - 1)), source)
@@ -63,8 +63,7 @@ def _checked(
 def merge_inline(tensors: Mapping[str, np.ndarray], *, source: str) -> dict[str, np.ndarray]:
     """Merges `X.base_layer.weight`, `X.lora_A.default.weight`, `X.lora_B.default.weight` into X.
 
-    Other tensors, and weights whose adapter is zero, pass through. The result is float32 where
-    something was merged.
+    Other tensors, and weights whose adapter is zero, pass through. Merged tensors are float32.
 
     Raises:
         CheckpointError: an adapter has no base, only one of its halves, or one of a shape that
@@ -92,7 +91,7 @@ def merge_inline(tensors: Mapping[str, np.ndarray], *, source: str) -> dict[str,
             )
             a, b = _checked(names, halves, tensor.shape, source, rank)
             scale = min(rank, _MAX_ALPHA) / rank
-            if not b.any():  # adds nothing: the weight passes bit for bit, zeros' signs included
+            if not b.any():  # adds nothing: the weight passes bit for bit, including signs of zeros
                 merged[f"{layer}.{leaf}"] = tensor
                 continue
             tensor = tensor.astype(np.float32) + scale * low_rank(a, b, tensor.shape)
@@ -127,7 +126,7 @@ class _Adapted(Mapping[str, np.ndarray]):
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What an `adapter_config.json` says of each layer."""
+    """The settings of each layer in an `adapter_config.json`."""
 
     file: str
     rank: int
@@ -172,8 +171,8 @@ class _Settings:
         """Rank of a layer's adapter, and the factor of its product.
 
         Raises:
-            CheckpointError: the settings do not make the layer one of the adapted ones, or a
-                pattern is no expression.
+            CheckpointError: the settings do not adapt this layer, or a pattern is not a regular
+                expression.
         """
         if not self._is_target(layer):
             raise CheckpointError(
@@ -223,9 +222,9 @@ def merge_adapter(
     Merged weights keep their dtype.
 
     Args:
-        tensors: of the base.
-        folder: of the adapter.
-        replaced: parts of the model that are not merged, since other files hold them.
+        tensors: tensors of the base.
+        folder: folder of the adapter.
+        replaced: parts of the model that are not merged, because other files hold them.
 
     Raises:
         CheckpointError: a file is missing or damaged, a setting is not supported, or a half of an

@@ -1,4 +1,4 @@
-"""What the files of a public directory do not tell."""
+"""What the files of a public directory do not say."""
 
 import dataclasses
 from typing import Literal
@@ -11,15 +11,15 @@ ActionNormalization = Literal["quantiles", "min_max"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What the files of a public directory do not tell, as the user says it; None: not said.
+    """What the files of a public directory do not say, given by the user; None: not given.
 
     Attributes:
-        unnorm_key: whose statistics un-normalize the actions; may be left out where there is one
-            data set.
+        unnorm_key: data set whose statistics un-normalize the actions; optional if there is only
+            one.
         num_images: cameras.
         center_crop: whether raw images are cropped to the central 90 % of their area
             (--center-crop or --no-center-crop).
-        action_horizon: actions of a chunk.
+        action_horizon: actions per chunk.
         action_normalization: what maps to -1 and 1: the quantiles q01 and q99, or min and max.
         merge_adapter: the weights are the base of `lora_adapter/`, which is merged into them.
 

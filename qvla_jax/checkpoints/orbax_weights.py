@@ -23,7 +23,7 @@ from qvla_jax.errors import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """An array that is made when its turn to be written has come."""
+    """An array that is made when it is written."""
 
     make: Callable[[], np.ndarray]
 
@@ -45,9 +45,9 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
 
 class _EveryRead:
-    """Waits for every read before the first error goes out, and names its parameter.
+    """Waits for every read before raising the first error, and names its parameter.
 
-    A read that an error leaves behind outlives its event loop, and complains on stderr.
+    An abandoned read would outlive its event loop and print errors to stderr.
     """
 
     async def metadata(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> Sequence[Any]:
@@ -92,11 +92,11 @@ def save_orbax(
     """Imports public tensors into an orbax checkpoint, one at a time.
 
     Args:
-        path: a folder that does not exist yet; it appears when it is complete, and is given a
-            list of checksums last.
+        path: a folder that does not exist yet; it appears when complete, and gets its list of
+            checksums last.
         model: abstract or not; its parameters' dtypes are those written.
         tensors: public name -> tensor.
-        source: what errors name.
+        source: the name in error messages.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong shape, NaN or infinite.
@@ -110,7 +110,7 @@ def save_orbax(
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    # One file for each parameter: gathered into large ones, all would be held until the end.
+    # One file per parameter: large combined files would be held in memory until the end.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer, _quiet():
         checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(tree))
@@ -140,14 +140,13 @@ def load_orbax(
         sharding: of every parameter; None puts it on the default device.
 
     Raises:
-        CheckpointError: the checkpoint is damaged (each file must be, byte for byte, the one that
-            was written), or a parameter is missing, unexpected or of the wrong shape. The message
-            names it.
+        CheckpointError: the checkpoint is damaged (each file must be byte for byte as written), or
+            a parameter is missing, unexpected or of the wrong shape. The message names it.
     """
     variables = {name: variable for name, (_, variable) in flax_leaves(model).items()}
     with _reading(path) as checkpointer:
         _check(variables, _metadata(checkpointer, path), path)
-        # Orbax ties an array to its devices; without a sharding it shall follow the inputs.
+        # Orbax commits an array to its devices; without a sharding it must follow the inputs.
         arguments = {
             name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=v.dtype)
             if sharding is None
@@ -157,7 +156,7 @@ def load_orbax(
         restored = checkpointer.restore(
             path.resolve(), args=ocp.args.PyTreeRestore(restore_args=arguments)
         )
-    # Last, since errors of the reader say more.
+    # Last, because the reader's errors are more specific.
     check_checksums(path, remedy="import the policy again")
     for name, variable in variables.items():
         variable.set_value(jax.device_put(restored.pop(name), sharding))

@@ -26,8 +26,7 @@ from qvla_jax.quantization.layout import source_bytes
 
 SUFFIX: Final = ".qvla"
 _KIND: Final = "qvla_jax.packed_policy"
-# 2 where a layer scales or rounds its inputs, 3 where one rotates them: readers of older versions
-# would not.
+# 2 if a layer scales or rounds its inputs, 3 if one rotates them: older readers would not.
 _VERSION, _VERSION_WITH_INPUTS, _VERSION_WITH_ROTATION = 1, 2, 3
 _VERSIONS: Final = (_VERSION, _VERSION_WITH_INPUTS, _VERSION_WITH_ROTATION)
 _TOKENIZER: Final = "tokenizer.json"
@@ -47,7 +46,7 @@ def write_packed(
     Args:
         path: ends in `.qvla`.
         layers: path and packed weight of each quantized layer, on the host, and what it does to its
-            inputs; asked for once, and written before the next one is.
+            inputs; each is requested once, and written before the next.
         tensors: all other parameters under their public names, read one at a time; each is stored
             in the narrowest type that holds it exactly.
         tokenizer: its JSON.
@@ -189,7 +188,7 @@ class LayerEntry:
 
 
 class PackedFile:
-    """An opened `.qvla` file: the header is checked, the tensors are not read yet."""
+    """An open `.qvla` file; the header is checked, the tensors are not read yet."""
 
     def __init__(self, path: Path):
         """Opens it.
@@ -218,10 +217,10 @@ class PackedFile:
         self._check_names()
 
     def weight(self, name: str) -> kernels.PackedWeight:
-        """A layer's packed weight, as views of the file where they are aligned.
+        """A layer's packed weight, as views of the file if they are aligned.
 
         Raises:
-            CheckpointError: its bytes were changed, or an invariant does not hold.
+            CheckpointError: its bytes were changed, or an invariant is violated.
         """
         entry = self.layers[name]
         arrays = {field: self._file[f"{name}.{field}"] for field in entry.specs}
@@ -288,7 +287,7 @@ class PackedFile:
 
     @property
     def packed_bytes(self) -> int:
-        """Stored bytes of the packed layers, which the allocator's account counts."""
+        """Stored bytes of the packed layers, as the allocator counts them."""
         return sum(entry.nbytes for entry in self.layers.values())
 
     @property
@@ -325,7 +324,7 @@ class PackedFile:
             for field in _FIELDS:
                 name, expected = f"{entry.path}.{field}", entry.specs.get(field)
                 found = self._file.spec(name) if name in self._file else None
-                # A layer without a bias has no such tensor, nor has any other parameter its name.
+                # A layer without a bias has no such tensor, and no other parameter has its name.
                 if found != expected:
                     raise CheckpointError(
                         f"{self.path}: layer {entry.path}: {field} is {_spell(found)}, the segment "
@@ -336,7 +335,7 @@ class PackedFile:
 
 
 class _Chosen(Mapping[str, np.ndarray]):
-    """Some tensors of a file, read when they are asked for."""
+    """Some tensors of a file, read on request."""
 
     def __init__(self, file: Mapping[str, np.ndarray], names: list[str]):
         self._file, self._names = file, dict.fromkeys(names)
@@ -366,7 +365,7 @@ def _describe(name: str, w: kernels.PackedWeight) -> dict[str, Any]:
 
 
 def _flat(w: kernels.PackedWeight) -> dict[str, np.ndarray]:
-    """The arrays of a weight, those of all segments one behind the other."""
+    """The arrays of a weight, concatenated over segments."""
     arrays = {
         "words": np.concatenate([np.zeros(0, np.uint32), *(a.ravel() for a in w.words)]),
         "scales": np.concatenate([np.zeros(0, ml_dtypes.bfloat16), *(a.ravel() for a in w.scales)]),

@@ -1,7 +1,8 @@
-"""The constants that OpenVLA-OFT has for three robots, which the weights do not tell.
+"""OpenVLA-OFT's constants for three robots, which the weights do not determine.
 
-The public code picks them by the command line (`prismatic/vla/constants.py`), where the name of the
-data set stands; here the name of the statistics tells them, if the numbers of entries agree.
+The public code picks them by the data set's name on the command line
+(`prismatic/vla/constants.py`); here the name of the statistics determines them, if the numbers of
+entries agree.
 """
 
 import dataclasses
@@ -15,12 +16,12 @@ class Platform:
     """Constants of one robot.
 
     Attributes:
-        name: as it stands in the names of its data sets.
+        name: part of the names of its data sets.
         action_horizon: actions of a chunk.
         action_dim: entries of an action.
         proprio_dim: entries of the robot's state.
         action_normalization: of actions and proprio.
-        num_images: cameras of its data sets, in the order main, at the grippers.
+        num_images: cameras of its data sets: the main one, then those at the grippers.
     """
 
     name: str
@@ -67,7 +68,7 @@ PLATFORMS: Final = (
 
 
 def platform_of(unnorm_key: str, *, action_dim: int, proprio_dim: int) -> Platform | None:
-    """The robot whose name stands in that of the statistics, if its numbers of entries are these.
+    """The robot named in the statistics' name, if its numbers of entries match.
 
     Args:
         unnorm_key: name of the statistics.

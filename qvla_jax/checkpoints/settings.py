@@ -71,7 +71,8 @@ def _sizes(tower: VisionTowerConfig) -> dict[str, Any]:
         "embed_dim": tower.embed_dim,
         "depth": tower.depth,
         "num_heads": tower.num_heads,
-        # The width is the integer part of the product: half a unit above never falls below it.
+        # The width is the integer part of the product; half a unit more guards against rounding
+        # down.
         "mlp_ratio": (tower.mlp_dim + 0.5) / tower.embed_dim,
         "class_token": tower.class_token,
         "reg_tokens": tower.num_registers,

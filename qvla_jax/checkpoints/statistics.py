@@ -1,4 +1,4 @@
-"""Statistics of data sets: read, made strict JSON, and checked where they are used."""
+"""Statistics of data sets: read, converted to strict JSON, and checked where used."""
 
 import math
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from qvla_jax.errors import CheckpointError
 def finite(value: Any) -> Any:
     """A JSON value with null in place of every number that is NaN or infinite.
 
-    Fine-tunes write such numbers where nothing was recorded, and they are no JSON. What a policy
-    uses of its statistics is checked to be numbers.
+    Fine-tunes write such numbers where nothing was recorded, and they are not valid JSON. The
+    statistics that a policy uses are checked to be numbers.
     """
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
@@ -31,7 +31,7 @@ def check_entry(statistics: Mapping[str, Any], key: str, source: str) -> None:
         source: the file, for errors.
 
     Raises:
-        CheckpointError: they are no object, or hold a key that is not known.
+        CheckpointError: they are not an object, or hold an unknown key.
     """
     entry = statistics[key]
     for where, found, rules in (

@@ -1,8 +1,7 @@
 """Sharded safetensors read and written one tensor at a time.
 
-A file is mapped once, so that thousands of tensors take one open file. What was read of a tensor
-leaves resident memory with its last array, so memory is bounded by the tensors in use and not by
-the file.
+A file is mapped once, so thousands of tensors take one open file. A tensor's pages leave resident
+memory with its last array, so memory is bounded by the tensors in use and not by the file.
 """
 
 import json
@@ -41,7 +40,7 @@ _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# Read and written at once where a file is copied.
+# Bytes per read and write when a file is copied.
 _COPY_BYTES: Final = 1 << 24
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -74,7 +73,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         self.path, self._begin = path, 8 + length
         self._mapping: mmap.mmap | None = None
         self._entries = {name: header[name] for name in names}
-        # The library takes null for none.
+        # The library accepts null as absent.
         self.metadata: dict[str, str] = header.get("__metadata__") or {}
         for name, entry in self._entries.items():
             if entry["dtype"] not in _DTYPES:
@@ -90,7 +89,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         try:
             if self._mapping is None:
                 self._mapping = map_file(self.path)
-            # Reading what a file no longer holds would end the process.
+            # Reading past the end of a truncated file would kill the process.
             if (found := self.path.stat().st_size) < offset + size:
                 raise ValueError(f"{found} bytes")
         except (OSError, ValueError) as error:
@@ -118,8 +117,8 @@ class ShardedTensors(Mapping[str, np.ndarray]):
         """Reads the headers of all files.
 
         Raises:
-            CheckpointError: a file is missing, damaged or not in the index, or a tensor stands in
-                two files, in none, or in another one than the index says.
+            CheckpointError: a file is missing, damaged or not in the index, or a tensor is in two
+                files, in none, or not in the file given by the index.
         """
         index, single = folder / INDEX_FILE, folder / SINGLE_FILE
         weight_map: dict[str, str] | None = None
@@ -133,7 +132,7 @@ class ShardedTensors(Mapping[str, np.ndarray]):
         self._files: dict[str, TensorFile] = {}
         for name in files:
             path = folder / name
-            # A name with a folder in it would reach out of the directory.
+            # A name with a folder in it could leave the directory.
             if Path(name).name != name or not os.path.isfile(path):
                 raise CheckpointError(f"{path}: missing; the index names it")
             file = TensorFile(path)
@@ -166,7 +165,7 @@ class ShardedTensors(Mapping[str, np.ndarray]):
                 )
 
     def file_of(self, name: str) -> Path | None:
-        """The file that a tensor stands in; None if it stands in none."""
+        """The file that holds a tensor; None if none does."""
         file = self._files.get(name)
         return None if file is None else file.path
 
@@ -227,12 +226,12 @@ def write_file(
 ) -> None:
     """Writes one safetensors file, completely or not at all.
 
-    The header stands in front and is known last, so tensors are written to an unnamed file first:
-    no more than one is in memory, and the folder needs room for twice the file.
+    The header comes first but is known last, so tensors are written to an unnamed file first: at
+    most one is in memory, and the folder needs room for twice the file.
 
     Args:
         path: where to.
-        tensors: names and values, asked for once, one at a time.
+        tensors: names and values, requested once, one at a time.
         metadata: called when all tensors have been written.
     """
     with atomic_path(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as payload:

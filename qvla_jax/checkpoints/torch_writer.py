@@ -1,8 +1,8 @@
 """Writes state dicts as `torch.save` does, without PyTorch.
 
 The counterpart of `torch_zip`: an uncompressed zip archive whose `data.pkl` names a storage for
-each tensor. The description is written opcode by opcode, with no more names than a state dict
-needs, so that `torch.load(..., weights_only=True)` takes it.
+each tensor. The description is written opcode by opcode, with only the names that a state dict
+needs, so that `torch.load(..., weights_only=True)` accepts it.
 """
 
 import math
@@ -19,8 +19,8 @@ from qvla_jax.atomic import atomic_path
 from qvla_jax.checkpoints.torch_zip import STORAGE_DTYPES
 
 _STORAGES: Final = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
-# Storages begin at multiples of this, as PyTorch wants them for mapping; the gap is filled by an
-# extra field of this kind.
+# Storages begin at multiples of this, as PyTorch requires for mapping; an extra field of this kind
+# fills the gap.
 _ALIGNMENT: Final = 64
 _PADDING: Final = 0x4246
 _LOCAL_HEADER: Final = 30
@@ -38,7 +38,7 @@ def write_torch_zip(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None
         tensors: name -> tensor, read twice: for its shape, then for its values.
 
     Raises:
-        ValueError: a dtype that PyTorch's state dicts have no name for.
+        ValueError: PyTorch's state dicts do not support a dtype.
     """
     path = Path(path)
     root = path.stem

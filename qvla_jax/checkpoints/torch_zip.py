@@ -1,9 +1,9 @@
 """Reads `torch.save` files without PyTorch and without running a pickle.
 
 A `.pt` file is an uncompressed zip archive: `<root>/data.pkl` describes tensors, and each
-`<root>/data/<key>` holds the bytes of a storage. The description is interpreted here by a small
-machine that knows the opcodes of a state dict and can build dicts, lists, tuples, numbers, strings
-and tensors, nothing else: no name is ever imported and no object ever called.
+`<root>/data/<key>` holds the bytes of a storage. The description is interpreted by a small machine
+that knows the opcodes of a state dict and can only build dicts, lists, tuples, numbers, strings and
+tensors: no name is ever imported and no object ever called.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ STORAGE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-# A description larger than this is not one of a state dict: 1,000 tensors take 150 kB. Each byte
-# may become an empty list of 60.
+# A larger description is not that of a state dict: 1,000 tensors take 150 kB. Each byte may become
+# an empty list of 60 bytes.
 _MAX_DESCRIPTION: Final = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class _Global:
-    """A name that the description mentions; it stands for itself and is never looked up."""
+    """A name that the description mentions; it is never looked up."""
 
     name: str
 
@@ -106,7 +106,7 @@ def _tensors(tree: Any, source: str) -> Iterator[tuple[str, np.ndarray]]:
             raise CheckpointError(
                 f"{source}: expected a dict of tensors, found {type(value).__name__} at {name!r}"
             )
-        # A dict that holds itself, or that is held many times over, would be walked for ever.
+        # A dict that contains itself, or is shared many times over, would be walked forever.
         if id(value) in seen:
             raise CheckpointError(f"{source}: the dict at {name!r} stands in several places")
         seen.add(id(value))
@@ -115,7 +115,7 @@ def _tensors(tree: Any, source: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 class _Archive:
-    """The zip container: every member stored as it is, none overlapping another."""
+    """The zip container: every member is uncompressed, and none overlaps another."""
 
     def __init__(self, path: Path):
         size = path.stat().st_size
@@ -187,7 +187,7 @@ def _operations(description: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, An
     operations = pickletools.genops(description)
     while True:
         with warnings.catch_warnings():
-            # Python warns of a backslash in a name, which is refused anyway.
+            # Python warns about a backslash in a name, which is refused anyway.
             warnings.simplefilter("ignore")
             operation = next(operations, None)
         if operation is None:
@@ -355,7 +355,7 @@ class _Machine:
                 self._push({})
             case _Global(_REBUILD_TENSOR.name), (np.ndarray() as storage, offset, size, stride, *_):
                 tensor = _tensor(storage, offset, size, stride)
-                # A storage is a view of the file: its address tells it from others.
+                # A storage is a view of the file, identified by its address.
                 views = self._views.setdefault(storage.__array_interface__["data"][0], {})
                 views[storage.dtype, offset, size, stride] = tensor.nbytes
                 if sum(views.values()) > storage.nbytes:

@@ -7,7 +7,7 @@ from qvla_jax.checkpoints.directory import component_shape
 from qvla_jax.config import LatentActionConfig, OpenVLAConfig
 from qvla_jax.errors import CheckpointError
 
-# The tensors do not tell the number of heads: the public code makes heads of this width.
+# The tensors do not determine the number of heads; the public code uses heads of this width.
 _HEAD_DIM: Final = 64
 
 
@@ -15,7 +15,7 @@ def decoder_sizes(path: Path, action_dim: int) -> tuple[int, LatentActionConfig]
     """Chunk length and sizes of an action decoder.
 
     Raises:
-        CheckpointError: a tensor that tells a size is missing or does not fit.
+        CheckpointError: a tensor that determines a size is missing or does not fit.
     """
     rows, dim = component_shape(path, "proj.0.weight", dims=2)
     if rows % action_dim or not rows:
@@ -42,7 +42,7 @@ def check_latent_tokens(config: OpenVLAConfig, first: int | None, folder: Path) 
         folder: the directory, for errors.
 
     Raises:
-        CheckpointError: the decoder is missing, or the tokens stand where it does not expect them.
+        CheckpointError: the decoder is missing, or the tokens are not where it expects them.
     """
     if first is None:
         return

@@ -28,7 +28,7 @@ from qvla_jax.errors import CheckpointError
 from qvla_jax.mapping import release_pages
 from qvla_jax.models.surgery import path_string
 
-# What errors name: a file, or a function that tells the file of a tensor by its name.
+# The source in error messages: a file, or a function from a tensor's name to its file.
 Source = str | Callable[[str], str]
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -77,7 +77,7 @@ def public_tensors(model: nnx.Module, *, dtype: jnp.dtype | None = None) -> dict
 
 
 def public_items(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
-    """As `public_tensors`, in the order of names and one at a time: files may hold the values."""
+    """Like `public_tensors`, in order of names and one at a time; values may be in files."""
     for name, leaf, variable in sorted(_parameters(model), key=lambda entry: entry[0]):
         yield name, public_layout(name, leaf, np.asarray(variable[...]))
         release_pages(variable.get_value())
@@ -118,18 +118,18 @@ def assign_tensors(
 ) -> None:
     """Fills the parameters of `model` from public tensors, read and placed one at a time.
 
-    A model that was refused a tensor is half-filled and of no use. See `load_weights` for errors.
+    After an error the model is partly filled and unusable. See `load_weights` for errors.
 
     Args:
         model: arrays or, from `abstract_model`, shapes and dtypes.
         tensors: public name -> tensor.
-        source: the file that errors name, or a function of the tensor's name.
-        sharding: of every parameter; None puts it on the default device.
+        source: the file named in errors, or a function of the tensor's name.
+        sharding: sharding of every parameter; None uses the default device.
         mapped: leave the parameters in their files, in the files' dtypes: numpy arrays that are
-            read whenever they are used.
+            read on each use.
     """
     for variable, value in flax_tensors(model, tensors, source=source, cast=not mapped):
-        # Not an assignment into an array: an abstract model has none yet.
+        # Not an assignment into an array, because an abstract model has none yet.
         if mapped:
             variable.set_value(value)
             release_pages(value)
@@ -183,7 +183,7 @@ def _file(source: Source, name: str) -> str:
 
 
 def check_shapes(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: Source) -> None:
-    """Checks that there is a tensor of the right shape for every parameter, and no other.
+    """Checks that every parameter has a tensor of the right shape, and that there are no others.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of the wrong shape.
@@ -222,7 +222,7 @@ def check_shape(name: str, value: np.ndarray, expected: tuple[int, ...], source:
     """Checks one tensor's shape.
 
     Raises:
-        CheckpointError: it is another one. The message names the tensor and its file.
+        CheckpointError: the shape is wrong. The message names the tensor and its file.
     """
     if value.shape != expected:
         raise CheckpointError(

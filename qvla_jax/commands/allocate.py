@@ -12,7 +12,7 @@ from qvla_jax.report.svg import number
 
 
 def main(config: Config) -> Result:
-    """Allocates bits; what each solver reached."""
+    """Allocates bits; returns the result of each solver."""
     with ProgressBars() as progress:
         allocations = pipeline.allocate(config, progress=progress)
     table = Table("allocation", box=None)

@@ -9,7 +9,7 @@ from qvla_jax.progress import ProgressBars
 
 
 def main(config: Config) -> Result:
-    """Collects episodes; how many of each task there were."""
+    """Collects episodes; returns the number for each task."""
     with ProgressBars() as progress:
         collected = collect(config, progress=progress)
     table = Table("task", box=None, padding=(0, 1))

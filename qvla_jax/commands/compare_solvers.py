@@ -7,7 +7,7 @@ from qvla_jax.progress import ProgressBars
 
 
 def main(config: Config) -> Result:
-    """Compares the solvers, and says where the figure lies."""
+    """Compares the solvers; returns the table and the figure's path."""
     with ProgressBars() as progress:
         compared = pipeline.compare_solvers(config, progress=progress)
     figure = () if config.figure is None else (f"Pareto figure: {config.figure}",)

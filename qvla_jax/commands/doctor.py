@@ -1,4 +1,4 @@
-"""`qvla doctor`: what works here. Imports the standard library alone, so that nothing stops it."""
+"""`qvla doctor`: what works here. Imports only the standard library, so that it always runs."""
 
 import dataclasses
 import platform
@@ -9,11 +9,11 @@ from qvla_jax.output import Result
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Checks this installation, and says of what is missing how to get it."""
+    """Checks this installation, and says how to install what is missing."""
 
 
 def main(config: Config) -> Result:
-    """What works here, what is missing and how to get it; failed if the core lacks something."""
+    """What works here, what is missing and how to get it; fails if the core lacks something."""
     del config
     made = list(doctor.checks())
     lines = [f"qvla_jax {__version__}, {platform.system()} {platform.machine()}"]

@@ -9,7 +9,7 @@ from qvla_jax.report.terminal import methods_table
 
 
 def main(config: Config) -> Result:
-    """Evaluates; the table of methods."""
+    """Evaluates; returns the table of methods."""
     with ProgressBars() as progress:
         content = pipeline.evaluate(config, progress=progress)
     place = f"Evaluation: {config.out / files.EVALUATION}"

@@ -10,7 +10,7 @@ from qvla_jax.report.terminal import comparison_table, drift_line, success_table
 
 
 def main(config: Config) -> Result:
-    """Runs policies in the simulator; their success."""
+    """Runs policies in the simulator; returns their success."""
     with ProgressBars() as progress:
         content = closed_loop.closed_loop(config, progress=progress)
     lines: list[str | Table] = [success_table(content["policies"])]

@@ -19,24 +19,24 @@ class Config(ModelOptions):
     """Writes a policy in the public (Hugging Face) layout.
 
     A public directory passes through the import one tensor at a time and comes back bit for bit;
-    any other policy, and one whose dtype or settings shall change, is loaded.
+    any other policy, or one whose dtype or settings change, is loaded first.
     """
 
-    # A preset with weights, or a directory that holds a policy: a saved one or a public one.
+    # A preset with weights, or a directory that holds a policy (saved or public).
     model: str
     # An empty or new folder.
     out: Path
-    # Of all tensors; left out: as they are.
+    # Dtype of all tensors; by default unchanged.
     dtype: Literal["float32", "bfloat16"] | None = None
 
 
 def main(config: Config) -> Result:
-    """Exports a policy; names the peak resident memory."""
+    """Exports a policy; reports the peak resident memory."""
     public = is_huggingface(Path(config.model))
     if config.dtype is None and public and not config.said():
         reexport(Path(config.model), config.out)
     else:
-        # Of a public directory's tensors each is read when it is written, in its own dtype.
+        # Each tensor of a public directory is read when it is written, in its own dtype.
         policy = load_policy(config.model, mapped=public, **config.said())
         policy.export(config.out, dtype=config.dtype and jnp.dtype(config.dtype))
     return written(config.out)

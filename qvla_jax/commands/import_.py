@@ -1,4 +1,4 @@
-"""`qvla import`: a public directory into one of ours."""
+"""`qvla import`: turns a public directory into one of ours."""
 
 import dataclasses
 from pathlib import Path
@@ -14,17 +14,17 @@ from qvla_jax.output import Result
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ModelOptions):
-    """Imports a public directory into one of ours, one tensor at a time, weights in orbax."""
+    """Imports a public directory into one of ours, one tensor at a time, with weights in orbax."""
 
     # A public OpenVLA, OpenVLA-OFT or UniVLA directory.
     model: Path
     # An empty or new folder.
     out: Path
-    # Of the weights; public checkpoints are published in bfloat16.
+    # Dtype of the weights; public checkpoints are published in bfloat16.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
 def main(config: Config) -> Result:
-    """Imports a public directory; names the peak resident memory."""
+    """Imports a public directory; reports the peak resident memory."""
     import_policy(config.model, config.out, dtype=jnp.dtype(config.dtype), **config.said())
     return written(config.out)

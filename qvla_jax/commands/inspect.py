@@ -18,11 +18,11 @@ from qvla_jax.report.modules import describe, modules_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ModelOptions):
-    """Says what a policy is made of: parameters, bytes and output channels of every module."""
+    """Lists what a policy consists of: parameters, bytes and output channels of every module."""
 
-    # A preset, a directory that holds a policy (a saved one or a public one), or a .qvla file.
+    # A preset, a directory that holds a policy (saved or public), or a .qvla file.
     model: Positional[str]
-    # Load the weights and print the fingerprint that results name the policy by.
+    # Load the weights and print the fingerprint that identifies the policy in results.
     fingerprint: bool = False
 
 
@@ -30,7 +30,7 @@ def main(config: Config) -> Result:
     """What a policy or a file holds."""
     if config.model.endswith(".qvla"):
         if config.said():
-            load_policy(config.model, **config.said())  # which refuses what contradicts it
+            load_policy(config.model, **config.said())  # refuses options that contradict it
         return packed(Path(config.model), layers=True)
     described = describe(config.model)
     index = described.index
@@ -55,7 +55,7 @@ def main(config: Config) -> Result:
         f"channels of {len(index.layers)} layers",
     ]
     if config.said():
-        public = is_huggingface(Path(config.model))  # whose weights stay in their files
+        public = is_huggingface(Path(config.model))  # its weights stay in their files
         found = load_policy(config.model, mapped=public, **config.said()).config
         names = ("unnorm_key", "num_images", "center_crop", "action_horizon")
         content["settings"] = {name: getattr(found, name) for name in names}

@@ -1,4 +1,4 @@
-"""`qvla measure-solvers`: what each solver's allocation does to the actions."""
+"""`qvla measure-solvers`: how each solver's allocation affects the actions."""
 
 from rich.table import Table
 

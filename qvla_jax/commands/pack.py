@@ -1,4 +1,4 @@
-"""`qvla pack`: a policy, packed without calibration."""
+"""`qvla pack`: packs a policy without calibration."""
 
 from qvla_jax import pipeline
 from qvla_jax.commands.results import packed, peak_line, peak_memory
@@ -8,7 +8,7 @@ from qvla_jax.progress import ProgressBars
 
 
 def main(config: Config) -> Result:
-    """Packs a policy; names the peak resident memory."""
+    """Packs a policy; reports the peak resident memory."""
     with ProgressBars() as progress:
         pipeline.pack(config, progress=progress)
     found, peak = packed(config.file), peak_memory()

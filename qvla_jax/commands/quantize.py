@@ -1,4 +1,4 @@
-"""`qvla quantize`: the chosen bits, packed."""
+"""`qvla quantize`: packs the weights at the chosen bits."""
 
 from qvla_jax import pipeline
 from qvla_jax.commands.results import packed

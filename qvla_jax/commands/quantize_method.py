@@ -1,4 +1,4 @@
-"""`qvla quantize --method`: other methods, by name."""
+"""`qvla quantize --method`: quantizes by other methods, by name."""
 
 from qvla_jax import pipeline
 from qvla_jax.commands.results import packed
@@ -8,7 +8,7 @@ from qvla_jax.progress import ProgressBars
 
 
 def main(config: Config) -> Result:
-    """Quantizes by methods' names."""
+    """Quantizes by named methods."""
     with ProgressBars() as progress:
         written = pipeline.quantize_by_methods(config, progress=progress)
     found = {name: packed(path) for name, path in written.items()}

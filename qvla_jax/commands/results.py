@@ -1,4 +1,4 @@
-"""What several commands say: of a packed file, of a report, of a folder that was written."""
+"""Results that several commands share: a packed file, a report, a written folder."""
 
 import collections
 import resource

@@ -1,4 +1,4 @@
-"""`qvla run`: the whole walk."""
+"""`qvla run`: the whole pipeline."""
 
 from qvla_jax import pipeline
 from qvla_jax.commands.results import report
@@ -8,7 +8,7 @@ from qvla_jax.progress import ProgressBars
 
 
 def main(config: Config) -> Result:
-    """Runs the whole walk; the table of methods."""
+    """Runs the whole pipeline; returns the table of methods."""
     with ProgressBars() as progress:
         content = pipeline.run(config, progress=progress)
     return report(content, config.out)

@@ -13,14 +13,14 @@ from qvla_jax.report.terminal import spearman_line
 class Config(pipeline.SensitivityConfig):
     """Measures what each output channel costs at each bit-width; writes sensitivity.safetensors.
 
-    A run that was killed goes on where it stopped when it is started again. On several hosts, start
-    it on each with the same options and another --process; --out has to hold the same
-    calibration.json everywhere, and results are written by process 0.
+    A killed run resumes where it stopped when it is started again. On several hosts, start it on
+    each with the same options but its own --process; --out must hold the same calibration.json
+    everywhere, and process 0 writes the results.
     """
 
     # HOST:PORT of process 0, for a sweep of several processes.
     coordinator: str | None = None
-    # How many there are, and which one this is.
+    # Number of processes, and the number of this one.
     processes: int = 1
     process: int = 0
 
@@ -29,7 +29,7 @@ def main(config: Config) -> Result:
     """Measures the sensitivities."""
     if config.coordinator is not None:
         sharding.join_processes(config.coordinator, config.processes, config.process)
-        devices.ready()  # which would have hindered joining
+        devices.ready()  # after joining, which must come first
     with ProgressBars() as progress:
         validation = pipeline.sensitivity(config, progress=progress)
     path = config.out / files.SENSITIVITY

@@ -13,10 +13,10 @@ from qvla_jax.serving import ServeConfig as Config
 
 
 def main(config: Config) -> None:
-    """Serves a policy until it is told to stop."""
-    from qvla_jax.serving import serve  # which needs the extra
+    """Serves a policy until it is stopped."""
+    from qvla_jax.serving import serve  # needs the extra
 
-    config.read_token()  # whatever is wrong with it shall not take the time of loading
+    config.read_token()  # fail before the policy is loaded
     if config.token_file is None and config.host not in ("127.0.0.1", "::1", "localhost"):
         print(
             f"qvla: warning: everybody who reaches {config.host} can use this policy; --token-file "
@@ -32,7 +32,7 @@ def main(config: Config) -> None:
 
         said, keys = config.said(), undecided_statistics(config)
         if keys:
-            said["unnorm_key"] = keys[0]  # which no request gets unless it says so
+            said["unnorm_key"] = keys[0]  # used only by requests that name it
             print(
                 f"qvla: note: requests have to name their statistics, as unnorm_key; there are: "
                 f"{', '.join(keys)}; --unnorm-key chooses for those that do not",
@@ -43,10 +43,10 @@ def main(config: Config) -> None:
 
 
 def undecided_statistics(config: Config) -> list[str]:
-    """The data sets of a public directory, where neither it nor the options choose one of several.
+    """The data sets of a public directory, if neither it nor the options choose one of several.
 
     Args:
-        config: of the server.
+        config: the server's settings.
 
     Raises:
         CheckpointError: a file is missing or broken.

@@ -8,7 +8,7 @@ from qvla_jax.progress import ProgressBars
 
 
 def main(config: Config) -> Result:
-    """Makes the table of results."""
+    """Builds the table of results."""
     with ProgressBars() as progress:
         content = pipeline.study(config, progress=progress)
     table = (config.out / files.RESULTS_TABLE).read_text("utf-8")

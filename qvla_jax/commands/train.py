@@ -1,4 +1,4 @@
-"""`qvla train`: behaviour cloning."""
+"""`qvla train`: behavior cloning."""
 
 from qvla_jax.output import Result
 from qvla_jax.progress import ProgressBars

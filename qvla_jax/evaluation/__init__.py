@@ -1,4 +1,4 @@
-"""How good a quantized policy is: offline action error, and success in closed loop.
+"""The quality of a quantized policy: offline action error, and success in closed loop.
 
 Names are loaded when they are first used: the simulator processes of a closed loop import modules
 of this package, and need no JAX.

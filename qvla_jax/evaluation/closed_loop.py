@@ -1,8 +1,8 @@
-"""Runs episodes in parallel processes, and the policy on batches of what they see.
+"""Runs episodes in parallel processes, and the policy on batches of their observations.
 
-Every call of a policy has as many rows as there are workers, the last one repeated where fewer
-wait: one shape is compiled, and the numbers of a row do not hang on how many others happened to be
-ready.
+Every call of a policy has as many rows as there are workers, with the last row repeated if fewer
+wait: only one shape is compiled, and the numbers of a row do not depend on how many others happened
+to be ready.
 """
 
 import time
@@ -41,7 +41,7 @@ class _Policy(Protocol):
     def unnormalize_actions(self, actions: Float[NpArray, "b h a"]) -> Float[NpArray, "b h a"]: ...
 
 
-# What to keep of an episode that ended, if anything.
+# What to keep of a finished episode, if anything.
 ChooseReplay: TypeAlias = Callable[[Result], Replay | None]
 
 
@@ -57,22 +57,22 @@ def run_episodes(
     patience: float = PATIENCE,
     start: Callable[[MakeEnvironment], Worker] = start_worker,
 ) -> None:
-    """Runs episodes and hands over each result as it comes.
+    """Runs episodes and passes on each result as it comes.
 
     Args:
-        episodes: what to run; roughly in this order.
+        episodes: episodes to run, roughly in this order.
         policies: policies by their fingerprint.
         make: makes the environment of an episode, in the worker.
         workers: simulator processes.
         on_result: called with each finished episode.
         choose_replay: called after it: what to keep of this episode, or None.
-        shadows: fingerprint of a policy -> those of others that are asked wherever it decides, so
-            that the result holds their deviations. They have to take the same observations.
+        shadows: fingerprint of a policy -> those of others that are queried wherever it decides, so
+            that the result holds their deviations. They must take the same observations.
         patience: how long (s) a policy waits for more observations once one is there.
         start: starts a worker.
 
     Raises:
-        InputError: a worker cannot use what it was given, such as an unknown initial state.
+        InputError: a worker cannot use its input, such as an unknown initial state.
         QvlaError: a worker failed or died, or a policy gave actions that are not finite.
     """
     todo = list(episodes)
@@ -104,7 +104,7 @@ def run_episodes(
 
 
 def _assign(worker: Worker, todo: list[Episode], crew: Sequence[Worker]) -> None:
-    """Gives a worker its next episode: of its own task if there is one, to compile seldom."""
+    """Gives a worker its next episode, of its current task if possible, to compile rarely."""
     if not todo:
         worker.episode = None
         return
@@ -119,7 +119,7 @@ def _assign(worker: Worker, todo: list[Episode], crew: Sequence[Worker]) -> None
 
 
 def _ready(crew: Sequence[Worker], patience: float) -> list[Worker]:
-    """Waits for a worker to say something, and for the others until patience ends."""
+    """Waits for a message from a worker, and for the others until patience ends."""
     busy = {worker.connection: worker for worker in crew if worker.episode is not None}
     ready: list[Worker] = []
     deadline: float | None = None
@@ -177,7 +177,7 @@ def _act(
         metric = policies[name].unnormalize_actions(chunks)
         for (worker, _, _), chunk in zip(members, metric, strict=True):
             worker.connection.send(chunk)
-        # The simulators are at work meanwhile.
+        # The simulators work in the meantime.
         for other in shadows.get(name, ()):
             answers = decide(policies[other], observations, rows=rows)
             for (_, episode, _), answer, chunk in zip(members, answers, chunks, strict=True):

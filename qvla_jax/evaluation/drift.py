@@ -1,13 +1,13 @@
-"""How far a policy leaves the path of another one: in its actions, and in where the gripper goes.
+"""How far a policy strays from the path of another: in its actions, and in the gripper's path.
 
 Two measures, both on paired episodes (same task, initial state and seed):
 
 - **Accumulated action deviation**: along the rollouts of the reference policy, the candidate is
-  asked at every state where the reference decides; the squared distances of the executed actions,
+  queried at every state where the reference decides; the squared distances of the executed actions,
   in the normalized action space, add up over the episode. This is the cumulative error of QVLA
   (arXiv 2602.03782, section 3), free of the feedback through the simulator.
-- **Drift**: the distance between the end effectors of both rollouts at the same time, each policy
-  acting on what it sees itself.
+- **Drift**: the distance between the end effectors of both rollouts at the same time, with each
+  policy acting on its own observations.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ UPPER_QUANTILE = 0.9
 
 
 class Traces:
-    """What is noted of the episodes that run, by episode, until they end."""
+    """Records of the running episodes, by episode."""
 
     def __init__(self) -> None:
         """Starts empty."""
@@ -34,19 +34,19 @@ class Traces:
         self._deviations: dict[Episode, dict[str, list[float]]] = {}
 
     def saw(self, episode: Episode, observation: Mapping[str, Any]) -> None:
-        """Notes where the end effector is when the policy decides."""
+        """Records where the end effector is when the policy decides."""
         state = observation.get("state")
         if state is not None:
             position = np.asarray(state, np.float64)[:3].tolist()
             self._positions.setdefault(episode, []).append(position)
 
     def deviated(self, episode: Episode, candidate: str, deviation: float) -> None:
-        """Notes how far the actions of another policy lay from those executed."""
+        """Records the distance of another policy's actions from those executed."""
         of_episode = self._deviations.setdefault(episode, {})
         of_episode.setdefault(candidate, []).append(deviation)
 
     def finish(self, result: Result) -> Result:
-        """The result with what was noted of its episode."""
+        """The result with the records of its episode."""
         return dataclasses.replace(
             result,
             positions=self._positions.pop(result.episode, []),
@@ -72,15 +72,15 @@ def summarize_drift(
         reference: finished episodes of the reference.
 
     Returns:
-        None where the two have no time steps in common. Otherwise, for each moment at which the
+        None if the two have no time steps in common. Otherwise, for each moment at which the
         policies decide: `seconds`, `pairs` (of episodes where both still run), `distance_median`
         and `distance_upper` (m, the quantile `UPPER_QUANTILE`), and, over the reference's episodes
-        on which the candidate was asked, `deviation_mean`: the mean deviation accumulated so far
+        on which the candidate was queried, `deviation_mean`: the mean deviation accumulated so far
         (episodes that have ended keep theirs); `deviation_episodes`, `deviation_total` and its
-        `deviation_standard_error` are those of whole episodes. `tells_failures` says, among those
-        that the reference solves, how well what is known before the candidate runs tells which it
-        fails: the area under the curve (1 always, 1/2 never) of the `deviation` that the episode
-        accumulates, and of the `steps` that the reference takes; None where it fails or solves all.
+        `deviation_standard_error` are those of whole episodes. `tells_failures` says how well
+        failures of the candidate, among the episodes that the reference solves, are predicted by
+        the `deviation` that the episode accumulates and by the `steps` that the reference takes:
+        areas under the curve (1 perfect, 1/2 chance); None if it fails or solves all.
     """
     candidates = {result.episode.pair: result for result in candidate}
     pairs = [
@@ -130,13 +130,13 @@ def summarize_drift(
 
 
 def _area_under_curve(values: NpArray, positive: NpArray) -> float:
-    """How often a positive has the greater value of a pair with a negative; ties count half."""
+    """How often a positive has a greater value than a negative; ties count half."""
     greater = values[positive][:, None] - values[~positive][None]
     return float((np.sign(greater).mean() + 1) / 2)
 
 
 def _comparable(candidate: Result, reference: Result) -> bool:
-    """Tells whether both were looked at, at the same times."""
+    """Whether both have positions at the same times."""
     same = candidate.episode.open_loop_steps == reference.episode.open_loop_steps
     return bool(same and candidate.positions and reference.positions)
 

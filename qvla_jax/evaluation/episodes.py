@@ -1,8 +1,8 @@
-"""Closed-loop episodes: what is to be run, what came out, and the file of finished ones.
+"""Closed-loop episodes: their settings, their results, and the file of finished ones.
 
 The file has one JSON line for each finished episode, appended as it ends. An episode counts as
-finished if a line has all that decides its outcome: a run that was interrupted goes on where it
-stopped, and one whose settings changed starts anew beside the old lines.
+finished if a line matches everything that determines its outcome: an interrupted run resumes where
+it stopped, and one whose settings changed starts over and keeps the old lines.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from qvla_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Episode:
-    """All that decides the outcome of an episode.
+    """Everything that determines the outcome of an episode.
 
     Attributes:
         policy_hash: fingerprint of the policy.
@@ -29,10 +29,10 @@ class Episode:
         task: number of the task in the suite.
         initial_state: number of the official initial state; None draws one from the seed.
         seed: draws what the initial state does not hold.
-        max_steps: steps after which the episode has failed.
-        open_loop_steps: actions of each chunk that are executed before the next is asked for.
+        max_steps: steps after which the episode fails.
+        open_loop_steps: actions of each chunk to execute before the next query.
         size: height and width of the pictures.
-        rendering: how they are rendered.
+        rendering: how pictures are rendered.
         simulator: packages that simulate, with their versions.
     """
 
@@ -49,7 +49,7 @@ class Episode:
 
     @property
     def pair(self) -> tuple[str, int, int | None, int]:
-        """What two policies share when they run the same episode."""
+        """Identifies the episode across policies."""
         return self.suite, self.task, self.initial_state, self.seed
 
 
@@ -58,12 +58,12 @@ class Result:
     """A finished episode.
 
     Attributes:
-        episode: what was run.
+        episode: the episode that was run.
         task_name: LIBERO's name of the task.
         success: whether the task was done.
         steps: actions executed, not counting the steps in which the objects settle.
-        seconds: wall time, waiting for the policy included.
-        positions: where the end effector was (m) whenever the policy was asked.
+        seconds: wall time, including waiting for the policy.
+        positions: position of the end effector (m) at each query of the policy.
         deviations: fingerprint of another policy -> the squared distances of its normalized actions
             from those that were executed, for each chunk.
     """
@@ -84,7 +84,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` gave; further keys are ignored.
+        """Reads the output of `to_dict`; further keys are ignored.
 
         Raises:
             KeyError: a key is missing.
@@ -101,7 +101,7 @@ class EpisodeLog:
     """The file of finished episodes."""
 
     def __init__(self, path: Path):
-        """Reads what is there; a last line that a killed process left unfinished is removed.
+        """Reads the file; removes an incomplete last line of a killed process.
 
         Raises:
             InputError: another line is not one of ours.
@@ -112,11 +112,11 @@ class EpisodeLog:
             self._read()
 
     def append(self, result: Result, *, policy: str) -> None:
-        """Adds a finished episode, on disk before this returns.
+        """Adds a finished episode; it is on disk when this returns.
 
         Args:
-            result: what came out.
-            policy: the policy as the user named it, for readers of the file.
+            result: its result.
+            policy: the user's name for the policy, for readers of the file.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -126,7 +126,7 @@ class EpisodeLog:
         self.results[result.episode] = result
 
     def outcomes(self, episodes: Iterable[Episode]) -> list[Result]:
-        """Those of `episodes` that are finished, in order."""
+        """The results of those `episodes` that are finished, in order."""
         return [self.results[episode] for episode in episodes if episode in self.results]
 
     def _read(self) -> None:
@@ -146,5 +146,5 @@ class EpisodeLog:
 
 
 def episode_seed(seed: int, task: int, initial_state: int) -> int:
-    """Seed of one episode, the same whatever else is run."""
+    """Seed of one episode, independent of what else runs."""
     return int(np.random.SeedSequence([seed, task, initial_state]).generate_state(1)[0] >> 1)

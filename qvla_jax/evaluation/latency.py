@@ -1,4 +1,4 @@
-"""How long a policy takes for one action chunk."""
+"""The time a policy takes for one action chunk."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -15,13 +15,13 @@ WARM_UP = 3
 def chunk_seconds(
     policies: Mapping[str, Policy], observations: Iterable[Any], *, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
-    """Times policies on the same observations, in turn, so that other work meets all of them.
+    """Times policies alternately on the same observations, so that other load affects all of them.
 
-    Times are of `Policy.run`, from the prepared observation to the actions on the host.
+    Measures `Policy.run`, from the prepared observation to the actions on the host.
 
     Args:
         policies: policies by name.
-        observations: what `Policy.prepare` takes, one observation each.
+        observations: inputs of `Policy.prepare`, one observation each.
         warm_up: observations at the beginning that are not counted.
 
     Returns:

@@ -16,12 +16,12 @@ from qvla_jax.data.libero.recorded import Recording, save_recording
 from qvla_jax.evaluation.episodes import Episode
 from qvla_jax.evaluation.workers import Environment
 
-# What a policy hash starts with where the scripted expert acts.
+# Prefix of the policy hash of the scripted expert.
 EXPERT = "expert"
 
 
 def expert_hash(sigmas: Sequence[float] = (0.0,)) -> str:
-    """Names the expert in results: a digest of its source and its noise."""
+    """Identifies the expert in results: a digest of its source and its noise."""
     digest = hashlib.sha256(Path(expert.__file__).read_bytes())
     digest.update(repr(tuple(map(float, sigmas))).encode())
     return f"{EXPERT}:{digest.hexdigest()}"
@@ -31,9 +31,9 @@ def make_libero(episode: Episode, *, sigmas: Sequence[float] = (0.0,)) -> Libero
     """The environment of an episode.
 
     Args:
-        episode: what is to be run.
-        sigmas: noise that is executed on top of the expert's actions; an episode's seed chooses
-            one of them. Policies act without noise.
+        episode: the episode to run.
+        sigmas: strengths of the noise added to the expert's actions; an episode's seed chooses one.
+            Policies act without noise.
     """
     options: dict[str, Any] = {"size": episode.size, "rendering": episode.rendering}
     if episode.policy_hash.startswith(EXPERT):
@@ -58,7 +58,7 @@ class ExpertEnvironment(LiberoEnvironment):
         self._noise = expert.SmoothNoise(np.random.default_rng(seed), noise_of(seed, self._sigmas))
 
     def observe(self) -> dict[str, Any]:
-        """The expert's action, for `ExpertPolicy` to hand back."""
+        """The expert's action, for `ExpertPolicy` to return."""
         assert self._expert is not None
         return {"action": policy_action(self._expert(self.state)), "instruction": self.instruction}
 
@@ -66,41 +66,41 @@ class ExpertEnvironment(LiberoEnvironment):
         """Executes an action with noise on it."""
         assert self._expert is not None
         assert self._noise is not None
-        self._expert(self.state)  # For its phase, on which the noise hangs.
+        self._expert(self.state)  # For its phase, on which the noise depends.
         return super().step_raw(self._noise(action, self._expert.phase))
 
 
 class ExpertPolicy:
-    """The expert where a policy is asked for: it acts in the simulator's process."""
+    """The expert in place of a policy: it acts in the simulator's process."""
 
     def __init__(self, sigmas: Sequence[float] = (0.0,)):
-        """`sigmas` as in `make_libero`, which has to be given the same."""
+        """`sigmas` as in `make_libero`, which must get the same."""
         self.fingerprint = expert_hash(sigmas)
 
     def infer_normalized(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """Hands back what `ExpertEnvironment` observed, as chunks of one action."""
+        """Returns what `ExpertEnvironment` observed, as chunks of one action."""
         return np.asarray(batch["action"])[:, None]
 
     def unnormalize_actions(self, actions: np.ndarray) -> np.ndarray:
-        """Nothing: the actions are metric."""
+        """Does nothing: the actions are metric."""
         return actions
 
 
 def noise_of(seed: int, sigmas: Sequence[float]) -> float:
-    """Which noise an episode of a seed has."""
+    """The noise of an episode with this seed."""
     return float(sigmas[seed % len(sigmas)])
 
 
 def record(
     environment: Environment, episode: Episode, actions: Sequence[np.ndarray], path: Path
 ) -> None:
-    """Runs an episode again and writes all that was seen, with the expert's label of each state.
+    """Replays an episode and writes all observations, with the expert's label of each state.
 
     Args:
-        environment: of the episode.
-        episode: what was run.
-        actions: those that the policy gave, in its convention.
-        path: where to.
+        environment: the episode's environment.
+        episode: the episode that was run.
+        actions: the policy's actions, in its convention.
+        path: the file to write.
     """
     assert isinstance(environment, LiberoEnvironment)
     environment.reset(episode.initial_state, seed=episode.seed)
@@ -110,7 +110,7 @@ def record(
     )
     done = False
     for action in actions:
-        # Observed by the class itself, as an `ExpertEnvironment` would leave the pictures out.
+        # The base class's observation, because `ExpertEnvironment` leaves out the pictures.
         seen = LiberoEnvironment.observe(environment)
         recording.add(seen, joints=environment.joints(), label=labeller(environment.state))
         done = environment.step(action)

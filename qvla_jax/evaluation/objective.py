@@ -1,7 +1,8 @@
 """The measured joint action error of many candidate allocations, for searches.
 
 Quantized rows do not depend on each other, so every row under every option is computed once, and a
-candidate is a select. That takes n times the memory of the quantized weights: small policies.
+candidate is a selection. That takes n times the memory of the quantized weights, which suits small
+policies.
 """
 
 import copy
@@ -54,11 +55,11 @@ class ActionErrorObjective:
 
         Args:
             policy: the full-precision policy.
-            frames: frames to measure on. Never those that results are reported on.
+            frames: frames to measure on, never those that results are reported on.
             table: options, channels and quantizer.
             batch: frames at a time.
             at_once: candidates that are vmapped, each with a copy of the quantized weights.
-            rules: those of the table.
+            rules: the table's rules.
 
         Raises:
             InputError: the table belongs to another policy or lacks the statistics of its
@@ -97,7 +98,7 @@ class ActionErrorObjective:
             self._inputs.append(sharding.pad_batch(prepared, min(batch, frames.frames)))
         if not self._inputs:
             raise InputError("there are no frames to measure on")
-        # By the same program as the candidates: equal rounding on both sides.
+        # Use the same program as for the candidates, for equal rounding on both sides.
         self.reference = self._chunks([self._source] * self._at_once)[0]
 
     @property
@@ -112,8 +113,8 @@ class ActionErrorObjective:
     def frame_errors(self, choices: Int[np.ndarray, "p C"]) -> Float[np.ndarray, "p N"]:
         """Squared chunk error of each candidate in each frame.
 
-        `at_once` candidates make one call of the device for a batch of frames, whatever p is: a
-        candidate's error does not hang on which others it came with.
+        For every p, a device call measures `at_once` candidates on a batch of frames, and a
+        candidate's error does not depend on the others in the call.
         """
         padded, count = sharding.pad_batch(np.atleast_2d(choices), self._at_once)
         found = [
@@ -170,7 +171,7 @@ class ActionErrorObjective:
         return np.concatenate(found, axis=1)
 
     def _all_options(self, linear: nnx.Linear, path: str, source_bytes: int) -> Layer:
-        """What `quantize` makes of a layer's rows and biases, for each option."""
+        """The result of `quantize` for a layer's rows and biases, under each option."""
         weight = linear.kernel[...].T
         quantizer = self.table.quantizer
         changes = quantizer.row_changes(path, weight, self.table.bits)

@@ -1,7 +1,7 @@
 """Offline action error: chunks of a quantized policy against full precision and against the expert.
 
-Everything is in the normalized action space (quantiles mapped to [-1, 1], gripper in [0, 1]); the
-names say so. Sums run in float64.
+Everything is in the normalized action space (quantiles mapped to [-1, 1], gripper in [0, 1]); names
+say so. Sums are in float64.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Predictions:
 
     Attributes:
         chunks: `[N, h, a]`, normalized.
-        expert: `[N, h, a]`, what the demonstrator did from each frame on, normalized.
+        expert: `[N, h, a]`, the demonstrator's actions from each frame on, normalized.
     """
 
     chunks: Float[NpArray, "N h a"]
@@ -192,7 +192,8 @@ def evaluate(
     Args:
         policy: the policy, such as a quantized one.
         frames: frames that it was not calibrated on.
-        reference: the full-precision policy, or its `predict(...)`, which serves many comparisons.
+        reference: the full-precision policy, or its `predict(...)`, to reuse it in many
+            comparisons.
         batch_size: frames for each call of a policy.
         progress: called after each batch.
 
@@ -225,8 +226,8 @@ def predict(
     Args:
         policy: the policy.
         frames: frames with the expert's actions, such as a `CalibrationSet`.
-        batch_size: frames for each call of the policy.
-        stage: what the progress is reported as.
+        batch_size: frames per call of the policy.
+        stage: name of the progress bar.
         progress: called after each batch.
 
     Raises:

@@ -1,7 +1,7 @@
 """Success rates with intervals, and paired comparisons of two policies.
 
 Two policies are compared on the same episodes (task, initial state, seed), so only the episodes
-that one solves and the other does not tell them apart.
+that one solves and the other does not distinguish them.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ class Comparison:
 
 
 def compare(candidate: Mapping[Key, bool], reference: Mapping[Key, bool]) -> Comparison:
-    """Pairs the outcomes of two policies by episode; episodes that only one has run are left out.
+    """Pairs the outcomes of two policies by episode; leaves out episodes that only one has run.
 
     Raises:
         InputError: they have no episode in common.
@@ -151,7 +151,7 @@ def newcombe_interval(counts: Comparison, *, confidence: float = CONFIDENCE) -> 
 def mcnemar_exact(candidate_only: int, reference_only: int) -> float:
     """Two-sided p-value of McNemar's exact test: is one policy better on the episodes that differ?
 
-    Without such episodes there is nothing to tell the policies apart, and the value is 1.
+    Without such episodes nothing distinguishes the policies, and the value is 1.
     """
     differing = candidate_only + reference_only
     if not differing:

@@ -1,19 +1,20 @@
-"""Sequential allocation: allocate, measure again at the quantized point, allocate anew.
+"""Sequential allocation: allocate, measure at the quantized point, allocate again.
 
 Sensitivities are measured at the full-precision policy, one channel at a time. At an allocation,
 with e(x) = A(x) - A*(x) the joint error there, moving channel c to option j changes the error by
 
     E || e + J dY ||^2 - E || e ||^2  =  2 E e.J dY  +  E || J dY ||^2        (first order in dY)
 
-where dY is what the move does to the layer's output and J is taken at the quantized policy. The
-first term is the gradient of the joint error along the move, and knows of all the other channels;
-the second is the sensitivity of the move. Their sum is a table of costs, negative where a move
-undoes an error, and 0 for staying; the knapsack with it is the next allocation.
+where dY is the change of the layer's output and J is taken at the quantized policy. The first term
+is the gradient of the joint error along the move, and accounts for all other channels; the second
+is the sensitivity of the move. Their sum is a table of costs, negative where a move undoes an
+error, and 0 for staying; the knapsack with it is the next allocation.
 
-Moves are judged one by one there, and many at once go too far. So the second term is weighted, as a
-trust region is: several weights are tried, the allocation that measures least is kept, and the next
-round tries weights around the best one. The gradient is measured in every round; the second term,
-which costs more, every few rounds, and channels that have moved since then stay where they are.
+Moves are judged individually, and many at once overshoot. So the second term is weighted like a
+trust region: several weights are tried, the allocation with the smallest measured error is kept,
+and the next round tries weights around the best one. The gradient is measured in every round; the
+second term, which costs more, every few rounds, and channels that have moved since then do not move
+again.
 """
 
 import dataclasses
@@ -51,15 +52,15 @@ def allocate_sequentially(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> SearchResult:
-    """Allocates and measures in turns until the measured error stops falling.
+    """Alternates between allocating and measuring until the measured error stops falling.
 
     Args:
         objective: the measured error.
-        frames: frames that the second term is measured on; the objective's own.
+        frames: frames for measuring the second term; the objective's own.
         problem: budget and constraints; its costs give the start.
         start: the first allocation; None solves the problem.
-        rounds: turns at most.
-        refresh: turns after which the second term is measured anew.
+        rounds: maximum number of rounds.
+        refresh: rounds after which the second term is measured again.
         probes: random probe vectors for each frame, or "full".
         solver: solves the problem of each round.
         seed: of the probes.
@@ -98,7 +99,7 @@ def allocate_sequentially(
         elif bool((candidates[-1] != search.choice).any()):
             middle *= 4 * _STEPS[-1]
         elif moved.any():
-            age = refresh  # the channels that may still move offer nothing
+            age = refresh  # no channel that may still move improves anything
         else:
             break
     progress("sequential", rounds, rounds)

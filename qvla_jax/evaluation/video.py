@@ -1,4 +1,4 @@
-"""Videos of rollouts (H.264 in mp4, through PyAV, which the extra ``libero`` brings)."""
+"""Videos of rollouts (H.264 in mp4, through PyAV, which the extra `libero` installs)."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,14 +17,14 @@ if TYPE_CHECKING:  # Simulator processes need no JAX, which these annotations im
 
 # Every other step of a control loop of 20 Hz is shown.
 _STRIDE, _CONTROL_RATE = 2, 20
-# Small pictures are enlarged to about this height, or players blur them.
+# Small pictures are enlarged to about this height, because players blur them.
 _HEIGHT = 256
 
 
 def film(
     environment: Environment, episode: Episode, actions: Sequence[np.ndarray], path: Path
 ) -> None:
-    """Runs an episode again and writes a video of both cameras; see `workers.Keep`."""
+    """Replays an episode and writes a video of both cameras; see `workers.Keep`."""
     environment.reset(episode.initial_state, seed=episode.seed)
     frames = [_picture(environment)]
     for step, action in enumerate(actions, start=1):
@@ -45,9 +45,9 @@ def write_video(
     """Writes an mp4 file that browsers play.
 
     Args:
-        path: where to.
-        frames: pictures of one size.
-        rate: frames for each second.
+        path: the file to write.
+        frames: pictures of the same size.
+        rate: frames per second.
 
     Raises:
         InputError: PyAV is missing.

@@ -1,9 +1,9 @@
 """A process that runs episodes of a simulator and asks its parent for actions.
 
 The parent sends an `Episode` to run, a chunk of actions, or a `Replay` of the episode that just
-ended (to film or to record it: the simulator is deterministic, so that only episodes that are kept
-pay for pictures of each step); the worker answers with an `Observation`, a `Finished`, a
-`Replayed`, or a `Failure`.
+ended (to film or to record it: the simulator is deterministic, so only episodes that are kept pay
+for pictures of each step); the worker answers with an `Observation`, a `Finished`, a `Replayed`, or
+a `Failure`.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Environment(Protocol):
         ...
 
     def step(self, action: np.ndarray) -> bool:
-        """Executes a metric action of the policy; tells whether the task is done."""
+        """Executes a metric action of the policy; returns whether the task is done."""
         ...
 
     def close(self) -> None:
@@ -48,9 +48,9 @@ class Environment(Protocol):
         ...
 
 
-# Both are called in the worker, so they have to be importable there: functions of a module.
+# Both are called in the worker, so they must be importable there: functions of a module.
 MakeEnvironment: TypeAlias = Callable[[Episode], Environment]
-# Runs the actions of an episode again and writes what it wants to the path.
+# Replays the actions of an episode and writes its result to the path.
 Keep: TypeAlias = Callable[[Environment, Episode, Sequence[np.ndarray], Path], None]
 
 
@@ -70,7 +70,7 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """Asks to run the episode that ended last again, and to keep something of it."""
+    """Requests a replay of the last episode, to keep something of it."""
 
     keep: Keep
     path: Path
@@ -83,7 +83,7 @@ class Replayed:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """The worker gave up; `user` tells whether its input was to blame."""
+    """The worker failed; `user` says whether its input was to blame."""
 
     message: str
     user: bool
@@ -95,7 +95,7 @@ class Worker:
 
     process: Any
     connection: Any
-    # What it runs, until its `Finished` comes.
+    # The episode it runs, until its `Finished` arrives.
     episode: Episode | None = None
     # Number of the task whose model it has compiled.
     task: int | None = None
@@ -108,7 +108,7 @@ class Worker:
 
 
 def start_worker(make: MakeEnvironment) -> Worker:
-    """Starts a process of its own interpreter: OpenGL contexts do not survive a fork."""
+    """Starts a process with its own interpreter: OpenGL contexts do not survive a fork."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_process, args=(theirs, make), daemon=True)
@@ -118,7 +118,7 @@ def start_worker(make: MakeEnvironment) -> Worker:
 
 
 def _process(connection: Connection, make: MakeEnvironment) -> None:
-    # Ctrl-C reaches the whole process group; the parent decides what becomes of its workers.
+    # Ctrl-C reaches the whole process group; the parent decides about its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(connection, make)
 
@@ -179,7 +179,7 @@ class Runner:
         )
 
     def replay(self, replay: Replay) -> None:
-        """Runs the last episode again for what shall be kept of it."""
+        """Replays the last episode to keep something of it."""
         assert self._environment is not None
         assert self._episode is not None
         replay.keep(self._environment, self._episode, self._actions, replay.path)

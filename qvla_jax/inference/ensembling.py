@@ -1,7 +1,7 @@
-"""Temporal ensembling: one action from all chunks that foresaw this step.
+"""Temporal ensembling: one action from all chunks that predicted this step.
 
-As UniVLA evaluates in LIBERO: the policy is asked in every step, and the newest prediction of a
-step counts most. (The original, in ACT, arXiv 2304.13705, weighs the oldest most.)
+As in UniVLA's evaluation in LIBERO, the policy is queried at every step, and the newest prediction
+of a step has the largest weight. (The original, in ACT, arXiv 2304.13705, gives it to the oldest.)
 """
 
 import collections

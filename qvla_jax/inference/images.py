@@ -1,9 +1,10 @@
-"""From camera images to what a tower takes, as OpenVLA-OFT evaluates in LIBERO.
+"""Converts camera images to a tower's input, as in OpenVLA-OFT's evaluation in LIBERO.
 
-JPEG round trip, lanczos3 with antialiasing to 224 pixels, a crop of the central 90 % of the area
-where the policy was trained with random crops, then PIL's bicubic to the tower's size (nothing at
-224). The first three steps are TensorFlow's in the reference and are written out here; its JPEG
-decoder uses another inverse DCT than PIL's, up to 10 grey levels apart in single pixels.
+JPEG round trip, lanczos3 with antialiasing to 224 pixels, a crop of the central 90 % of the area if
+the policy was trained with random crops, then PIL's bicubic to the tower's size (a no-op at 224).
+The reference uses TensorFlow for the first three steps, which are reimplemented here; its JPEG
+decoder uses another inverse DCT than PIL's, with differences of up to 10 gray levels in single
+pixels.
 """
 
 import functools
@@ -22,7 +23,7 @@ _CROP_AREA = 0.9
 def reference_chain(
     image: UInt8[np.ndarray, "H W 3"], *, center_crop: bool
 ) -> UInt8[np.ndarray, "224 224 3"]:
-    """A raw camera image -> what the reference's processor receives."""
+    """A raw camera image -> the input of the reference's processor."""
     image = resize_lanczos3(jpeg_round_trip(image), MODEL_IMAGE_SIZE)
     return crop_center(image) if center_crop else image
 
@@ -67,7 +68,7 @@ def crop_center(image: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "s s 3"]
 
 @functools.cache
 def _crop(size: int) -> Float[np.ndarray, "size size"]:
-    """Bilinear weights of the crop along one axis; first and last samples lie on its edges."""
+    """Bilinear weights of the crop along one axis; the first and last samples are on its edges."""
     side = np.sqrt(_CROP_AREA)
     positions = ((1.0 - side) / 2.0 + side * np.arange(size) / (size - 1)) * (size - 1)
     lower = np.clip(np.floor(positions).astype(int), 0, size - 2)
@@ -79,7 +80,7 @@ def _crop(size: int) -> Float[np.ndarray, "size size"]:
 
 
 def resize_bicubic(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """PIL's bicubic, as the public image processor; nothing where the size fits."""
+    """PIL's bicubic, as in the public image processor; a no-op if the size fits."""
     if image.shape[:2] == (size, size):
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))

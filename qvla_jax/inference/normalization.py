@@ -1,8 +1,8 @@
-"""Between metric units and the normalized space that the policies work in.
+"""Converts between metric units and the normalized space of the policies.
 
 Two numbers of each entry map to -1 and 1: the quantiles q01 and q99 (OpenVLA's `BOUNDS_Q99`) or the
-minimum and maximum (`BOUNDS`, as OpenVLA-OFT has it for ALOHA). Values outside are clipped, entries
-whose mask is False (the gripper) pass unchanged.
+minimum and maximum (`BOUNDS`, as OpenVLA-OFT has it for ALOHA). Values outside are clipped; entries
+whose mask is False (the gripper) are not changed.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from qvla_jax.errors import CheckpointError
 
 # As in OpenVLA-OFT: keeps entries without spread finite.
 _EPSILON = 1e-8
-# What a normalization reads of a block of the statistics.
+# The keys that a normalization reads from a block of the statistics.
 BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
     "quantiles": ("q01", "q99"),
     "min_max": ("min", "max"),
@@ -46,7 +46,7 @@ class Normalizer:
             kind: a key of `BOUNDS`.
 
         Raises:
-            CheckpointError: a key is missing, lengths differ, or a value is no finite number.
+            CheckpointError: a key is missing, lengths differ, or a value is not a finite number.
         """
         low, high = BOUNDS[kind]
         for name in (low, high):
@@ -87,7 +87,7 @@ class Normalizer:
 
 
 def _numbers(values: Any, where: str) -> Float[np.ndarray, " a"]:
-    """A list of numbers; null, which stands for NaN and inf, becomes NaN."""
+    """A list of numbers; null, which represents NaN and inf, becomes NaN."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise CheckpointError(f"{where}: expected a list of numbers, found {values!r:.80}")
     for place, value in enumerate(values):

@@ -17,14 +17,14 @@ from qvla_jax.quantization.rotation import rotate
 
 
 class PackedArrays(nnx.Variable):
-    """Words, scales, index and bias of a packed layer: constants, no parameters."""
+    """Words, scales, index and bias of a packed layer: constants, not parameters."""
 
 
 class PackedLinear(nnx.Module):
-    """Stands in for a `Linear` and multiplies by its packed weight: [..., k] -> [..., c].
+    """Replaces a `Linear` and multiplies by its packed weight: [..., k] -> [..., c].
 
-    Patch embeddings are linear layers over flattened patches, so they are packed by it too. The
-    weight is held in the arrangement of the platform's kernel and in no other.
+    Patch embeddings are linear layers over flattened patches, so they are packed in the same way.
+    The weight is held only in the arrangement of the platform's kernel.
 
     Layers that take the same input hold the same joined weight (see `joint_layers`). Each computes
     the whole product and takes its outputs; under `jit` these products are one, because XLA merges
@@ -47,11 +47,11 @@ class PackedLinear(nnx.Module):
         Args:
             weight: canonical weight.
             activation_bits: of `kernels.mixed_matmul`.
-            input_scale: factor of each input, before it is rounded; None: 1.
-            rotated: whether inputs are rotated (quantization.rotation), after they are scaled.
+            input_scale: factor of each input, applied before rounding; None: 1.
+            rotated: whether inputs are rotated (quantization.rotation) after scaling.
             implementation: None takes the best for the platform.
-            joined: a joined weight to be held instead, of which this one is a part ...
-            start: ... from this output on.
+            joined: a joined weight to hold instead, which contains this one ...
+            start: ... starting at this output.
         """
         self.arrays = arranged(weight, implementation) if joined is None else joined
         self.activation_bits = activation_bits
@@ -82,7 +82,7 @@ class PackedLinear(nnx.Module):
     @property
     def weight(self) -> kernels.PackedWeight:
         """The canonical weight of this layer alone, on the host."""
-        # Not on the device: each mix of widths has shapes of its own, for which JAX would compile.
+        # Not on the device: each mix of widths has its own shapes, for which JAX would compile.
         held = kernels.canonical(jax.device_get(self.arrays.get_value()))
         if self.stop - self.start == held.shape[0]:
             return held
@@ -96,10 +96,10 @@ def scale_inputs(x: Float[Array, "*b k"], scale: Float[Array, " k"]) -> Float[Ar
 
 
 def arranged(weight: kernels.PackedWeight, implementation: str | None = None) -> PackedArrays:
-    """The weight as the kernel takes it, on the default device."""
+    """The weight in the kernel's arrangement, on the default device."""
     prepared = kernels.prepare(weight, implementation)
-    # What was rearranged stays where it lies. The reference takes the weight itself, which may be
-    # mapped from a file.
+    # A rearranged weight is not moved. The reference uses the weight itself, which may be mapped
+    # from a file.
     place = jnp.array if prepared is weight else jax.device_put
     return PackedArrays(jax.tree.map(place, prepared))
 
@@ -111,7 +111,7 @@ def joint_layers(
     rotated: bool = False,
     implementation: str | None = None,
 ) -> list[PackedLinear]:
-    """Layers that take the same input and hold one weight, joined of theirs; see `PackedLinear`."""
+    """Layers that take the same input and hold one joined weight; see `PackedLinear`."""
     joined = arranged(kernels.join(weights), implementation)
     starts = itertools.accumulate((weight.shape[0] for weight in weights), initial=0)
     return [
@@ -127,13 +127,13 @@ def replace_by_packed(
     weights: Iterable[tuple[str, kernels.PackedWeight]],
     inputs: Mapping[str, kernels.LayerInputs] | None = None,
 ) -> None:
-    """Puts packed layers in place of linear ones, in place.
+    """Replaces linear layers by packed ones, in place.
 
     Args:
         model: any NNX module.
-        weights: dotted path and weight of each layer; neighbours that take the same input
-            (`models.llama.SAME_INPUT`) are joined where they can be.
-        inputs: what layers do to their inputs, by path; those left out take them as they are.
+        weights: dotted path and weight of each layer; neighbors that take the same input
+            (`models.llama.SAME_INPUT`) are joined if possible.
+        inputs: what layers do to their inputs, by path; other layers use them unchanged.
     """
     given = inputs or {}
     for parent, group in itertools.groupby(weights, lambda item: item[0].rpartition(".")[0]):

@@ -1,4 +1,4 @@
-"""One layer's quantized rows -> its packed weight, with the dtypes that the layout counts."""
+"""Packs one layer's quantized rows, with the dtypes that the layout counts."""
 
 import ml_dtypes
 import numpy as np
@@ -20,11 +20,11 @@ def pack_layer(
     """Packs the rows of a layer; 16-bit rows and the bias have the layer's source dtype.
 
     Args:
-        layer: what `source_bytes` is read of.
+        layer: provides `source_bytes`.
         rows: codes and scales.
         source: the rows that were quantized, which 16-bit rows keep.
         bias: of each channel, corrections included.
-        index: whether to store which channel a row is.
+        index: whether to store the channel of each row.
 
     Raises:
         InputError: see `kernels.pack_rows`.

@@ -84,7 +84,7 @@ def _complete(
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A network with all that it needs between sensors and motors, packed or not.
+    """A network with everything it needs between sensors and motors, packed or not.
 
     >>> import qvla_jax
     >>> policy = qvla_jax.random_policy("tiny-test")
@@ -101,18 +101,18 @@ class Policy:
     config: OpenVLAConfig
     model: Prismatic
     processor: Processor
-    # The public dataset_statistics.json, kept for `save`; null where a number was not finite.
+    # The public dataset_statistics.json, kept for `save`; null for numbers that are not finite.
     statistics: Mapping[str, Any]
     # How the weights were quantized: quantizer, fingerprint of the source policy, calibration
     # hash. None in full precision.
     quantization: Mapping[str, Any] | None = None
 
     def inputs_spec(self, batch_size: int = 1) -> ModelInputs:
-        """Shapes and dtypes of what `prepare` returns; see `qvla_jax.inference.specs`."""
+        """Shapes and dtypes of the output of `prepare`; see `qvla_jax.inference.specs`."""
         return specs.inputs_spec(self.config, batch_size=batch_size)
 
     def fake_observation(self, seed: int = 0) -> dict[str, Any]:
-        """An observation of noise that `infer` takes, for trials and for warming up."""
+        """An observation of noise for `infer`, for trials and for warming up."""
         return specs.fake_observation(self.config, seed=seed)
 
     def prepare(self, batch: Mapping[str, Any], *, preprocessed: bool = False) -> ModelInputs:
@@ -122,9 +122,9 @@ class Policy:
     def infer_normalized(
         self, batch: Mapping[str, Any], *, preprocessed: bool = False
     ) -> Float[np.ndarray, "b h a"]:
-        """A batch of observations -> normalized action chunks, float32: what the robot executes.
+        """A batch of observations -> the normalized action chunks that the robot executes, float32.
 
-        The batch is split over all local devices; it is padded where it does not divide evenly.
+        The batch is split over all local devices, with padding if it does not divide evenly.
 
         Raises:
             InputError: a key is missing or has the wrong shape or dtype.
@@ -165,7 +165,7 @@ class Policy:
         A call of the model on completed inputs is one differentiable pass.
 
         Args:
-            inputs: on the devices that they shall be used on.
+            inputs: on the devices where they will be used.
         """
         if self.config.decoding == "l1":
             return inputs
@@ -212,13 +212,13 @@ class Policy:
     def with_unnorm_key(self, unnorm_key: str) -> "Policy":
         """The same policy, whose actions and state are scaled by other statistics that it holds.
 
-        The network is shared, so that this costs next to nothing.
+        The network is shared, so this costs almost nothing.
 
         Args:
             unnorm_key: name of a data set among `statistics`.
 
         Raises:
-            InputError: there is none of this name, or its statistics do not fit the policy.
+            InputError: the name is unknown, or its statistics do not fit the policy.
         """
         if unnorm_key == self.config.unnorm_key:
             return self
@@ -236,7 +236,7 @@ class Policy:
     @functools.cached_property
     @in_32_bits
     def fingerprint(self) -> str:
-        """SHA-256 over configuration, statistics and weights: names the policy in results."""
+        """SHA-256 over configuration, statistics and weights; identifies the policy in results."""
         digest = hashlib.sha256()
         digest.update(
             json.dumps([self.config.identity(), self.statistics], sort_keys=True).encode()
@@ -257,7 +257,7 @@ class Policy:
 
     @in_32_bits
     def save(self, path: str | Path, *, dtype: jnp.dtype | None = None) -> None:
-        """Writes what `load_policy` reads: a directory, or one `.qvla` file if packed.
+        """Writes a directory, or one `.qvla` file if packed, for `load_policy`.
 
         Args:
             path: a quantized policy needs a name that ends in `.qvla`, others a folder.
@@ -277,7 +277,7 @@ class Policy:
         self.save_settings(folder)
 
     def save_settings(self, folder: Path) -> None:
-        """Writes all but the weights; the configuration, without which nothing loads, last."""
+        """Writes everything but the weights; the configuration, which loading needs, is last."""
         write_text(folder / TOKENIZER_FILE, self.processor.tokenizer.to_str(pretty=True))
         write_json(folder / STATISTICS_FILE, self.statistics)
         write_json(folder / CONFIG_FILE, self.config.to_dict())
@@ -401,32 +401,33 @@ def load_policy(
         source: the name of a preset that ships with weights ("libero-mini"), a directory or `.qvla`
             file written by `Policy.save`, one written by `import_policy`, or a public OpenVLA,
             OpenVLA-OFT or UniVLA directory.
-        unnorm_key: which data set's statistics un-normalize the actions; may be left out where
-            there is one, or one is recorded.
-        num_images: for public directories, the number of cameras, which the files do not tell; if
-            left out, 1 without a regression head, else that of the robot (see `action_horizon`).
-        center_crop: whether raw images are cropped to the central 90 % of their area; if left out,
-            as recorded or, for public directories, not for OpenVLA and for the others.
-        action_horizon: for OpenVLA-OFT, actions of a chunk, which the files do not tell; if left
-            out, that of LIBERO, ALOHA or Bridge, where the name and the size of the statistics say
-            that the policy is for one of them. Policies of other robots need it.
+        unnorm_key: which data set's statistics un-normalize the actions; optional if there is only
+            one, or one is recorded.
+        num_images: for public directories, the number of cameras, which the files do not say; by
+            default 1 without a regression head, else that of the robot (see `action_horizon`).
+        center_crop: whether raw images are cropped to the central 90 % of their area; by default as
+            recorded or, for public directories, off for OpenVLA and on for the others.
+        action_horizon: for OpenVLA-OFT, actions per chunk, which the files do not say; by default
+            that of LIBERO, ALOHA or Bridge, if the name and the size of the statistics identify one
+            of them. Policies of other robots need it.
         action_normalization: as for `action_horizon`, whether the quantiles q01 and q99 map to -1
             and 1 ("quantiles"), or minimum and maximum ("min_max").
-        merge_adapter: for public directories, merge `lora_adapter/` into the weights: only where
-            they are its base. The public scripts leave it beside weights that hold it already.
-        dtype: of the weights in memory, float32 if left out. bfloat16 halves them; arithmetic stays
-            in float32.
-        sharding: of every weight; None puts it on the default device.
-        mapped: for public directories, leave the weights in their files, in the files' dtypes.
-            They are checked once and read again whenever they are used: for streamed sweeps of
-            policies that do not fit into memory, not for inference.
+        merge_adapter: for public directories, merge `lora_adapter/` into the weights; only if they
+            are its base. The public scripts leave it next to weights into which it is already
+            merged.
+        dtype: dtype of the weights in memory, by default float32. bfloat16 halves them; arithmetic
+            stays in float32.
+        sharding: sharding of every weight; None uses the default device.
+        mapped: for public directories, leave the weights in their files, in the files' dtypes. They
+            are checked once and read again on each use: for streamed sweeps of policies that do not
+            fit in memory, not for inference.
 
     Raises:
         InputError: neither a preset nor a directory; the message lists close matches. Or `mapped`
-            with weights that are in no public directory, or with `dtype` or `sharding`. Or an
+            with weights that are not in a public directory, or with `dtype` or `sharding`. Or an
             argument contradicts what is recorded.
-        CheckpointError: a file of the directory is missing, broken or asks for what is not
-            supported, or does not tell what an argument has to.
+        CheckpointError: a file of the directory is missing, broken or requires something
+            unsupported, or an argument is needed.
 
     Warns:
         CheckpointWarning: there is an adapter that is not merged.
@@ -488,7 +489,7 @@ def load_policy(
 
 
 def _with_options(config: OpenVLAConfig, options: LoadOptions, source: Path) -> OpenVLAConfig:
-    """A recorded configuration with what may differ from it: statistics and crop.
+    """A recorded configuration with the options that may differ from it: statistics and crop.
 
     Raises:
         InputError: an option contradicts the record.
@@ -519,8 +520,8 @@ def _load_packed(path: Path, options: LoadOptions) -> Policy:
     config = _with_options(config, options, path)
     model = abstract_model(config)
     if file.header.get("unread") == DROPPED:
-        # Files of large policies: those that were saved from memory load with the dtypes, and so
-        # the fingerprint, that they had there.
+        # Files of large policies; those saved from memory load with the same dtypes, and so the
+        # same fingerprint.
         drop_unread(model)
         _keep_dtype(model.language_model.model.embed_tokens.embedding, file.tensors)
     linears = named_modules(model, nnx.Linear)
@@ -532,7 +533,7 @@ def _load_packed(path: Path, options: LoadOptions) -> Policy:
                 f"{'no such layer' if expected is None else list(expected)}"
             )
     file.check_others()
-    # Neighbours in the model follow one another.
+    # Neighbors in the model follow one another.
     names = sorted(file.layers, key=lambda name: name.rpartition("."))
     weights = ((name, file.weight(name)) for name in names)
     replace_by_packed(model, weights, {name: file.inputs(name) for name in names})
@@ -548,7 +549,7 @@ def _load_packed(path: Path, options: LoadOptions) -> Policy:
 
 
 def _keep_dtype(embedding: nnx.Variable, tensors: Mapping[str, np.ndarray]) -> None:
-    """Holds the token embeddings as they are stored: rows are converted when they are looked up.
+    """Holds the token embeddings as stored; rows are converted on lookup.
 
     All other parameters that are not packed are small.
     """
@@ -583,10 +584,10 @@ def import_policy(
         action_horizon: see there.
         action_normalization: see there.
         merge_adapter: see there.
-        dtype: of all weights; bfloat16, as published, if left out.
+        dtype: dtype of all weights; by default bfloat16, as published.
 
     Raises:
-        InputError: `source` is no public directory, or `out` holds files already.
+        InputError: `source` is not a public directory, or `out` already holds files.
         CheckpointError: a file is missing or damaged, or a tensor does not fit its model.
 
     Warns:
@@ -611,7 +612,7 @@ def import_policy(
         save_orbax(out / ORBAX_FOLDER, model, tensors, source=tensors.file_of)
         public.save_settings(out)
     except BaseException:
-        # The folder was empty or new: nothing of ours stays in the way of another attempt.
+        # The folder was empty or new; remove our files so that another attempt can succeed.
         shutil.rmtree(out, ignore_errors=True)
         raise
 
@@ -676,7 +677,7 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 def _whole_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Without cutting or padding that its file may ask for, as transformers calls it."""
+    """Disables truncation and padding that its file may request, as transformers does."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -1,4 +1,4 @@
-"""From observations to model inputs: images, prompt tokens and proprio."""
+"""Converts observations to model inputs: images, prompt tokens and proprio."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,11 @@ class Processor:
         Args:
             batch: `image` and, for two cameras, `wrist_image`, for three, `left_wrist_image` and
                 `right_wrist_image` u8[b, H, W, 3], or a sequence of u8[H, W, 3] of any sizes;
-                `state` f32[b, p] where the policy takes proprio;
-                `instruction`, b strings; `history`, b strings that `history` made of the call
-                before, may stand for UniVLA. Other keys are ignored.
+                `state` f32[b, p] if the policy takes proprio; `instruction`, b strings; optionally,
+                for UniVLA, `history`, b strings that `history` made from the previous call. Other
+                keys are ignored.
             preprocessed: the images are what the reference's processor receives (resized and
-                cropped uint8); only its own resize to the towers' size is left to do.
+                cropped uint8); only its own resize to the towers' size remains.
 
         Raises:
             InputError: a key is missing or has the wrong shape or dtype.
@@ -73,15 +73,15 @@ class Processor:
     ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, " b"]]:
         """Prompts -> padded token ids from BOS to the empty token, and their lengths.
 
-        All are padded to `max_prompt_tokens`, or to a multiple of it where one is longer.
+        All are padded to `max_prompt_tokens`, or to a multiple of it if one is longer.
 
         Args:
-            instructions: what to do.
-            histories: for UniVLA, the latent actions of the call before as text; empty at first.
+            instructions: the instructions.
+            histories: for UniVLA, the latent actions of the previous call as text; empty at first.
 
         Raises:
-            InputError: a prompt is longer than the policy's limit, or there is not one history for
-                each instruction.
+            InputError: a prompt is longer than the policy's limit, or the numbers of histories and
+                instructions differ.
         """
         if histories is None:
             histories = [""] * len(instructions)
@@ -94,11 +94,11 @@ class Processor:
         for instruction, history in zip(instructions, histories, strict=True):
             template = config.prompt_template
             if history:
-                assert config.latent_action is not None  # who passes histories for others?
+                assert config.latent_action is not None  # only UniVLA has histories
                 template = config.latent_action.history_template
             prompt = template.format(instruction=instruction.lower(), history=history)
             tokens = self.tokenizer.encode(prompt).ids
-            # The reference appends the lone word-boundary piece unless it stands there already.
+            # The reference appends the lone word-boundary piece unless it is already there.
             if config.empty_token_id is not None and tokens[-1] != config.empty_token_id:
                 tokens = [*tokens, config.empty_token_id]
             if len(tokens) > config.prompt_limit:
@@ -134,8 +134,8 @@ class Processor:
     def history(self, inputs: ModelInputs) -> list[str]:
         """The `history` of the next observations, from inputs that `Policy.complete` completed.
 
-        As UniVLA's evaluation does, the last four latent tokens of prompt and answer are taken,
-        which are those of the answer unless it holds other tokens too.
+        As in UniVLA's evaluation, it takes the last four latent tokens of prompt and answer, which
+        are those of the answer unless it also holds other tokens.
         """
         latent = self.config.latent_action
         if latent is None or inputs.action_tokens is None:

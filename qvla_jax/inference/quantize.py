@@ -50,7 +50,7 @@ def quantize(
     rules: LayerRules = DEFAULT_RULES,
     packed: bool = True,
 ) -> Policy:
-    """A copy of the policy with every channel at its bit-width; the source is left as it is.
+    """A copy of the policy with every channel at its bit-width; the source is not changed.
 
     >>> import qvla_jax
     >>> policy = qvla_jax.random_policy("tiny-test")
@@ -62,8 +62,8 @@ def quantize(
     >>> bool((again.infer(observation) == packed.infer(observation)).all())
     True
 
-    Its quantized layers are `PackedLinear`s: they hold packed words and no matrix of floats. What
-    they store is what `quantization.layout` counts, to the byte, and 16-bit channels keep their
+    Its quantized layers are `PackedLinear`s: they hold packed words and no matrix of floats. They
+    store exactly the bytes that `quantization.layout` counts, and 16-bit channels keep their
     weights bit for bit.
 
     Args:
@@ -71,17 +71,17 @@ def quantize(
         bits: 0, 2, 3, 4, 8 or 16 for each channel, in the order of `policy_index(policy)`, which is
             that of a sensitivity table.
         quantizer: grid, rounding and bias correction, with the input statistics that they need.
-            Bits that come from `SensitivityTable.bits_of` bring it along; without either, rows are
-            rounded to the nearest point of the fitted grid and biases stay as they are.
+            Bits from `SensitivityTable.bits_of` include it; without either, rows are rounded to the
+            nearest point of the fitted grid and biases are not changed.
         rules: which layers are quantized.
         packed: False keeps ordinary layers with the same values in float32, which need the memory
-            of full precision. One compiled program then serves all allocations, where packed
-            layers of other shapes are compiled anew: for searching and sweeping. A layer all of
-            whose channels have 16 bits is then the source layer, untouched.
+            of full precision. All allocations then share one compiled program, while packed layers
+            of other shapes are recompiled; useful for searches and sweeps. A layer whose channels
+            all have 16 bits is then the unchanged source layer.
 
     Raises:
         InputError: a weight is NaN or infinite (named by layer and channel), `bits` has the wrong
-            length or holds a width that is no option, or the statistics do not fit a layer.
+            length or holds a width that is not an option, or the statistics do not fit a layer.
     """
     return _quantize(policy, bits, quantizer, rules, packed=packed, index=True)
 
@@ -101,7 +101,7 @@ def _quantize(
     chosen = channels.check_bits(bits, BITS)
     used = _quantizer_of(bits) if quantizer is None else quantizer
     used.check(channels)
-    # A copy with Variables of its own; arrays that do not change are shared.
+    # A copy with its own Variables; arrays that do not change are shared.
     model = nnx.merge(*nnx.split(policy.model))
     copies = quantizable_layers(model, rules)
     if packed:
@@ -143,7 +143,7 @@ def _quantize(
 
 
 def _quantizer_of(bits: Any) -> Quantizer:
-    """The quantizer that a table's bits bring along.
+    """The quantizer attached to a table's bits.
 
     Raises:
         InputError: the table was loaded without the statistics that its quantizer needs.
@@ -163,11 +163,11 @@ def quantize_uniform(
     rules: LayerRules = DEFAULT_RULES,
     packed: bool = True,
 ) -> Policy:
-    """One bit-width everywhere: a baseline, which stores no output index.
+    """A baseline with one bit-width everywhere, which stores no output index.
 
     Args:
         policy: the full-precision policy.
-        bits: of every channel.
+        bits: bit-width of every channel.
         quantizer: None rounds to nearest on the "rtn" grid, without bias correction.
         rules: which layers are quantized.
         packed: as in `quantize`.

@@ -1,4 +1,4 @@
-"""What a policy takes, without one at hand: shapes of model inputs, and a made-up observation."""
+"""A policy's inputs, without a policy: shapes of model inputs, and a synthetic observation."""
 
 from typing import Any, Final
 
@@ -9,7 +9,7 @@ import numpy as np
 from qvla_jax.config import OpenVLAConfig
 from qvla_jax.models import ModelInputs
 
-# Side of a camera image in LIBERO, which the reference's image chain starts from.
+# Side of a camera image in LIBERO, the input of the reference's image pipeline.
 _CAMERA_PIXELS: Final = 256
 
 
@@ -21,9 +21,9 @@ def inputs_spec(config: OpenVLAConfig, *, batch_size: int = 1) -> ModelInputs:
         batch_size: observations in a batch.
 
     Returns:
-        `ModelInputs` with a `jax.ShapeDtypeStruct` in place of each array; proprio is None where
-        the policy takes none, and so are action tokens. Prompts are those of the first length that
-        they are padded to.
+        `ModelInputs` with a `jax.ShapeDtypeStruct` in place of each array; proprio is None if the
+        policy takes none, and so are action tokens. Prompts have the first length that they are
+        padded to.
     """
 
     def spec(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -39,7 +39,7 @@ def inputs_spec(config: OpenVLAConfig, *, batch_size: int = 1) -> ModelInputs:
 
 
 def fake_observation(config: OpenVLAConfig, *, seed: int = 0) -> dict[str, Any]:
-    """An observation of noise with all that `Policy.infer` asks for, and nothing else.
+    """An observation of noise with exactly the entries that `Policy.infer` requires.
 
     Args:
         config: the policy's architecture.

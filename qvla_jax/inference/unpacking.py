@@ -16,7 +16,7 @@ from qvla_jax.quantization.rotation import rotate, rotate_back
 
 
 class RoundingLinear(nnx.Module):
-    """A linear layer in float32 that scales, rotates and rounds inputs as a `PackedLinear` does.
+    """A linear layer in float32 that scales, rotates and rounds inputs like a `PackedLinear`.
 
     Products of rounded inputs and grid values are those of integer arithmetic, up to the rounding
     of float32: int4 times int4 has no product in XLA for CPUs.
@@ -34,7 +34,7 @@ class RoundingLinear(nnx.Module):
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(bias)
         self.scale = nnx.Param(scale)
-        # An array: one compiled program serves all bits, and fingerprints tell them apart.
+        # An array, so that one compiled program serves all bits and fingerprints distinguish them.
         self.largest_code = nnx.Param(jnp.float32(largest_code(activation_bits)))
         self.rotated = rotated
 
@@ -52,16 +52,17 @@ class RoundingLinear(nnx.Module):
 def unpacked(policy: Policy, packed: Policy, *, rounding: bool = False) -> Policy:
     """The full-precision policy with the values of a packed one, in float32.
 
-    Two compiled programs serve all policies made so, one of them those that round activations
-    anywhere, where packed layers of other shapes are compiled anew: for comparing many.
+    Two compiled programs serve all such policies, one of them those that round activations
+    anywhere, while packed layers of other shapes are recompiled; useful for comparing many
+    policies.
 
     Args:
-        policy: the full-precision policy that `packed` was made of.
+        policy: the full-precision policy that `packed` was made from.
         packed: the packed policy.
-        rounding: whether all its layers become a `RoundingLinear` even where none rounds.
+        rounding: whether all its layers become a `RoundingLinear`, even if none rounds.
 
     Raises:
-        InputError: a packed layer is no linear layer of `policy`.
+        InputError: a packed layer is not a linear layer of `policy`.
     """
     model = nnx.merge(*nnx.split(policy.model))
     linears = named_modules(model, nnx.Linear)

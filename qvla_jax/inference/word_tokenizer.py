@@ -6,7 +6,7 @@ It knows the words of the instructions of every LIBERO suite; others become `<un
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-# Ids 0 to 4. The last one stands for Llama's lone word-boundary piece, OpenVLA's "empty token".
+# Ids 0 to 4. The last one represents Llama's lone word-boundary piece, OpenVLA's "empty token".
 SPECIAL_TOKENS = ("<PAD>", "<s>", "</s>", "<unk>", "\u2581")
 
 _WORDS = (

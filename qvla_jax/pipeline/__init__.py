@@ -1,7 +1,7 @@
 """The stages: calibrate, sensitivity, allocate, quantize, evaluate, report; `run` for all.
 
-Each takes a frozen settings dataclass and leaves its result in one folder, where the next one finds
-it; each checks that what it finds belongs together.
+Each takes a frozen settings dataclass and writes its result to one folder, where the next one finds
+it; each checks that the files it finds belong together.
 """
 
 from qvla_jax.pipeline.allocate import Allocation, Allocations, allocate

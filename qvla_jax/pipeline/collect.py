@@ -38,37 +38,37 @@ class CollectConfig(ModelOptions):
     """Collects episodes in LIBERO and writes them as an RLDS data set.
 
     Starts are drawn at random, never the official initial states. The action of every step is the
-    expert's, also where a policy acted and visited states that the expert would not.
+    expert's, even where a policy acted and visited states that the expert would not.
     """
 
     # LIBERO suite with a scripted expert: libero_spatial or libero_object.
     sim: str
-    # Data directory; the set is written to <out>/<name>/1.0.0, what it is built from to
+    # Data directory; the set is written to <out>/<name>/1.0.0, its source episodes to
     # <out>/episodes.
     out: Path
-    # Who acts: "expert", or a policy as `qvla evaluate --sim` takes it.
+    # Who acts: "expert", or a policy as in `qvla evaluate --sim`.
     policy: str = EXPERT
-    # Episodes of each task to keep.
+    # Number of episodes of each task to keep.
     episodes_per_task: int = 20
-    # Episodes to keep: those that succeed, or all; left out, the expert's successes and all of a
-    # policy's.
+    # Episodes to keep: those that succeed, or all; by default the expert's successes and all of a
+    # policy's episodes.
     keep: Literal["successes", "all"] | None = None
-    # Standard deviations of the noise that is executed on top of the expert's actions, one after
-    # the other. A policy acts without noise.
+    # Standard deviations of the noise added to the expert's actions, used in turn. A policy acts
+    # without noise.
     noise: tuple[float, ...] = (0.0, 0.06, 0.12)
-    # Tasks by number; all of the suite if none are named.
+    # Tasks by number; by default the whole suite.
     tasks: tuple[int, ...] = ()
     # Episodes of each task in the split "heldout"; the others are in "train".
     heldout: int = 1
-    # Name of the data set; left out, that of the suite.
+    # Name of the data set; by default that of the suite.
     name: str | None = None
-    # Height and width of the pictures; 0 is what the policy wants.
+    # Height and width of the pictures; 0 takes the policy's size.
     size: int = 0
     # fast or libero, see `qvla evaluate --sim`.
     rendering: Rendering = "fast"
-    # Simulator processes; 0 is one for each core.
+    # Simulator processes; 0 runs one per core.
     workers: int = 0
-    # Seed of the starts and the noise: another one gives other episodes.
+    # Seed of the starts and the noise.
     seed: int = 0
     # array_record is read without TensorFlow.
     file_format: Literal["array_record", "tfrecord"] = "array_record"
@@ -90,7 +90,7 @@ class CollectConfig(ModelOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """An episode whose recording lies in a file."""
+    """An episode with its recording in a file."""
 
     result: Result
     path: Path
@@ -116,7 +116,7 @@ class Collected:
     """What came out.
 
     Attributes:
-        folder: of the data set.
+        folder: folder of the data set.
         results: all episodes that were run, kept or not.
         kept: those in the data set.
     """
@@ -136,19 +136,19 @@ def collect(
 ) -> Collected:
     """Runs episodes until enough are kept, then writes the data set.
 
-    Finished episodes are not run again: an interrupted run goes on where it stopped.
+    Finished episodes are not run again: an interrupted run resumes where it stopped.
 
     Args:
         config: settings.
-        policy: who acts, if it is loaded already.
-        make: makes the environment of an episode, in a process of its own.
+        policy: the acting policy, if already loaded.
+        make: makes the environment of an episode, in a separate process.
         keep: records an episode, in that process.
         progress: called after each episode.
 
     Raises:
         InputError: TensorFlow, the simulator, a policy or a task is missing.
         DatasetError: the data set exists already.
-        QvlaError: a task succeeds too seldom, or a simulator process failed.
+        QvlaError: a task succeeds too rarely, or a simulator process failed.
     """
     files.check_folder(config.out)
     if importlib.util.find_spec("tensorflow") is None:
@@ -183,7 +183,7 @@ def collect(
 
 
 class _Run:
-    """Which episodes there are, and which are still lacking."""
+    """The episodes of a run, and those still missing."""
 
     def __init__(self, config: CollectConfig, policy: Actor, simulator: str, keep: Keep):
         self._config, self._keep = config, keep
@@ -213,7 +213,7 @@ class _Run:
         return Episode(task=task, seed=seed, **self._common)
 
     def path(self, episode: Episode) -> Path:
-        """Where the recording of an episode lies."""
+        """Path of an episode's recording."""
         who = episode.policy_hash.rpartition(":")[2][:12]
         name = f"{episode.task:02d}_{episode.seed}_{episode.size}_{episode.rendering}.npz"
         return self._folder / who / name
@@ -244,7 +244,7 @@ class _Run:
         return todo
 
     def kept(self, task: int) -> list[Recorded]:
-        """Recorded episodes of a task, at most as many as are wanted."""
+        """Recorded episodes of a task, at most the requested number."""
         found = [
             Recorded(self.log.results[episode], self.path(episode))
             for episode in self._tried(task)
@@ -261,7 +261,7 @@ class _Run:
         return [self.log.results[e] for task in self.tasks for e in self._tried(task)]
 
     def choose_replay(self, progress: Progress) -> Callable[[Result], Replay | None]:
-        """Records what is wanted."""
+        """Chooses the episodes to record."""
 
         def choose(result: Result) -> Replay | None:
             progress("episodes", self.done(), self.wanted)
@@ -290,7 +290,7 @@ class _Run:
 
 
 def policy_is_expert(policy: Actor) -> bool:
-    """Tells whether the scripted expert acts."""
+    """Whether the scripted expert acts."""
     return isinstance(policy, ExpertPolicy)
 
 

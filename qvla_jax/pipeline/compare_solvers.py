@@ -1,4 +1,4 @@
-"""All solvers on one allocation problem: of a run, of a file, or a synthetic one."""
+"""Runs all solvers on one allocation problem: from a run, from a file, or synthetic."""
 
 import dataclasses
 from pathlib import Path
@@ -37,9 +37,9 @@ class CompareSolversConfig:
     problem: Annotated[str, tyro.conf.Positional]
     # Budget for a folder or "openvla" (4 by default); a problem file brings its own.
     budget_bits: float | None = None
-    # Solvers to run; all that are installed by default.
+    # Solvers to run; by default all that are installed.
     solvers: tuple[str, ...] = ()
-    # Seconds that each solver with a time limit may take.
+    # Seconds for each solver with a time limit.
     time_limit: float = 50.0
     # PNG file for cost against bytes over many budgets.
     figure: Path | None = None
@@ -66,8 +66,8 @@ class Compared:
 
     Attributes:
         config: the settings.
-        comparison: of the solvers, under the budget.
-        points: of the figure, over all budgets; None where none was drawn.
+        comparison: comparison of the solvers at the budget.
+        points: points of the figure, over all budgets; None without a figure.
     """
 
     config: CompareSolversConfig
@@ -87,7 +87,7 @@ class Compared:
 
 @in_32_bits
 def compare_solvers(config: CompareSolversConfig, *, progress: Progress = no_progress) -> Compared:
-    """Compares solvers, and writes the figure where it is wanted.
+    """Compares solvers, and writes the figure if requested.
 
     Raises:
         InputError: there is no such problem or solver, or a file is damaged.
@@ -109,10 +109,10 @@ def compare_solvers(config: CompareSolversConfig, *, progress: Progress = no_pro
 
 
 def problem_of(config: CompareSolversConfig) -> tuple[AllocationProblem, int | None]:
-    """The problem that is meant, and its quantized weights where they are known.
+    """The requested problem, and its number of quantized weights if known.
 
     Raises:
-        InputError: there is no such problem, or a budget was given beside a file's own.
+        InputError: there is no such problem, or a budget was given in addition to a file's own.
     """
     name, bits = config.problem, config.budget_bits
     if name == _OPENVLA:

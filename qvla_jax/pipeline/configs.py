@@ -1,6 +1,6 @@
 """Settings of the stages: frozen dataclasses, shared by the Python API and the command line.
 
-`RunConfig` inherits every stage's settings, so it can be handed to each of them.
+`RunConfig` inherits every stage's settings, so each stage accepts it.
 """
 
 import dataclasses
@@ -26,24 +26,25 @@ class CalibrateConfig(StageConfig):
     """Draws the calibration frames and writes their manifest, calibration.json."""
 
     # "bundled", the directory of an RLDS data set, or its address (gs://...); with --mixture, the
-    # folder or address below which the mixture's data sets lie.
+    # folder or address that holds the mixture's data sets.
     dataset: str = "bundled"
     # A mixture of Open-X by name, such as oxe_magic_soup_plus: weights times frames of each set.
     mixture: str | None = None
-    # Several data sets instead of one: DIRECTORY SHARE, any number of pairs; shares of the frames.
+    # Several data sets instead of one: pairs of DIRECTORY and SHARE of the frames.
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
-    # How the data set is read: a data set's name, or a JSON file; left out, by its own name.
+    # Specification of the data set: the name of one, or a JSON file; by default, found by its name.
     spec: str | None = None
-    # Split to calibrate on; left out, "calibration" where there is one, else "train".
+    # Split to calibrate on; by default "calibration" if there is one, else "train".
     split: str | None = None
-    # Most episodes of each data set to look at; of larger ones only some files are read.
+    # Maximum number of episodes to read from each data set; of larger sets only some files are
+    # read.
     max_episodes: int = 512
     # Frames to draw. Few frames overfit: 8 cost a factor of 10 to 60 in held-out error.
     frames: int = 128
-    # Share of them that is drawn where the expert is about to open or close the gripper; left out,
-    # all steps of an episode are alike.
+    # Share of them to draw where the expert is about to open or close the gripper; by default all
+    # steps are equally likely.
     gripper_share: float | None = None
-    # Actions of the expert that go with each frame; must be the policy's.
+    # Number of expert actions with each frame; must be the policy's horizon.
     horizon: int = 8
 
     def __post_init__(self) -> None:
@@ -71,21 +72,21 @@ class SensitivityConfig(StageConfig, ModelOptions):
     exact_share: float = 0.01
     # Random probe vectors for each frame (jacobian).
     probes: int = 8
-    # Other methods to compare with, each in a file of its own.
+    # Other methods for comparison, each in its own file.
     baselines: tuple[str, ...] = ()
     # Sampled channels whose sensitivity is also measured exactly, to validate the rest; 0 skips it.
     validate: int = 0
-    # Calibration frames used for that.
+    # Calibration frames used for validation.
     validate_frames: int = 8
-    # As --baselines input_hessian --validate 256, where these are left out: the proxy of the
-    # released code to compare with, and exact probing. Takes twice as long.
+    # Same as --baselines input_hessian --validate 256, unless these are given: adds the proxy of
+    # the released code for comparison, and exact probing. Takes twice as long.
     thorough: bool = False
-    # Devices, of all processes, along the mesh's channel axis; the others split the frames.
+    # Devices of all processes along the mesh's channel axis; the others split the frames.
     channel_devices: int = 1
     # Split the policy's weights over the channel axis, too (jacobian, refined, taylor).
     split_weights: bool = False
-    # Leave the weights of a public directory in their files, and let them visit one device a stage
-    # at a time: for policies that do not fit into memory. Takes neither validation nor baselines;
+    # Leave the weights of a public directory in their files, and move them to one device a stage at
+    # a time, for policies that do not fit in memory. Allows neither validation nor baselines;
     # rounding is to nearest, and joint factors are not measured.
     streamed: bool = False
 
@@ -101,9 +102,9 @@ class SensitivityConfig(StageConfig, ModelOptions):
 class AllocateConfig(StageConfig):
     """Chooses a bit-width for every channel; writes allocation.safetensors."""
 
-    # Bits for each quantized weight, everything stored counted (scales, biases, index, padding).
+    # Bits per quantized weight, counting everything stored (scales, biases, index, padding).
     budget_bits: float = 4.0
-    # Least bits of layers, by regular expression on their paths: PATTERN BITS, any number of pairs.
+    # Minimum bits of layers: pairs of PATTERN (a regular expression on their paths) and BITS.
     minimum_bits: dict[str, int] = dataclasses.field(default_factory=dict)
     # Solvers to compare; the first one is the result, the others are baselines.
     solvers: tuple[str, ...] = ("greedy:marginal", "greedy:qvla")
@@ -136,9 +137,9 @@ class HeldoutConfig(StageConfig, ModelOptions):
     model: str = "libero-mini"
     # "bundled", the directory of an RLDS data set, or its address (gs://...).
     eval_dataset: str = "bundled"
-    # How it is read: a data set's name, or a JSON file; left out, by its own name.
+    # Its specification: the name of one, or a JSON file; by default, found by its name.
     eval_spec: str | None = None
-    # Split to evaluate on; must not be the one that was calibrated on.
+    # Split to evaluate on; must differ from the calibration split.
     eval_split: str = "heldout"
     # Frames to draw from it; 0 takes all of them.
     eval_frames: int = 256
@@ -150,9 +151,9 @@ class EvaluateConfig(HeldoutConfig):
 
     # Uniform round-to-nearest baselines.
     uniform_bits: tuple[int, ...] = (2, 3, 4, 8)
-    # Frames for each forward pass; few of them stay in a CPU's cache.
+    # Frames per forward pass; few frames stay in a CPU's cache.
     eval_batch: int = 8
-    # Timed calls of the full and of the packed policy, one observation each; 0 times none.
+    # Timed calls of the full and the packed policy, one observation each; 0 skips timing.
     latency_calls: int = 50
 
     def __post_init__(self) -> None:
@@ -166,7 +167,7 @@ class EvaluateConfig(HeldoutConfig):
 class ReportConfig(StageConfig):
     """Writes report.json and report.html from the files of the other stages."""
 
-    # Folder of `qvla evaluate --sim`, whose success, drift and videos the report shall show.
+    # Folder of `qvla evaluate --sim` whose success, drift and videos the report shows.
     simulation: Path | None = None
 
 
@@ -174,17 +175,17 @@ class ReportConfig(StageConfig):
 class ValidateConfig(HeldoutConfig):
     """Studies whether the sensitivities in a folder can be trusted; writes study.json and .png."""
 
-    # Sampled channels that are also probed exactly, and on how many frames.
+    # Number of sampled channels to probe exactly, and number of frames.
     channels: int = 256
     frames: int = 8
-    # Methods that are compared with exact probing, beside the table's own.
+    # Methods to compare with exact probing, in addition to the table's own.
     methods: tuple[str, ...] = ("jacobian", "refined", "taylor", "input_hessian")
-    # Budgets in bits for each weight, at which predicted and measured joint error are compared.
+    # Budgets, in bits per weight, at which to compare predicted and measured joint error.
     budgets: tuple[float, ...] = (2.5, 3.0, 4.0, 6.0)
-    # Frames and seeds of other calibration sets, for the stability.
+    # Frames and seeds of other calibration sets, for stability.
     sizes: tuple[int, ...] = (8, 32, 128, 512)
     seeds: tuple[int, ...] = (1, 2)
-    # Whole trajectories, every chunk of them, for the cumulative sensitivity; 0 skips it.
+    # Number of whole trajectories for the cumulative sensitivity; 0 skips it.
     trajectories: int = 8
 
     def __post_init__(self) -> None:
@@ -194,24 +195,25 @@ class ValidateConfig(HeldoutConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackConfig(ModelOptions):
-    """Packs a policy layer by layer, rounded to nearest: no calibration.
+    """Packs a policy layer by layer, rounded to nearest, without calibration.
 
-    The weights of a public directory stay in their files: policies are packed that do not fit into
-    memory. What inference never reads is left out.
+    The weights of a public directory stay in their files, so policies that do not fit in memory can
+    be packed. Weights that inference never reads are left out.
     """
 
     # A policy that ships with the package, or a directory that holds one.
     model: str = "libero-mini"
     # The file to write; its name ends in .qvla.
     file: Path
-    # Of every channel: 2, 3, 4, 8 or 16.
+    # Bits of every channel: 2, 3, 4, 8 or 16.
     bits: int = 4
-    # Instead of --bits: mixed bits of least weight error, this many on average with everything
-    # stored counted. For sizes and speeds; `qvla run` allocates by what moves the actions.
+    # Instead of --bits: mixed bits with the smallest weight error, this many on average, counting
+    # everything stored. For measuring size and speed; `qvla run` allocates by effect on the
+    # actions.
     mean_bits: float | None = None
-    # Of the linear layers that are not quantized (projectors, head, output layer): 8 or 16.
+    # Bits of the linear layers that are not quantized (projectors, head, output layer): 8 or 16.
     kept_bits: Literal[8, 16] = 16
-    # Of the inputs of quantized layers: 16 takes them as they are, 8 rounds them token by token.
+    # Bits of the inputs of quantized layers: 16 does not round, 8 rounds token by token.
     activation_bits: Literal[8, 16] = 16
 
 
@@ -219,7 +221,7 @@ class PackConfig(ModelOptions):
 class RunConfig(
     CalibrateConfig, SensitivityConfig, AllocateConfig, QuantizeConfig, EvaluateConfig, ReportConfig
 ):
-    """Runs the whole walk: calibrate, sensitivity, allocate, quantize, evaluate, report.
+    """Runs the whole pipeline: calibrate, sensitivity, allocate, quantize, evaluate, report.
 
     >>> from pathlib import Path
     >>> from qvla_jax import RunConfig

@@ -47,8 +47,8 @@ def evaluate(
     """Measures full precision, uniform rounding and every allocation; writes evaluation.json.
 
     The chosen allocation runs from the packed weights of policy.qvla. All others hold the same
-    grids' values in float32, for which one compiled program serves; the chosen one runs both ways,
-    and the largest difference of an action is reported.
+    grids' values in float32, so that they share one compiled program; the chosen one runs both
+    ways, and the largest difference of an action is reported.
 
     Args:
         config: settings.
@@ -148,7 +148,7 @@ def _latency(
     heldout: CalibrationSet,
     progress: Progress,
 ) -> dict[str, Any] | None:
-    """Times one chunk of the full and of the packed policy, call by call in turn."""
+    """Times one chunk of the full and of the packed policy, alternating call by call."""
     if not config.latency_calls:
         return None
     calls = WARM_UP + config.latency_calls
@@ -165,7 +165,7 @@ def _latency(
 
 
 def describe_packed(path: Path, chosen: Allocation, difference: float) -> dict[str, Any]:
-    """What the packed policy's file holds, and how far its actions are from those in float32.
+    """Describes the packed policy's file, and how far its actions are from those in float32.
 
     Raises:
         InputError: the file does not store the bytes that the allocator counted.
@@ -204,7 +204,7 @@ def heldout_set(config: HeldoutConfig, *, horizon: int) -> CalibrationSet:
 
 
 def check_disjoint(calibration: CalibrationSet, heldout: CalibrationSet) -> None:
-    """Refuses to evaluate on the frames that were calibrated on.
+    """Refuses to evaluate on the calibration frames.
 
     Raises:
         InputError: both sets draw from the same files.
@@ -253,7 +253,7 @@ def _uniform_entry(
 def _feedback_entry(
     index: ChannelIndex, bits: int, candidate: Predictions, reference: Predictions
 ) -> dict[str, Any]:
-    """The same bytes, rounded with error feedback: what better rounding alone brings."""
+    """The same bytes, rounded with error feedback: the gain from better rounding alone."""
     return {
         **_uniform_entry(index, bits, candidate, reference),
         "method": f"uniform_feedback@{bits}",

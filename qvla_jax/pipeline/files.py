@@ -1,4 +1,4 @@
-"""The files that stages hand to each other, and the checks that they belong together."""
+"""The files that stages exchange, and the checks that they belong together."""
 
 import json
 import os
@@ -12,8 +12,7 @@ from qvla_jax.sensitivity import SensitivityTable
 CALIBRATION = "calibration.json"
 SENSITIVITY = "sensitivity.safetensors"
 STATISTICS = "statistics.safetensors"
-# Seconds of each method. Not in the tables, which a sweep that was killed and went on repeats byte
-# for byte.
+# Seconds of each method. Not in the tables, which a resumed sweep reproduces byte for byte.
 TIMES = "sensitivity_times.json"
 # Where the time of `qvla run` went, stage by stage.
 RUN_TIMES = "run_times.json"
@@ -24,7 +23,7 @@ ALLOCATION = "allocation.safetensors"
 POLICY = "policy.qvla"
 # Packed policies of other methods.
 METHODS = "methods"
-# What a study's methods measure, the measurements of its cells, and its episodes.
+# A study's shared measurements, the results of its cells, and its episodes.
 MEASUREMENTS = "measurements"
 CELLS = "cells"
 EPISODES = "closed_loop"
@@ -55,12 +54,12 @@ _WRITERS = {
 
 
 def sensitivity_file(folder: Path, method: str, *, main: str) -> Path:
-    """Returns where the table of `method` lies: baselines have the method in their name."""
+    """Returns the path of a method's table; baselines have the method in their name."""
     return folder / (SENSITIVITY if method == main else f"sensitivity_{method}.safetensors")
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that results can be put into `folder`, without creating it.
+    """Checks that results can be written to `folder`, without creating it.
 
     Raises:
         InputError: it is a file, or nothing can be written there.
@@ -81,7 +80,7 @@ def made_from(table: SensitivityTable) -> dict[str, str]:
 
 
 def needed(path: Path) -> Path:
-    """Returns `path` if it is there.
+    """Returns `path` if it exists.
 
     Raises:
         InputError: it is missing; the message names the command that writes it.
@@ -115,11 +114,11 @@ def read_json(path: Path, *, kind: str, version: int = 1) -> dict[str, Any]:
 def check_same(
     path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], *, remedy: str
 ) -> None:
-    """Checks that a file was made from what the caller has.
+    """Checks that a file was made from the caller's inputs.
 
     Args:
         path: the file.
-        found: what it says it was made from.
+        found: what the file says it was made from.
         expected: what it should have been made from, the same keys.
         remedy: what to do if it was not.
 
@@ -135,7 +134,7 @@ def check_same(
 
 
 def stale(path: Path, command: str) -> InputError:
-    """Returns the error for a file that is older than those it was made from."""
+    """Returns the error for a file that is older than its sources."""
     return InputError(f"{path}: older than the other files; run `qvla {command}` again")
 
 

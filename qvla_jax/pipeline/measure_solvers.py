@@ -1,4 +1,4 @@
-"""What the solvers' allocations really do: measured joint errors, searches included."""
+"""The measured joint errors of the solvers' allocations, searches included."""
 
 import dataclasses
 from typing import Any
@@ -30,12 +30,12 @@ SEARCHES = ("evolutionary", "local_search", "sequential")
 class MeasureSolversConfig(HeldoutConfig):
     """Measures the joint action error of each solver's allocation; writes measured_solvers.json.
 
-    The searches see the calibration frames alone. Held-out frames are for reporting.
+    The searches see only the calibration frames. Held-out frames are for reporting.
     """
 
-    # Budgets, in bits for each quantized weight with everything stored counted.
+    # Budgets, in bits per quantized weight, counting everything stored.
     budgets: tuple[float, ...] = (3.0, 4.0, 6.0)
-    # Solvers of the separable problem; the first one is what the searches start from.
+    # Solvers of the separable problem; the searches start from the first one's result.
     solvers: tuple[str, ...] = (
         "core",
         "greedy:marginal",
@@ -47,11 +47,11 @@ class MeasureSolversConfig(HeldoutConfig):
     searches: tuple[str, ...] = SEARCHES
     # Rounds of evolutionary and local_search.
     rounds: int = 10
-    # Turns of sequential at most.
+    # Maximum number of rounds of sequential.
     turns: int = 24
-    # Candidates of a round (evolutionary, local_search).
+    # Candidates per round (evolutionary, local_search).
     population: int = 8
-    # Frames for each forward pass.
+    # Frames per forward pass.
     eval_batch: int = 32
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Methods as rows to compare with: one packed file for each in `RUN/methods`."""
+"""Named methods for comparison: one packed file per method in `RUN/methods`."""
 
 import dataclasses
 import re
@@ -21,14 +21,14 @@ from qvla_jax.progress import Progress, no_progress
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig(StageConfig, ModelOptions):
-    """Quantizes by methods' names, on the folder's calibration frames; writes methods/NAME.qvla.
+    """Quantizes by named methods, on the folder's calibration frames; writes methods/NAME.qvla.
 
-    `qvla evaluate` and `qvla report` then list them beside the folder's allocations, and
-    MODEL@RUN:NAME names them in `qvla evaluate --sim`.
+    `qvla evaluate` and `qvla report` then list them next to the folder's allocations, and
+    MODEL@RUN:NAME refers to them in `qvla evaluate --sim`.
     """
 
-    # METHOD-wBITS, then aBITS for activations and -gGROUP for groups of inputs where wanted:
-    # gptq-w4, rtn-w4-g128. Several share the pass over the calibration frames.
+    # METHOD-wBITS, optionally followed by aBITS for activations and -gGROUP for groups of inputs:
+    # gptq-w4, rtn-w4-g128. Several methods share the pass over the calibration frames.
     method: tuple[str, ...]
     # A policy that ships with the package, or a directory that holds one.
     model: str = "libero-mini"
@@ -71,12 +71,12 @@ def quantize_by_methods(
 
 
 def method_file(folder: Path, name: str) -> Path:
-    """Where a method's policy lies in a run's folder."""
+    """Path of a method's policy in a run's folder."""
     return folder / files.METHODS / f"{name}{SUFFIX}"
 
 
 def is_method(name: str) -> bool:
-    """Whether a name has the form of a method's, right or wrong."""
+    """Whether a name has the form of a method's name, valid or not."""
     return re.search(r"-w\d", name) is not None
 
 
@@ -90,8 +90,8 @@ def load_method(path: Path, made_from: Mapping[str, Any]) -> Policy:
 
     Args:
         path: the file.
-        made_from: what it has to be made from: `policy fingerprint`, and `calibration hash`, which
-            is not looked at where a method uses no calibration frames.
+        made_from: what it must be made from: `policy fingerprint`, and `calibration hash`, which is
+            ignored if a method uses no calibration frames.
 
     Raises:
         InputError: it is missing, damaged, or was made from something else.

@@ -1,4 +1,4 @@
-"""`qvla pack`: a policy into one packed file, layer by layer, without calibration.
+"""`qvla pack`: packs a policy into one file, layer by layer, without calibration.
 
 Weights may stay in the files of a public directory: a layer is read, rounded, packed and written
 before the next one is read, so memory is bounded by the largest layer and not by the policy.
@@ -38,9 +38,9 @@ from qvla_jax.solvers import AllocationProblem, solve
 
 # Options of a mixed allocation.
 _OPTIONS = (0, 2, 4, 8, 16)
-# Rows that are rounded in one call: one compiled program for all layers of a fan-in.
+# Rows rounded per call, so that all layers of a fan-in share one compiled program.
 _ROWS = 1024
-# Inputs of each row that its cost is estimated on.
+# Number of inputs of each row that its cost is estimated from.
 _SAMPLED_INPUTS = 512
 
 
@@ -55,12 +55,12 @@ def pack(config: PackConfig, *, progress: Progress = no_progress) -> None:
     """
     if config.file.suffix != SUFFIX:
         raise InputError(f"{config.file}: a packed policy is one file; its name ends in {SUFFIX}")
-    # Own directories and presets are loaded: they are small, or were imported to be.
+    # Our own directories and presets are loaded: they are small, or were imported for loading.
     policy = load_policy(config.model, mapped=is_huggingface(Path(config.model)), **config.said())
     if policy.quantization is not None:
         raise InputError(f"{config.model}: is packed already; pack the full-precision policy")
     fingerprint = policy.fingerprint
-    model = nnx.merge(*nnx.split(policy.model))  # modules of its own, the same arrays
+    model = nnx.merge(*nnx.split(policy.model))  # separate modules, same arrays
     drop_unread(model)
     layers = quantizable_layers(model)
     index = ChannelIndex(tuple(layer_info(path, linear) for path, linear in layers.items()))
@@ -111,14 +111,14 @@ def packed_layers(
     inputs: kernels.LayerInputs,
     progress: Progress = no_progress,
 ) -> Iterator[tuple[str, kernels.PackedWeight, kernels.LayerInputs]]:
-    """Each linear layer, packed when it is asked for.
+    """Each linear layer, packed on request.
 
     Args:
         linears: all linear layers of the policy.
         widths: bits of each channel of those that are quantized.
-        grid: that rows are rounded on, to nearest.
-        index: whether quantized layers store which channel a row is.
-        kept_bits: of the channels of all other layers, which take their inputs as they are.
+        grid: the grid that rows are rounded to.
+        index: whether quantized layers store the channel of each row.
+        kept_bits: bits of the channels of all other layers, whose inputs are not rounded.
         inputs: what quantized layers do to their inputs.
         progress: reports progress.
     """
@@ -142,14 +142,14 @@ def packed_layers(
 def nearest_rows(
     rows: Float[np.ndarray, "c k"], bits: Int[np.ndarray, " c"], grid: Grid
 ) -> QuantizedRows:
-    """Rows rounded to nearest, by blocks: layers of a fan-in share one compiled program."""
+    """Rows rounded to nearest in blocks, so that layers of a fan-in share one compiled program."""
     codes = np.zeros(rows.shape, np.int8)
     scales = np.ones((rows.shape[0], 1), np.float32)
     for width in GRID_BITS:
         chosen = np.flatnonzero(bits == width)
         for start in range(0, len(chosen), _ROWS):
             block = chosen[start : start + _ROWS]
-            # Filled up with the first row again.
+            # Padded with the first row.
             filled = np.pad(block, (0, _ROWS - len(block)), constant_values=block[0])
             q, s = jax.device_get(quantize_rows(rows[filled], width, grid=grid))
             codes[block], scales[block] = q[: len(block)], s[: len(block)]
@@ -163,14 +163,14 @@ def weight_error_bits(
     *,
     progress: Progress = no_progress,
 ) -> Int[np.ndarray, " C"]:
-    """Bits of least summed squared weight error, relative to each layer's energy, in a budget.
+    """Bits that minimize the squared weight error, relative to each layer's energy, in a budget.
 
-    A stand-in for sensitivities, which need calibration data: it knows nothing of actions.
+    A stand-in for sensitivities, which need calibration data; it ignores the actions.
 
     Args:
         linears: the quantized layers.
         index: their channels.
-        mean_bits: stored bits for each weight, everything counted.
+        mean_bits: stored bits per weight, counting everything.
         progress: reports progress.
 
     Raises:

@@ -3,8 +3,8 @@
 After the `@` comes a bit-width (uniform round-to-nearest) or the folder of a run, whose chosen
 allocation is applied with the quantizer that it was made for, in float32 on exactly the values of
 the grids; `runs/x:3.5` and `runs/x:uniform4` are the run's allocations at another budget, and
-`runs/x:gptq-w4` is what `qvla quantize --method gptq-w4` left there. A `.qvla` file, such as the
-run's own policy.qvla, runs from its packed weights.
+`runs/x:gptq-w4` is the result of `qvla quantize --method gptq-w4` there. A `.qvla` file, such as
+the run's own policy.qvla, runs from its packed weights.
 """
 
 import re
@@ -28,8 +28,8 @@ def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
     """Loads a policy by its name.
 
     Args:
-        name: as above.
-        options: what its files do not tell.
+        name: as described above.
+        options: what its files do not say.
 
     Raises:
         InputError: there is no such policy or run, or the allocation is another policy's.
@@ -60,7 +60,7 @@ def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
 
 
 def model_of(name: str) -> tuple[str, str]:
-    """The model in a policy's name, and what comes after the `@`; empty where there is none."""
+    """The model in a policy's name, and the part after the `@`, which may be empty."""
     model, separator, quantized = name.rpartition("@")
     if not separator or Path(name).is_dir():
         return name, ""
@@ -68,9 +68,9 @@ def model_of(name: str) -> tuple[str, str]:
 
 
 def takes_options(model: str) -> bool:
-    """Whether options of public directories mean a model: it is one, or was made from one.
+    """Whether options of public directories apply to a model: it is one, or was made from one.
 
-    Others, such as `libero-mini`, take their images as they are.
+    Others, such as `libero-mini`, use their images unchanged.
     """
     folder = Path(model)
     if folder.suffix == SUFFIX and folder.is_file():
@@ -85,12 +85,11 @@ def takes_options(model: str) -> bool:
 def check_crop(model: str, options: ModelOptions) -> None:
     """Asks whether images are cropped, before a public OpenVLA policy acts in the simulator.
 
-    Its files do not tell. Fine-tunes were trained with random crops, and their public evaluation
-    crops; the base model was not. Without the crop a fine-tune succeeds too seldom, and nothing
-    says so.
+    Its files do not say. Fine-tunes were trained with random crops, and their public evaluation
+    crops; the base model was not. Without the crop a fine-tune silently succeeds less often.
 
     Raises:
-        InputError: the policy decodes action tokens, and neither its files nor the options tell.
+        InputError: the policy decodes action tokens, and neither its files nor the options say.
     """
     folder = Path(model)
     if options.center_crop is not None or not folder.is_dir() or not is_huggingface(folder):
@@ -109,6 +108,6 @@ def check_crop(model: str, options: ModelOptions) -> None:
 
 
 def _folder_and_budget(text: str) -> tuple[Path, str]:
-    """Splits `runs/x:uniform4`; a folder whose name holds a colon is a folder."""
+    """Splits `runs/x:uniform4`; an existing folder may have a colon in its name."""
     folder, separator, budget = text.rpartition(":")
     return (Path(folder), budget) if separator and not Path(text).is_dir() else (Path(text), "")

@@ -1,4 +1,4 @@
-"""Stage 6: join what the other stages wrote into report.json and report.html."""
+"""Stage 6: combine the files of the other stages into report.json and report.html."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -113,7 +113,7 @@ def split_methods(
     """Separates the methods at the requested budget from those of the sweep.
 
     The uniform baseline shown at the budget is the one whose grid has that many bits, or the
-    nearest. The stated bytes say what each really takes.
+    nearest. The stated bytes show what each actually takes.
     """
     uniform = [e for e in entries if e["family"] == "uniform"]
     nearest = min(uniform, key=lambda e: abs(e["requested_bits"] - budget_bits), default=None)
@@ -131,7 +131,7 @@ def split_methods(
 
 
 def summarize(validation: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves the single samples out."""
+    """Leaves out the individual samples."""
     return {key: validation[key] for key in ("channels", "frames", "spearman", "spearman_table")}
 
 
@@ -151,7 +151,7 @@ def describe_allocation(allocation: Allocation) -> dict[str, Any]:
 
 
 def describe_layers(table: SensitivityTable, allocation: Allocation) -> list[dict[str, Any]]:
-    """Sums up each layer: its size, its bits, and how sensitive its channels are."""
+    """Summarizes each layer: its size, its bits, and how sensitive its channels are."""
     layers = []
     for layer, rows in table.index.items():
         bits = allocation.bits[rows]

@@ -1,4 +1,4 @@
-"""The whole walk, stage after stage."""
+"""The whole pipeline, stage by stage."""
 
 import dataclasses
 from typing import Any
@@ -37,14 +37,13 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
     >>> Path("run/policy.qvla").exists(), Path("run/report.html").exists()
     (True, True)
 
-    Everything that can be wrong with the input is checked before the first long stage, and before
-    the first file.
+    All inputs are checked before the first long stage and before the first file is written.
 
     Returns:
         The content of report.json.
 
     Raises:
-        InputError: something handed in cannot be used.
+        InputError: an input cannot be used.
     """
     files.check_folder(config.out)
     for name in config.solvers:

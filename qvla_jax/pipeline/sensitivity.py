@@ -1,4 +1,4 @@
-"""Stage 2: what each output channel costs at each bit-width, and whether that can be trusted."""
+"""Stage 2: measure what each output channel costs at each bit-width, and validate it."""
 
 import shutil
 import time
@@ -41,8 +41,8 @@ def sensitivity(
     """Measures the sensitivities and those of the baselines, and validates the former.
 
     Finished items are kept in `out`/sweep until the tables are written: called again with the same
-    settings after it was killed, it goes on with them. Several processes call it alike; the main
-    one writes.
+    settings after a kill, it resumes from them. All processes call it with the same arguments; the
+    main one writes.
 
     Args:
         config: settings.
@@ -75,7 +75,7 @@ def sensitivity(
             probes=config.probes,
             exact_share=config.exact_share,
             seed=config.seed,
-            # The inputs are the same for every method: measured once.
+            # The inputs are the same for every method, so they are measured once.
             statistics=tables[config.method].statistics if tables else None,
             mesh=mesh,
             split_weights=config.split_weights,
@@ -144,7 +144,7 @@ def load_validation(folder: Path) -> dict[str, Any] | None:
 
 
 def load_seconds(folder: Path, method: str) -> float | None:
-    """Reads how long a method took; None if that was not written down."""
+    """Reads how long a method took; None if it was not recorded."""
     path = folder / files.TIMES
     return files.read_json(path, kind=TIMES_KIND)["seconds"].get(method) if path.exists() else None
 
@@ -155,7 +155,7 @@ def _write(
     seconds: dict[str, float],
     validation: dict[str, Any] | None,
 ) -> None:
-    """Replaces all files of this stage, so that none of an earlier run stays behind."""
+    """Replaces all files of this stage, so that none of an earlier run remains."""
     for old in (*config.out.glob("sensitivity*.safetensors"), config.out / files.VALIDATION):
         old.unlink(missing_ok=True)
     if (statistics := tables[config.method].statistics) is not None:

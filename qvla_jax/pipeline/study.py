@@ -1,7 +1,7 @@
 """The table of results: methods against settings on one policy, offline and in closed loop.
 
-A cell is one method at one setting. Its packed policy lies in `OUT/methods`, its measurements in
-`OUT/cells`, its episodes in `OUT/closed_loop`: called again, the study goes on where it stopped.
+A cell is one method at one setting. Its packed policy is in `OUT/methods`, its measurements in
+`OUT/cells`, its episodes in `OUT/closed_loop`: called again, the study resumes where it stopped.
 """
 
 import dataclasses
@@ -50,32 +50,32 @@ _COLUMN: Final = re.compile(r"w(?P<bits>\d+(?:\.\d+)?)(?:a(?P<activation>\d+(?:\
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig(CalibrateConfig, HeldoutConfig):
-    """Makes the table of results: methods against settings, on one policy.
+    """Builds the table of results: methods against settings, on one policy.
 
-    Writes results.json, results.md and figures. Every cell is kept: repeat the command to go on
-    after an interruption, with other rows or columns, or with --sim to add the closed loop. A
-    calibration.json that lies in the folder is used.
+    Writes results.json, results.md and figures. Every cell is kept: repeat the command to resume
+    after an interruption, to add rows or columns, or with --sim to add the closed loop. Uses the
+    folder's calibration.json if there is one.
     """
 
-    # Methods, -gGROUP behind the name where groups of inputs have scales of their own: rtn-g128.
+    # Methods, followed by -gGROUP if groups of inputs have their own scales: rtn-g128.
     rows: tuple[str, ...] = tuple(METHODS)
     # Settings: bits of weights (for methods that allocate, a budget of stored bits), and aBITS of
-    # activations. Methods that have no such setting leave the cell empty.
+    # activations. If a method does not support a setting, the cell stays empty.
     columns: tuple[str, ...] = ("w8a16", "w4a16", "w8a8", "w4a4", "w4a5", "w3", "w2.5", "w2")
-    # Random probe vectors for each frame, of the sensitivities.
+    # Random probe vectors per frame, for the sensitivities.
     probes: int = 8
-    # LIBERO suite for the success in closed loop, such as libero_spatial; left out: offline only.
+    # LIBERO suite for success in closed loop, such as libero_spatial; by default offline only.
     sim: str | None = None
-    # Episodes of each task, from the initial states 0, 1, ...; 0 runs none. The table has all that
-    # are finished, also those of earlier commands, so that some cells can have more than others.
+    # Episodes of each task, from the initial states 0, 1, ...; 0 runs none. The table counts all
+    # finished episodes, also those of earlier commands, so cells can have different numbers.
     episodes_per_task: int = 20
-    # Tasks by number; all of the suite if none are named.
+    # Tasks by number; by default the whole suite.
     tasks: tuple[int, ...] = ()
-    # As of `qvla evaluate --sim`.
+    # As in `qvla evaluate --sim`.
     rendering: Rendering = "fast"
-    # Simulator processes; 0 is one for each core.
+    # Simulator processes; 0 runs one per core.
     workers: int = 0
-    # Frames for each forward pass of the offline measurement.
+    # Frames per forward pass of the offline measurement.
     eval_batch: int = 8
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
             self.closed_loop(self.sim, ())
 
     def setting(self, row: str, column: str) -> Setting | None:
-        """The cell's setting; None where the method has no such one.
+        """The cell's setting; None if the method does not support it.
 
         Raises:
             InputError: there is no such method.
@@ -127,9 +127,9 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
 
         Args:
             sim: the suite.
-            names: policies beside full precision.
-            finished: all episodes that there can be, of which some are finished, in place of those
-                that are asked for.
+            names: policies other than full precision.
+            finished: all possible episodes, some of which are finished, instead of the requested
+                ones.
         """
         everything = finished or not self.episodes_per_task
         return closed_loop.ClosedLoopConfig(
@@ -149,12 +149,12 @@ def study(
     make: MakeEnvironment = make_libero,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Fills the cells that are empty and writes the tables and figures.
+    """Fills the empty cells and writes the tables and figures.
 
     Args:
         config: settings.
         policy: the full-precision policy, if it is loaded already.
-        make: makes the environment of an episode, in a process of its own.
+        make: makes the environment of an episode, in a separate process.
         progress: reports progress.
 
     Returns:
@@ -205,9 +205,9 @@ def rank_correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         cells: of results.json.
 
     Returns:
-        `policies`, those whose success is known, and `spearman` by measure. Cells that hold the
-        same policy (all offline measures are equal: tuning changed nothing, say) count once.
-        Empty where fewer than 3 policies have success, or it is the same in all.
+        `policies`, those whose success is known, and `spearman` by measure. Cells with the same
+        policy (all offline measures are equal, for example because tuning changed nothing) count
+        once. Empty if fewer than 3 policies have success, or if it is the same for all.
     """
     distinct = {
         json.dumps([cell["stored_bytes"], cell["versus_full_precision"]]): cell
@@ -241,7 +241,7 @@ def rank_correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class _Study:
-    """One study: what cells share."""
+    """One study: what its cells share."""
 
     def __init__(
         self,
@@ -268,7 +268,7 @@ class _Study:
         self._log: EpisodeLog | None = None
 
     def cell(self, setting: Setting) -> dict[str, Any]:
-        """The cell's offline measurements, from its file where that is up to date."""
+        """The cell's offline measurements, from its file if that is up to date."""
         path = self.config.out / files.CELLS / f"{setting.name}.json"
         # A cell of an older version, with fewer measures, is measured again.
         measures = [field.name for field in dataclasses.fields(ActionErrors)]
@@ -318,7 +318,7 @@ class _Study:
     def _finished(
         self, sim: str, policies: Mapping[str, Policy], make: MakeEnvironment
     ) -> dict[str, Any]:
-        """Success in all finished episodes: of full precision, and of others paired with it."""
+        """Success in all finished episodes of full precision, and of others paired with it."""
         if self._log is None:
             self._log = EpisodeLog(self.config.out / files.EPISODES / closed_loop.EPISODES_FILE)
         simulator = closed_loop.simulator_versions() if make is make_libero else "none"
@@ -335,7 +335,7 @@ class _Study:
         found = {self.config.model: full}
         for entry, compared in zip(others, content["comparisons"], strict=True):
             paired = compared["overall"]
-            # Of the episodes that both have run.
+            # Only episodes that both have run.
             own = paired["both"] + paired["candidate_only"]
             of_full = paired["both"] + paired["reference_only"]
             found[compared["candidate"]] = {

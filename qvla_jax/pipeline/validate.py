@@ -1,6 +1,7 @@
-"""Can the sensitivities of a run be trusted? Ranks, additivity, stability, and who is sensitive.
+"""Can the sensitivities of a run be trusted? Ranks, additivity, stability, sensitive modules.
 
-A study beside the walk: it reads what `calibrate` and `sensitivity` left, and nothing reads it.
+A study outside the pipeline: it reads the files of `calibrate` and `sensitivity`, and no stage
+reads its result.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from qvla_jax.sensitivity.validation import probe_sample, same_frames
 from qvla_jax.solvers import solve
 
 STUDY_KIND = "qvla_jax.study"
-# Every linear layer, those that stay in 16 bits by default included.
+# Every linear layer, including those that keep 16 bits by default.
 _ALL_LAYERS = LayerRules(include=(r".",))
 
 
@@ -115,7 +116,7 @@ def _additivity(
     table: SensitivityTable,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """The sum of the chosen costs, with and without joint factors, and what is really measured."""
+    """The sum of the chosen costs, with and without joint factors, and the measured error."""
     single = dataclasses.replace(table, joint=None)
     rows = []
     for done, budget in enumerate(config.budgets):
@@ -143,7 +144,7 @@ def _stability(
     table: SensitivityTable,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Tables of other calibration sets: their ranks in this one, and what their choice costs here.
+    """Tables of other calibration sets: their rank correlation and what their choice costs here.
 
     `regret` is the cost, in this table, of the allocation that the other table chooses, over the
     cost of this table's own choice, minus 1.
@@ -191,7 +192,7 @@ def _cumulative(
     table: SensitivityTable,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The table, whose frames are drawn one by one, against sums along whole trajectories.
+    """The table, whose frames are drawn independently, against sums along whole trajectories.
 
     `spearman` and `top` compare their mean over the trajectories, `single` each of them alone
     (least, median and largest rank correlation).

@@ -39,7 +39,7 @@ class FrameMean:
 
     @property
     def standard_error(self) -> Float[np.ndarray, "..."]:
-        """Standard error of the mean; zero where there is but one frame."""
+        """Standard error of the mean; zero if there is only one frame."""
         if self.frames < 2:
             return np.zeros_like(self._sum)
         variance = np.maximum(self._squares / self.frames - self.mean**2, 0.0)
@@ -61,14 +61,14 @@ def mean_over_frames(
 
 
 def check_finite(values: Float[np.ndarray, "b ..."], *, first: int) -> None:
-    """Refuses values that are not numbers.
+    """Refuses values that are not finite.
 
     Args:
         values: one for each frame.
-        first: the first one's frame in the calibration set.
+        first: number of the first frame in the calibration set.
 
     Raises:
-        InputError: a value is NaN or infinite; it names the frame.
+        InputError: a value is NaN or infinite; the message names the frame.
     """
     finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
     if not finite.all():

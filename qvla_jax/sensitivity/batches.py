@@ -15,7 +15,7 @@ from qvla_jax.errors import InputError
 
 
 class Calibration(Protocol):
-    """What the methods need of a calibration set; `data.calibration.CalibrationSet` is one."""
+    """What the methods need from a calibration set; `data.calibration.CalibrationSet` is one."""
 
     @property
     def frames(self) -> int:
@@ -24,7 +24,7 @@ class Calibration(Protocol):
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """What names the set; `sha256` is its hash."""
+        """Identifies the set; `sha256` is its hash."""
         ...
 
     def batches(self, size: int) -> Iterator[dict[str, Any]]:
@@ -33,7 +33,7 @@ class Calibration(Protocol):
 
 
 class ModelPolicy(Protocol):
-    """What the methods need of a policy; `inference.Policy` is one."""
+    """What the methods need from a policy; `inference.Policy` is one."""
 
     @property
     def model(self) -> Any:
@@ -45,7 +45,7 @@ class ModelPolicy(Protocol):
         ...
 
     def complete(self, inputs: Any) -> Any:
-        """The same inputs with what the model would have to decode first."""
+        """The same inputs, completed by what the model would have to decode first."""
         ...
 
 
@@ -58,7 +58,7 @@ class FirstFrames:
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """That of the whole set, and how many frames of it."""
+        """The manifest of the whole set, and the number of frames used."""
         return {**self.whole.manifest, "first_frames": self.frames}
 
     def batches(self, size: int) -> Iterator[dict[str, Any]]:
@@ -80,17 +80,17 @@ class FrameBatch:
 
     # Model inputs on the mesh, [b, ...] split over the devices.
     inputs: Any
-    # Number of each frame in the calibration set, on the mesh; a frame's probes depend on it alone.
+    # Number of each frame in the calibration set, on the mesh; a frame's probes depend only on it.
     frames: Int[Array, " b"]
-    # Frames that are real.
+    # Number of real frames.
     count: int
 
 
 def batch_size(frames: int, wanted: int, mesh: Mesh) -> int:
     """Frames of one batch on all devices, `wanted` on each (but no more than there are).
 
-    The share of a device never depends on how many there are, so that every frame is computed by
-    the same program whatever the mesh.
+    A device's share does not depend on the number of devices, so every frame is computed by the
+    same program on every mesh.
     """
     return max(min(wanted, frames), 1) * mesh.shape[sharding.DATA_AXIS]
 

@@ -1,16 +1,16 @@
-"""Exact sensitivities: one forward pass for each (channel, bits), in batches.
+"""Exact sensitivities: one forward pass per (channel, bits), in batches.
 
     S[l, c, n] = E_x || A_{l,c}^{(n)}(x) - A*(x) ||^2          (QVLA, arXiv 2602.03782)
 
 A_{l,c}^{(n)} is the action chunk when only channel c of layer l is quantized. Quantizing a row
 changes one output channel by dY[t] = (x_t - E[x]) . (w_hat - w), which is added to the layer's
 output, so no weight matrix is copied. A block of perturbations is vmapped over a batch of frames,
-in the order in which the network calls their layers, so that only what lies behind the first of
-them is replayed.
+in the order in which the network calls their layers, so that only what follows the first of them is
+replayed.
 
 Which perturbations share a block, and the shapes that a device works on, do not depend on the mesh:
-every device along `channel` takes a block of its own, every device along `data` a batch of its own.
-The sweep's result is therefore the same, bit for bit, on any mesh.
+every device along `channel` takes its own block, every device along `data` its own batch. The
+sweep's result is therefore bit-for-bit identical on every mesh.
 """
 
 import functools
@@ -49,11 +49,12 @@ from qvla_jax.sensitivity.stages import downstream, part_paths
 from qvla_jax.sensitivity.store import NOTHING_KEPT, SweepStore, digest_of
 
 DEFAULT_MEMORY: Final = 2**30
-# Of the largest output of a part: inputs, outputs and temporaries of the widest layer or attention.
+# Multiples of a part's largest output: inputs, outputs and temporaries of the widest layer or
+# attention.
 _ALIVE: Final = 8
 # Larger blocks gain nothing.
 _LARGEST_BLOCK: Final = 16
-# Blocks of one item: what a killed sweep may lose.
+# Blocks per item: the most that a killed sweep can lose.
 _BLOCKS: Final = 32
 
 
@@ -81,12 +82,12 @@ def exact_costs(
         calibration: frames x.
         layers: path -> layer in the order of `index`.
         index: the channels.
-        quantizer: the one whose changes are measured.
+        quantizer: the quantizer whose changes are measured.
         bits: options, without 16.
         rows: rows of the table to measure; None measures all.
         batch: frames at a time on each device.
         block: perturbations at a time on each device, one of which is the zero perturbation; None
-            takes as many as `memory` holds, within bounds.
+            takes as many as fit in `memory`, within bounds.
         memory: bytes that the activations of a block may take on each device.
         weights: weight of each action dimension.
         mesh: from `sharding.sweep_mesh`, which is also the default.
@@ -137,9 +138,9 @@ def exact_costs(
 def _block_size(
     spec: ReplaySpec, state: nnx.State, batch: FrameBatch, frames: int, memory: int
 ) -> int:
-    """Perturbations whose activations fit into `memory` for these frames of a device.
+    """Number of perturbations whose activations fit in `memory` for a device's frames.
 
-    What is alive at once is taken for so many times the largest output of a part.
+    Assumes that live arrays take a fixed multiple of a part's largest output.
     """
     outputs, _ = jax.eval_shape(functools.partial(unperturbed, spec), state, batch.inputs)
     largest = max(x.size * x.dtype.itemsize for x in outputs.values()) / len(batch.frames)
@@ -147,7 +148,7 @@ def _block_size(
 
 
 class _Unperturbed:
-    """A batch, and the pass that all replays of it start from, made when it is asked for."""
+    """A batch and its unperturbed pass, from which all replays start; computed on request."""
 
     def __init__(self, spec: ReplaySpec, state: nnx.State, batch: FrameBatch):
         self.batch = batch
@@ -165,11 +166,11 @@ class _Unperturbed:
 
     @property
     def tokens(self) -> int:
-        """The most that a layer has for each frame."""
+        """The maximum number of tokens per frame of any layer."""
         return max(x.shape[1] for x in self._arrays[1].values())
 
     def input(self, path: str) -> Float[np.ndarray, "b T k"]:
-        """Of a layer; layers are asked for one after another."""
+        """Input of a layer; layers are requested one after another."""
         if self._last is None or self._last[0] != path:
             self._last = path, sharding.to_host(self._arrays[1][path]).astype(np.float32)
         return self._last[1]
@@ -178,7 +179,7 @@ class _Unperturbed:
 class _Prober:
     """Measures the action's change under each perturbation of a batch.
 
-    A perturbation is named by its number, row-major over `rows` and `bits`.
+    A perturbation is identified by its number, row-major over `rows` and `bits`.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class _Prober:
         self.changes: dict[str, np.ndarray] = {}
 
     def parts(self, batch: FrameBatch) -> list[Int[np.ndarray, " p"]]:
-        """Perturbations of all reached layers in the order of execution, an item's worth each."""
+        """Perturbations of all reached layers in the order of execution, one item at a time."""
         numbers = {path: i for i, path in enumerate(self.spec.paths)}
         layer_of = np.repeat(self.index.layer_of[self.rows], len(self.bits))
         ordered = [
@@ -219,7 +220,7 @@ class _Prober:
         Args:
             base: the batch.
             samples: perturbations.
-            root: of the weight of each action dimension.
+            root: square root of the weight of each action dimension.
         """
         each = self.block - 1
         blocks = [samples[start : start + each] for start in range(0, len(samples), each)]
@@ -230,7 +231,8 @@ class _Prober:
             idle = [samples[:0]] * (devices - len(together))
             actions = self._replay(base, together + idle)[:, :, : base.batch.count]
             for block, of_block in zip(together, actions, strict=False):
-                # Against the zero perturbation of the same program: equal rounding on both sides.
+                # Compare with the zero perturbation of the same program, for equal rounding on both
+                # sides.
                 change = (of_block[1 : len(block) + 1] - of_block[:1]) * root
                 found.append(np.sum(change**2, axis=(2, 3)).T)
         return np.concatenate(found, axis=1)
@@ -263,7 +265,7 @@ class _Prober:
         return host.reshape(len(blocks), self.block, *host.shape[1:])
 
     def _pack(self, base: _Unperturbed, block: Int[np.ndarray, " p"]) -> Perturbations:
-        """The zero perturbation first, zeros again where the block is short."""
+        """The zero perturbation first, and zeros as padding of a short block."""
         layer = np.zeros(self.block, np.int32)
         channel = np.full(self.block, -1, np.int32)
         change = np.zeros((self.block, len(base.batch.frames), base.tokens), np.float32)
@@ -287,7 +289,7 @@ class _Prober:
         """w_hat - w of these perturbations of a layer, whose rows are quantized once."""
         rows = np.sort(self.rows[self.index.layer_of[self.rows] == self.spec.paths.index(path)])
         if path not in self.changes:
-            # Of the whole layer: few shapes, so few compilations.
+            # Quantize the whole layer: few shapes, so few compilations.
             weight = self.layers[path].kernel[...].T
             whole = np.asarray(self.quantizer.row_changes(path, weight, self.bits))
             self.changes[path] = whole[:, self.index.channel[rows]]

@@ -1,14 +1,15 @@
 """The proxy of QVLA's released code: weight error under the layer's input covariance.
 
-AutoLab-SAI-SJTU/QVLA at 26cc482, restated from its recorded outputs. No action enters it. For a
-layer with inputs x (all tokens alike) and N inputs along the first axis of its batches,
+AutoLab-SAI-SJTU/QVLA at 26cc482, restated from its recorded outputs. It does not involve actions.
+For a layer with inputs x (all tokens weighted equally) and N inputs along the first axis of its
+batches,
 
     H = (2 / N) sum x x^T,     H[j, j] = 1 for inputs that are always zero,
     U = upper Cholesky factor of (H + 0.01 mean(diag H) I)^-1,
     proxy[c, n] = sum_j (w - w_hat)[c, j]^2 / max(U[j, j]^2, 1e-12),
 
-with w_hat on the release's own float32 grid and no bias correction. It exists to be compared
-with, and its costs have no unit in common with the action's.
+with w_hat on the release's own float32 grid and no bias correction. It exists for comparison; its
+costs do not have the unit of the action error.
 """
 
 import functools
@@ -61,7 +62,7 @@ def input_hessians(
     """H of each layer, float64; zeros for layers that no forward pass reaches.
 
     N counts frames. The release feeds one image at a time; a vision tower that sees v cameras
-    together gets v times as large an H here, which scales all costs of its layers alike.
+    together gets v times as large an H here, which scales all costs of its layers equally.
 
     Raises:
         InputError: the set is empty, or an input is NaN or infinite.
@@ -98,7 +99,7 @@ def inverse_factor_diagonal(hessian: Float[np.ndarray, "k k"]) -> Float[np.ndarr
 
 
 def released_grid(weight: Float[np.ndarray, "c k"], bits: int) -> Float[np.ndarray, "c k"]:
-    """w_hat as the release has it: float32 scales, never below 1e-6."""
+    """w_hat as in the release: float32 scales, never below 1e-6."""
     if bits == SOURCE:
         return weight
     if bits == PRUNED:

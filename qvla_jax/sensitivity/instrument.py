@@ -1,8 +1,8 @@
-"""Forward passes whose linear layers call a hook.
+"""Forward passes that call a hook in linear layers.
 
 A layer is instrumented by module surgery on a merged copy of the model: a wrapper takes its place
-and passes the layer's input and output to a function, whose result goes on through the network.
-The model's own code knows nothing of it, and the policy's model is never touched.
+and passes the layer's input and output to a function, whose result goes on through the network. The
+model's own code is unaware of it, and the policy's model is never modified.
 """
 
 from collections.abc import Callable, Iterable
@@ -75,13 +75,13 @@ def hooked_call(
 def perturbed_call(
     graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...], perturbations: dict[str, Array]
 ) -> tuple[Float[Array, "b ..."], dict[str, Array]]:
-    """A module's output where layers' outputs are perturbed, and those layers' inputs; traceable.
+    """A module's output with perturbed layer outputs, and those layers' inputs; traceable.
 
     Args:
         graphdef: see `hooked_call`.
         state: see there.
         args: what the module takes.
-        perturbations: path -> what is added to the layer's output, such as `no_perturbations`.
+        perturbations: path -> array to add to the layer's output, such as `no_perturbations`.
     """
     seen: dict[str, Array] = {}
 
@@ -105,7 +105,7 @@ def layer_outputs(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of each layer's output, without computing anything.
 
-    Layers that the forward pass never reaches (the public towers hold a last block that no policy
+    Layers that the forward pass never reaches (the public towers have a last block that no policy
     reads) are absent: their channels cannot change an action.
     """
     shapes: dict[str, jax.ShapeDtypeStruct] = {}

@@ -7,11 +7,11 @@ output. For a probe v with E[v v^T] = I
 
     S[c, n] = E_x || dA ||^2 = E_x E_v ( sum_t g[t, c] dY[t, c, n] )^2,     g = J^T v,
 
-so that one reverse pass per probe and one matrix product per bit-width serve all channels. With
-the h a basis vectors as probes the expectation over v is exact.
+so one reverse pass per probe and one matrix product per bit-width cover all channels. With the h a
+basis vectors as probes the expectation over v is exact.
 
-`taylor` is the isotropic proxy of QVLA (arXiv 2602.03782), || J ||_F^2 || w_hat - w ||^2 =
-E_v sum_t g[t, c]^2 || w_hat - w ||^2, which knows nothing of the inputs.
+`taylor` is the isotropic proxy of QVLA (arXiv 2602.03782), || J ||_F^2 || w_hat - w ||^2 = E_v
+sum_t g[t, c]^2 || w_hat - w ||^2, which ignores the inputs.
 """
 
 import functools
@@ -42,7 +42,7 @@ from qvla_jax.sensitivity.reverse import Contraction, FromCotangent, ReverseSpec
 from qvla_jax.sensitivity.store import NOTHING_KEPT, Items, SweepStore, digest_of
 from qvla_jax.sensitivity.streaming import streamed_sweep
 
-# Tokens that are summed in one step on CPUs.
+# Tokens summed in one step on CPUs.
 _TOKENS: Final = 8
 
 
@@ -79,9 +79,9 @@ def _sum_over_tokens(
 def _sum_in_chunks(g: Float[Array, "b T c"], dy: Float[Array, "b T n c"]) -> Float[Array, "b n c"]:
     """The same sum, a few tokens at a time.
 
-    XLA's CPU backend walks all tokens for one output after the other. Rows of a wide layer lie a
-    multiple of the cache's period apart, so that every step misses it: two thirds of the time that
-    a 7B policy's layer took.
+    XLA's CPU backend walks all tokens for one output after the other. Rows of a wide layer are a
+    multiple of the cache's period apart, so every step misses it; that took two thirds of the time
+    of a 7B policy's layer.
     """
     tokens = g.shape[1] // _TOKENS * _TOKENS
     total = _sum_over_tokens(g[:, tokens:], dy[:, tokens:])
@@ -112,7 +112,7 @@ CONTRACTIONS: dict[str, Contraction] = {"jacobian": action_change, "taylor": iso
 def layer_constants(
     layers: Mapping[str, nnx.Linear], quantizer: Quantizer, bits: tuple[int, ...]
 ) -> dict[str, LayerConstants]:
-    """What a quantizer does to each layer under each of `bits`."""
+    """A quantizer's effect on each layer under each of `bits`."""
     return {
         path: LayerConstants(
             changes=quantizer.row_changes(path, layer.kernel[...].T, bits),
@@ -138,29 +138,29 @@ def frame_costs(
     store: SweepStore | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[Float[np.ndarray, "b C n"]]:
-    """What given changes of every row cost at each frame, batch by batch in the set's order.
+    """The cost of given changes of every row at each frame, batch by batch in the set's order.
 
-    `accumulate.mean_over_frames` makes sensitivities of them.
+    `accumulate.mean_over_frames` turns them into sensitivities.
 
     Args:
         policy: where the derivatives are taken; it may be quantized already.
         calibration: frames x.
         index: the channels.
-        constants: path -> changes of the rows and mean input, in the order of `index`: those of
-            `layer_constants`, or of moves between options.
+        constants: path -> changes of the rows and mean input, in the order of `index`, from
+            `layer_constants` or for moves between options.
         method: "jacobian" or "taylor".
         probes: number of Rademacher vectors, or "full".
         seed: of the probes.
         batch: frames at a time on each device; memory grows with it.
         weights: weight of each action dimension.
         mesh: from `sharding.sweep_mesh`, which is also the default.
-        split_weights: split the policy's weights over the mesh's `channel` axis, too; for weights
-            that one device does not hold.
+        split_weights: split the policy's weights over the mesh's `channel` axis, too, if they do
+            not fit on one device.
         store: keeps finished items.
         progress: called with the frames done.
 
     Returns:
-        Costs of batch after batch, which may be NaN; zero for layers that no action reads.
+        Costs, batch by batch, which may be NaN; zero for layers that no action reads.
 
     Raises:
         InputError: `probes` is unusable, or the set is empty.
@@ -201,24 +201,24 @@ def streamed_frame_costs(
     store: SweepStore | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[Float[np.ndarray, "b C n"]]:
-    """As `frame_costs` of a quantizer, while weights visit one device a stage at a time.
+    """Like `frame_costs` of a quantizer, but moves weights to one device a stage at a time.
 
-    What the quantizer makes of a layer is computed when its turn has come, in every batch; what it
-    searched for in the first one (a number for each row and option) is kept.
+    Each batch quantizes a layer again when it is reached; the result of the first batch's search
+    (one number per row and option) is kept.
 
     Args:
-        policy: its weights may lie on the host or in files.
+        policy: its weights may be on the host or in files.
         calibration: frames x.
         layers: the policy's, by path, in the order of `index`.
         index: the channels.
-        quantizer: the costed one.
+        quantizer: the quantizer to cost.
         bits: options below 16.
         method: "jacobian" or "taylor".
         probes: number of Rademacher vectors, or "full".
         seed: of the probes.
         batch: frames at a time; the inputs of all stages are kept for them.
         weights: weight of each action dimension.
-        store: keeps finished items; it knows policy and quantizer.
+        store: keeps finished items; depends on the policy and quantizer.
         progress: called with the frames done.
 
     Raises:
@@ -248,7 +248,7 @@ def _items(
     weights: np.ndarray | None,
     **made_with: Any,
 ) -> Items:
-    """Where finished batches of a sweep are kept."""
+    """The store of a sweep's finished batches."""
     if store is None:
         return NOTHING_KEPT
     return store.sweep(
@@ -259,7 +259,7 @@ def _items(
 
 
 class _OnDemand(Mapping[str, LayerConstants]):
-    """`layer_constants`, computed whenever a layer's are asked for."""
+    """`layer_constants`, computed on request for each layer."""
 
     def __init__(
         self, layers: Mapping[str, nnx.Linear], quantizer: Quantizer, bits: tuple[int, ...]
@@ -296,7 +296,7 @@ def _over_batches(
     items: Items,
     progress: Progress,
 ) -> Iterator[Float[np.ndarray, "b C n"]]:
-    """What a sweep finds in batch after batch, in channel order, finished items kept."""
+    """A sweep's results, batch by batch in channel order; finished items are kept."""
     key = jax.random.key(seed)
     action_weights = None if weights is None else jnp.asarray(weights, jnp.float32)
     done = 0
@@ -326,13 +326,13 @@ def _put(mesh: Mesh, constants: LayerConstants) -> LayerConstants:
 
 
 def constant_specs(mesh: Mesh, channels: int) -> dict[str, PartitionSpec]:
-    """How a layer's constants lie on the mesh: rows split over `channel` if it divides them."""
+    """Sharding of a layer's constants: rows are split over `channel` if it divides them."""
     divisible = channels % mesh.shape[sharding.CHANNEL_AXIS] == 0
     rows = PartitionSpec(None, sharding.CHANNEL_AXIS) if divisible else PartitionSpec()
     return {"changes": rows, "mean": PartitionSpec()}
 
 
 def _shift(quantizer: Quantizer, path: str, fan_in: int) -> Float[Array, " k"]:
-    """E[x] where biases are corrected, zeros where they are not."""
+    """E[x] if biases are corrected, else zeros."""
     mean = quantizer.mean(path)
     return jnp.zeros(fan_in, jnp.float32) if mean is None else jnp.asarray(mean, jnp.float32)

@@ -1,15 +1,15 @@
-"""How errors of many channels add up: joint factors, measured.
+"""How errors of many channels add up: measured joint factors.
 
-An allocation changes thousands of channels together, and the joint error of pruned ones exceeds the
-sum of their single errors several times: each loses a little signal in the same direction. The
-factor of option n is
+An allocation changes thousands of channels together, and the joint error of pruned channels is
+several times the sum of their single errors, because each loses a little signal in the same
+direction. The factor of option n is
 
     measured || A_n(x) - A*(x) ||^2  /  sum of the costs,     at least 1,
 
-A_n being the policy whose channels that a tight budget puts at option n are all at n, and all
-others at 16 bits. The allocator then pays what options cost in company, and predicts the joint
-error instead of the sum. `alternate` measures the factors at its own allocation instead of at a
-reference, and allocates anew.
+where A_n is the policy in which the channels that a tight budget puts at option n are at n, and all
+others have 16 bits. The allocator then uses the joint cost of options, and predicts the joint error
+instead of the sum. `alternate` measures the factors at its own allocation instead of a reference,
+and allocates again.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def joint_factors(
     rules: LayerRules = DEFAULT_RULES,
     progress: Progress = no_progress,
 ) -> tuple[float, ...]:
-    """One factor for each option of the table; 1 for 16 bits and for options that nobody takes.
+    """One factor per option of the table; 1 for 16 bits and for unused options.
 
     Args:
         policy: the full-precision policy.
@@ -74,21 +74,21 @@ def alternate(
     rules: LayerRules = DEFAULT_RULES,
     progress: Progress = no_progress,
 ) -> Int[np.ndarray, " C"]:
-    """Bits of channels, after allocation and joint factors have followed each other.
+    """Bits of channels, from alternating between allocation and joint factors.
 
     Args:
         policy: the full-precision policy.
         calibration: the table's calibration set.
-        table: costs; its own joint factors hold for the first allocation.
+        table: costs; the first allocation uses its own joint factors.
         allocate: bits [C] of a table.
-        rounds: most allocations after the first one; none follow one that repeats the last.
+        rounds: maximum number of allocations after the first; stops when an allocation repeats.
         frames: frames that the joint errors are measured on.
         batch: frames at a time.
         rules: those of the table.
         progress: called with the options done.
 
     Returns:
-        Of these allocations, the one with the smallest measured error of the action.
+        The allocation with the smallest measured error of the action.
     """
     measured = _JointErrors(policy, calibration, table, frames, batch, rules, progress)
     bits = allocate(table)
@@ -140,7 +140,7 @@ class _JointErrors:
         return np.concatenate(comparable(policy).run_all(self._inputs))[: self._frames]
 
     def factors(self, bits: Int[np.ndarray, " C"]) -> tuple[float, ...]:
-        """One for each option: of the channels that have it here, in company."""
+        """One factor per option, for the channels that have it here, jointly."""
         factors = []
         for done, option in enumerate(self._table.bits):
             self._progress("joint errors", done, len(self._table.bits))

@@ -1,4 +1,4 @@
-"""`sensitivities`: every method behind one signature."""
+"""`sensitivities`: all methods behind one signature."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -88,35 +88,35 @@ def sensitivities(
         calibration: frames to average over.
         method: "jacobian" (first order, all channels at once), "exact" (one forward pass for each
             channel and option), "refined" (first order, corrected by exact probing where it is
-            least certain), "taylor" and "input_hessian" (proxies to compare with). Equations stand
-            in the modules of these names.
+            least certain), "taylor" and "input_hessian" (proxies for comparison). The modules of
+            these names have the equations.
         bits: options, out of 0, 2, 3, 4, 8, 16.
         probes: Rademacher vectors for each frame, or "full" for all h a basis vectors (jacobian,
             refined and taylor).
         exact_share: forward passes that `refined` may take, as a share of those of `exact`.
         seed: of the probes.
         batch: frames at a time on each device; memory grows with it.
-        memory: bytes on each device for the perturbations that exact probing makes at a time.
-        action_weights: weight of each of the a action dimensions; None weighs all alike.
-        quantizer: grid, rounding and bias correction of the quantizer that is costed, and that
-            `quantize` then uses; `input_hessian` costs that of the released code.
-        statistics: from `input_statistics` on the same set, if they are known already; None
-            measures them in a pass of their own.
+        memory: bytes on each device for simultaneous perturbations in exact probing.
+        action_weights: weight of each of the a action dimensions; None weighs all equally.
+        quantizer: grid, rounding and bias correction of the quantizer to cost, which `quantize`
+            then uses; `input_hessian` costs that of the released code.
+        statistics: from `input_statistics` on the same set, if already known; None measures them in
+            a separate pass.
         joint: also measure by how much joint errors exceed the sum of single ones
             (sensitivity.joint); not for input_hessian, whose costs have another unit.
         rules: which layers are quantized.
-        mesh: from `sharding.sweep_mesh`; None takes the devices of all processes, all of them along
-            `data`. Every process calls this function alike, and gets the same table.
+        mesh: from `sharding.sweep_mesh`; None puts the devices of all processes along `data`. Every
+            process calls this function with the same arguments and gets the same table.
         split_weights: jacobian, refined and taylor split the policy's weights over the mesh's
-            `channel` axis, for weights that one device does not hold.
-        streamed: jacobian and taylor let the weights visit one device a stage at a time, for
-            policies with `load_policy(..., mapped=True)` that do not fit into memory. Neither
-            joint factors nor error feedback: they need more than the means of the inputs.
-        store: keeps finished items, so that a killed sweep goes on where it stopped.
+            `channel` axis, for weights that do not fit on one device.
+        streamed: jacobian and taylor move the weights to one device a stage at a time, for policies
+            with `load_policy(..., mapped=True)` that do not fit in memory. Excludes joint factors
+            and error feedback, which need more than the means of the inputs.
+        store: keeps finished items, so that a killed sweep resumes where it stopped.
         progress: reports progress.
 
     Returns:
-        Costs in squared normalized action units (but for input_hessian), with sizes in bytes.
+        Costs in squared normalized action units (except for input_hessian), with sizes in bytes.
 
     Raises:
         InputError: unknown method or option, unusable weights or probes, a weight or an activation
@@ -244,7 +244,7 @@ def _costs(
 
 
 def _check_streamed(policy: Policy, method: str, quantizer: QuantizerSettings, joint: bool) -> None:
-    """What a streamed sweep can do, before anything is measured."""
+    """Checks what a streamed sweep supports, before anything is measured."""
     if method not in CONTRACTIONS:
         raise InputError(f"streamed sweeps know {' and '.join(CONTRACTIONS)}, not {method}")
     if policy.config.decoding != "l1":

@@ -34,9 +34,9 @@ def probe_vectors(
     Args:
         probes: s, or "full" for all h a basis vectors.
         key: typed PRNG key of the whole sweep.
-        frames: number of each frame; the vectors of a frame depend on it and the key alone.
+        frames: number of each frame; the vectors of a frame depend only on it and the key.
         shape: (h, a).
-        weights: weight of each action dimension; None weighs all alike.
+        weights: weight of each action dimension; None weighs all equally.
     """
     root = jnp.ones((shape[1],), jnp.float32) if weights is None else jnp.sqrt(weights)
     scale = root[None, None, None, :]

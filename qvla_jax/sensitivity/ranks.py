@@ -25,7 +25,7 @@ def top_overlap(
 ) -> float:
     """Share of the largest of `truth` (a tenth, at least one) that are the largest of `estimate`.
 
-    Ties are broken by position, alike on both sides.
+    Ties are broken by position, in the same way on both sides.
     """
     count = max(round(share * len(truth)), 1)
     found, wanted = (

@@ -1,17 +1,17 @@
-"""First-order sensitivities everywhere, exact ones where the first order is least certain.
+"""First-order sensitivities everywhere, exact where the first order is least certain.
 
-A few pairs (channel, bits) of every module type are probed exactly on a few frames. How far
-log(exact / first order) scatters within a module type and bit-width says where the first order
-cannot be trusted, and the rest of the budget goes there, the most scattered first. On those frames
-F, and with S the first-order sensitivity over the whole calibration set,
+A few pairs (channel, bits) of every module type are probed exactly on a few frames. The scatter of
+log(exact / first order) within a module type and bit-width shows where the first order cannot be
+trusted, and the rest of the budget goes there, the most scattered first. On those frames F, and
+with S the first-order sensitivity over the whole calibration set,
 
     S_refined[c, n] = S[c, n] * exact_F[c, n] / S_F[c, n]
 
 for the pairs that were probed, and S[c, n] times the median of that ratio within module type and
-bit-width (drawn towards 1 where few pairs were probed) for all others. Where the first order
-happens to vanish, that is where the ratio exceeds e^3, exact_F itself is taken. Both parts of the
-ratio see the same frames, so what those frames have of their own cancels: eight of them serve a set
-of hundreds. S_F takes all h a probes and has no noise of its own.
+bit-width (shrunk toward 1 if few pairs were probed) for all others. If the first order nearly
+vanishes, that is if the ratio exceeds e^3, exact_F itself is used. Both parts of the ratio see the
+same frames, so the frames' peculiarities cancel: eight frames suffice for a set of hundreds. S_F
+uses all h a probes and has no noise.
 """
 
 from collections.abc import Mapping
@@ -36,8 +36,8 @@ from qvla_jax.sensitivity.strata import module_types
 
 # Pairs of each module type and bit-width that are probed before anything is decided.
 _PILOT: Final = 8
-# What is known of a module type counts for as much as this many probed pairs that need no
-# correction and scatter as all pairs of that bit-width do.
+# The prior of a module type counts as this many probed pairs that need no correction and scatter
+# like all pairs of that bit-width.
 _PRIOR: Final = 4
 _LARGEST_LOG_RATIO: Final = 3.0
 
@@ -72,8 +72,8 @@ def refined_costs(
         quantizer: the one whose changes are costed.
         bits: options, without 16.
         probes: of the first-order pass over the whole set.
-        share: the budget: forward passes as a share of those of exact probing, C n for each frame
-            of the whole set.
+        share: the budget: forward passes as a share of those of exact probing, C n per frame of the
+            whole set.
         frames: frames of the exact probing.
         seed: of the probes and of the pilot.
         batch: frames at a time on each device.
@@ -156,7 +156,7 @@ def _pilot(
     budget: int,
     rng: np.random.Generator,
 ) -> Bool[np.ndarray, "C n"]:
-    """Up to `_PILOT` pairs of each module type and option, at most half of the budget in all."""
+    """Up to `_PILOT` pairs of each module type and option, at most half of the budget in total."""
     chosen = np.zeros_like(reached)
     strata = [
         (rng.permutation(np.flatnonzero((types == kind) & reached[:, column])), column)
@@ -196,7 +196,7 @@ def _most_uncertain(
     candidates: Bool[np.ndarray, "C n"],
     count: int,
 ) -> Bool[np.ndarray, "C n"]:
-    """The `count` candidates of the largest scatter; of equals, those that cost most."""
+    """The `count` candidates with the largest scatter; ties go to those that cost most."""
     order = np.lexsort((-costs.ravel(), -scatter.ravel(), ~candidates.ravel()))
     chosen = np.zeros(costs.size, bool)
     chosen[order[: max(min(count, int(candidates.sum())), 0)]] = True

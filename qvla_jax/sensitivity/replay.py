@@ -16,19 +16,19 @@ from qvla_jax.sensitivity.stages import run_or_reuse, wrap_stages
 from qvla_jax.sharding import CHANNEL_AXIS, DATA_AXIS
 
 _EVERYWHERE, _SPLIT = PartitionSpec(), PartitionSpec(DATA_AXIS)
-# Partition specs stand where the arrays do.
+# Partition specs in place of the arrays.
 BY_CHANNEL: Any = PartitionSpec(CHANNEL_AXIS)
 _BY_BOTH: Any = PartitionSpec(CHANNEL_AXIS, DATA_AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplaySpec:
-    """All that the compiled functions depend on beside their arrays."""
+    """Everything but arrays that the compiled functions depend on."""
 
     graphdef: nnx.GraphDef[Any]
-    # Layers that may be perturbed; a perturbation names one by its number here.
+    # Layers that may be perturbed; a perturbation refers to one by its number here.
     paths: tuple[str, ...]
-    # All that is reused or runs again, from `stages.part_paths`; the layers among them.
+    # All parts that are reused or rerun, from `stages.part_paths`, including the layers.
     parts: tuple[str, ...]
     mesh: Mesh
 
@@ -41,7 +41,7 @@ class Perturbations:
     # Number of the perturbed layer in `ReplaySpec.paths`, and its output channel.
     layer: Int[Array, " p"]
     channel: Int[Array, " p"]
-    # What is added to the channel's output, over the tokens of each frame, padded on the right.
+    # Added to the channel's output over the tokens of each frame, padded on the right.
     change: Float[Array, "p b T"]
 
 
@@ -50,7 +50,7 @@ SPLIT_PERTURBATIONS = Perturbations(layer=BY_CHANNEL, channel=BY_CHANNEL, change
 
 @dataclasses.dataclass
 class Trace:
-    """What a pass records: the parts in the order in which they are entered, and arrays."""
+    """A pass's record: the parts in the order in which they are entered, and arrays."""
 
     order: list[str] = dataclasses.field(default_factory=list)
     # Of all parts.
@@ -114,8 +114,8 @@ def replay(
         spec: static description.
         state: the model's arrays.
         inputs: model inputs.
-        outputs: of the unperturbed parts.
-        run: which of `spec.parts` have to run for the perturbations of each device along `channel`.
+        outputs: outputs of the unperturbed parts.
+        run: which of `spec.parts` must run for the perturbations of each device along `channel`.
         hit: which of `spec.paths` these perturb.
         perturbations: the changes; no weight is copied for them.
     """

@@ -1,8 +1,8 @@
-"""One forward and s reverse passes that serve every layer at once.
+"""One forward and s reverse passes for all layers at once.
 
 The forward pass records the input X of every quantized layer and adds a zero perturbation to its
 output; the derivative of v . A with respect to these perturbations is the cotangent g = J^T v of
-each layer's output. What a method makes of X and g is a `Contraction`.
+each layer's output. A method's function of X and g is a `Contraction`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ FromCotangent: TypeAlias = Callable[[Float[Array, "b T c"]], Float[Array, "b ...
 
 
 class Contraction(Protocol):
-    """A method's part: prepares a layer's inputs once, then takes each probe's cotangent."""
+    """A method's part: prepares a layer's inputs once, then processes each probe's cotangent."""
 
     def __call__(self, x: Float[Array, "b T k"], constants: Any) -> FromCotangent:
         """`constants` are the method's arrays for this layer."""
@@ -34,14 +34,14 @@ class Contraction(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ReverseSpec:
-    """All that a compiled reverse sweep depends on beside its arrays."""
+    """Everything but arrays that a compiled reverse sweep depends on."""
 
     graphdef: nnx.GraphDef[Any]
     paths: tuple[str, ...]
     contraction: Contraction
     probes: Probes
     mesh: Mesh
-    # Probes that are pulled back together; more of them take more memory.
+    # Probes pulled back together; more of them take more memory.
     block: int = 8
 
 
@@ -58,9 +58,9 @@ def reverse_sweep(
     """The contraction of every layer that the model reaches, for every frame.
 
     Frames are independent, so devices along `data` work on their shares of the batch without
-    communication. Along `channel` the compiler partitions the program as `state` and `constants`
-    are: constants split over output channels split the contraction, weights that are split as well
-    need no more memory than their share.
+    communication. Along `channel` the compiler partitions the program like `state` and `constants`:
+    constants split over output channels split the contraction, and split weights take only their
+    share of memory.
 
     Args:
         spec: static description.
@@ -69,7 +69,7 @@ def reverse_sweep(
         inputs: model inputs, [b, ...].
         frames: number of each frame in the calibration set.
         key: PRNG key of the sweep.
-        weights: weight of each action dimension; None weighs all alike.
+        weights: weight of each action dimension; None weighs all equally.
 
     Returns:
         Path -> contraction, summed over the probes. Layers that the forward pass never reaches

@@ -1,10 +1,10 @@
-"""Replaying only what lies behind a perturbation.
+"""Replays only what follows a perturbation.
 
 The network is cut into stages (patch embeddings, transformer blocks, projectors), and further into
-parts: both towers together, the halves of a block, single layers. Each is wrapped so that it either
-runs or hands out the output of the unperturbed pass, by a flag that is an argument of the compiled
-function: one program replays from any layer, and the prefix costs a copy. Parts lie in one another;
-what is inside of one that does not run costs nothing.
+parts: both towers together, the halves of a block, single layers. Each is wrapped to either run or
+return the output of the unperturbed pass, depending on a flag that is an argument of the compiled
+function: one program replays from any layer, and the prefix costs a copy. Parts are nested; the
+inside of a part that does not run costs nothing.
 """
 
 import re
@@ -18,13 +18,13 @@ from qvla_jax.array_typing import Array
 from qvla_jax.models.llama import SAME_INPUT
 from qvla_jax.models.surgery import get_module, named_modules, replace_modules
 
-# Full matches on module paths; no stage may lie inside another.
+# Full matches on module paths; no stage may be inside another.
 _STAGES = (
     r".+\.(blocks|layers)\.\d+",
     r".+\.patch_embed",
     r"(proprio_)?projector",
 )
-# What is reused as a whole besides: around stages, and inside of them.
+# Further parts that are reused as a whole, around stages and inside them.
 _PARTS = (
     r"vision_backbone",
     r".+\.(blocks|layers)\.\d+\.(block\.)?(attn|self_attn|mlp)",
@@ -40,7 +40,7 @@ class Stage(nnx.Module):
         self.call = call
 
     def __call__(self, *args: Any) -> Array:
-        """Whatever the function makes of the call."""
+        """The function's result for the call."""
         return self.call(self.path, self.inner, *args)
 
 
@@ -50,7 +50,7 @@ def stage_paths(model: nnx.Module) -> tuple[str, ...]:
 
 
 def part_paths(model: nnx.Module, layers: Sequence[str]) -> tuple[str, ...]:
-    """Paths of all that can be reused, stages and these layers included; in no order."""
+    """Paths of all reusable parts, including stages and these layers, in no particular order."""
     return tuple(dict.fromkeys((*_matching(model, (*_STAGES, *_PARTS)), *layers)))
 
 
@@ -78,7 +78,7 @@ def run_or_reuse(run: Array, inner: nnx.Module, args: tuple[Any, ...], output: A
 
 
 def downstream(order: Sequence[str], layers: Collection[str]) -> frozenset[str]:
-    """The parts that have to run when the outputs of these layers are perturbed.
+    """The parts that must run when the outputs of these layers are perturbed.
 
     A perturbed layer itself runs only if another one's perturbation reaches it.
 
@@ -99,10 +99,10 @@ def downstream(order: Sequence[str], layers: Collection[str]) -> frozenset[str]:
 
 
 def _parallel(part: str, layer: str) -> bool:
-    """Whether a part that is entered later than a layer sees nothing of it all the same."""
+    """Whether a part that is entered after a layer is nevertheless independent of it."""
     first, second = part.split("."), layer.split(".")
     if first[0] == second[0] == "vision_backbone" and len(first) > 1 and first[1] != second[1]:
-        # The two towers do not see each other.
+        # The two towers are independent of each other.
         return True
     if first[0] == "proprio_projector" and second[0] in ("vision_backbone", "projector"):
         return True

@@ -2,8 +2,8 @@
 
 Only tokens that can change the action count: padding never does, and after the last attention of
 the language model only the action placeholders do. A token counts if the cotangent of a random
-projection of the action is not zero there, which costs one reverse pass. For a layer all of whose
-tokens matter these are the plain moments over frames and tokens.
+projection of the action is not zero there, which costs one reverse pass. If all tokens of a layer
+matter, these are the plain moments over frames and tokens.
 
 `weighting="action"` weighs by how much the action depends on the layer's outputs. With J the
 derivative of the action with respect to them, the action's first-order change when row c and its
@@ -12,8 +12,8 @@ bias change by dw and db is sum_t J[t, c] (x_t . dw + db), and its mean square, 
     (dw, db) H (dw, db)^T,     H = E_x E_v mean_c z_c z_c^T,     z_c = sum_t (J^T v)[t, c] (x_t, 1),
 
 for probes v with E[v v^T] = I: the Gauss-Newton matrix of the action's error in a row, one for all
-rows of the layer. Error feedback on it lets rounding errors cancel where the action looks, across
-tokens too; the mean that belongs to it is the bias correction of least action error.
+rows of the layer. Error feedback with this matrix lets rounding errors cancel where they affect the
+action, across tokens too; its mean gives the bias correction with the smallest action error.
 """
 
 import functools
@@ -100,9 +100,10 @@ def input_statistics(
         policy: has `model` and `prepare`.
         calibration: the frames.
         index: the quantized layers.
-        weighting: "tokens" counts all tokens that matter alike; "action" as the module says.
+        weighting: "tokens" weighs all tokens that matter equally; "action" is described in the
+            module.
         batch: frames at a time on each device; each holds a matrix [k + 1, k + 1] for every layer.
-        seed: of the projections of the action.
+        seed: seed of the projections of the action.
         mesh: from `sharding.sweep_mesh`, which is also the default.
         progress: called with the frames done.
 
@@ -116,7 +117,7 @@ def input_statistics(
     mesh = sweep_mesh() if mesh is None else mesh
     graphdef, state = nnx.split(policy.model)
     contraction, probes = _CONTRACTIONS[weighting]
-    # One probe at a time: the matrices are what takes memory.
+    # One probe at a time, because the matrices take the memory.
     spec = ReverseSpec(graphdef, index.paths, contraction, probes, mesh, block=1)
     totals = {layer.path: np.zeros((layer.fan_in + 1,) * 2) for layer in index.layers}
     sweep = functools.partial(reverse_sweep, spec, replicate(mesh, state))
@@ -132,7 +133,7 @@ def input_statistics(
         mean, second = total[-1, :-1] / count, total[:-1, :-1] / count
         covariance = second - np.outer(mean, mean)
         if (np.diagonal(covariance) <= _ROUNDING * np.diagonal(second)).all():
-            # The input is the same everywhere, such as a learned vector: what is left is rounding.
+            # The input is constant, such as a learned vector: the rest is rounding.
             covariance = np.zeros_like(covariance)
         means[path], covariances[path] = mean, covariance
         last = path
@@ -148,14 +149,14 @@ def streamed_means(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> InputStatistics:
-    """The means of `input_statistics` while weights visit one device a stage at a time.
+    """The means of `input_statistics`, moving weights to one device a stage at a time.
 
     Args:
-        policy: its weights may lie on the host or in files.
+        policy: its weights may be on the host or in files.
         calibration: the frames.
         index: the quantized layers.
         batch: frames at a time.
-        seed: of the projection that finds out which tokens matter.
+        seed: seed of the projection that determines which tokens matter.
         progress: called with the frames done.
 
     Returns:
@@ -184,7 +185,7 @@ def _add_up(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Adds what a sweep finds in every frame to the layers' totals.
+    """Adds a sweep's results for every frame to the layers' totals.
 
     Raises:
         InputError: see `input_statistics`.

@@ -1,9 +1,9 @@
-"""Finished items of a sweep, kept as they come, so that a killed sweep goes on where it stopped.
+"""Keeps finished items of a sweep, so that a killed sweep resumes where it stopped.
 
-A sweep has one folder, named by a hash of all that its values depend on; nothing of a sweep with
-other settings, another policy or another version is ever taken up. Each item is a file that appears
-under its name only when it is whole. Of several processes the main one reads and writes, and tells
-the others.
+A sweep has one folder, named by a hash of everything that its values depend on; items of a sweep
+with other settings, another policy or another version are never reused. Each item is a file that
+appears under its name only when it is complete. With several processes, the main one reads and
+writes, and broadcasts to the others.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ class Items:
         return name in self._finished
 
     def get(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """The item of this name: the kept one, or a new one, which is kept.
+        """The item of this name: the stored one, or a new one, which is then stored.
 
         Raises:
-            InputError: the kept one cannot be read.
+            InputError: the stored item cannot be read.
         """
         if self._folder is None:
             return compute()
@@ -67,15 +67,15 @@ class SweepStore:
 
     Args:
         folder: created when the first item is finished.
-        made_from: JSON object with all that the values of every sweep here depend on: policy,
-            calibration set, quantizer, versions.
+        made_from: JSON object with everything that all sweeps here depend on: policy, calibration
+            set, quantizer, versions.
     """
 
     folder: Path
     made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def knowing(self, **made_from: Any) -> "SweepStore":
-        """The same folder, for sweeps that depend on this, too."""
+        """The same folder, for sweeps that also depend on these."""
         return dataclasses.replace(self, made_from={**self.made_from, **made_from})
 
     def sweep(self, **settings: Any) -> Items:

@@ -1,4 +1,4 @@
-"""Channels that behave alike: the layers of one module type, whatever their depth."""
+"""Groups of similar channels: the layers of one module type, at any depth."""
 
 import re
 

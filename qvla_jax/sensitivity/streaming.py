@@ -1,11 +1,11 @@
-"""The reverse sweep with weights that visit the device one stage at a time.
+"""The reverse sweep with weights moved to the device one stage at a time.
 
 The network's stages (patch embeddings, transformer blocks, projectors) run one after the other,
-each compiled by itself, and only their inputs are kept. On the way back a stage's weights are read
-again, its forward pass is run again, and its layers' inputs and cotangents are contracted before
-the next stage's weights are touched. What stands between stages (embeddings, norms, the head) runs
-as it does in the model's own code. With weights in files (`load_policy(..., mapped=True)`) a 7B
-policy needs the memory of its largest stage.
+each compiled separately, and only their inputs are kept. On the way back a stage's weights are read
+again, its forward pass runs again, and its layers' inputs and cotangents are contracted before the
+next stage's weights are read. Everything between stages (embeddings, norms, the head) runs as in
+the model's own code. With weights in files (`load_policy(..., mapped=True)`) a 7B policy needs the
+memory of its largest stage.
 """
 
 import dataclasses
@@ -41,17 +41,17 @@ def streamed_sweep(
     key: Array,
     weights: Float[Array, " a"] | None,
 ) -> dict[str, Float[Array, "b ..."]]:
-    """As `reverse.reverse_sweep`, on one device.
+    """Like `reverse.reverse_sweep`, on one device.
 
     Args:
         spec: static description; its mesh is not used.
         state: the model's arrays, on the device, on the host or in files.
-        constants: path -> the contraction's arrays for this layer, asked for once when the layer's
-            turn has come.
+        constants: path -> the contraction's arrays for this layer, requested once, when the layer
+            is reached.
         inputs: model inputs, [b, ...].
         frames: number of each frame in the calibration set.
         key: PRNG key of the sweep.
-        weights: weight of each action dimension; None weighs all alike.
+        weights: weight of each action dimension; None weighs all equally.
 
     Returns:
         Path -> contraction, summed over the probes. Layers that the forward pass never reaches
@@ -63,7 +63,7 @@ def streamed_sweep(
     stages = stage_paths(nnx.merge(spec.graphdef, state))
     layers = {s: tuple(p for p in spec.paths if p.startswith(f"{s}.")) for s in stages}
     outside = set(spec.paths).difference(*layers.values())
-    # Those that nothing reads, such as a tower's attention pool, need no stage.
+    # Layers that nothing reads, such as a tower's attention pool, need no stage.
     if outside and (outside := layer_outputs(spec.graphdef, state, (inputs,), outside)):
         raise InputError(
             f"{sorted(outside)[0]} is part of no block, patch embedding or projector; streamed "
@@ -97,7 +97,8 @@ class _Tape:
         """One stage; see `stages.wrap_stages`.
 
         Args:
-            token: what the whole pass is differentiated by, so that the first stages are, too.
+            token: variable with respect to which the whole pass is differentiated, so that the
+                first stages are, too.
             path: the stage.
             inner: its module.
             args: its arguments.
@@ -105,7 +106,7 @@ class _Tape:
         stage, state, fixed, given = split_stage(inner, args)
 
         def forward(values: list[Array]) -> Array:
-            # Stages that wait for their turn would all hold their weights.
+            # Queued stages would all hold their weights.
             y = jax.block_until_ready(_run(stage, state, fixed, values))
             _release(state)
             return y
@@ -122,7 +123,7 @@ class _Tape:
                     self.contraction, self.frames, self.constants.get(layer), seen.pop(name),
                     at_outputs.pop(name),
                 )  # fmt: skip
-            # Nothing is left to be computed when the next stage's weights are read.
+            # Finish all computation before the next stage's weights are read.
             jax.block_until_ready(self.found)
             return at_inputs
 
@@ -135,8 +136,8 @@ def _pulled_back_together(
 ) -> Callable[[Float[Array, ""], list[Array]], Array]:
     """A function whose `backward` gets the cotangents of all probes at once, outside any trace.
 
-    Differentiation and `vmap` run eagerly here, so that the batching rule of the transposed
-    function sees arrays.
+    Differentiation and `vmap` run eagerly here, so that the transposed function's batching rule
+    gets arrays.
     """
 
     @jax.custom_vjp
@@ -169,7 +170,7 @@ def _pulled_back_together(
 
 @dataclasses.dataclass(frozen=True)
 class StaticStage:
-    """What a stage's compiled functions depend on beside arrays: equal blocks share them."""
+    """What a stage's compiled functions depend on besides arrays; equal blocks share it."""
 
     graphdef: nnx.GraphDef[Any]
     tree: Any  # of the arguments
@@ -186,7 +187,7 @@ class StaticStage:
 def split_stage(
     module: nnx.Module, args: tuple[Any, ...]
 ) -> tuple[StaticStage, Any, list[Any], list[Array]]:
-    """A stage's static part, its state, and its arguments: not differentiated, and differentiated.
+    """A stage's static part, its state, and its constant and differentiated arguments.
 
     Args:
         module: the stage.

@@ -1,4 +1,4 @@
-"""`SensitivityTable`: what every channel costs under every option, in action error and in bytes."""
+"""`SensitivityTable`: the cost of every channel under every option, in action error and bytes."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ _KIND = "qvla_jax.sensitivity_table"
 
 
 class Chosen(Protocol):
-    """What `bits_of` needs of a solver's solution."""
+    """What `bits_of` needs from a solver's solution."""
 
     @property
     def choice(self) -> Int[np.ndarray, " C"]:
@@ -38,7 +38,7 @@ class ChannelBits(np.ndarray):
     """
 
     settings: QuantizerSettings | None = None
-    # None where the table was loaded without the statistics that the quantizer needs.
+    # None if the table was loaded without the statistics that the quantizer needs.
     quantizer: Quantizer | None = None
 
     def __array_finalize__(self, source: Any) -> None:
@@ -55,24 +55,24 @@ class SensitivityTable:
     """
 
     # Mean over calibration frames of the squared error of the normalized action chunk, summed over
-    # its h a entries, when this channel alone is quantized. `input_hessian` has a unit of its own.
+    # its h a entries, when this channel alone is quantized. `input_hessian` has its own unit.
     costs: Float[np.ndarray, "C n"]
-    # Bytes really stored (quantization.layout).
+    # Bytes actually stored (quantization.layout).
     sizes: Int[np.ndarray, "C n"]
     bits: tuple[int, ...]
     index: ChannelIndex
     method: str
     # JSON object: policy fingerprint, calibration hash and manifest, seed, versions, settings.
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # The quantizer that the costs belong to.
+    # The quantizer that the costs refer to.
     settings: QuantizerSettings = dataclasses.field(default_factory=QuantizerSettings)
     # For each option, by how much the joint error of many channels exceeds the sum of their costs
-    # (sensitivity.joint); None where it was not measured.
+    # (sensitivity.joint); None if not measured.
     joint: tuple[float, ...] | None = None
-    # Of the mean over frames; None where the method has none.
+    # Standard error of the mean over frames; None if the method has none.
     standard_error: Float[np.ndarray, "C n"] | None = None
-    # Of the layers' inputs, as that quantizer needs them. They are large and are no part of the
-    # table's file; None in a table that was loaded without them.
+    # Statistics of the layers' inputs, as that quantizer needs them. They are large and not part of
+    # the table's file; None in a table loaded without them.
     statistics: InputStatistics | None = None
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class SensitivityTable:
 
     @property
     def joint_costs(self) -> Float[np.ndarray, "C n"]:
-        """Costs as they add up: each option's, times its joint factor."""
+        """Costs that add up: each option's cost times its joint factor."""
         return self.costs if self.joint is None else self.costs * np.asarray(self.joint)
 
     def problem(
@@ -129,16 +129,16 @@ class SensitivityTable:
         Further constraints: `dataclasses.replace(problem, resources=..., multiples=..., ...)`.
 
         Args:
-            budget_bits: bits for each quantized weight, everything stored counted (scales,
-                biases, permutation, padding).
+            budget_bits: bits per quantized weight, counting everything stored (scales, biases,
+                permutation, padding).
             budget_bytes: the same in bytes.
-            minimum_bits: the least bits of the layers that a regular expression matches
-                (`re.match` on the path); of several that match, the largest.
+            minimum_bits: regular expression (`re.match` on the path) -> minimum bits of the layers
+                that it matches; if several match, the largest.
 
         Raises:
             BudgetError: the smallest options exceed the budget.
             InputError: none or both budgets are given, or `minimum_bits` has a pattern that matches
-                no layer, or bits that are no option.
+                no layer, or bits that are not an option.
         """
         if (budget_bits is None) == (budget_bytes is None):
             raise InputError("give either budget_bits or budget_bytes")
@@ -201,7 +201,7 @@ class SensitivityTable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file with a JSON header, completely or not at all.
 
-        The input statistics have a file of their own: `table.statistics.save`.
+        The input statistics have their own file: `table.statistics.save`.
         """
         arrays = {"costs": self.costs.astype(np.float64), "sizes": self.sizes.astype(np.int64)}
         if self.standard_error is not None:
@@ -224,8 +224,8 @@ class SensitivityTable:
 
         Args:
             path: the file.
-            statistics: those that the table was measured with; without them its bits cannot be
-                quantized.
+            statistics: the statistics that the table was measured with; without them its bits
+                cannot be quantized.
 
         Raises:
             InputError: the file is missing, truncated, of another kind, or inconsistent.

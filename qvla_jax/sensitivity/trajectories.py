@@ -1,10 +1,10 @@
-"""Cumulative sensitivities: what a channel costs along a whole trajectory.
+"""Cumulative sensitivities: the cost of a channel along a whole trajectory.
 
     S[e, c, n] = sum over the steps t of trajectory e of || A_{c}^{(n)}(x_t) - A*(x_t) ||^2
 
 (QVLA, arXiv 2602.03782, sums its single-step sensitivity along a trajectory), each term to first
-order as in sensitivity.jacobian. The steps are those of the calibration set: with its `stride` the
-length of a chunk, those at which the policy looks.
+order as in sensitivity.jacobian. The steps are those of the calibration set: if its `stride` is the
+length of a chunk, those at which the policy is queried.
 """
 
 from collections.abc import Sequence
@@ -37,9 +37,9 @@ def trajectory_costs(
 
     Args:
         policy: the full-precision policy.
-        calibration: the steps; its manifest's `datasets` and `episodes` name the trajectory of
+        calibration: the steps; its manifest's `datasets` and `episodes` give the trajectory of
             each.
-        table: whose channels are costed; it needs its statistics.
+        table: the table whose channels are costed, with its statistics.
         probes: number of Rademacher vectors, or "full".
         seed: of the probes.
         batch: frames at a time on each device.
@@ -63,7 +63,7 @@ def trajectory_costs(
     _, place = np.unique(np.stack([datasets, episodes]), axis=1, return_inverse=True)
     sums = np.zeros((place.max() + 1, *table.costs.shape))
     done = 0
-    # A change of zero costs nothing, so that 16 bits need no exception.
+    # A change of zero costs nothing, so 16 bits need no exception.
     for costs in frame_costs(
         policy,
         calibration,

@@ -32,9 +32,9 @@ def sample_channels(index: ChannelIndex, count: int, *, seed: int) -> Int[np.nda
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExactSample:
-    """Exactly probed costs of some channels, to compare estimates with."""
+    """Exactly probed costs of some channels, for comparison with estimates."""
 
-    # The frames that were probed.
+    # The probed frames.
     part: FirstFrames
     rows: Int[np.ndarray, " m"]
     # Options, without 16.
@@ -96,15 +96,14 @@ def same_frames(
     rules: LayerRules = DEFAULT_RULES,
     progress: Progress = no_progress,
 ) -> SensitivityTable:
-    """A method's table on the very frames of a sample, for the table's quantizer.
+    """A method's table on the frames of a sample, for the table's quantizer.
 
-    With as many reverse passes as the table got in all (never more than there are action entries
-    for each frame).
+    Uses as many reverse passes as the table in total (at most one per action entry and frame).
 
     Args:
         policy: the full-precision policy.
         sample: the frames.
-        table: where settings and input statistics come from.
+        table: the source of settings and input statistics.
         method: None takes the table's own.
         seed: of the probes.
         rules: those of the table.
@@ -140,9 +139,9 @@ def validate(
 ) -> dict[str, Any]:
     """Compares a table with exact probing of sampled channels.
 
-    The table's costs are means over its whole calibration set; exact probing is dear and sees the
-    first `frames` of it, so that their correlation is a lower bound of the method's. The method is
-    therefore also run on those frames.
+    The table's costs are means over its whole calibration set, but exact probing is expensive and
+    only sees the first `frames` of it, so their correlation is a lower bound for the method. The
+    method is therefore also run on those frames.
 
     Args:
         policy: the full-precision policy.
@@ -178,7 +177,7 @@ def validate(
 
 
 def _probes(policy: Policy, table: SensitivityTable, frames: int) -> Probes:
-    """As many reverse passes on these frames as the table got on all of its own."""
+    """As many reverse passes on these frames as the table used on all of its own."""
     settings = table.provenance["settings"]
     if settings["probes"] is None or settings["probes"] == "full":
         return "full"
@@ -197,9 +196,9 @@ def rank_correlations(
     """Spearman correlation for each bit-width, over all samples and within each module type.
 
     Returns:
-        [{bits, spearman, top, by_module: {type: rho}}]; `top` is the share of the tenth of the
-        samples that cost most which the estimate finds too. A module type with fewer than three
-        samples, or without variation, is left out.
+        [{bits, spearman, top, by_module: {type: rho}}]; `top` is the share of the most expensive
+        tenth of the samples that the estimate also finds. Module types with fewer than three
+        samples, or without variation, are left out.
     """
     names, numbers = module_types(index)
     types = np.asarray(names)[numbers[rows]]
@@ -213,7 +212,7 @@ def rank_correlations(
                 if np.isfinite(rho):
                     by_module[str(kind)] = rho
         rho = spearman(estimate[:, column], exact[:, column])
-        # Without variation there is no correlation, and JSON knows no NaN.
+        # Without variation there is no correlation, and JSON has no NaN.
         overall = rho if np.isfinite(rho) else 0.0
         top = top_overlap(estimate[:, column], exact[:, column])
         result.append({"bits": b, "spearman": overall, "top": top, "by_module": by_module})
@@ -225,7 +224,7 @@ def joint_error(
 ) -> float:
     """Measured mean over frames of || A_quantized(x) - A*(x) ||^2, summed over the chunk.
 
-    Comparable with `SensitivityTable.predicted(bits)`: their ratio says how far single errors add
+    Comparable with `SensitivityTable.predicted(bits)`: their ratio shows how well single errors add
     up.
     """
     total, frames = 0.0, 0

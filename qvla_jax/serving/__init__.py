@@ -1,10 +1,10 @@
-"""A policy that robots can call: the openpi websocket protocol and OpenVLA's REST, on one port.
+"""Serves a policy to robots: the openpi websocket protocol and OpenVLA's REST API, on one port.
 
     qvla serve --policy FILE.qvla
 
 A message is decoded (`msgpack_numpy`, `json_numpy`), checked and prepared (`observations`), joins a
-batch (`batching`) and is answered (`websocket`, `rest`); `server` opens and closes the port. What
-needs the extra `serve` is imported only where it is used.
+batch (`batching`) and is answered (`websocket`, `rest`); `server` opens and closes the port.
+Packages of the extra `serve` are imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ __all__ = ["PolicyServer", "ServeConfig", "serve"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs the extra on first use."""
+    """Imports modules that need the extra on first use."""
     if name not in ("PolicyServer", "serve"):
         raise AttributeError(f"module 'qvla_jax.serving' has no attribute {name!r}")
     try:

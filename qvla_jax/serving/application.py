@@ -1,4 +1,4 @@
-"""Who is let in, and which request goes where."""
+"""Access control and routing of requests."""
 
 import functools
 import hmac
@@ -11,17 +11,17 @@ from qvla_jax.serving import rest
 from qvla_jax.serving.service import Service
 from qvla_jax.serving.websocket import Websockets
 
-# How a token is announced: by openpi's client, and by most others.
+# Schemes of the token: that of openpi's client, and the usual one.
 _SCHEMES = ("api-key", "bearer")
 _HEALTH = "/healthz"
 
 
 def make_application(service: Service, websockets: Websockets) -> web.Application:
-    """The routes of both protocols behind the checks of who asks.
+    """The routes of both protocols, behind access control.
 
     Args:
-        service: what answers.
-        websockets: its connections by openpi's protocol.
+        service: answers the requests.
+        websockets: its connections over openpi's protocol.
     """
     application = web.Application(
         middlewares=[_guard(service)], client_max_size=service.config.max_message
@@ -55,14 +55,14 @@ def _guard(service: Service) -> Middleware:
     def turned_away(status: HTTPStatus, text: str) -> web.Response:
         counters.turned_away += 1
         response = rest.failure(status, text)
-        response.force_close()  # and whatever it still sends is not read
+        response.force_close()  # do not read what it still sends
         return response
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path == _HEALTH:
             return await handler(request)
-        # Robots are no browsers; a web page that somebody opens shall not reach their policy.
+        # Robots are not browsers; an open web page must not reach their policy.
         if hdrs.ORIGIN in request.headers:
             return turned_away(HTTPStatus.FORBIDDEN, "browsers are not served")
         if service.token is not None and not _knows(service.token, request):
@@ -89,6 +89,6 @@ def _guard(service: Service) -> Middleware:
 
 def _knows(token: str, request: web.Request) -> bool:
     scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    # In constant time, so that the answer does not tell how much of it was right.
+    # In constant time, so that the response does not reveal how much of it was right.
     same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
     return same and scheme.lower() in _SCHEMES

@@ -1,4 +1,4 @@
-"""Arrays in messages: what a client says of one is checked against the bytes that are there."""
+"""Arrays in messages: a client's description is checked against the received bytes."""
 
 import math
 from typing import Any, Final
@@ -7,7 +7,7 @@ import numpy as np
 
 from qvla_jax.errors import InputError
 
-# What cameras, joints and their messages hold. Text of a client never reaches `np.dtype`.
+# Dtypes of cameras, joints and their messages. A client's text never reaches `np.dtype`.
 DTYPES: Final = {
     dtype.str: dtype
     for dtype in map(
@@ -27,11 +27,11 @@ def checked_array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
 
     Args:
         data: bytes, or a view of them.
-        dtype: what the client says: numpy's text for a little-endian number, such as `<f4`.
-        shape: what the client says: a list of lengths.
+        dtype: the client's declaration: numpy's text for a little-endian number, such as `<f4`.
+        shape: the client's declaration: a list of lengths.
 
     Raises:
-        InputError: another kind of number, or not the bytes that dtype and shape ask for.
+        InputError: another kind of number, or not the number of bytes that dtype and shape require.
     """
     if not isinstance(data, bytes | memoryview):
         raise InputError(f"array: data is {_kind(data)}, expected bytes")
@@ -56,10 +56,10 @@ def checked_array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
 
 
 def scalar(value: Any) -> bool | int | float | str:
-    """The value of a numpy scalar, whose dtype is of no use here.
+    """The value of a numpy scalar, whose dtype is irrelevant here.
 
     Raises:
-        InputError: it is no number, truth value or text.
+        InputError: it is not a number, boolean or text.
     """
     if not isinstance(value, bool | int | float | str):
         raise InputError(f"array: a scalar is {_kind(value)}, expected a number")

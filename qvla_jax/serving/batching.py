@@ -1,8 +1,8 @@
 """Observations of concurrent clients, answered together in one call of the policy.
 
 Batches are padded to a few fixed sizes, for all of which the policy is compiled beforehand. The
-policy runs in one thread of its own, so that the connections stay alive meanwhile; what arrives
-while it runs makes the next batch.
+policy runs in its own thread, so that the connections stay alive meanwhile; observations that
+arrive while it runs form the next batch.
 """
 
 import asyncio
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the policy says to one observation, and how long it took.
+    """The policy's answer to one observation, and its timing.
 
     Attributes:
         actions: un-normalized, as `Policy.infer` returns them.
-        history: for UniVLA, what the next observation of the episode gives as `history`.
+        history: for UniVLA, the `history` of the episode's next observation.
         queue_ms: from the prepared observation to the start of the call.
-        infer_ms: of the call, which the whole batch shares.
-        batch: observations in it.
+        infer_ms: duration of the call, which the whole batch shares.
+        batch: number of observations in it.
     """
 
     actions: Float[np.ndarray, "h a"]
@@ -47,7 +47,7 @@ class Answer:
 @dataclasses.dataclass(frozen=True)
 class _Waiting:
     inputs: ModelInputs
-    # With the statistics that the actions are un-normalized with.
+    # Has the statistics that un-normalize the actions.
     policy: Policy
     since: float
     answer: asyncio.Future[Answer]
@@ -56,7 +56,7 @@ class _Waiting:
 def batch_sizes(largest: int, devices: int) -> tuple[int, ...]:
     """The sizes that batches are padded to: powers of two times the devices, up to `largest`.
 
-    The last one is the first that holds `largest`.
+    The last one is the smallest that holds `largest`.
     """
     sizes = [devices]
     while sizes[-1] < largest:
@@ -68,8 +68,8 @@ class Batcher:
     """Collects requests and runs the policy on them.
 
     Attributes:
-        sizes: what batches are padded to.
-        busy_since: when the call that is running began (`time.monotonic`), or None.
+        sizes: sizes that batches are padded to.
+        busy_since: start of the running call (`time.monotonic`), or None.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Batcher:
         """Prepares; `warm_up` and `start` follow.
 
         Args:
-            policy: what answers.
-            max_batch: most observations in one call.
-            window: seconds to wait for others after the first one.
-            observe: is told of every answer.
+            policy: the policy to serve.
+            max_batch: maximum number of observations in one call.
+            window: seconds to wait for others after the first.
+            observe: called with every answer.
         """
         self.sizes = batch_sizes(max_batch, sharding.data_mesh().size)
         self.busy_since: float | None = None
@@ -102,7 +102,7 @@ class Batcher:
         """Compiles the policy for every batch size.
 
         Raises:
-            PolicyError: it returns NaN or infinite actions already now.
+            PolicyError: it already returns NaN or infinite actions.
         """
         inputs = self._policy.prepare(
             {
@@ -117,7 +117,7 @@ class Batcher:
                 raise PolicyError("the policy returns NaN or infinite actions; nothing to serve")
 
     def start(self) -> None:
-        """Begins to answer, on the running event loop."""
+        """Starts answering, on the running event loop."""
         self._loop = asyncio.create_task(self._answer_all())
 
     async def __call__(self, inputs: ModelInputs, policy: Policy | None = None) -> Answer:
@@ -125,8 +125,8 @@ class Batcher:
 
         Args:
             inputs: what the network takes.
-            policy: the same network with the statistics that un-normalize the actions; that of the
-                batcher if left out.
+            policy: the same network with the statistics that un-normalize the actions; by default
+                that of the batcher.
 
         Raises:
             PolicyError: the policy failed, or its actions are not finite.
@@ -136,7 +136,7 @@ class Batcher:
         return await answer
 
     async def stop(self) -> None:
-        """Ends; requests that still wait are told so."""
+        """Stops; waiting requests get an error."""
         if self._loop is not None:
             self._loop.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -150,7 +150,7 @@ class Batcher:
             batch: list[_Waiting] = []
             try:
                 await self._collect(batch)
-                # Nobody waits for those that have been cancelled: their clients are gone.
+                # Cancelled requests have no client left.
                 if batch := [waiting for waiting in batch if not waiting.answer.done()]:
                     await self._answer(batch)
             except asyncio.CancelledError:
@@ -161,7 +161,7 @@ class Batcher:
                 _fail(batch, PolicyError(f"the policy failed ({type(error).__name__})"))
 
     async def _collect(self, batch: list[_Waiting]) -> None:
-        """Fills an empty batch, in place: what is in it is not lost when this is cancelled."""
+        """Fills an empty batch in place, so that its content survives cancellation."""
         batch.append(await self._queue.get())
         deadline = asyncio.get_running_loop().time() + self._window
         while len(batch) < self._max_batch:
@@ -202,7 +202,7 @@ class Batcher:
     def _call(
         self, batch: Sequence[tuple[ModelInputs, Policy]]
     ) -> tuple[list[Float[np.ndarray, "h a"]], Sequence[str | None]]:
-        """Runs the policy on a padded batch; in the thread."""
+        """Runs the policy on a padded batch, in its thread."""
         size = next(size for size in self.sizes if size >= len(batch))
         stacked = self._policy.processor.join([inputs for inputs, _ in batch])
         padded, count = sharding.pad_batch(stacked, size)

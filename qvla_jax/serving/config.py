@@ -13,10 +13,10 @@ _MIN_TOKEN = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig(ModelOptions):
-    """Serves a policy to robots: the openpi websocket protocol and OpenVLA's REST, on one port.
+    """Serves a policy to robots: the openpi websocket protocol and OpenVLA's REST API, on one port.
 
     It is compiled for all batch sizes before the port opens. SIGTERM and Ctrl-C stop the server
-    once the requests that it has accepted are answered.
+    after all accepted requests are answered.
 
     >>> from qvla_jax import ServeConfig
     >>> ServeConfig(policy="runs/mini/policy.qvla", max_message_mib=0.5).max_message
@@ -25,32 +25,32 @@ class ServeConfig(ModelOptions):
 
     # A policy that ships with the package, a directory that holds one, or a .qvla file.
     policy: str = "libero-mini"
-    # Where to listen; the default can be reached from this machine alone.
+    # Address to listen on; the default is reachable from this machine only.
     host: str = "127.0.0.1"
-    # 0 takes a free one.
+    # Port; 0 takes a free one.
     port: int = 8000
-    # File with the token that clients have to send; without one, everybody is served.
+    # File with the token that clients must send; without one, all clients are served.
     token_file: Path | None = None
-    # Gripper entry of the actions: the policy's own (of OpenVLA policies 1 opens, 0 closes), or as
-    # LIBERO's environments take it (-1 opens, +1 closes).
+    # Gripper entry of the actions: the policy's own (for OpenVLA policies 1 opens, 0 closes), or
+    # that of LIBERO's environments (-1 opens, +1 closes).
     gripper: Literal["policy", "libero"] = "policy"
-    # Of the weights in memory.
+    # Dtype of the weights in memory.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Most observations in one call of the policy.
+    # Maximum number of observations in one call of the policy.
     max_batch: int = 8
     # How long a call waits for others to join it, in milliseconds.
     batch_window_ms: float = 2.0
-    # Clients at one time; more are turned away.
+    # Maximum number of concurrent clients; more are turned away.
     max_clients: int = 128
-    # Largest message in MiB. With max_clients it bounds the memory that messages can take.
+    # Largest message in MiB. Together with max_clients it bounds the memory for messages.
     max_message_mib: float = 8.0
     # Largest side of an image in pixels.
     max_image_side: int = 1024
-    # Seconds for a request to arrive whole, for a reply to leave, and between REST requests.
+    # Seconds for a request to arrive completely, for a reply to be sent, and between REST requests.
     io_timeout: float = 30.0
     # Seconds after which a websocket that sends no message is closed.
     idle_timeout: float = 3600.0
-    # Seconds that answers may take once the server is told to stop.
+    # Seconds for pending answers once the server is stopped.
     shutdown_timeout: float = 10.0
 
     def __post_init__(self) -> None:
@@ -72,10 +72,10 @@ class ServeConfig(ModelOptions):
         return int(self.max_message_mib * 2**20)
 
     def read_token(self) -> str | None:
-        """The token that clients have to send.
+        """The token that clients must send.
 
         Raises:
-            InputError: the file cannot be read, or holds none that is hard to guess.
+            InputError: the file cannot be read, or its token is too easy to guess.
         """
         if self.token_file is None:
             return None

@@ -1,4 +1,4 @@
-"""What a server has done so far."""
+"""Counters of a server."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ import numpy as np
 
 from qvla_jax.serving.batching import Answer
 
-# Answers that the percentiles are of.
+# Number of answers that the percentiles cover.
 _RECENT: Final = 1000
 
 
@@ -17,11 +17,11 @@ _RECENT: Final = 1000
 class Counters:
     """Counts since the start, and times of the latest answers."""
 
-    # Observations that were answered, were refused (the client's fault), or failed (the policy's).
+    # Observations answered, refused (the client's fault), or failed (the policy's fault).
     answered: int = 0
     refused: int = 0
     failed: int = 0
-    # Connections that were turned away: no token, a browser, or too many clients.
+    # Connections turned away: no token, a browser, or too many clients.
     turned_away: int = 0
     clients: int = 0
     batches: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)

@@ -19,12 +19,12 @@ from qvla_jax.serving.arrays import DTYPES, MAX_CONTAINERS, checked_array
 # Longest JSON without its arrays, in bytes.
 MAX_JSON: Final = 64 * 1024
 # The data of an array: quotes are escaped where JSON is inside a string of JSON. Within other text
-# they never are alike on both sides of the key.
+# they never match on both sides of the key.
 _DATA: Final = re.compile(rb'(\\?")__numpy__\1 *: *\1([A-Za-z0-9+/=]*)\1')
 
 
 class _Arrays:
-    """The data of a message's arrays, cut out of it."""
+    """The data of the arrays cut out of a message."""
 
     def __init__(self, message: bytes) -> None:
         self._message = memoryview(message)
@@ -39,7 +39,7 @@ class _Arrays:
         return b"%b__numpy__%b: %d" % (match[1], match[1], number)
 
     def hook(self, value: dict[str, Any]) -> Any:
-        """Puts an array in the place of an object that stands for it."""
+        """Replaces an object that represents an array by the array."""
         if "__numpy__" not in value:
             return value
         number = value["__numpy__"]
@@ -53,15 +53,15 @@ class _Arrays:
         return checked_array(data, value.get("dtype"), value.get("shape"))
 
     def check_used(self) -> None:
-        """Raises an `InputError` where text only looked like an array."""
+        """Raises an `InputError` if text only looked like an array."""
         if self._places:
             raise InputError("message: __numpy__ where no array can be")
 
 
 def decode(message: bytes) -> tuple[dict[str, Any], bool]:
-    """The body of a request -> its object, and whether it was encoded twice.
+    """Decodes a request's body into its object, and whether it was encoded twice.
 
-    `{"encoded": TEXT}` holds the object as JSON once more, for clients without json-numpy.
+    `{"encoded": TEXT}` holds the object as JSON within JSON, for clients without json-numpy.
 
     Raises:
         InputError: not JSON, not an object, or beyond the limits.

@@ -1,8 +1,8 @@
 """The openpi messages: msgpack, numpy arrays as maps of data, dtype and shape.
 
 The format is that of `openpi_client.msgpack_numpy` (openpi-client 0.1.2), whose keys are bytes. It
-never was able to hold Python objects; this decoder also bounds what a message can make it allocate:
-no length is believed before its bytes are there, there are few containers and they are short.
+cannot hold Python objects; this decoder also bounds what a message can make it allocate: no length
+is trusted before its bytes have arrived, and containers are limited in number and length.
 """
 
 from typing import Any, Final
@@ -24,7 +24,7 @@ MAX_TEXT: Final = 8192
 
 
 class _Containers:
-    """Counts the containers of one message, and turns those that stand for arrays into arrays."""
+    """Counts the containers of one message, and turns those that represent arrays into arrays."""
 
     def __init__(self) -> None:
         self._count = 0

@@ -1,4 +1,4 @@
-"""From what robots send to what the policy takes."""
+"""Converts robots' messages to the policy's inputs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,18 +21,18 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "instruction": ("instruction", "prompt"),
     "history": ("history",),
 }
-# Characters of an instruction. The tokenizer has the last word, but reads all of it first.
+# Maximum characters of an instruction. The tokenizer has its own limit, but reads all of it first.
 MAX_INSTRUCTION: Final = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What a client saw, ready for the network.
+    """A client's observation, ready for the network.
 
     Attributes:
         inputs: a batch of one.
-        policy: the one that is served, with the statistics that the client asked for: they scaled
-            its state, and un-normalize its actions.
+        policy: the served policy with the statistics that the client requested, which scaled its
+            state and un-normalize its actions.
     """
 
     inputs: ModelInputs
@@ -43,32 +43,32 @@ class ObservationReader:
     """Checks the messages of clients and prepares them for one policy."""
 
     def __init__(self, policy: Policy, *, max_image_side: int, key_needed: bool = False) -> None:
-        """Fixes what is asked for.
+        """Sets up the checks.
 
         Args:
-            policy: whose processor prepares them.
-            max_image_side: of raw images, in pixels.
-            key_needed: messages have to say `unnorm_key`: nobody has chosen among the statistics.
+            policy: its processor prepares the observations.
+            max_image_side: largest side of raw images, in pixels.
+            key_needed: messages must have `unnorm_key`, because no statistics were chosen.
         """
         self._key_needed = key_needed
         self._policy = policy
-        # By the statistics that requests name, each made when it is first asked for.
+        # By the statistics that requests name, each made on first use.
         self._policies: dict[str, Policy] = {}
         self._max_image_side = max_image_side
         self._cameras = policy.config.camera_keys
 
     def __call__(self, message: Mapping[str, Any]) -> Observation:
-        """One observation -> model inputs with a batch of one, and whose statistics hold.
+        """One observation -> model inputs with a batch of one, and the policy with its statistics.
 
         Args:
             message: `image` and, for two cameras, `wrist_image` u8[H, W, 3]; `state`, p finite
-                numbers, where the policy takes them; `instruction`; each under one of its `NAMES`.
-                `unnorm_key` names statistics of the policy; without it, its own hold. Other
+                numbers, if the policy takes them; `instruction`; each under one of its `NAMES`.
+                `unnorm_key` names statistics of the policy; without it, its own apply. Other
                 entries are ignored.
 
         Raises:
-            InputError: an entry is missing, has the wrong type, shape or dtype, or is too large;
-                or the policy has no statistics of the name.
+            InputError: an entry is missing, has the wrong type, shape or dtype, or is too large; or
+                the policy has no statistics of this name.
         """
         config = self._policy.config
         policy = self._with_statistics(message.get("unnorm_key"))
@@ -83,7 +83,7 @@ class ObservationReader:
         return Observation(policy.prepare(batch), policy)
 
     def _with_statistics(self, key: Any) -> Policy:
-        """The policy, scaled by the statistics that a client asks for."""
+        """The policy with the statistics that a client requests."""
         if key is None and self._key_needed:
             raise InputError(
                 "observation has no unnorm_key, and the policy has statistics of several data "
@@ -99,7 +99,7 @@ class ObservationReader:
 
     @property
     def unnorm_key(self) -> str | None:
-        """The statistics that hold where a client names none; None: a client has to."""
+        """The statistics that apply if a client names none; None: a client must name them."""
         return None if self._key_needed else self._own_key
 
     @property
@@ -141,7 +141,7 @@ def _state(value: Any) -> np.ndarray:
         raise InputError(f"state: expected an array, got {type(value).__name__}")
     if value.ndim != 1 or value.dtype.kind not in "fiu":
         raise InputError(f"state: expected numbers [p], got {value.dtype} {list(value.shape)}")
-    with np.errstate(over="ignore"):  # becomes inf, which the processor refuses
+    with np.errstate(over="ignore"):  # overflow becomes inf, which the processor refuses
         return value.astype(np.float32)
 
 

@@ -1,9 +1,9 @@
-"""OpenVLA's REST: POST /act with an observation in JSON, arrays as json-numpy writes them.
+"""OpenVLA's REST API: POST /act with an observation in JSON, arrays as json-numpy writes them.
 
 What the clients of OpenVLA's and OpenVLA-OFT's `vla-scripts/deploy.py` expect: the body of the
-reply is the action itself, an array [a] of a policy that decides one step at a time, a list of such
-arrays of a policy with chunks; twice encoded where the request was. Times go into the header
-Server-Timing. Errors have a status and say what is wrong, where the reference replies "error".
+reply is the action itself, an array [a] if the policy decides one step at a time, or a list of such
+arrays if it predicts chunks; encoded twice if the request was. Times go into the header
+Server-Timing. Errors have a status and a message, where the reference replies "error".
 """
 
 import asyncio
@@ -70,5 +70,5 @@ def action_text(actions: Float[np.ndarray, "h a"], *, twice: bool = False) -> st
 
 
 def failure(status: HTTPStatus, text: str) -> web.Response:
-    """A reply that says what is wrong."""
+    """A reply with an error message."""
     return web.json_response({"error": text}, status=status)

@@ -1,4 +1,4 @@
-"""The port: opened once the policy is compiled, closed once it has answered."""
+"""The port: opened after the policy is compiled, closed after all requests are answered."""
 
 import asyncio
 import contextlib
@@ -17,12 +17,12 @@ from qvla_jax.serving.config import ServeConfig
 from qvla_jax.serving.service import Service
 from qvla_jax.serving.websocket import Websockets
 
-# Connections beyond the clients that are served: to be told so, and for health checks.
+# Connections beyond the maximum of clients, for refusals and health checks.
 _SPARE: Final = 16
 
 
 class _Refusal(asyncio.Protocol):
-    """Closes a connection at once."""
+    """Closes a connection immediately."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
@@ -35,7 +35,7 @@ class PolicyServer:
         print(server.port)
 
     Raises (on entering):
-        InputError: the address cannot be listened on.
+        InputError: the server cannot listen on the address.
         PolicyError: the policy returns NaN or infinite actions.
     """
 
@@ -51,9 +51,8 @@ class PolicyServer:
 
         Args:
             policy: what answers.
-            config: its `policy`, `dtype` and options of public directories are not looked at.
-            key_needed: requests have to say `unnorm_key`; without it, the policy's own holds for
-                those that do not.
+            config: the settings; `policy`, `dtype` and options of public directories are ignored.
+            key_needed: requests must have `unnorm_key`; otherwise the policy's own is the default.
             progress: of compiling.
         """
         self._config = config
@@ -65,7 +64,7 @@ class PolicyServer:
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
+        """The port that the server listens on."""
         assert self._listener is not None
         return self._listener.sockets[0].getsockname()[1]
 
@@ -85,14 +84,14 @@ class PolicyServer:
         self._runner = web.AppRunner(
             make_application(self._service, self._websockets),
             access_log=None,
-            # Closes connections that send no whole request header, and idle ones.
+            # Closes connections without a complete request header, and idle ones.
             keepalive_timeout=config.io_timeout,
             # A request whose client has gone needs no answer.
             handler_cancellation=True,
-            # What is not read after a refusal; compressed bodies are not accepted at all.
+            # Limits what is read after a refusal; compressed bodies are not accepted at all.
             lingering_time=1.0,
             auto_decompress=False,
-            # By then all are answered, or out of time.
+            # By then all requests are answered or have timed out.
             shutdown_timeout=1.0,
         )
         await self._runner.setup()
@@ -114,10 +113,10 @@ class PolicyServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes the port, lets requests under way be answered, then closes the connections."""
+        """Closes the port, answers pending requests, then closes the connections."""
         assert self._listener is not None
         self._listener.close()
-        # Before aiohttp stops: it no longer reads then, and would cut off what is under way.
+        # Before aiohttp stops reading, which would cut off pending requests.
         self._service.closing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.shutdown_timeout):
@@ -161,13 +160,13 @@ def serve(
 
     Args:
         policy: what answers.
-        config: how.
-        key_needed: requests have to say `unnorm_key`; else the policy's own holds without.
+        config: the settings.
+        key_needed: requests must have `unnorm_key`; otherwise the policy's own is the default.
         progress: of compiling.
-        ready: is told in one line where the server listens, once it does.
+        ready: called once the server listens, with one line that says where.
 
     Raises:
-        InputError: the address cannot be listened on, or the token file not be read.
+        InputError: the server cannot listen on the address, or the token file cannot be read.
         PolicyError: the policy returns NaN or infinite actions.
     """
 

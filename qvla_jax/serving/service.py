@@ -22,15 +22,15 @@ from qvla_jax.serving.observations import ObservationReader
 logger = logging.getLogger(__name__)
 
 Message = TypeVar("Message")
-# A call of the policy that takes longer than this is no longer waited for by health checks.
+# Health checks fail if a call of the policy takes longer than this.
 _STALLED = 60.0
 
 
 class Service:
-    """A policy and the settings it is served under.
+    """A policy and the settings it is served with.
 
     Attributes:
-        closing: no new requests are taken.
+        closing: no new requests are accepted.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Service:
         """Decodes, checks, prepares and answers one message.
 
         Args:
-            decode: from the message to its entries; runs in a thread, as all preparation does.
-            message: as it came.
+            decode: turns the message into its entries; runs in a thread, like all preparation.
+            message: the raw message.
 
         Raises:
-            InputError: the message is at fault.
-            PolicyError: the policy is, or the server; the reason is in the log.
+            InputError: the message is wrong.
+            PolicyError: the policy or the server failed; the reason is in the log.
         """
         try:
             seen = await asyncio.get_running_loop().run_in_executor(
@@ -100,7 +100,7 @@ class Service:
         return since is not None and time.monotonic() - since > _STALLED
 
     def metadata(self) -> dict[str, Any]:
-        """What clients are told on connecting: what to send, what they get."""
+        """What clients learn on connecting: what to send, and what they get."""
         config = self.policy.config
         cameras = list(config.camera_keys)
         return {

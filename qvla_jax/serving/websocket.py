@@ -1,8 +1,8 @@
 """The openpi protocol: metadata on connecting, then one binary reply for each binary message.
 
-What `openpi_client.WebsocketClientPolicy` expects (openpi-client 0.1.2): replies are msgpack maps
-with `actions` and `server_timing`; a reply in text is an error, which the client raises. Here the
-connection survives an error, and the next message is answered again.
+The expectations of `openpi_client.WebsocketClientPolicy` (openpi-client 0.1.2): replies are msgpack
+maps with `actions` and `server_timing`; a reply in text is an error, which the client raises. Here
+the connection survives an error, and the next message is answered again.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from qvla_jax.errors import QvlaError
 from qvla_jax.serving import msgpack_numpy
 from qvla_jax.serving.service import Service
 
-# Seconds between pings; a client that does not answer one within half of it is gone.
+# Seconds between pings; a client that does not answer within half of that is disconnected.
 _HEARTBEAT = 60.0
 
 
 class Websockets:
-    """The open connections, which a server that stops has to close."""
+    """The open connections, to close when the server stops."""
 
     def __init__(self, service: Service) -> None:
         """Serves `service`."""
@@ -43,7 +43,7 @@ class Websockets:
             await self._send(socket, msgpack_numpy.encode(self._service.metadata()))
             await self._converse(socket)
         except (ConnectionError, TimeoutError):
-            pass  # it is gone, or reads no replies
+            pass  # it has disconnected, or reads no replies
         finally:
             self._idle.discard(socket)
         return socket
@@ -71,7 +71,7 @@ class Websockets:
             elif message.type is WSMsgType.TEXT:
                 self._service.counters.refused += 1
                 reply = "expected an observation in msgpack, got text"
-            else:  # closed, by aiohttp where a frame is broken or too large
+            else:  # closed; by aiohttp if a frame is broken or too large
                 self._service.counters.refused += message.type is WSMsgType.ERROR
                 return
             await self._send(socket, reply)
