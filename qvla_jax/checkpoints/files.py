@@ -35,6 +35,7 @@ _NOT_READ: Final = (
 )
 # Files that hold tensors: each is read, deliberately not read, or refused.
 _TENSORS: Final = ("*.pt", "*.pth", "*.ckpt", "*.bin")
+_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 _OTHER_FORMATS: Final = ("*.gguf", "*.bin", "*.h5", "*.msgpack", "*.pth", "*.ckpt", "*.onnx")
 
 
@@ -147,12 +148,31 @@ def missing_weights(folder: Path, index: Path) -> CheckpointError:
     )
 
 
+def check_fetched(path: Path) -> None:
+    """Checks that a file is there itself, not the note that a clone without Git LFS leaves.
+
+    Raises:
+        CheckpointError: it is such a note.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(_POINTER))
+    except OSError:
+        return  # the reader has an error of its own
+    if begin == _POINTER:
+        raise CheckpointError(
+            f"{path}: a pointer of Git LFS stands in place of the file; fetch the content (git lfs "
+            "pull, or hf download)"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Parses a JSON file that holds an object.
 
     Raises:
         CheckpointError: it is missing, not JSON, or not an object.
     """
+    check_fetched(path)
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

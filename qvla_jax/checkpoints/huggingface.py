@@ -19,6 +19,7 @@
 `qvla_jax.checkpoints.keys` lists what each settings file may declare.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,7 @@ _EOS: Final = 2
 _ACTION_DIM: Final = 7
 # Prompts are padded to this length, so that one compiled program serves nearly all instructions.
 _MAX_PROMPT_TOKENS: Final = 96
+_CAUSAL: Final = ("eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _CLASSES: Final = {
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",
@@ -123,6 +125,7 @@ def read_config(
             )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: missing or unusable key ({error!r})") from error
+    _check_attention(raw, config, path)
     check_tensor_files(folder)
     if sizes_only:
         told: dict[str, Any] = {"unnorm_key": "", **_conventions(config, None)}
@@ -154,6 +157,22 @@ def _check_classes(auto_map: Any, path: Path) -> None:
                 f"{path}: 'auto_map' is {shown(auto_map)}, which is not supported; expected the "
                 f"classes {' and '.join(sorted(_CLASSES))}"
             )
+
+
+def _check_attention(raw: Mapping[str, Any], config: OpenVLAConfig, path: Path) -> None:
+    """Checks that attention is as wide as ours: all implementations decode tokens alike.
+
+    OpenVLA-OFT's own transformers attends both ways with "sdpa" only; others stay causal.
+    """
+    known = (None, "sdpa") if config.decoding == "l1" else (None, "sdpa", *_CAUSAL)
+    for where, found in ((path, raw), (f"{path}: text_config", raw["text_config"])):
+        for key in ("attn_implementation", "_attn_implementation"):
+            if found.get(key) not in known:
+                raise CheckpointError(
+                    f"{where}: {key!r} is {shown(found[key])}, which is not supported; expected "
+                    f"{' or '.join(map(repr, known))}"
+                    f"{' (others are causal in OpenVLA-OFT)' if config.decoding == 'l1' else ''}"
+                )
 
 
 def _own(raw: Mapping[str, Any], path: Path, options: LoadOptions) -> dict[str, Any]:
@@ -268,9 +287,14 @@ def check_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
 def _only_key(statistics: Mapping[str, Any], folder: Path) -> str:
     if len(statistics) == 1:
         return next(iter(statistics))
+    if not statistics:
+        raise CheckpointError(
+            f"{folder}: there are no statistics of actions, neither in {STATISTICS_FILE} nor under "
+            f"'norm_stats' in {CONFIG_FILE}; put the {STATISTICS_FILE} of the training beside it"
+        )
     raise CheckpointError(
         f"{folder}: statistics of several data sets; name one with unnorm_key: "
-        f"{', '.join(statistics) or 'there are none'}"
+        f"{', '.join(statistics)}"
     )
 
 
@@ -405,9 +429,12 @@ def _towers(folder: Path, raw: Mapping[str, Any]) -> tuple[VisionTowerConfig, Vi
             where = f"{extra_path}: {timm_id}"
             tower = _described_tower(where, timm_id, extra[timm_id], size, colours)
         elif timm_id in KNOWN_TOWERS:
-            tower = KNOWN_TOWERS[timm_id]
-            if size != tower.image_size or any(colours[k] != getattr(tower, k) for k in colours):
-                raise CheckpointError(f"{folder}: {timm_id} with size {size} and {colours}")
+            tower = dataclasses.replace(KNOWN_TOWERS[timm_id], **colours)
+            if size != tower.image_size:
+                raise CheckpointError(
+                    f"{folder / CONFIG_FILE}: 'image_sizes' has {shown(size)} for {timm_id!r}, "
+                    f"which is not supported; expected {tower.image_size}"
+                )
         else:
             raise CheckpointError(
                 f"{folder}: vision tower {timm_id!r} is not built in; describe its sizes in "
@@ -447,12 +474,20 @@ def _colours(path: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
             f"{sizes}"
         )
     constants = []
+    if len(raw["tvf_normalize_params"]) != len(sizes):
+        raise CheckpointError(
+            f"{path}: 'tvf_normalize_params' has {len(raw['tvf_normalize_params'])} entries, but "
+            f"{CONFIG_FILE} has {len(sizes)} towers"
+        )
     for place, entry in enumerate(raw["tvf_normalize_params"]):
         for key in ("mean", "std"):
-            if not all(type(v) in (int, float) and math.isfinite(v) for v in entry[key]):
+            least = 0.0 if key == "std" else -math.inf
+            if len(entry[key]) != 3 or not all(
+                type(v) in (int, float) and least < v < math.inf for v in entry[key]
+            ):
                 raise CheckpointError(
                     f"{path}: tvf_normalize_params[{place}]: {key!r} is {shown(entry[key])}, "
-                    "expected numbers"
+                    f"expected 3 {'positive ' if key == 'std' else ''}numbers"
                 )
         constants.append({"mean": tuple(entry["mean"]), "std": tuple(entry["std"])})
     return constants

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 
 from qvla_jax.atomic import atomic_path, write_json
-from qvla_jax.checkpoints.files import missing_weights
+from qvla_jax.checkpoints.files import check_fetched, missing_weights
 from qvla_jax.errors import CheckpointError
 from qvla_jax.mapping import Region, map_file
 
@@ -56,6 +56,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         """
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")
+        check_fetched(path)
         try:
             # The library checks header, offsets and length; tensors are mapped here.
             with safetensors.safe_open(path, framework="numpy") as handle:
@@ -180,6 +181,7 @@ class ShardedTensors(Mapping[str, np.ndarray]):
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    check_fetched(index)
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -19,6 +19,7 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
+from qvla_jax.checkpoints.files import check_fetched
 from qvla_jax.errors import CheckpointError
 from qvla_jax.mapping import mapped_bytes
 
@@ -72,6 +73,7 @@ def read_torch_zip(path: str | Path) -> dict[str, np.ndarray]:
             tensor outside its storage or more tensors than the storage holds.
     """
     path = Path(path)
+    check_fetched(path)
     try:
         archive = _Archive(path)
         tree = _Machine(archive.description(), archive.storage).run()

@@ -1,8 +1,9 @@
 """Converts between metric units and the normalized space of the policies.
 
 Two numbers of each entry map to -1 and 1: the quantiles q01 and q99 (OpenVLA's `BOUNDS_Q99`) or the
-minimum and maximum (`BOUNDS`, as OpenVLA-OFT has it for ALOHA). Values outside are clipped; entries
-whose mask is False (the gripper) are not changed.
+minimum and maximum (`BOUNDS`, as OpenVLA-OFT has it for ALOHA). Values outside are clipped. Entries
+whose mask is False (the gripper) are not scaled: those of actions stay unchanged, those of the state
+are clipped as well, as in the public `normalize_proprio`.
 """
 
 import dataclasses
@@ -31,10 +32,17 @@ class Normalizer:
     low: Float[np.ndarray, " a"]
     high: Float[np.ndarray, " a"]
     mask: Bool[np.ndarray, " a"]
+    # Whether entries whose mask is False are clipped to [-1, 1].
+    clip_unscaled: bool = False
 
     @classmethod
     def from_statistics(
-        cls, statistics: Mapping[str, Any], *, where: str, kind: str = "quantiles"
+        cls,
+        statistics: Mapping[str, Any],
+        *,
+        where: str,
+        kind: str = "quantiles",
+        clip_unscaled: bool = False,
     ) -> "Normalizer":
         """From one block (`action` or `proprio`) of a public dataset_statistics.json.
 
@@ -44,6 +52,7 @@ class Normalizer:
             statistics: the block.
             where: file and block, for errors.
             kind: a key of `BOUNDS`.
+            clip_unscaled: clip entries whose mask is False, as of the robot's state.
 
         Raises:
             CheckpointError: a key is missing, lengths differ, or a value is not a finite number.
@@ -68,7 +77,7 @@ class Normalizer:
                     "scales by"
                 )
         used_low, used_high = (np.where(mask, values, 0.0) for values in bounds)
-        return cls(low=used_low, high=used_high, mask=mask)
+        return cls(low=used_low, high=used_high, mask=mask, clip_unscaled=clip_unscaled)
 
     @property
     def units(self) -> Float[np.ndarray, " a"]:
@@ -78,7 +87,8 @@ class Normalizer:
     def normalize(self, values: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
         """Metric units -> [-1, 1], float32."""
         scaled = 2.0 * (values - self.low) / (self.high - self.low + _EPSILON) - 1.0
-        return np.where(self.mask, np.clip(scaled, -1.0, 1.0), values).astype(np.float32)
+        unscaled = np.clip(values, -1.0, 1.0) if self.clip_unscaled else values
+        return np.where(self.mask, np.clip(scaled, -1.0, 1.0), unscaled).astype(np.float32)
 
     def unnormalize(self, values: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
         """[-1, 1] -> metric units, float32."""

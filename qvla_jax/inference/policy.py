@@ -21,7 +21,12 @@ from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
 from qvla_jax.checkpoints.directory import PublicTensors
 from qvla_jax.checkpoints.export import check_empty, export_model
-from qvla_jax.checkpoints.files import CONFIG_FILE, STATISTICS_FILE, read_json
+from qvla_jax.checkpoints.files import (
+    CONFIG_FILE,
+    STATISTICS_FILE,
+    check_fetched,
+    read_json,
+)
 from qvla_jax.checkpoints.huggingface import check_tokenizer, is_huggingface, read_config
 from qvla_jax.checkpoints.options import ActionNormalization, LoadOptions
 from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
@@ -29,7 +34,7 @@ from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile, write_packed
 from qvla_jax.checkpoints.statistics import check_entry, finite
 from qvla_jax.checkpoints.univla import check_latent_tokens
 from qvla_jax.checkpoints.weights import assign_tensors, public_items
-from qvla_jax.config import OpenVLAConfig, preset
+from qvla_jax.config import PRESETS, OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.errors import CheckpointError, InputError, unknown
 from qvla_jax.inference import specs
@@ -360,7 +365,10 @@ def make_policy(
         if block not in entry:
             raise CheckpointError(f"{where}: missing")
         normalizer = Normalizer.from_statistics(
-            entry[block], where=where, kind=config.action_normalization
+            entry[block],
+            where=where,
+            kind=config.action_normalization,
+            clip_unscaled=block == "proprio",
         )
         if len(normalizer.low) != size:
             raise CheckpointError(f"{where}: {len(normalizer.low)} entries, the policy has {size}")
@@ -450,7 +458,7 @@ def load_policy(
     if folder.suffix == SUFFIX and not folder.is_dir():
         return _load_packed(folder, options)
     if not folder.is_dir():
-        config = preset(str(source))
+        config = _named(str(source))
         folder = bundled_policy_path(config.name)
         if not folder.is_dir():
             raise InputError(
@@ -486,6 +494,21 @@ def load_policy(
         read_json(folder / STATISTICS_FILE),
         source=str(folder / STATISTICS_FILE),
     )
+
+
+def _named(source: str) -> OpenVLAConfig:
+    """The preset of a name; an error tells what was looked for, such as a folder."""
+    path = Path(source)
+    if path.exists():
+        raise InputError(f"{source}: is no directory; give the one that holds the policy")
+    if source not in PRESETS and (len(path.parts) > 1 or path.suffix == SUFFIX):
+        raise InputError(
+            f"{source}: there is no such file or directory. If this names a model on the Hugging "
+            f"Face hub, fetch it (hf download {source} --local-dir DIR) and give DIR"
+            if len(path.parts) == 2 and not path.is_absolute() and path.suffix != SUFFIX
+            else f"{source}: there is no such file or directory"
+        )
+    return preset(source)
 
 
 def _with_options(config: OpenVLAConfig, options: LoadOptions, source: Path) -> OpenVLAConfig:
@@ -670,6 +693,7 @@ def random_policy(name: str, *, seed: int = 0) -> Policy:
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
+    check_fetched(path)
     try:
         return _whole_text(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises bare Exception

@@ -40,10 +40,12 @@ class Processor:
         Raises:
             InputError: a key is missing or has the wrong shape or dtype.
         """
-        instructions = _require(batch, "instruction")
+        instructions = _texts("instruction", _require(batch, "instruction"))
         cameras = self.config.camera_keys
         images = [self._images(key, _require(batch, key), preprocessed) for key in cameras]
         histories = batch.get("history") if self.config.latent_action is not None else None
+        if histories is not None:
+            histories = _texts("history", histories)
         input_ids, length = self.tokenize(instructions, histories)
         sizes = {"instruction": len(input_ids)}
         sizes |= {key: len(value) for key, value in zip(cameras, images, strict=True)}
@@ -54,6 +56,8 @@ class Processor:
                 raise InputError(
                     f"state: expected [b, {self.config.proprio_dim}], got {list(state.shape)}"
                 )
+            if state.dtype.kind not in "fiu":
+                raise InputError(f"state: expected numbers, got {state.dtype}")
             if not np.isfinite(state).all():
                 raise InputError("state: holds NaN or inf")
             proprio = self.proprio.normalize(state)
@@ -165,6 +169,8 @@ class Processor:
                     f"{key}: expected uint8 [H, W, 3] for each frame, got {image.dtype} "
                     f"{list(image.shape)}"
                 )
+            if not image.size:
+                raise InputError(f"{key}: an image of {list(image.shape)} has no pixels")
             if config.image_chain == "openvla" and not preprocessed:
                 image = reference_chain(image, center_crop=config.center_crop)
             prepared.append(resize_bicubic(image, config.image_size))
@@ -175,3 +181,17 @@ def _require(batch: Mapping[str, Any], key: str) -> Any:
     if key not in batch:
         raise InputError(f"observation has no {key!r}; it holds: {', '.join(sorted(batch))}")
     return batch[key]
+
+
+def _texts(key: str, values: Any) -> list[str]:
+    """One text for each frame, never what Python prints for something else."""
+    if isinstance(values, str | bytes) or np.ndim(values) != 1:
+        raise InputError(f"{key}: expected one text for each frame, got {values!r:.80}")
+    for value in values:
+        if not isinstance(value, str):
+            raise InputError(f"{key}: expected text, got {type(value).__name__} {value!r:.80}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{key}: holds half a character ({error.reason})") from error
+    return [str(value) for value in values]

@@ -155,7 +155,7 @@ def test_a_key_has_the_listed_values_only(folder, contents, data):
         (("config.json",), "use_fused_vision_backbone", False),
         (("config.json",), "image_resize_strategy", "letterbox"),
         (("config.json",), "n_action_bins", 128),
-        (("config.json",), "attn_implementation", "eager"),
+        (("config.json",), "attn_implementation", "magic"),
         (("generation_config.json",), "repetition_penalty", 1.2),
         (("generation_config.json",), "num_beams", 4),
         (("preprocessor_config.json",), "tvf_do_letterbox", True),
@@ -251,3 +251,22 @@ def test_the_page_lists_every_key():
             k for k, rule in rules.items() if not isinstance(rule, Follow) and f"`{k}`" not in page
         ]
         assert not lacking, place
+
+
+@pytest.mark.parametrize("place", [("config.json",), ("config.json", "text_config")])
+@pytest.mark.parametrize("decoding", ["tokens", "l1"])
+def test_implementations_of_attention(tmp_path, place, decoding):
+    """Tokens are decoded alike by all; OpenVLA-OFT attends both ways with sdpa alone."""
+    config = architecture(decoding)
+    folder = tmp_path / "hf"
+    write_directory(folder, config, make_model(config, rngs=nnx.Rngs(0)))
+    content = (folder / "config.json").read_text()
+    for value, passes in (("sdpa", True), ("flash_attention_2", decoding == "tokens")):
+        changed = json.loads(content)
+        (changed["text_config"] if len(place) > 1 else changed)["_attn_implementation"] = value
+        (folder / "config.json").write_text(json.dumps(changed))
+        if passes:
+            assert read_config(folder)[0].decoding == decoding
+        else:
+            with pytest.raises(CheckpointError, match="_attn_implementation' is 'flash"):
+                read_config(folder)

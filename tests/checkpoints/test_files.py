@@ -199,3 +199,21 @@ def test_components_in_bfloat16_load(original, folder):
     head = public_tensors(load_policy(folder).model.action_head)
     for name, tensor in narrow.items():
         np.testing.assert_array_equal(head[name.removeprefix("module.")], tensor.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "dataset_statistics.json",
+        INDEX,
+        HEAD,
+        "model-1.safetensors",
+    ],
+)
+def test_a_pointer_of_git_lfs_is_told(folder, name):
+    assert (folder / name).is_file()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}: a pointer of Git LFS"):
+        load_policy(folder)

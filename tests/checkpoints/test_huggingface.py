@@ -1,5 +1,6 @@
 """Public directories, written here from our own random models."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,14 @@ import safetensors.numpy
 from flax import nnx
 
 from qvla_jax.checkpoints import public_tensors
-from qvla_jax.config import LatentActionConfig, LlamaConfig, OpenVLAConfig, VisionTowerConfig
+from qvla_jax.checkpoints.huggingface import _towers
+from qvla_jax.config import (
+    PRESETS,
+    LatentActionConfig,
+    LlamaConfig,
+    OpenVLAConfig,
+    VisionTowerConfig,
+)
 from qvla_jax.errors import CheckpointError
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.policy import make_policy
@@ -210,6 +218,21 @@ def _edit(folder, file: str, **changes) -> None:
         ("config.json", {"timm_model_ids": ["a", "c"]}, "vision tower 'c' is not built in"),
         ("config.json", {"pad_token_id": None, "text_config": {}}, "missing or unusable key"),
         (
+            "preprocessor_config.json",
+            {"tvf_normalize_params": [{"mean": [0.5] * 3, "std": [0.5, 0.5, 0]}] * 2},
+            r"preprocessor_config.json: tvf_normalize_params\[0\]: 'std' .* 3 positive num",
+        ),
+        (
+            "preprocessor_config.json",
+            {"tvf_normalize_params": [{"mean": [0.5] * 4, "std": [0.5] * 3}] * 2},
+            "'mean' is .* expected 3 numbers",
+        ),
+        (
+            "preprocessor_config.json",
+            {"tvf_normalize_params": [{"mean": [0.5] * 3, "std": [0.5] * 3}]},
+            "'tvf_normalize_params' has 1 entries, but config.json has 2 towers",
+        ),
+        (
             "dataset_statistics.json",
             {"libero_y": {}},
             "name one with unnorm_key: libero_x, libero_y",
@@ -237,3 +260,23 @@ def test_truncated_shards_are_named(oft):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors: not a readable"):
         load_policy(oft)
+
+
+def test_statistics_that_are_not_there_are_missed(oft):
+    (oft / "dataset_statistics.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no statistics of actions, neither in dataset_stati"):
+        load_policy(oft)
+
+
+@pytest.mark.parametrize("mean", [(0.484375, 0.455078125, 0.40625), (0.485, 0.456, 0.406)])
+def test_colours_of_a_known_tower_are_those_of_the_files(tmp_path, mean):
+    """OpenVLA-7B's are rounded to bfloat16; those of models that were converted later are not."""
+    towers = PRESETS["openvla-7b"].vision
+    params = [{"mean": mean, "std": (0.229, 0.224, 0.225)}, {"mean": [0.5] * 3, "std": [0.5] * 3}]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"tvf_normalize_params": params}))
+    raw = {"timm_model_ids": [tower.timm_id for tower in towers], "image_sizes": [224, 224]}
+    first, second = _towers(tmp_path, raw)
+    assert first == dataclasses.replace(towers[0], mean=mean, std=(0.229, 0.224, 0.225))
+    assert second == towers[1]
+    with pytest.raises(CheckpointError, match=r"'image_sizes' has 384 for .* expected 224"):
+        _towers(tmp_path, raw | {"image_sizes": [384, 224]})

@@ -61,6 +61,13 @@ def test_the_fingerprint_sees_a_single_weight(policy):
         ({"state": np.full(8, np.nan, np.float32)}, "state: holds NaN"),
         ({"image": np.zeros((32, 32, 3), np.float32)}, "image: expected uint8"),
         ({"image": np.zeros((32, 32), np.uint8)}, "image: expected uint8"),
+        ({"state": np.array([None] * 8)}, "state: expected numbers, got object"),
+        ({"state": np.array(["1"] * 8)}, "state: expected numbers, got <U1"),
+        ({"image": np.zeros((0, 9, 3), np.uint8)}, r"image: an image of \[0, 9, 3\] has no pixels"),
+        ({"instruction": b"pick"}, "instruction: expected text, got bytes_ .*b'pick'"),
+        ({"instruction": 5}, "instruction: expected text, got int64"),
+        ({"instruction": ["pick"]}, "instruction: expected one text for each frame"),
+        ({"instruction": "a\ud800"}, "instruction: holds half a character"),
         ({"instruction": "the " * 40}, "42 tokens, the policy takes at most 24"),
     ],
 )
@@ -68,6 +75,13 @@ def test_malformed_observations_name_the_key(policy, change, message):
     obs = {k: v for k, v in {**observation(), **change}.items() if v is not None}
     with pytest.raises(InputError, match=message):
         policy.infer(obs)
+
+
+def test_a_batch_takes_no_single_text(policy):
+    one = observation()
+    batch = {key: np.stack([value] * 2) for key, value in one.items() if key != "instruction"}
+    with pytest.raises(InputError, match="instruction: expected one text for each frame, got 'go'"):
+        policy.prepare(batch | {"instruction": "go"})
 
 
 def test_images_of_other_sizes_are_resized(policy):
@@ -82,6 +96,24 @@ def test_unknown_models_suggest_close_names():
         load_policy("libero-mimi")
     with pytest.raises(InputError, match="ships without weights"):
         load_policy("openvla-oft-7b")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "openvla/openvla-7b",
+            r"^openvla/openvla-7b: there is no such file .*\(hf download",
+        ),
+        ("/nowhere/run", "^/nowhere/run: there is no such file or directory$"),
+        ("run.qvla", "^run.qvla: (there is )?no such file"),
+        ("FOLDER/config.json", "config.json: is no directory; give the one that"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, name, message):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=message):
+        load_policy(name.replace("FOLDER", str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +163,16 @@ def test_normalization_clips_outside_the_quantiles():
     normalizer = Normalizer(low=np.zeros(2), high=np.ones(2), mask=np.array([True, False]))
     np.testing.assert_allclose(normalizer.normalize(np.array([5.0, 5.0])), [1.0, 5.0])
     np.testing.assert_allclose(normalizer.normalize(np.array([-5.0, -5.0])), [-1.0, -5.0])
+
+
+def test_unscaled_entries_of_the_state_are_clipped_and_those_of_actions_are_not(policy):
+    """As OpenVLA-OFT's `normalize_proprio` and `_unnormalize_actions`."""
+    block = {"q01": [0.0, 0.0], "q99": [1.0, 1.0], "mask": [True, False]}
+    state = Normalizer.from_statistics(block, where="x", clip_unscaled=True)
+    values = np.array([[0.75, 0.5], [9.0, 9.0], [-9.0, -9.0]])
+    np.testing.assert_allclose(state.normalize(values), [[0.5, 0.5], [1, 1], [-1, -1]], atol=1e-6)
+    assert policy.processor.proprio.clip_unscaled
+    assert not policy.processor.actions.clip_unscaled
 
 
 def test_the_word_tokenizer_begins_with_bos_and_knows_unknown_words():
