@@ -47,7 +47,7 @@ ASSETS: Final = "assets"
 STATISTICS_FILE: Final = "norm_stats.json"
 SIZES_FILE: Final = "tiny_archs.json"
 CONFIG_FILE: Final = "qvla_config.json"
-# Leaves that one of the two variants has and the other has not.
+# Leaves that only one of the two variants has.
 _TELLING: Final = {"pi0": "state_proj/kernel", "pi05": "time_mlp_in/kernel"}
 _TOWER: Final = "So400m/14"
 
@@ -90,16 +90,16 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path, *, preset_name: str | None = None) -> OpenpiConfig:
-    """What a directory and a preset say together.
+    """Combines the settings of a directory and a preset.
 
     Args:
         folder: as `step_folder` returns it.
-        preset_name: openpi's training configuration, which knows what no file says; may be left
-            out for directories that we wrote.
+        preset_name: openpi's training configuration, for what no file says; optional for
+            directories that we wrote.
 
     Raises:
-        CheckpointError: neither a preset nor a file of ours tells what is needed; the preset is of
-            the other variant; a file is damaged.
+        CheckpointError: neither a preset nor our own file has the settings; the preset is for the
+            other variant; a file is damaged.
         InputError: unknown preset.
     """
     variant = _variant(folder)
@@ -224,10 +224,10 @@ def public_sizes(config: OpenpiConfig) -> dict[str, Any] | None:
 
 
 def read_statistics(folder: Path, asset_id: str | None) -> dict[str, Any]:
-    """The statistics of an asset, as they stand in its file.
+    """The statistics of an asset, as in its file.
 
     Raises:
-        CheckpointError: there is no such asset; the message lists those that there are.
+        CheckpointError: there is no such asset; the message lists the available ones.
     """
     assets = folder / ASSETS
     path = None if asset_id is None else assets / asset_id / STATISTICS_FILE
@@ -245,8 +245,8 @@ def read_statistics(folder: Path, asset_id: str | None) -> dict[str, Any]:
 class PublicTensors(Mapping[str, np.ndarray]):
     """The weights of a directory by the paths of our parameters, in Flax's layout.
 
-    Names and shapes are checked at once, values as each is read. The order is that of the file:
-    what is asked for in this order is read once.
+    Names and shapes are checked on opening, values as each is read. The order is that of the file;
+    requests in this order are read once.
     """
 
     def __init__(self, folder: Path, model: FlowMatching):
@@ -254,7 +254,7 @@ class PublicTensors(Mapping[str, np.ndarray]):
 
         Args:
             folder: as `step_folder` returns it.
-            model: abstract or not; tells what should be there.
+            model: abstract or not; defines what should be there.
 
         Raises:
             CheckpointError: a leaf is missing, unexpected or of the wrong shape. The message names
@@ -359,8 +359,8 @@ def export(
 
     Args:
         config: of the policy.
-        tensors: path of each parameter -> value, in Flax's layout; asked for once, one leaf's
-            worth at a time, in the order of leaves.
+        tensors: path of each parameter -> value, in Flax's layout; requested once, one leaf's worth
+            at a time, in the order of leaves.
         statistics: the content of `norm_stats.json`.
         out: an empty or new folder.
         value_keys: name leaves as openpi's trainer does.

@@ -79,7 +79,7 @@ class OpenpiConfig:
     adapt_to_pi: bool = True
     # Folder below `assets/` whose statistics are used.
     asset_id: str | None = None
-    # Taken where an observation has no instruction.
+    # Used if an observation has no instruction.
     default_prompt: str | None = None
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ GEMMA: Final[Mapping[str, GemmaConfig]] = {
 
 
 def variant_defaults(variant: Literal["pi0", "pi05"]) -> dict[str, Any]:
-    """What openpi's `Pi0Config` and data configurations take unless told otherwise."""
+    """The defaults of openpi's `Pi0Config` and data configurations."""
     pi05 = variant == "pi05"
     return dict(
         variant=variant,
@@ -213,7 +213,7 @@ def preset(name: str) -> OpenpiConfig:
     """Returns the configuration called `name`.
 
     Raises:
-        InputError: there is none, or it is one of pi0-FAST; the message lists close matches.
+        InputError: the name is unknown (the message lists close matches), or one of pi0-FAST.
     """
     if name not in PRESETS:
         if name.startswith(("pi0_fast", "paligemma")):

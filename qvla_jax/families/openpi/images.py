@@ -1,4 +1,4 @@
-"""From camera images to what the tower takes, as openpi's policies do on the server."""
+"""Converts camera images to the tower's input, as openpi's policies do on the server."""
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,7 @@ def parse_image(
 
     Args:
         image: u8 or float in [0, 1], [H, W, 3] or [3, H, W].
-        where: how errors call it.
+        where: how errors refer to it.
 
     Raises:
         InputError: another shape or dtype.
@@ -39,7 +39,7 @@ def resize_with_pad(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """PIL's bilinear to the largest size that fits, black around it (openpi-client's).
 
-    Sides are truncated to whole pixels; of an odd margin the larger part is behind.
+    Sides are truncated to whole pixels; the larger part of an odd margin comes last.
     """
     height, width = image.shape[:2]
     if (height, width) == (size, size):

@@ -1,4 +1,4 @@
-"""LoRA as openpi trains it: kept beside the weights, merged as each weight is read.
+"""LoRA as openpi trains it: kept next to the weights, merged as each weight is read.
 
 In the public variants alpha / rank is 1, so a weight w becomes w + a b. Of the weights of an
 einsum, each head has its own a and b. The output projection sums over heads, and openpi's
@@ -37,7 +37,7 @@ class Adapters:
 
         Raises:
             CheckpointError: a half is missing, adapts no weight, has a shape that does not fit, or
-                is of a rank whose alpha no public variant tells.
+                has a rank whose alpha no public variant defines.
         """
         self._halves: dict[str, dict[str, np.ndarray | StoredLeaf]] = {}
         names: dict[str, dict[str, str]] = {}

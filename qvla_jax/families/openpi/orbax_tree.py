@@ -1,7 +1,7 @@
 """Orbax checkpoints as openpi writes them: read a slice of a leaf at a time, written by leaf.
 
 A tree is flat here: keys joined by slashes (`PaliGemma/llm/embedder/input_embedding`), without the
-outermost `params`. openpi's trainer puts one more key, `value`, behind every leaf; released
+outermost `params`. openpi's trainer appends one more key, `value`, to every leaf; released
 checkpoints do not.
 """
 
@@ -22,7 +22,7 @@ from qvla_jax.errors import CheckpointError
 
 # The only key at the top of the tree.
 _ROOT: Final = "params"
-# Put behind every leaf by the trainer.
+# Appended to every leaf by the trainer.
 _VALUE: Final = "value"
 _FLOATS: Final = ("float32", "bfloat16", "float16")
 # Read and held at once of a leaf with several layers. A chunk that is larger is read again for its
@@ -94,9 +94,9 @@ class StoredLeaf:
     def read(self, index: tuple[int, ...] = ()) -> np.ndarray:
         """The array at an index of its first axes.
 
-        Neighbours along the first axis that are stored together are read together, up to half a
-        gigabyte, and held until another part or `close` is asked for: the order of indices should
-        be theirs.
+        Neighbors along the first axis that are stored together are read together, up to half a
+        gigabyte, and held until another part or `close` is requested, so indices should be read in
+        order.
 
         Raises:
             CheckpointError: the array cannot be read, or this part of it holds NaN or inf.
@@ -113,7 +113,7 @@ class StoredLeaf:
         return value
 
     def close(self) -> None:
-        """Lets go of what was read."""
+        """Releases what was read."""
         self._store = self._rows = None
 
     def _part(self, index: tuple[int, ...]) -> np.ndarray:
@@ -218,7 +218,7 @@ def write_tree(folder: Path, leaves: Mapping[str, Parts], *, value_keys: bool = 
     Args:
         folder: does not exist yet.
         leaves: name -> the array.
-        value_keys: with the key that the trainer puts behind every leaf.
+        value_keys: append the trainer's key to every leaf.
     """
     tree: dict[str, Any] = {}
     for name, parts in leaves.items():
@@ -237,7 +237,7 @@ def write_tree(folder: Path, leaves: Mapping[str, Parts], *, value_keys: bool = 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps orbax from warning of large files that there are none of, and of missing shardings."""
+    """Keeps orbax from warning about absent large files and missing shardings."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

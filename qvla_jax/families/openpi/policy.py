@@ -37,7 +37,7 @@ def _actions(
 
 @dataclasses.dataclass(frozen=True)
 class OpenpiPolicy:
-    """A network with all that it needs between sensors and motors."""
+    """A network with everything it needs between sensors and motors."""
 
     config: OpenpiConfig
     model: FlowMatching
@@ -46,7 +46,7 @@ class OpenpiPolicy:
     statistics: Mapping[str, Any]
 
     def noise(self, batch_size: int, seed: int) -> Float[np.ndarray, "b h a"]:
-        """What the Euler steps begin with, of all entries of the network's actions."""
+        """The starting point of the Euler steps, for all entries of the network's actions."""
         shape = (batch_size, self.config.action_horizon, self.config.action_dim)
         return np.asarray(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
 
@@ -58,7 +58,7 @@ class OpenpiPolicy:
 
     @functools.cached_property
     def conditioning(self) -> Conditioning:
-        """What the network makes of the times of all steps: the same for every call."""
+        """The network's conditioning for the times of all steps, the same for every call."""
         with jax.default_matmul_precision("float32"):
             return self.model.conditioning(self.model.times[None])
 
@@ -76,7 +76,7 @@ class OpenpiPolicy:
         Args:
             observation: an image under each of the robot's cameras, `state` in its units and
                 `instruction`; see `Processor.__call__`.
-            noise: what the Euler steps begin with; None draws it from the seed.
+            noise: starting point of the Euler steps; None draws it from the seed.
             seed: of the noise.
 
         Raises:
@@ -104,10 +104,10 @@ def load_policy(
     Args:
         source: a directory as openpi publishes or saves it.
         tokenizer: PaliGemma's, a SentencePiece model or a tokenizers file.
-        preset: openpi's training configuration, which knows what no file says; may be left out for
-            directories that we wrote.
-        asset_id: whose statistics to use; those of the preset if left out.
-        dtype: of the weights in memory, float32 if left out.
+        preset: openpi's training configuration, for what no file says; optional for directories
+            that we wrote.
+        asset_id: the asset whose statistics to use; by default that of the preset.
+        dtype: dtype of the weights in memory, by default float32.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit the preset.

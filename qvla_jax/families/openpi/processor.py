@@ -51,7 +51,7 @@ class Processor:
                 missing in all), u8 or float in [0, 1], [H, W, 3] or [3, H, W] of any sizes;
                 `state` [b, p] in the robot's units; `instruction`, b strings. Other keys are
                 ignored.
-            noise: what the Euler steps begin with.
+            noise: starting point of the Euler steps.
 
         Raises:
             InputError: a key is missing or has the wrong shape or dtype.

@@ -21,8 +21,8 @@ SLOTS: Final = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 class Robot:
     """One robot's side of the network."""
 
-    # Observation key of each of the network's cameras, from the first; those that no observation
-    # of this robot has stand last and are left out.
+    # Observation key of each of the network's cameras, from the first; those that no observation of
+    # this robot has come last and are omitted.
     cameras: tuple[str, ...]
     # Cameras that an observation may lack.
     optional: tuple[str, ...]
@@ -38,7 +38,7 @@ class Robot:
 def relative_to(
     state: Float[np.ndarray, "... p"], relative: tuple[bool, ...], action_dim: int
 ) -> Float64[np.ndarray, "... 1 a"]:
-    """What is added to actions that are relative to this state, and zero elsewhere."""
+    """The offset of actions that are relative to this state, and zero elsewhere."""
     dims = len(relative)
     added = np.zeros((*state.shape[:-1], action_dim))
     added[..., :dims] = np.where(relative, state[..., :dims], 0.0)

@@ -64,7 +64,7 @@ class PromptTokenizer:
         bos = tokenizer.token_to_id("<bos>")
         if bos is None:
             raise CheckpointError(f"{path}: has no token '<bos>'; the tokenizer is {SOURCES}")
-        # Tokens that were added behind those of text, as `<image>`, have no row in the embeddings.
+        # Tokens added after those of text, such as `<image>`, have no row in the embeddings.
         return cls(_Tokenizers(tokenizer), bos, max_tokens, tokenizer.get_vocab_size(False))
 
     def __call__(
@@ -72,8 +72,8 @@ class PromptTokenizer:
     ) -> tuple[Int[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
         """Token ids of a prompt, and which are not padding.
 
-        A prompt that is too long is cut behind its last token that fits, with a warning: openpi
-        does the same.
+        A prompt that is too long is cut after the last token that fits, with a warning, as in
+        openpi.
 
         Args:
             prompt: the instruction.

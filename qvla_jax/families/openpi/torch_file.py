@@ -25,14 +25,14 @@ _VISION: Final = f"{_PALIGEMMA}model.vision_tower.vision_model."
 _LANGUAGE: Final = f"{_PALIGEMMA}model.language_model."
 _EXPERT: Final = "paligemma_with_expert.gemma_expert.model."
 _EMBEDDINGS: Final = f"{_LANGUAGE}embed_tokens.weight"
-# Tied to the embeddings, and what is left of them where a library stores tied tensors once.
+# Tied to the embeddings; the only name left if a library stores tied tensors once.
 _TIED: Final = f"{_PALIGEMMA}lm_head.weight"
 # Of the action expert: never trained, never read.
 _UNREAD: Final = frozenset({"paligemma_with_expert.gemma_expert.lm_head.weight"})
 # What LeRobot drops when it loads pi0.5.
 _UNREAD_PI05: Final = frozenset({"state_proj.weight", "state_proj.bias"})
 
-# Modules of ours -> PyTorch's; those that are not here have the same name there.
+# Our modules -> PyTorch's; modules not listed have the same name.
 _MODULES: Final = {
     "PaliGemma.img.embedding": f"{_VISION}embeddings.patch_embedding",
     "PaliGemma.img.pos_embedding": f"{_VISION}embeddings.position_embedding",
@@ -118,7 +118,7 @@ def is_openpi(path: Path) -> bool:
 
 
 def leaves(path: Path) -> set[str]:
-    """Top-level leaves of the file under openpi's names: what tells the variant.
+    """Top-level leaves of the file under openpi's names, which identify the variant.
 
     Raises:
         CheckpointError: the file is damaged.

@@ -2,7 +2,7 @@
 
 Expert 0 (PaliGemma's) takes images and prompt, the prefix; expert 1 takes the action tokens, the
 suffix. Each has its own weights, under the same names with `_1` behind those of expert 1. The
-prefix runs once and leaves its keys and values; a suffix attends to these and to its own.
+prefix runs once and stores its keys and values; a suffix attends to these and to its own.
 
 Module paths are the public names (`openpi.names`); layers are unrolled, and of stacked weights
 (keys and values, gate and up) each has a layer of its own.
@@ -125,7 +125,7 @@ class Attention(nnx.Module):
         return KeysValues(k=k.transpose(0, 2, 3, 1), v=v.swapaxes(1, 2))
 
     def output(self, y: Float[Array, "b t n*d"], expert: int) -> Float[Array, "b t c"]:
-        """What attention found, in the expert's width."""
+        """The attention's output, in the expert's width."""
         return getattr(self, "attn_vec_einsum" + _EXPERTS[expert])(y)
 
     def _heads(self, name: str, x: Float[Array, "b t c"], expert: int) -> Float[Array, "b t n d"]:
@@ -197,7 +197,7 @@ class Block(nnx.Module):
     def fill(
         self, x: Float[Array, "b s c"], angles: Angles, mask: Bool[Array, "b 1 #s s"]
     ) -> tuple[Float[Array, "b s c"], KeysValues]:
-        """The prefix behind this layer, and its keys and values in it."""
+        """The prefix after this layer, and its keys and values in it."""
         y = self.pre_attention_norm(x)
         held = self.attn.keys_values(y, angles, 0)
         x = x + self.attn.output(attend(self.attn.queries(y, angles, 0), (held, mask)), 0)
@@ -216,7 +216,7 @@ class Block(nnx.Module):
         mask: Bool[Array, "1 1 t t"] | None,
         modulations: tuple[Modulation, Modulation] | None,
     ) -> Float[Array, "b t c"]:
-        """The suffix behind this layer.
+        """The suffix after this layer.
 
         Args:
             x: the suffix.
