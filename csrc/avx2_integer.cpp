@@ -70,17 +70,16 @@ inline void add_group(const Job& job, int tile, int row, int g, const __m256i (&
                       __m256 (&total)[M][2]) {
   const int offset = job.offset + (kSigned<BITS> ? 128 * job.multiplier : 0);
   const __m256i multiplier = _mm256_set1_epi32(job.multiplier);
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    const __m256 scale = scale_of(job, tile, g, half);
 #pragma GCC unroll 6
-    for (int m = 0; m < M; ++m) {
-      // Of rows behind the last one, which have no sums and are not stored, anything will do.
-      const ptrdiff_t at = std::min(row + m, job.rows - 1);
-      const __m256i shift = _mm256_set1_epi32(offset * job.row_sums[at * job.groups + g]);
+  for (int m = 0; m < M; ++m) {
+    // Of rows behind the last one, which have no sums and are not stored, anything will do.
+    const ptrdiff_t at = std::min(row + m, job.rows - 1);
+    const __m256i shift = _mm256_set1_epi32(offset * job.row_sums[at * job.groups + g]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
       const __m256i product = _mm256_mullo_epi32(sum[m][half], multiplier);
-      total[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(product, shift)), scale,
-                                       total[m][half]);
+      total[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(product, shift)),
+                                       scale_of(job, tile, g, half), total[m][half]);
     }
   }
 }
