@@ -202,18 +202,9 @@ void panels_float(const Job& job, __m512 table) {
                  : add_panel<1>(job, panel, begin, end, sums + p * pair);
     }
   }
-  for (int p = 0; p < pairs; ++p) {
-    const int count = std::min(2, job.tiles - 2 * p);
-    float* const own = sums + p * pair;
-    for (int n = 0; n < count; ++n) {
-      const __m512 bias = bias_of(job, 2 * p + n);
-      for (int row = 0; row < job.rows; ++row) {
-        float* const at = own + (2 * row + n) * kLanes;
-        _mm512_store_ps(at, _mm512_add_ps(bias, _mm512_load_ps(at)));
-      }
-    }
-    avx512::store_rows(job, 0, job.rows, 2 * p, count, 1, own);
-  }
+  for (int p = 0; p < pairs; ++p)
+    avx512::add_bias_and_store_rows(job, 0, job.rows, 2 * p, std::min(2, job.tiles - 2 * p), 1,
+                                    sums + p * pair);
 }
 
 template <int BITS>

@@ -254,6 +254,17 @@ void store_rows(const Job& job, int row, int height, int first, int tiles, int s
     });
 }
 
+void add_bias_and_store_rows(const Job& job, int row, int height, int first, int tiles, int step,
+                             const float* sums) {
+  for (int n = 0; n < tiles; ++n) {
+    const int tile = first + n * step;
+    const __m512 bias = bias_of(job, tile);
+    store_tile(job, row, std::min(row + height, job.rows), tile, [&](int m) {
+      return _mm512_add_ps(bias, _mm512_load_ps(sums + (2 * (m - row) + n) * kLanes));
+    });
+  }
+}
+
 size_t integer_bytes(int padded) { return padded; }
 
 void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32_t* sums) {
