@@ -21,7 +21,7 @@ inline __m256i dot(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx
 #else
 constexpr bool kVnni = false;
 
-inline __m256i dot(__m256i sum, __m256i, __m256i) { return sum; }  // only so that its name is known
+[[maybe_unused]] inline __m256i dot(__m256i sum, __m256i, __m256i) { return sum; }  // a name alone
 #endif
 constexpr int kIntegerRows = kVnni ? 6 : 4;  // rows that share what was loaded of a panel
 
@@ -55,12 +55,12 @@ inline __m256i plane(__m256i words, int p) {
 }
 
 // The compiler would gather the products of all rows before it adds them, and so run out of registers.
-inline __m256i in_turn(__m256i sum) {
+[[maybe_unused]] inline __m256i in_turn(__m256i sum) {
   __asm__ volatile("" : "+x"(sum));
   return sum;
 }
 
-inline __m256i widen_pairs(__m256i pairs) {
+[[maybe_unused]] inline __m256i widen_pairs(__m256i pairs) {
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
