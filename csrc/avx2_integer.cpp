@@ -21,7 +21,7 @@ inline __m256i dot(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx
 #else
 constexpr bool kVnni = false;
 
-inline __m256i dot(__m256i sum, __m256i, __m256i) { return sum; }  // only so that its name is known
+[[maybe_unused]] inline __m256i dot(__m256i sum, __m256i, __m256i) { return sum; }  // a name alone
 #endif
 constexpr int kIntegerRows = kVnni ? 6 : 4;  // rows that share what was loaded of a panel
 
@@ -55,12 +55,12 @@ inline __m256i plane(__m256i words, int p) {
 }
 
 // The compiler would gather the products of all rows before it adds them, and so run out of registers.
-inline __m256i in_turn(__m256i sum) {
+[[maybe_unused]] inline __m256i in_turn(__m256i sum) {
   __asm__ volatile("" : "+x"(sum));
   return sum;
 }
 
-inline __m256i widen_pairs(__m256i pairs) {
+[[maybe_unused]] inline __m256i widen_pairs(__m256i pairs) {
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
@@ -70,17 +70,16 @@ inline void add_group(const Job& job, int tile, int row, int g, const __m256i (&
                       __m256 (&total)[M][2]) {
   const int offset = job.offset + (kSigned<BITS> ? 128 * job.multiplier : 0);
   const __m256i multiplier = _mm256_set1_epi32(job.multiplier);
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    const __m256 scale = scale_of(job, tile, g, half);
 #pragma GCC unroll 6
-    for (int m = 0; m < M; ++m) {
-      // Of rows behind the last one, which have no sums and are not stored, anything will do.
-      const ptrdiff_t at = std::min(row + m, job.rows - 1);
-      const __m256i shift = _mm256_set1_epi32(offset * job.row_sums[at * job.groups + g]);
+  for (int m = 0; m < M; ++m) {
+    // Of rows behind the last one, which have no sums and are not stored, anything will do.
+    const ptrdiff_t at = std::min(row + m, job.rows - 1);
+    const __m256i shift = _mm256_set1_epi32(offset * job.row_sums[at * job.groups + g]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
       const __m256i product = _mm256_mullo_epi32(sum[m][half], multiplier);
-      total[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(product, shift)), scale,
-                                       total[m][half]);
+      total[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(product, shift)),
+                                       scale_of(job, tile, g, half), total[m][half]);
     }
   }
 }

@@ -24,6 +24,10 @@ void multiply_integer(const Job& job);
 void store_rows(const Job& job, int row, int height, int first, int tiles, int step,
                 const float* results);
 
+// The same for results that lack their biases.
+void add_bias_and_store_rows(const Job& job, int row, int height, int first, int tiles, int step,
+                             const float* sums);
+
 }  // namespace avx512
 
 namespace {

@@ -41,9 +41,9 @@ inline __m512 value(__m512i block, __m512 table) {
 template <int MR, int NT>
 constexpr int kSums = MR * NT >= 8 ? 1 : MR * NT >= 4 ? 2 : 4;
 
-template <int BITS, int T, int MR, int NT>
-inline void add_fields(__m512 (&sum)[MR][NT][kSums<MR, NT>], const __m512i (&block)[NT],
-                       __m512 table, const float* const (&x)[MR], int k) {
+template <int BITS, int T, int MR, int NT, int S>
+inline void add_fields(__m512 (&sum)[MR][NT][S], const __m512i (&block)[NT], __m512 table,
+                       const float* const (&x)[MR], int k) {
   if constexpr (T < kFields<BITS>) {
     __m512 w[NT];
 #pragma GCC unroll 4
@@ -53,11 +53,11 @@ inline void add_fields(__m512 (&sum)[MR][NT][kSums<MR, NT>], const __m512i (&blo
       const __m512 a = _mm512_set1_ps(x[m][k + input_of<BITS>(T)]);
 #pragma GCC unroll 4
       for (int n = 0; n < NT; ++n) {
-        __m512& s = sum[m][n][T % kSums<MR, NT>];
+        __m512& s = sum[m][n][T % S];
         s = _mm512_fmadd_ps(w[n], a, s);
       }
     }
-    add_fields<BITS, T + 1, MR, NT>(sum, block, table, x, k);
+    add_fields<BITS, T + 1>(sum, block, table, x, k);
   }
 }
 
@@ -97,7 +97,7 @@ template <int BITS, int MR, int NT>
         prefetch<MR>(words[n]);
         words[n] += kBlock;
       }
-      add_fields<BITS, 0, MR, NT>(sum, block, table, x, first_input<BITS>(k));
+      add_fields<BITS, 0>(sum, block, table, x, first_input<BITS>(k));
     }
 #pragma GCC unroll 4
     for (int n = 0; n < NT; ++n) {
@@ -202,18 +202,9 @@ void panels_float(const Job& job, __m512 table) {
                  : add_panel<1>(job, panel, begin, end, sums + p * pair);
     }
   }
-  for (int p = 0; p < pairs; ++p) {
-    const int count = std::min(2, job.tiles - 2 * p);
-    float* const own = sums + p * pair;
-    for (int n = 0; n < count; ++n) {
-      const __m512 bias = bias_of(job, 2 * p + n);
-      for (int row = 0; row < job.rows; ++row) {
-        float* const at = own + (2 * row + n) * kLanes;
-        _mm512_store_ps(at, _mm512_add_ps(bias, _mm512_load_ps(at)));
-      }
-    }
-    avx512::store_rows(job, 0, job.rows, 2 * p, count, 1, own);
-  }
+  for (int p = 0; p < pairs; ++p)
+    avx512::add_bias_and_store_rows(job, 0, job.rows, 2 * p, std::min(2, job.tiles - 2 * p), 1,
+                                    sums + p * pair);
 }
 
 template <int BITS>

@@ -84,17 +84,16 @@ template <int MR, int NT>
 inline void add_group(const Job& job, int row, int first, int step, int g,
                       const __m512i (&sum)[MR][NT], __m512 (&total)[MR][NT]) {
   const __m512i multiplier = _mm512_set1_epi32(job.multiplier);
-#pragma GCC unroll 2
-  for (int n = 0; n < NT; ++n) {
-    const __m512 scale = scale_of(job, first + n * step, g);
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      // Of rows behind the last one, which have no sums and are not stored, anything will do.
-      const ptrdiff_t at = std::min(row + m, job.rows - 1);
-      const __m512i shift = _mm512_set1_epi32(job.offset * job.row_sums[at * job.groups + g]);
+  for (int m = 0; m < MR; ++m) {
+    // Of rows behind the last one, which have no sums and are not stored, anything will do.
+    const ptrdiff_t at = std::min(row + m, job.rows - 1);
+    const __m512i shift = _mm512_set1_epi32(job.offset * job.row_sums[at * job.groups + g]);
+#pragma GCC unroll 2
+    for (int n = 0; n < NT; ++n) {
       const __m512i product = _mm512_mullo_epi32(settled(sum[m][n]), multiplier);
-      total[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(product, shift)), scale,
-                                    total[m][n]);
+      total[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(product, shift)),
+                                    scale_of(job, first + n * step, g), total[m][n]);
     }
   }
 }
@@ -253,6 +252,17 @@ void store_rows(const Job& job, int row, int height, int first, int tiles, int s
     store_tile(job, row, std::min(row + height, job.rows), first + n * step, [&](int m) {
       return _mm512_load_ps(results + (2 * (m - row) + n) * kLanes);
     });
+}
+
+void add_bias_and_store_rows(const Job& job, int row, int height, int first, int tiles, int step,
+                             const float* sums) {
+  for (int n = 0; n < tiles; ++n) {
+    const int tile = first + n * step;
+    const __m512 bias = bias_of(job, tile);
+    store_tile(job, row, std::min(row + height, job.rows), tile, [&](int m) {
+      return _mm512_add_ps(bias, _mm512_load_ps(sums + (2 * (m - row) + n) * kLanes));
+    });
+  }
 }
 
 size_t integer_bytes(int padded) { return padded; }

@@ -4,7 +4,9 @@
 
 #include "kernel.h"
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -20,7 +22,11 @@ bool supported(const Kernel& kernel) {
   if (&kernel == &kAvx512Bf16) return vnni && __builtin_cpu_supports("avx512bf16");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (&kernel == &kAvx2) return avx2;
-  if (&kernel == &kAvx2Vnni) return avx2 && __builtin_cpu_supports("avxvnni");
+  if (&kernel == &kAvx2Vnni) {
+    // Leaf 7.1, bit 4 of EAX: older compilers do not know the name "avxvnni".
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  }
 #elif defined(__aarch64__)
   bool dot = false, bfloat16 = false;
 #if defined(__linux__)
