@@ -228,6 +228,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if not COMMANDS[name].bare:
         from qvla_jax import devices
 
+        devices.rest_idle_threads()
         devices.use_all_cpu_cores()
     call = _parse(name, rest)
     if not call.command.bare and getattr(call.settings, "coordinator", None) is None:

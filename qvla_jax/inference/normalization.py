@@ -2,8 +2,8 @@
 
 Two numbers of each entry map to -1 and 1: the quantiles q01 and q99 (OpenVLA's `BOUNDS_Q99`) or the
 minimum and maximum (`BOUNDS`, as OpenVLA-OFT has it for ALOHA). Values outside are clipped. Entries
-whose mask is False (the gripper) are not scaled: those of actions stay unchanged, those of the state
-are clipped as well, as in the public `normalize_proprio`.
+whose mask is False (the gripper) are not scaled: those of actions stay unchanged, those of the
+state are clipped as well, as in the public `normalize_proprio`.
 """
 
 import dataclasses

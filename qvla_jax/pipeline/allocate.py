@@ -101,8 +101,9 @@ class Allocations:
 def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> Allocations:
     """Solves for every sensitivity table in the folder, every solver and every budget.
 
-    The solvers beyond the first run only on the main table; the other tables are baselines of the
-    sensitivity, with the same allocator.
+    The solvers beyond the first run only on the main table, and at the budgets of the sweep only if
+    the settings are thorough; the other tables are baselines of the sensitivity, with the same
+    allocator.
 
     Raises:
         BudgetError: even the smallest option of every channel exceeds the budget.
@@ -113,13 +114,15 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
     main = tables[0]
     jobs = [(table, solver) for table in tables for solver in config.solvers]
     jobs = [(t, s) for t, s in jobs if t is main or s == config.solvers[0]]
+    swept = jobs if config.thorough else [(t, s) for t, s in jobs if s == config.solvers[0]]
     least = config.minimum_bits
     # Check that the budget is feasible before any work.
     main.problem(budget_bits=config.budget_bits, minimum_bits=least)
-    budgets = [config.budget_bits, *(b for b in sorted(config.sweep) if b != config.budget_bits)]
+    sweep = [bits for bits in sorted(config.sweep) if bits != config.budget_bits]
+    work = [(config.budget_bits, job) for job in jobs] + [(b, job) for b in sweep for job in swept]
     items: list[Allocation] = []
-    total = len(jobs) * len(budgets) + len(config.match_uniform)
-    for done, (bits, (table, solver)) in enumerate((b, j) for b in budgets for j in jobs):
+    total = len(work) + len(config.match_uniform)
+    for done, (bits, (table, solver)) in enumerate(work):
         progress("allocate", done, total)
         try:
             found = solve_table(table, budget_bits=bits, minimum_bits=least, solver=solver)

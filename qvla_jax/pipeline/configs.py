@@ -60,7 +60,17 @@ class CalibrateConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SensitivityConfig(StageConfig, ModelOptions):
+class ThoroughConfig(StageConfig):
+    """How much is compared with the result."""
+
+    # Adds the proxy of the released code for comparison, exact probing of 256 channels (unless
+    # --baselines and --validate say otherwise), and every solver at every budget. Takes twice as
+    # long.
+    thorough: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SensitivityConfig(ThoroughConfig, ModelOptions):
     """Measures what each output channel costs at each bit-width; writes sensitivity.safetensors."""
 
     # A policy that ships with the package, or a directory that holds one.
@@ -78,9 +88,6 @@ class SensitivityConfig(StageConfig, ModelOptions):
     validate: int = 0
     # Calibration frames used for validation.
     validate_frames: int = 8
-    # Same as --baselines input_hessian --validate 256, unless these are given: adds the proxy of
-    # the released code for comparison, and exact probing. Takes twice as long.
-    thorough: bool = False
     # Devices of all processes along the mesh's channel axis; the others split the frames.
     channel_devices: int = 1
     # Split the policy's weights over the channel axis, too (jacobian, refined, taylor).
@@ -99,14 +106,14 @@ class SensitivityConfig(StageConfig, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AllocateConfig(StageConfig):
+class AllocateConfig(ThoroughConfig):
     """Chooses a bit-width for every channel; writes allocation.safetensors."""
 
     # Bits per quantized weight, counting everything stored (scales, biases, index, padding).
     budget_bits: float = 4.0
     # Minimum bits of layers: pairs of PATTERN (a regular expression on their paths) and BITS.
     minimum_bits: dict[str, int] = dataclasses.field(default_factory=dict)
-    # Solvers to compare; the first one is the result, the others are baselines.
+    # Solvers to compare; the first one is the result, the others are baselines at its budget.
     solvers: tuple[str, ...] = ("greedy:marginal", "greedy:qvla")
     # Further budgets, for the curve of error against bytes.
     sweep: tuple[float, ...] = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
