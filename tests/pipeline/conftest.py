@@ -36,5 +36,16 @@ def config(policy_folder, tmp_path_factory) -> pipeline.RunConfig:
 
 
 @pytest.fixture(scope="session")
-def content(config) -> dict:
-    return pipeline.run(config)
+def finished(config) -> tuple[dict, set[str]]:
+    """The report, and the files that were there when the run ended: later stages write more."""
+    return pipeline.run(config), {path.name for path in config.out.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def content(finished) -> dict:
+    return finished[0]
+
+
+@pytest.fixture(scope="session")
+def written(finished) -> set[str]:
+    return finished[1]

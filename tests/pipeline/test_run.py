@@ -22,9 +22,8 @@ def entries(content):
     return content["methods"] + content["sweep"]
 
 
-def test_every_file_is_there_and_nothing_half_written(content, config):
-    names = {p.name for p in config.out.iterdir()}
-    assert names == {
+def test_every_file_is_there_and_nothing_half_written(content, config, written):
+    assert written == {
         files.CALIBRATION,
         files.SENSITIVITY,
         files.STATISTICS,
