@@ -10,8 +10,8 @@ namespace {
 constexpr int kPanelInputs = 256;  // inputs of a panel: 16 KiB
 constexpr int kPanelHeight = 6;    // rows that share what was loaded of it
 
-// Writes results [rows][halves][8], of the halves of the tile from `first` on. A function of its own: inlined, one
-// store for every row was most of the code and of the time that compilers took.
+// Writes results [rows][halves][8], of the halves of the tile from `first` on. A function of its own:
+// inlined, one store for every row was most of the code and of the time that compilers took.
 [[gnu::noinline]] void store_rows(const Job& job, int rows, int tile, int first, int halves,
                                   const float* results) {
   for (int m = 0; m < rows; ++m)

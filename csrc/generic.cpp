@@ -25,8 +25,8 @@ inline Floats8 lanes(const float* from) {
   return value;
 }
 
-// Writes results [height][8] of half a tile to the rows from `row` on that there are. A function of its own: inlined,
-// one store for every row was most of the code and of the time that compilers took.
+// Writes results [height][8] of half a tile to the rows from `row` on that there are. A function of its
+// own: inlined, one store for every row was most of the code and of the time that compilers took.
 [[gnu::noinline]] void store_rows(const Job& job, int row, int height, int first,
                                   const Floats8* results) {
   for (int m = 0; m < height && row + m < job.rows; ++m)

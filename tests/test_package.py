@@ -122,3 +122,8 @@ def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'frobnicate'"):
         _ = qvla_jax.frobnicate
     assert "load_policy" in dir(qvla_jax)
+
+
+def test_the_citation_names_this_version():
+    citation = Path(__file__).parents[1] / "CITATION.cff"
+    assert f"version: {qvla_jax.__version__}" in citation.read_text().splitlines()
