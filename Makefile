@@ -83,7 +83,8 @@ bench-kernels: $(VENV)/.core  ## Time the packed product against installed rival
 
 # The sanitizers' library must be the first that the interpreter loads; JAX and Python leak on purpose.
 sanitize: $(VENV)/.dev  ## Run the checks and tests of the CPU kernel under ASan and UBSan (g++, cmake)
-	cmake -S csrc -B build/sanitize -DCMAKE_CXX_COMPILER=g++ -DQVLA_SANITIZE='address,undefined'
+	cmake -S csrc -B build/sanitize -DCMAKE_CXX_COMPILER=g++ -DQVLA_SANITIZE='address,undefined' \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build build/sanitize --target check_kernels _cpu
 	UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/check_kernels 3000
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \

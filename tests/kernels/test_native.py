@@ -6,6 +6,7 @@ there in an emulator of processors that have ever more instructions. `make sanit
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def build(name, *settings, targets=("check_kernels",)):
     """The folder build/NAME with the targets in it."""
     cmake = needs("cmake", hint="cmake")
     folder = ROOT / "build" / name
-    configure = [cmake, "-S", ROOT / "csrc", "-B", folder]
+    configure = [cmake, "-S", ROOT / "csrc", "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
     compile_ = [cmake, "--build", folder, "--target", *targets]
     for command in ([*configure, *settings], compile_):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
