@@ -230,7 +230,7 @@ def test_calibrate_takes_weights_a_spec_and_a_limit(
         (["--dataset", "x", "--weights", "a", "1"], "no --dataset or --mixture beside"),
         (["--dataset", "x", "--mixture", "rtz"], "did you mean rtx"),
         (["--weights", "a", "0"], "weights of data sets must be positive"),
-        (["--max-episodes", "0"], "max_episodes must be at least 1"),
+        (["--max-episodes", "0"], "--max-episodes must be at least 1"),
     ],
 )
 def test_calibrate_refuses_what_does_not_go_together(

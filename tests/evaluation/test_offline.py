@@ -115,7 +115,8 @@ def test_prepared_frames_give_what_the_policy_predicts_itself():
     # The last batch of two is padded; biases of zero change nothing.
     prepared = PreparedFrames.of(policy, frames, batch_size=2)
     for found in (prepared.predict(policy), prepared.predict(comparable(policy))):
-        np.testing.assert_allclose(found.chunks, expected.chunks, rtol=1e-5, atol=1e-6)
+        # Batches of other sizes sum in another order.
+        np.testing.assert_allclose(found.chunks, expected.chunks, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(found.expert, expected.expert)
 
 

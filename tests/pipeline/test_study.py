@@ -23,7 +23,7 @@ from qvla_jax.pipeline.methods import method_file
 from qvla_jax.quantization import LayerRules
 
 # What the module looks up; the package's name of it is the function.
-STUDY = pipeline.study.__globals__
+STUDY = pipeline.study.__wrapped__.__globals__
 # "budget" stands in for methods that allocate, which measure for long.
 ROWS, COLUMNS = ("rtn", "rtn-g16", "budget"), ("w4a16", "w9", "w0.5")
 

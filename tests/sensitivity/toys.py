@@ -101,6 +101,9 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return {"name": "toy"}
 
+    def identity(self) -> dict[str, Any]:
+        return self.to_dict()
+
 
 def take_inputs(batch: dict[str, Any], *, preprocessed: bool = False) -> dict[str, Any]:
     del preprocessed
