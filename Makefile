@@ -40,7 +40,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps 'openpi-client>=0.1.2'
 	@touch $@ $(VENV)/.core
 
-demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and report (about 5 minutes)
+demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and report (2 to 5 minutes)
 	$(BIN)/qvla run --model libero-mini --budget-bits 4 --out $(OUT)
 
 test: $(VENV)/.dev  ## Run the tests, or those of TESTS=...
