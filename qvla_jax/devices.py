@@ -192,7 +192,8 @@ def _asked() -> dict[str, str]:
     import jax
 
     asked = {name: value for name in _CHOICES if (value := os.environ.get(name))}
-    told = jax.config.jax_platforms
+    # JAX defines its settings at run time.
+    told = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     if told and told != asked.get("JAX_PLATFORMS"):
         asked.pop("JAX_PLATFORMS", None)
         asked = {"jax_platforms": str(told), **asked}
@@ -203,7 +204,7 @@ def _started() -> bool:
     """Whether JAX has created its devices; it then rejects another number of them."""
     import jax
 
-    count = jax.config.jax_num_cpu_devices
+    count = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count + 1)
         jax.config.update("jax_num_cpu_devices", count)

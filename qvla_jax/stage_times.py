@@ -96,9 +96,9 @@ class StageTimes:
         self._now.cpu += cpu - self._clocks[1]
         self._clocks = wall, cpu
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILED:
-            self._now.compiling += seconds
+            self._now.compiling += duration_secs
 
 
 def _clocks() -> tuple[float, float]:
