@@ -86,12 +86,14 @@ class Normalizer:
 
     def normalize(self, values: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
         """Metric units -> [-1, 1], float32."""
+        values = np.asarray(values)
         scaled = 2.0 * (values - self.low) / (self.high - self.low + _EPSILON) - 1.0
         unscaled = np.clip(values, -1.0, 1.0) if self.clip_unscaled else values
         return np.where(self.mask, np.clip(scaled, -1.0, 1.0), unscaled).astype(np.float32)
 
     def unnormalize(self, values: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
         """[-1, 1] -> metric units, float32."""
+        values = np.asarray(values)
         scaled = (values + 1.0) * self.units + self.low
         return np.where(self.mask, scaled, values).astype(np.float32)
 
