@@ -13,11 +13,11 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from qvla_jax.errors import InputError
+from qvla_jax.programs import run_apart
 
 # The variables that select devices, in the order in which JAX reads them.
 _CHOICES: Final = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE")
@@ -215,15 +215,7 @@ def _started() -> bool:
 def _run(program: str, environment: Mapping[str, str]) -> tuple[int, str]:
     """Exit code and all output of a program; the code is the negative signal if one ended it."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT,
-            check=False,
-            env=dict(environment),
-        )
+        done = run_apart(program, environment, seconds=_TIMEOUT)
     except subprocess.TimeoutExpired:
         return -signal.SIGALRM, ""
     return done.returncode, done.stdout + done.stderr

@@ -16,11 +16,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Literal, TypeAlias
 
 from qvla_jax.errors import InputError, QvlaError
+from qvla_jax.programs import run_apart
 
 Status: TypeAlias = Literal["ok", "missing", "broken"]
 
@@ -351,16 +351,7 @@ def _isolated(program: str, **environment: str) -> tuple[bool, str]:
 def _process(program: str, **environment: str) -> tuple[int, str, str]:
     """Runs a program; returns its exit code, its output, and the last line of its errors."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PATIENCE,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment},
-        )
+        done = run_apart(program, {**os.environ, **environment}, seconds=_PATIENCE)
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
         text = output.decode("utf-8", "replace") if isinstance(output, bytes) else output

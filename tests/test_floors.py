@@ -14,7 +14,7 @@ FOLDERS = {
 }
 # From the ground up. Rooms of one floor do not know each other.
 FLOORS = (
-    {"array_typing", "errors", "output", "precision", "progress", "provenance"},
+    {"array_typing", "errors", "output", "precision", "programs", "progress", "provenance"},
     {"atomic", "devices", "failures", "mapping", "plain", "stage_times"},
     {"array_files", "config", "repeating", "sharding"},
     {"data", "models", "solvers"},

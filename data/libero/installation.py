@@ -7,12 +7,12 @@ through the OpenGL library that MUJOCO_GL names. This module imports neither of 
 import importlib.metadata
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from qvla_jax.errors import InputError
+from qvla_jax.programs import run_apart
 
 CONFIG_VARIABLE: Final = "LIBERO_CONFIG_PATH"
 # Library -> its Debian package. Both render without a display.
@@ -106,16 +106,7 @@ def check_rendering() -> None:
     """
     environment = {**os.environ, "MUJOCO_GL": chosen_backend()}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", RENDER],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PATIENCE,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-        )
+        done = run_apart(RENDER, environment, seconds=_PATIENCE)
     except subprocess.TimeoutExpired:
         raise InputError(rendering_failed("no answer within two minutes")) from None
     if done.returncode:
