@@ -112,14 +112,14 @@ def save_orbax(
     )
     # One file per parameter: large combined files would be held in memory until the end.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer, _quiet():
+    with ocp.Checkpointer(handler) as checkpointer, quiet():
         checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(tree))
     write_checksums(path)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps orbax from warning that there are no large files to merge."""
+def quiet() -> Iterator[None]:
+    """Keeps orbax from warning about absent large files and missing shardings."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

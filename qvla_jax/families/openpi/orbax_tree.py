@@ -5,9 +5,7 @@ outermost `params`. openpi's trainer appends one more key, `value`, to every lea
 checkpoints do not.
 """
 
-import contextlib
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from qvla_jax.checkpoints.orbax_weights import quiet
 from qvla_jax.errors import CheckpointError
 
 # The only key at the top of the tree.
@@ -47,7 +46,7 @@ class StoredTree(Mapping[str, "StoredLeaf"]):
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: missing")
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer, _quiet():
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer, quiet():
                 described: Any = checkpointer.metadata(folder.resolve()).item_metadata
             tree = described.tree
             found = dict(_flatten(tree[_ROOT], ()))
@@ -231,17 +230,5 @@ def write_tree(folder: Path, leaves: Mapping[str, Parts], *, value_keys: bool = 
         (Parts, _PartsHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer, _quiet():
+    with ocp.Checkpointer(handler) as checkpointer, quiet():
         checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave({_ROOT: tree}))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps orbax from warning about absent large files and missing shardings."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
