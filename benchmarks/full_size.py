@@ -35,18 +35,24 @@ from flax import nnx
 
 import qvla_jax
 from qvla_jax import kernels
-from qvla_jax.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig, preset
+from qvla_jax.families.prismatic.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig, preset
+from qvla_jax.families.prismatic.network import ModelInputs, abstract_model
+from qvla_jax.families.prismatic.network.llama import (
+    LlamaDecoderLayer,
+    bidirectional_mask,
+    causal_mask,
+    rotary_angles,
+)
+from qvla_jax.families.prismatic.network.projector import PrismaticProjector
+from qvla_jax.families.prismatic.network.vision import Block
+from qvla_jax.families.prismatic.unread import drop_unread
+from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
 from qvla_jax.inference import Policy
 from qvla_jax.inference.packed_linear import replace_by_packed
 from qvla_jax.inference.policy import make_policy
-from qvla_jax.inference.word_tokenizer import word_tokenizer
 from qvla_jax.kernels import cpu
 from qvla_jax.kernels.codes import num_words
-from qvla_jax.models import ModelInputs, abstract_model, named_modules
-from qvla_jax.models.llama import LlamaDecoderLayer, bidirectional_mask, causal_mask, rotary_angles
-from qvla_jax.models.projector import PrismaticProjector
-from qvla_jax.models.unread import drop_unread
-from qvla_jax.models.vision import Block
+from qvla_jax.models import named_modules
 from qvla_jax.quantization import quantizable_layers
 from qvla_jax.quantization.codes import SIGNED
 

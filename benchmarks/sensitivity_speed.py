@@ -35,8 +35,8 @@ from torch_twin import Twin, twin_of
 
 from qvla_jax.data.calibration import calibration_set
 from qvla_jax.devices import use_all_cpu_cores
+from qvla_jax.families.prismatic.network import ModelInputs
 from qvla_jax.inference import load_policy
-from qvla_jax.models import ModelInputs
 from qvla_jax.quantization import InputStatistics, Quantizer, QuantizerSettings
 from qvla_jax.quantization.layers import channel_index, quantizable_layers
 from qvla_jax.sensitivity import input_statistics

@@ -39,9 +39,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from operations import operations_of
 
 from qvla_jax import sharding
-from qvla_jax.config import preset
-from qvla_jax.inference.specs import inputs_spec
-from qvla_jax.models import abstract_model
+from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.network import abstract_model
+from qvla_jax.families.prismatic.specs import inputs_spec
 from qvla_jax.quantization.layers import quantizable_layers
 from qvla_jax.sensitivity.instrument import per_frame
 from qvla_jax.sensitivity.jacobian import CONTRACTIONS, constant_specs

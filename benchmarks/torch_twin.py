@@ -6,7 +6,7 @@ from flax import nnx
 from torch import nn
 from torch.nn import functional
 
-from qvla_jax.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig
+from qvla_jax.families.prismatic.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig
 from qvla_jax.inference import Policy
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from qvla_jax.checkpoints.options import LoadOptions
+from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

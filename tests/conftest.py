@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # workers end together. All other files follow, each by itself.
 _TOGETHER = (
     ("tests/pipeline/", "tests/test_cli.py"),
-    ("tests/baselines/",),
+    ("tests/methods/",),
     ("tests/sensitivity/",),
     ("tests/training/",),
     ("tests/serving/",),

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvla_jax import cli
-from qvla_jax.checkpoints.options import LoadOptions
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation.libero import EXPERT
+from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import closed_loop, policies
 

@@ -2,7 +2,7 @@
 
 Nothing that a file declares is silently ignored: a key is read (`Follow`), known to change no
 number (`Ignore`), or supported only with some values (`Only`). Every other key is refused by name,
-since it would have no effect. `qvla_jax.checkpoints.keys` holds the lists.
+since it would have no effect. `qvla_jax.families.prismatic.checkpoint.keys` holds the lists.
 """
 
 import dataclasses

@@ -6,9 +6,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from qvla_jax.checkpoints.export import reexport
-from qvla_jax.checkpoints.huggingface import is_huggingface
 from qvla_jax.commands.results import written
+from qvla_jax.families.prismatic.checkpoint.export import reexport
+from qvla_jax.families.prismatic.checkpoint.huggingface import is_huggingface
 from qvla_jax.inference import load_policy
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result

@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 from tyro.conf import Positional
 
-from qvla_jax.checkpoints.huggingface import is_huggingface
 from qvla_jax.commands.results import packed
+from qvla_jax.families.prismatic.checkpoint.huggingface import is_huggingface
 from qvla_jax.inference import load_policy
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from qvla_jax.checkpoints.huggingface import is_huggingface, read_config
+from qvla_jax.families.prismatic.checkpoint.huggingface import is_huggingface, read_config
 from qvla_jax.inference import load_policy
 from qvla_jax.progress import ProgressBars
 from qvla_jax.serving import ServeConfig as Config

@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from qvla_jax.checkpoints.export import synthesize
-from qvla_jax.config import preset
-from qvla_jax.inference.word_tokenizer import word_tokenizer
+from qvla_jax.families.prismatic.checkpoint.export import synthesize
+from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
 from qvla_jax.output import Result
 
 

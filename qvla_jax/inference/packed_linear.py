@@ -11,7 +11,7 @@ from flax import nnx
 
 from qvla_jax import kernels
 from qvla_jax.array_typing import Array, Float
-from qvla_jax.models.llama import SAME_INPUT
+from qvla_jax.families.prismatic.network.llama import SAME_INPUT
 from qvla_jax.models.surgery import named_modules, replace_modules
 from qvla_jax.quantization.rotation import rotate
 

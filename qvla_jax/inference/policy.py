@@ -19,37 +19,36 @@ from qvla_jax import devices, sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
-from qvla_jax.checkpoints.directory import PublicTensors
-from qvla_jax.checkpoints.export import check_empty, export_model
 from qvla_jax.checkpoints.files import (
     CONFIG_FILE,
     STATISTICS_FILE,
     check_fetched,
     read_json,
 )
-from qvla_jax.checkpoints.huggingface import check_tokenizer, is_huggingface, read_config
-from qvla_jax.checkpoints.options import ActionNormalization, LoadOptions
 from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
 from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile, write_packed
-from qvla_jax.checkpoints.statistics import check_entry, finite
-from qvla_jax.checkpoints.univla import check_latent_tokens
 from qvla_jax.checkpoints.weights import assign_tensors, public_items
-from qvla_jax.config import PRESETS, OpenVLAConfig, preset
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.errors import CheckpointError, InputError, unknown
-from qvla_jax.inference import specs
-from qvla_jax.inference.normalization import Normalizer
-from qvla_jax.inference.packed_linear import packed_layers, replace_by_packed
-from qvla_jax.inference.processor import Processor
-from qvla_jax.inference.word_tokenizer import word_tokenizer
-from qvla_jax.models import (
-    ModelInputs,
-    Prismatic,
-    abstract_model,
-    make_model,
-    named_modules,
+from qvla_jax.families.prismatic import specs
+from qvla_jax.families.prismatic.checkpoint.directory import PublicTensors
+from qvla_jax.families.prismatic.checkpoint.export import check_empty, export_model
+from qvla_jax.families.prismatic.checkpoint.huggingface import (
+    check_tokenizer,
+    is_huggingface,
+    read_config,
 )
-from qvla_jax.models.unread import DROPPED, drop_unread, is_dropped
+from qvla_jax.families.prismatic.checkpoint.options import ActionNormalization, LoadOptions
+from qvla_jax.families.prismatic.checkpoint.statistics import check_entry, finite
+from qvla_jax.families.prismatic.checkpoint.univla import check_latent_tokens
+from qvla_jax.families.prismatic.config import PRESETS, OpenVLAConfig, preset
+from qvla_jax.families.prismatic.network import ModelInputs, Prismatic, abstract_model, make_model
+from qvla_jax.families.prismatic.normalization import Normalizer
+from qvla_jax.families.prismatic.processor import Processor
+from qvla_jax.families.prismatic.unread import DROPPED, drop_unread, is_dropped
+from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
+from qvla_jax.inference.packed_linear import packed_layers, replace_by_packed
+from qvla_jax.models import named_modules
 from qvla_jax.precision import in_32_bits
 from qvla_jax.provenance import package_versions
 
@@ -113,7 +112,7 @@ class Policy:
     quantization: Mapping[str, Any] | None = None
 
     def inputs_spec(self, batch_size: int = 1) -> ModelInputs:
-        """Shapes and dtypes of the output of `prepare`; see `qvla_jax.inference.specs`."""
+        """Shapes and dtypes of the output of `prepare`; see `qvla_jax.families.prismatic.specs`."""
         return specs.inputs_spec(self.config, batch_size=batch_size)
 
     def fake_observation(self, seed: int = 0) -> dict[str, Any]:
@@ -292,7 +291,7 @@ class Policy:
         """Writes the policy as a public directory, for PyTorch and for `load_policy`.
 
         Loading it again gives the same weights bit for bit and the same fingerprint, unless `dtype`
-        rounds. See `qvla_jax.checkpoints.export.export_model`, also for what it raises.
+        rounds. See `export_model` of the family's checkpoints, also for what it raises.
 
         Args:
             path: an empty or new folder.

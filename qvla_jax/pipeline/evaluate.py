@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from qvla_jax.atomic import write_json
-from qvla_jax.baselines import check_setting, title
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.errors import InputError
@@ -19,6 +18,7 @@ from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
 from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
 from qvla_jax.inference.unpacking import unpacked
+from qvla_jax.methods import check_setting, title
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
 from qvla_jax.pipeline.calibrate import load_calibration

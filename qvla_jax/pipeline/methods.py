@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qvla_jax.baselines import Measurements, check_setting, quantize_by
-from qvla_jax.baselines.registry import METHODS
 from qvla_jax.checkpoints.packed_file import SUFFIX
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.methods import Measurements, check_setting, quantize_by
+from qvla_jax.methods.registry import METHODS
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration

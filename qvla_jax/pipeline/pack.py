@@ -16,14 +16,14 @@ from flax import nnx
 from qvla_jax import kernels
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.checkpoints import public_tensors
-from qvla_jax.checkpoints.huggingface import is_huggingface
 from qvla_jax.checkpoints.packed_file import SUFFIX, write_packed
 from qvla_jax.errors import InputError
+from qvla_jax.families.prismatic.checkpoint.huggingface import is_huggingface
+from qvla_jax.families.prismatic.unread import DROPPED, drop_unread
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.packing import pack_layer
 from qvla_jax.mapping import release_pages
 from qvla_jax.models import named_modules
-from qvla_jax.models.unread import DROPPED, drop_unread
 from qvla_jax.pipeline.configs import PackConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qvla_jax.checkpoints.files import CONFIG_FILE, component_file, read_json
-from qvla_jax.checkpoints.huggingface import OWN_KEY, is_huggingface
 from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile
 from qvla_jax.errors import InputError
+from qvla_jax.families.prismatic.checkpoint.huggingface import OWN_KEY, is_huggingface
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.quantize import quantize, quantize_uniform
 from qvla_jax.inference.unpacking import unpacked

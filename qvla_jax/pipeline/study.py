@@ -14,7 +14,6 @@ from typing import Any, Final
 import numpy as np
 
 from qvla_jax.atomic import write_json, write_text
-from qvla_jax.baselines import METHODS, Measurements, Setting, check_setting, quantize_by, title
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.data.libero import suites
@@ -29,6 +28,7 @@ from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
 from qvla_jax.inference.quantize import policy_index
 from qvla_jax.inference.unpacking import unpacked
+from qvla_jax.methods import METHODS, Measurements, Setting, check_setting, quantize_by, title
 from qvla_jax.pipeline import closed_loop, files
 from qvla_jax.pipeline.calibrate import calibrate, load_calibration
 from qvla_jax.pipeline.configs import CalibrateConfig, HeldoutConfig

@@ -16,20 +16,20 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from qvla_jax.checkpoints.directory import PublicTensors
-from qvla_jax.checkpoints.huggingface import (
+from qvla_jax.checkpoints.orbax_weights import orbax_dtypes
+from qvla_jax.checkpoints.tensor_files import TensorFile
+from qvla_jax.checkpoints.weights import Source, check_shapes, public_shapes
+from qvla_jax.data.samples import bundled_policy_path
+from qvla_jax.families.prismatic.checkpoint.directory import PublicTensors
+from qvla_jax.families.prismatic.checkpoint.huggingface import (
     CONFIG_FILE,
     is_huggingface,
     read_config,
     read_json,
 )
-from qvla_jax.checkpoints.orbax_weights import orbax_dtypes
-from qvla_jax.checkpoints.tensor_files import TensorFile
-from qvla_jax.checkpoints.weights import Source, check_shapes, public_shapes
-from qvla_jax.config import OpenVLAConfig, preset
-from qvla_jax.data.samples import bundled_policy_path
+from qvla_jax.families.prismatic.config import OpenVLAConfig, preset
+from qvla_jax.families.prismatic.network import abstract_model
 from qvla_jax.inference.policy import ORBAX_FOLDER, WEIGHTS_FILE
-from qvla_jax.models import abstract_model
 from qvla_jax.models.surgery import named_modules
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers

@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from qvla_jax.array_typing import Array
-from qvla_jax.models.llama import SAME_INPUT
+from qvla_jax.families.prismatic.network.llama import SAME_INPUT
 from qvla_jax.models.surgery import get_module, named_modules, replace_modules
 
 # Full matches on module paths; no stage may be inside another.

@@ -18,8 +18,8 @@ import numpy as np
 from qvla_jax import sharding
 from qvla_jax.array_typing import Float
 from qvla_jax.errors import PolicyError
+from qvla_jax.families.prismatic.network import ModelInputs
 from qvla_jax.inference import Policy
-from qvla_jax.models import ModelInputs
 from qvla_jax.progress import Progress, no_progress, track
 
 logger = logging.getLogger(__name__)

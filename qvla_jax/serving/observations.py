@@ -8,8 +8,8 @@ import numpy as np
 
 from qvla_jax.array_typing import UInt8
 from qvla_jax.errors import InputError
+from qvla_jax.families.prismatic.network import ModelInputs
 from qvla_jax.inference import Policy
-from qvla_jax.models import ModelInputs
 
 # Our names, and those of openpi's LIBERO example, of OpenVLA and of OpenVLA-OFT.
 NAMES: Final[Mapping[str, tuple[str, ...]]] = {

@@ -18,13 +18,13 @@ from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints.checksums import check_checksums, write_checksums
-from qvla_jax.config import preset
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.statistics import dataset_statistics
 from qvla_jax.errors import InputError
+from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.network import ModelInputs, Prismatic, make_model
+from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
 from qvla_jax.inference.policy import Policy, load_policy, make_policy
-from qvla_jax.inference.word_tokenizer import word_tokenizer
-from qvla_jax.models import ModelInputs, Prismatic, make_model
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance

@@ -11,8 +11,8 @@ from qvla_jax.array_typing import Float
 from qvla_jax.data.episode import next_steps
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import DatasetError
-from qvla_jax.inference.processor import Processor
-from qvla_jax.models import ModelInputs
+from qvla_jax.families.prismatic.network import ModelInputs
+from qvla_jax.families.prismatic.processor import Processor
 from qvla_jax.progress import Progress, no_progress, track
 
 

@@ -13,13 +13,13 @@ from flax import nnx
 
 from qvla_jax import cli
 from qvla_jax.checkpoints import public_tensors
-from qvla_jax.checkpoints.directory import PublicTensors
 from qvla_jax.checkpoints.orbax_weights import load_orbax, save_orbax
 from qvla_jax.checkpoints.weights import flax_leaves, public_shapes
-from qvla_jax.config import preset
 from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.families.prismatic.checkpoint.directory import PublicTensors
+from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.network import abstract_model
 from qvla_jax.inference import import_policy, load_policy
-from qvla_jax.models import abstract_model
 from qvla_jax.report.modules import describe
 from qvla_jax.sharding import data_mesh
 

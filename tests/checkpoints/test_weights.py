@@ -7,9 +7,9 @@ import safetensors.numpy
 from flax import nnx
 
 from qvla_jax.checkpoints import load_weights, public_tensors, save_weights
-from qvla_jax.config import preset
 from qvla_jax.errors import CheckpointError
-from qvla_jax.models import OpenVLAOFT
+from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.network import OpenVLAOFT
 
 
 def make(seed: int = 0) -> OpenVLAOFT:

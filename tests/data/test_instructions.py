@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qvla_jax import data
 from qvla_jax.data.open_x.instructions import instruction_text
 from qvla_jax.errors import DatasetError
-from qvla_jax.models import ModelInputs
+from qvla_jax.families.prismatic.network import ModelInputs
 from qvla_jax.training.frames import load_frames
 
 from . import small_sets as sets

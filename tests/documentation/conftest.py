@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from qvla_jax.config import PRESETS
 from qvla_jax.data import open_x
+from qvla_jax.families.prismatic.config import PRESETS
 from qvla_jax.inference import random_policy
 from qvla_jax.pipeline import files
 from qvla_jax.sensitivity import SensitivityTable

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qvla_jax.config import preset
 from qvla_jax.errors import InputError, QvlaError
 from qvla_jax.evaluation.closed_loop import decide, run_episodes
 from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
 from qvla_jax.evaluation.video import film
 from qvla_jax.evaluation.workers import Replay, Worker, serve
+from qvla_jax.families.prismatic.config import preset
 from qvla_jax.pipeline import closed_loop as stage
 from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
 

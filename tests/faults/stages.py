@@ -140,7 +140,7 @@ class _Stepper:
     """A policy that always steps by the same amount."""
 
     def __init__(self, step: float, fingerprint: str):
-        from qvla_jax.config import preset
+        from qvla_jax.families.prismatic.config import preset
 
         self.step, self.fingerprint, self.config = step, fingerprint, preset("tiny-test")
 

@@ -15,19 +15,20 @@ from typing import Any
 import numpy as np
 
 from qvla_jax import kernels
-from qvla_jax.checkpoints import huggingface, torch_zip
-from qvla_jax.checkpoints.options import LoadOptions
+from qvla_jax.checkpoints import torch_zip
 from qvla_jax.checkpoints.packed_file import PackedFile, write_packed
-from qvla_jax.checkpoints.settings import public_settings
 from qvla_jax.checkpoints.tensor_files import ShardedTensors, write_shards
 from qvla_jax.checkpoints.torch_writer import write_torch_zip
-from qvla_jax.config import OpenVLAConfig, preset
 from qvla_jax.data.open_x.features import Feature, check_features
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.open_x.specs import get, load
 from qvla_jax.data.records import SplitRecords
 from qvla_jax.data.samples import bundled_path
 from qvla_jax.errors import DatasetError
+from qvla_jax.families.prismatic.checkpoint import huggingface
+from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
+from qvla_jax.families.prismatic.checkpoint.settings import public_settings
+from qvla_jax.families.prismatic.config import OpenVLAConfig, preset
 from qvla_jax.pipeline.allocate import Allocation, Allocations
 from qvla_jax.quantization import InputStatistics, QuantizerSettings
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.families.prismatic.images import resize_bicubic
+from qvla_jax.families.prismatic.normalization import Normalizer
+from qvla_jax.families.prismatic.word_tokenizer import SPECIAL_TOKENS, word_tokenizer
 from qvla_jax.inference import load_policy, random_policy
-from qvla_jax.inference.images import resize_bicubic
-from qvla_jax.inference.normalization import Normalizer
-from qvla_jax.inference.word_tokenizer import SPECIAL_TOKENS, word_tokenizer
 
 
 def observation(size: int = 32) -> dict:

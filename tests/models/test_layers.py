@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qvla_jax.config import LlamaConfig, preset
-from qvla_jax.models.attention import attention
-from qvla_jax.models.linear import Linear
-from qvla_jax.models.llama import (
+from qvla_jax.families.prismatic.config import LlamaConfig, preset
+from qvla_jax.families.prismatic.network.llama import (
     LlamaModel,
     apply_rotary,
     bidirectional_mask,
     causal_mask,
     rotary_angles,
 )
-from qvla_jax.models.vision import PatchEmbed
+from qvla_jax.families.prismatic.network.vision import PatchEmbed
+from qvla_jax.models.attention import attention
+from qvla_jax.models.linear import Linear
 
 
 def _normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qvla_jax.inference import Policy, load_policy
-from qvla_jax.models import (
+from qvla_jax.families.prismatic.network import (
     ModelInputs,
     UniVLA,
     action_decoder,
-    action_head,
     llama,
     projector,
     vision,
 )
+from qvla_jax.families.prismatic.network.openvla import Autoregressive
+from qvla_jax.inference import Policy, load_policy
+from qvla_jax.models import action_head
 from qvla_jax.models.linear import Linear
-from qvla_jax.models.openvla import Autoregressive
 from qvla_jax.models.surgery import named_modules
 
 from .trim import FIXTURES, PLACES_STEP

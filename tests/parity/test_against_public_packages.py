@@ -19,9 +19,13 @@ import pytest
 from flax import nnx
 
 from qvla_jax.checkpoints.weights import assign_tensors
-from qvla_jax.config import LlamaConfig, VisionTowerConfig
-from qvla_jax.models.llama import LlamaForCausalLM, bidirectional_mask, causal_mask
-from qvla_jax.models.vision import VisionBackbone
+from qvla_jax.families.prismatic.config import LlamaConfig, VisionTowerConfig
+from qvla_jax.families.prismatic.network.llama import (
+    LlamaForCausalLM,
+    bidirectional_mask,
+    causal_mask,
+)
+from qvla_jax.families.prismatic.network.vision import VisionBackbone
 
 from .reference import RELATIVE
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qvla_jax.checkpoints import lora
-from qvla_jax.models import ModelInputs, openvla, projector, vision
+from qvla_jax.families.prismatic.checkpoint import lora
+from qvla_jax.families.prismatic.network import ModelInputs, openvla, projector, vision
 from qvla_jax.models.surgery import named_modules
 
 from .reference import Reference, stages

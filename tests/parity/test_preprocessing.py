@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qvla_jax.inference.images import crop_center, jpeg_round_trip, reference_chain, resize_lanczos3
-from qvla_jax.inference.normalization import Normalizer
-from qvla_jax.models import action_bins
+from qvla_jax.families.prismatic.images import (
+    crop_center,
+    jpeg_round_trip,
+    reference_chain,
+    resize_lanczos3,
+)
+from qvla_jax.families.prismatic.network import action_bins
+from qvla_jax.families.prismatic.normalization import Normalizer
 
 from .trim import FIXTURES
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from qvla_jax.models import ModelInputs
+from qvla_jax.families.prismatic.network import ModelInputs
 
 from .reference import RELATIVE, recording
 from .trim import PLACES_STEP

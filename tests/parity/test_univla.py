@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from qvla_jax.errors import InputError
+from qvla_jax.families.prismatic.network import action_decoder
+from qvla_jax.families.prismatic.network.openvla import RollOut
 from qvla_jax.inference.ensembling import TemporalEnsemble
-from qvla_jax.models import action_decoder, get_module
-from qvla_jax.models.openvla import RollOut
+from qvla_jax.models import get_module
 
 from .trim import PLACES_STEP
 

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
-from qvla_jax.inference.word_tokenizer import word_tokenizer
+from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 _METADATA = (

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from qvla_jax import data
-from qvla_jax.config import preset
 from qvla_jax.data.libero.recorded import Recording, save_recording
 from qvla_jax.errors import DatasetError, InputError, QvlaError
 from qvla_jax.evaluation.libero import ExpertPolicy, expert_hash, noise_of
 from qvla_jax.evaluation.workers import Worker, serve
+from qvla_jax.families.prismatic.config import preset
 from qvla_jax.pipeline import collect as stage
 from qvla_jax.pipeline.collect import CollectConfig
 

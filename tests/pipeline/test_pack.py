@@ -8,14 +8,14 @@ import pytest
 from flax import nnx
 
 from qvla_jax import kernels
-from qvla_jax.checkpoints.export import synthesize
 from qvla_jax.checkpoints.packed_file import PackedFile
-from qvla_jax.config import preset
 from qvla_jax.errors import InputError
+from qvla_jax.families.prismatic.checkpoint.export import synthesize
+from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
-from qvla_jax.inference.word_tokenizer import word_tokenizer
 from qvla_jax.models import named_modules
 from qvla_jax.pipeline import PackConfig, pack
 from qvla_jax.quantization.quantizer import NEAREST_UNCORRECTED, Quantizer

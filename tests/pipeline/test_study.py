@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from qvla_jax import pipeline
-from qvla_jax.baselines import Measurements
-from qvla_jax.baselines.packing import described
-from qvla_jax.baselines.registry import METHODS, Method
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.evaluation.workers import Worker, serve
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.quantize import quantize_uniform
+from qvla_jax.methods import Measurements
+from qvla_jax.methods.packing import described
+from qvla_jax.methods.registry import METHODS, Method
 from qvla_jax.pipeline import StudyConfig, closed_loop, files
 from qvla_jax.pipeline.methods import method_file
 from qvla_jax.quantization import LayerRules

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qvla_jax.baselines import Measurements
+from qvla_jax.methods import Measurements
 from qvla_jax.quantization import QuantizerSettings
 from qvla_jax.sensitivity import sensitivities
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from qvla_jax import load_policy
-from qvla_jax.config import PRESETS
 from qvla_jax.data import calibration_set
 from qvla_jax.errors import InputError
+from qvla_jax.families.prismatic.config import PRESETS
 from qvla_jax.inference.policy import random_policy
 from qvla_jax.mapping import region_of
 from qvla_jax.quantization import QuantizerSettings

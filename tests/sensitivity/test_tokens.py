@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qvla_jax.config import preset
 from qvla_jax.data.calibration import calibration_set
+from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.network import make_model
+from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
 from qvla_jax.inference.policy import make_policy
-from qvla_jax.inference.word_tokenizer import word_tokenizer
-from qvla_jax.models import make_model
 from qvla_jax.sensitivity import sensitivities, validate
 
 

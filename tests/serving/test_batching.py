@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qvla_jax.config import LatentActionConfig, preset
 from qvla_jax.errors import PolicyError
+from qvla_jax.families.prismatic.config import LatentActionConfig, preset
+from qvla_jax.families.prismatic.network import make_model
+from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
 from qvla_jax.inference import Policy
 from qvla_jax.inference import policy as policy_module
 from qvla_jax.inference.policy import make_policy
-from qvla_jax.inference.word_tokenizer import word_tokenizer
-from qvla_jax.models import make_model
 from qvla_jax.serving.batching import Batcher, batch_sizes
 
 

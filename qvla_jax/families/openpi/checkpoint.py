@@ -23,8 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvla_jax.atomic import write_json
-from qvla_jax.checkpoints.export import check_empty
-from qvla_jax.checkpoints.huggingface import read_json
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.openpi import torch_file
 from qvla_jax.families.openpi.config import (
@@ -40,6 +38,8 @@ from qvla_jax.families.openpi.lora import Adapters
 from qvla_jax.families.openpi.names import Slot, parameters, public_shapes, slots
 from qvla_jax.families.openpi.network import FlowMatching, abstract_model
 from qvla_jax.families.openpi.orbax_tree import Parts, StoredTree, write_tree
+from qvla_jax.families.prismatic.checkpoint.export import check_empty
+from qvla_jax.families.prismatic.checkpoint.huggingface import read_json
 from qvla_jax.plain import from_plain, to_plain
 
 PARAMS: Final = "params"

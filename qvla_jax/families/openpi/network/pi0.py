@@ -17,7 +17,7 @@ from qvla_jax.array_typing import AnyArray, Array, Bool, Float, Float32, Int, UI
 from qvla_jax.families.openpi.config import OpenpiConfig
 from qvla_jax.families.openpi.network.gemma import Gemma, KeysValues, Modulations
 from qvla_jax.families.openpi.network.siglip import Siglip
-from qvla_jax.models.assembly import abstract
+from qvla_jax.models.abstract import abstract
 from qvla_jax.models.linear import Linear
 
 # Shortest and longest period of the time embedding; t runs from 0 to 1.

@@ -1,0 +1,1 @@
+"""Prismatic policies: OpenVLA, OpenVLA-OFT, UniVLA, and small ones of their kind."""

@@ -1,0 +1,1 @@
+"""The public directories of OpenVLA, OpenVLA-OFT and UniVLA."""
