@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from qvla_jax.checkpoints.declared import Follow, Ignore, Only, shown
 from qvla_jax.errors import CheckpointError
+from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint import keys
 from qvla_jax.families.prismatic.checkpoint.huggingface import check_tokenizer, read_config
 from qvla_jax.families.prismatic.checkpoint.lora import merge_adapter
-from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
 from qvla_jax.families.prismatic.network import make_model
 from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
 from qvla_jax.inference import load_policy
