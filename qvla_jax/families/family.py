@@ -18,6 +18,7 @@ from flax import nnx
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.checkpoints.weights import Source
 from qvla_jax.errors import InputError
+from qvla_jax.families.layout import Layout
 from qvla_jax.families.observations import ObservationSpec
 from qvla_jax.families.options import LoadOptions
 from qvla_jax.models.abstract import abstract
@@ -243,6 +244,10 @@ class Family(abc.ABC):
             dtype: of all parameters; float32 by default. The arithmetic's does not change.
         """
         return abstract(lambda rngs: self.make_model(config, rngs=rngs), dtype=dtype)
+
+    @abc.abstractmethod
+    def layout(self, config: Any) -> Layout:
+        """What the street knows of the network, as data."""
 
     def conditioning(self, model: Any) -> Any:
         """What every call reads and no observation changes, computed once for a policy.

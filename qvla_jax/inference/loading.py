@@ -237,7 +237,8 @@ def _load_packed(path: Path, options: LoadOptions) -> Policy:
     # Neighbors in the model follow one another.
     names = sorted(file.layers, key=lambda name: name.rpartition("."))
     weights = ((name, file.weight(name)) for name in names)
-    replace_by_packed(model, weights, {name: file.inputs(name) for name in names})
+    inputs = {name: file.inputs(name) for name in names}
+    replace_by_packed(model, weights, inputs, same_input=family.layout(config).same_input)
     assign_tensors(model, file.tensors, source=str(path))
     place: Callable[[str], str] = lambda name: f"{path}: {name}"  # noqa: E731
     policy = make_policy(config, model, file.files, statistics, source=place)

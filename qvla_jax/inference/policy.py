@@ -18,6 +18,7 @@ from qvla_jax.array_typing import Array, Float
 from qvla_jax.checkpoints.weights import Source, public_items
 from qvla_jax.errors import InputError
 from qvla_jax.families.family import Family, Processor
+from qvla_jax.families.layout import Layout
 from qvla_jax.families.observations import ObservationSpec
 from qvla_jax.families.registry import family_of
 from qvla_jax.inference import saving
@@ -85,6 +86,11 @@ class Policy:
     def family(self) -> Family:
         """The kind of policy, which answers all that this class does not know."""
         return family_of(self.config)
+
+    @property
+    def layout(self) -> Layout:
+        """Names of the network's modules and numbers of a call, for everything behind it."""
+        return self.family.layout(self.config)
 
     @property
     def observation(self) -> ObservationSpec:

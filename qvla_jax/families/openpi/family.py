@@ -12,6 +12,7 @@ from qvla_jax.atomic import write_bytes
 from qvla_jax.checkpoints.weights import Source
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family, Parts
+from qvla_jax.families.layout import Layout
 from qvla_jax.families.observations import ObservationSpec
 from qvla_jax.families.openpi.checkpoint import (
     ASSETS,
@@ -26,6 +27,7 @@ from qvla_jax.families.openpi.checkpoint import (
     step_folder,
 )
 from qvla_jax.families.openpi.config import PRESETS, OpenpiConfig
+from qvla_jax.families.openpi.layout import layout
 from qvla_jax.families.openpi.names import parameters
 from qvla_jax.families.openpi.network import Conditioning, FlowMatching, make_model
 from qvla_jax.families.openpi.processor import Processor, make_processor
@@ -67,6 +69,9 @@ class OpenpiFamily(Family):
 
     def make_model(self, config: OpenpiConfig, *, rngs: nnx.Rngs) -> FlowMatching:
         return make_model(config, rngs=rngs)
+
+    def layout(self, config: OpenpiConfig) -> Layout:
+        return layout(config)
 
     def conditioning(self, model: FlowMatching) -> Conditioning:
         return model.conditioning(model.times[None])

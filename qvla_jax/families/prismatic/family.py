@@ -20,6 +20,7 @@ from qvla_jax.checkpoints.files import (
 from qvla_jax.checkpoints.weights import Source, check_shapes, file_named
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family, Parts
+from qvla_jax.families.layout import Layout
 from qvla_jax.families.observations import ObservationSpec
 from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic import specs, unread
@@ -33,6 +34,7 @@ from qvla_jax.families.prismatic.checkpoint.huggingface import (
 )
 from qvla_jax.families.prismatic.checkpoint.univla import check_latent_tokens
 from qvla_jax.families.prismatic.config import CAMERA_KEYS, PRESETS, OpenVLAConfig
+from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.families.prismatic.network import Prismatic, make_model
 from qvla_jax.families.prismatic.processor import Processor, make_processor, read_tokenizer
 from qvla_jax.families.prismatic.word_tokenizer import word_files
@@ -92,6 +94,9 @@ class PrismaticFamily(Family):
 
     def make_model(self, config: OpenVLAConfig, *, rngs: nnx.Rngs) -> Prismatic:
         return make_model(config, rngs=rngs)
+
+    def layout(self, config: OpenVLAConfig) -> Layout:
+        return layout(config)
 
     def decodes(self, config: OpenVLAConfig) -> bool:
         return config.decoding != "l1"

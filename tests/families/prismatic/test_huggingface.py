@@ -23,7 +23,7 @@ from qvla_jax.families.prismatic.word_tokenizer import word_files, word_tokenize
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.policy import make_policy
 
-from .torch_files import save
+from ...checkpoints.torch_files import save
 
 STATISTICS = {
     "libero_x": {
