@@ -100,8 +100,8 @@ def test_unknown_solver_suggests_a_close_match(complaint, policy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_sensitivity_method_suggests_a_close_match(complaint, policy, tmp_path):
-    message = complaint(*run_arguments(policy, tmp_path / "out", "--method", "jacobi"))
+def test_unknown_estimator_suggests_a_close_match(complaint, policy, tmp_path):
+    message = complaint(*run_arguments(policy, tmp_path / "out", "--estimator", "jacobi"))
     assert "jacobian" in message
     assert not (tmp_path / "out").exists()
 

@@ -10,6 +10,7 @@ import pytest
 from qvla_jax import pipeline
 from qvla_jax.errors import InputError
 from qvla_jax.inference import load_policy, random_policy
+from qvla_jax.methods.measurements import MEASUREMENTS
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.quantize import packed_bits
@@ -30,7 +31,8 @@ def test_every_file_is_there_and_nothing_half_written(content, config, written):
         files.TIMES,
         files.RUN_TIMES,
         "sensitivity_input_hessian.safetensors",
-        files.VALIDATION,
+        files.RANKS,
+        MEASUREMENTS,
         files.ALLOCATION,
         files.POLICY,
         files.EVALUATION,

@@ -11,7 +11,7 @@ from flax import nnx
 from qvla_jax.errors import InputError
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.models import get_module
-from qvla_jax.sensitivity import METHODS, joint_error, sensitivities, spearman, validate
+from qvla_jax.sensitivity import ESTIMATORS, joint_error, sensitivities, spearman, validate
 from qvla_jax.sensitivity.batches import FirstFrames
 from qvla_jax.sensitivity.joint import alternate
 from qvla_jax.sensitivity.strata import module_type
@@ -30,7 +30,7 @@ def table(policy, frames):
     return sensitivities(policy, frames, probes="full", batch=4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ESTIMATORS)
 def test_every_method_fills_the_same_table(policy, frames, index, method):
     seen = []
     table = sensitivities(
