@@ -335,9 +335,9 @@ def test_the_other_form_of_a_command_is_repeated_as_such(tmp_path, monkeypatch):
     arguments = ["quantize", "--method", "gptq-w4", "rtn-w3", "--out", str(tmp_path)]
     assert cli.main(arguments) == cli.DONE
     settings = tmp_path / "quantize-method.config.json"
-    assert cli.main(["quantize", "--config", str(settings), "--seed", "3"]) == cli.DONE
+    assert cli.main(["quantize", "--config", str(settings), "--model", "tiny"]) == cli.DONE
     assert [config.method for config in seen] == [("gptq-w4", "rtn-w3")] * 2
-    assert [config.seed for config in seen] == [0, 3]
+    assert [config.model for config in seen] == ["libero-mini", "tiny"]
 
 
 RESULT = output.Result({}, ())

@@ -83,7 +83,8 @@ class Measurements:
         self.policy, self.calibration, self.rules = policy, calibration, rules
         self.progress = progress
         self._options, self._probes, self._share, self._seed = options, probes, exact_share, seed
-        self._mesh, self._split, self._streamed = mesh, split_weights, streamed
+        self._mesh = sharding.sweep_mesh() if mesh is None else mesh
+        self._split, self._streamed = split_weights, streamed
         self._folder = folder
         if moments is not None:
             self.moments = moments
@@ -110,6 +111,8 @@ class Measurements:
             "policy": self.policy.fingerprint,
             "calibration": self.calibration.manifest["sha256"],
             "rules": dataclasses.asdict(self.rules),
+            "mesh": dict(self._mesh.shape),
+            "split weights": self._split,
             "streamed": self._streamed,
         }
 

@@ -5,6 +5,7 @@ import functools
 
 import numpy as np
 
+from qvla_jax import allocation
 from qvla_jax.array_typing import Int
 from qvla_jax.errors import InputError
 from qvla_jax.inference.packed_linear import packed_layers
@@ -84,6 +85,9 @@ def allocate(recipe: Recipe, table: SensitivityTable, budget_bits: float) -> Int
     Raises:
         BudgetError: even the smallest option of every channel exceeds it.
     """
+    if recipe.budget == "bytes" and recipe.unit == "channel":
+        found = allocation.allocate(table, budget_bits=budget_bits, solver=recipe.solver)
+        return found.bits
     if recipe.budget == "codes":
         sizes = np.broadcast_to(np.asarray(table.bits, np.int64), table.costs.shape).copy()
         problem = AllocationProblem(
