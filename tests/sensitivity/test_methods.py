@@ -141,7 +141,7 @@ def test_a_table_of_other_layers_is_not_validated(frames, table):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "hessian"}, "unknown sensitivity method 'hessian'"),
+        ({"method": "hessian"}, "unknown estimator 'hessian'"),
         ({"bits": (0, 5)}, "distinct options"),
         ({"bits": (4, 4)}, "distinct options"),
         ({"bits": (16,)}, "distinct options"),
