@@ -25,7 +25,7 @@ from qvla_jax.inference.quantize import policy_index
 from qvla_jax.methods.moments import InputMoments, input_moments
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance, source_digest
-from qvla_jax.quantization import DEFAULT_RULES, InputStatistics, LayerRules, QuantizerSettings
+from qvla_jax.quantization import InputStatistics, LayerRules, QuantizerSettings
 from qvla_jax.quantization.statistics import Weighting
 from qvla_jax.sensitivity import SensitivityTable, SweepStore, sensitivities
 from qvla_jax.sensitivity.batches import Calibration
@@ -51,7 +51,7 @@ class Measurements:
         policy: Policy,
         calibration: Calibration,
         *,
-        rules: LayerRules = DEFAULT_RULES,
+        rules: LayerRules | None = None,
         options: tuple[int, ...] = OPTIONS,
         probes: int = 8,
         exact_share: float = DEFAULT_SHARE,
@@ -68,7 +68,7 @@ class Measurements:
         Args:
             policy: full precision.
             calibration: the only frames that are used.
-            rules: which layers are quantized.
+            rules: which layers are quantized; None takes those of the policy's layout.
             options: bits that are measured at a time; a table of fewer is a part of theirs.
             probes: as in `sensitivities`, like all up to `streamed`.
             exact_share: see `probes`.
@@ -80,7 +80,8 @@ class Measurements:
             folder: a run's folder, for later commands; None keeps nothing.
             progress: reports progress.
         """
-        self.policy, self.calibration, self.rules = policy, calibration, rules
+        self.policy, self.calibration = policy, calibration
+        self.rules = policy.layout.rules if rules is None else rules
         self.progress = progress
         self._options, self._probes, self._share, self._seed = options, probes, exact_share, seed
         self._mesh = sharding.sweep_mesh() if mesh is None else mesh

@@ -293,7 +293,7 @@ def _recorded(
     """
     wanted = [
         stage
-        for stage in stage_paths(policy.model)
+        for stage in stage_paths(policy.model, policy.layout)
         if any(path.startswith(f"{stage}.") for path in paths)
     ]
     graphdef, state = nnx.split(policy.model)

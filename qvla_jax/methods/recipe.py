@@ -33,7 +33,7 @@ class Recipe:
     options: tuple[int, ...] | None = None
     estimator: str = "jacobian"
     joint: bool = True
-    # Weight of the squared error of the gripper, the last action dimension; each other one has 1.
+    # Weight of the squared error of the grippers' entries of the action; each other one has 1.
     gripper: float = 1
 
     # Allocate: the solver, whether it chooses for channels or whole layers, and what the budget

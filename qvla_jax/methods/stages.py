@@ -19,7 +19,7 @@ from qvla_jax.methods.recipes import RECIPES, check_setting
 from qvla_jax.methods.settings import Setting
 from qvla_jax.methods.tuning import tune
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization import DEFAULT_RULES, LayerRules, Quantizer, QuantizerSettings
+from qvla_jax.quantization import LayerRules, Quantizer, QuantizerSettings
 from qvla_jax.sensitivity import SensitivityTable
 from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.joint import alternate
@@ -32,7 +32,7 @@ def quantize_by(
     name: str,
     *,
     measured: Measurements | None = None,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     progress: Progress = no_progress,
 ) -> Policy:
     """The policy quantized by a method, running from packed weights.
@@ -43,7 +43,7 @@ def quantize_by(
         name: METHOD-wBITS[aBITS][-gGROUP], such as "gptq-w4"; see `RECIPES`.
         measured: shared measurements on the same policy and frames; their rules and progress then
             apply.
-        rules: which layers are quantized.
+        rules: which layers are quantized; None takes those of the policy's layout.
         progress: reports progress.
 
     Raises:
@@ -75,7 +75,8 @@ def measure(
     assert recipe.options is not None
     weights = None
     if recipe.gripper != 1:
-        weights = (1.0,) * (measured.policy.config.action_dim - 1) + (recipe.gripper,)
+        layout, count = measured.policy.layout, measured.policy.config.action_dim
+        weights = layout.action_weights(dict.fromkeys(layout.grippers, recipe.gripper), count)
     return measured.table(recipe.estimator, quantizer, recipe.options, recipe.joint, weights)
 
 

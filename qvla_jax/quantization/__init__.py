@@ -3,14 +3,13 @@
 from qvla_jax.quantization.codes import BITS
 from qvla_jax.quantization.grid import dequantize_rows, quantize_rows
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
-from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+from qvla_jax.quantization.layers import LayerRules, quantizable_layers
 from qvla_jax.quantization.layout import option_sizes, row_bytes, stored_bytes, uniform_bytes
 from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
 from qvla_jax.quantization.statistics import InputStatistics
 
 __all__ = [
     "BITS",
-    "DEFAULT_RULES",
     "ChannelIndex",
     "InputStatistics",
     "LayerInfo",
