@@ -43,6 +43,22 @@ _SWEEP: Final = "sweep"
 Measured = TypeVar("Measured", InputStatistics, SensitivityTable)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """How sensitivities are swept, as `sensitivities` takes it."""
+
+    probes: int = 8
+    exact_share: float = DEFAULT_SHARE
+    seed: int = 0
+    mesh: Mesh = dataclasses.field(default_factory=sharding.sweep_mesh)
+    split_weights: bool = False
+    streamed: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings as JSON types."""
+        return {**vars(self), "mesh": dict(self.mesh.shape)}
+
+
 class Measurements:
     """Measures on first use and keeps the result."""
 
@@ -53,12 +69,7 @@ class Measurements:
         *,
         rules: LayerRules | None = None,
         options: tuple[int, ...] = OPTIONS,
-        probes: int = 8,
-        exact_share: float = DEFAULT_SHARE,
-        seed: int = 0,
-        mesh: Mesh | None = None,
-        split_weights: bool = False,
-        streamed: bool = False,
+        sweep: Sweep | None = None,
         moments: Moments | None = None,
         folder: Path | None = None,
         progress: Progress = no_progress,
@@ -70,12 +81,7 @@ class Measurements:
             calibration: the only frames that are used.
             rules: which layers are quantized; None takes those of the policy's layout.
             options: bits that are measured at a time; a table of fewer is a part of theirs.
-            probes: as in `sensitivities`, like all up to `streamed`.
-            exact_share: see `probes`.
-            seed: see `probes`.
-            mesh: see `probes`.
-            split_weights: see `probes`.
-            streamed: see `probes`.
+            sweep: settings of the sweep; None takes the defaults.
             moments: of the layers' inputs, if they are known already.
             folder: a run's folder, for later commands; None keeps nothing.
             progress: reports progress.
@@ -83,10 +89,8 @@ class Measurements:
         self.policy, self.calibration = policy, calibration
         self.rules = policy.layout.rules if rules is None else rules
         self.progress = progress
-        self._options, self._probes, self._share, self._seed = options, probes, exact_share, seed
-        self._mesh = sharding.sweep_mesh() if mesh is None else mesh
-        self._split, self._streamed = split_weights, streamed
-        self._folder = folder
+        self._options, self._folder = options, folder
+        self._sweep = Sweep() if sweep is None else sweep
         if moments is not None:
             self.moments = moments
         # What was measured here, in place of being read.
@@ -105,28 +109,27 @@ class Measurements:
     @functools.cached_property
     def _made_from(self) -> dict[str, Any]:
         """What every measurement depends on."""
-        known = provenance(seed=self._seed)
+        known = provenance(seed=self._sweep.seed)
         return {
             **{key: known[key] for key in ("packages", "python", "machine", "device", "seed")},
             "code": source_digest(),
             "policy": self.policy.fingerprint,
             "calibration": self.calibration.manifest["sha256"],
             "rules": dataclasses.asdict(self.rules),
-            "mesh": dict(self._mesh.shape),
-            "split weights": self._split,
-            "streamed": self._streamed,
+            "mesh": dict(self._sweep.mesh.shape),
+            "streamed": self._sweep.streamed,
         }
 
     def _statistics(self, weighting: Weighting) -> InputStatistics:
         def measure() -> InputStatistics:
-            index = policy_index(self.policy, self.rules)
-            if self._streamed:
+            index, seed = policy_index(self.policy, self.rules), self._sweep.seed
+            if self._sweep.streamed:
                 return streamed_means(
-                    self.policy, self.calibration, index, seed=self._seed, progress=self.progress
+                    self.policy, self.calibration, index, seed=seed, progress=self.progress
                 )
             return input_statistics(
-                self.policy, self.calibration, index, weighting=weighting, seed=self._seed,
-                mesh=self._mesh, progress=self.progress,
+                self.policy, self.calibration, index, weighting=weighting, seed=seed,
+                mesh=self._sweep.mesh, progress=self.progress,
             )  # fmt: skip
 
         def save(statistics: InputStatistics, path: Path) -> None:
@@ -144,11 +147,9 @@ class Measurements:
         def measure() -> SensitivityTable:
             return sensitivities(
                 self.policy, self.calibration, method=estimator, bits=self._options,
-                quantizer=quantizer, statistics=statistics, probes=self._probes,
-                exact_share=self._share, seed=self._seed, mesh=self._mesh,
-                split_weights=self._split, streamed=self._streamed, joint=False, rules=self.rules,
+                quantizer=quantizer, statistics=statistics, joint=False, rules=self.rules,
                 action_weights=None if weights is None else np.asarray(weights),
-                store=store, progress=self.progress,
+                store=store, progress=self.progress, **vars(self._sweep),
             )  # fmt: skip
 
         load = functools.partial(SensitivityTable.load, statistics=statistics)
@@ -202,8 +203,7 @@ class Measurements:
             "weights": weights,
             "options": options,
             "measured options": self._options,
-            "probes": self._probes,
-            "exact share": self._share,
+            "sweep": self._sweep.to_json(),
         }
 
     def _kept(

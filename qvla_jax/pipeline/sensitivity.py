@@ -11,7 +11,7 @@ from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.errors import BudgetError, InputError, unknown
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.quantize import policy_index
-from qvla_jax.methods.measurements import Measurements
+from qvla_jax.methods.measurements import Measurements, Sweep
 from qvla_jax.methods.recipes import RUN_OPTIONS, RUN_RECIPE
 from qvla_jax.methods.stages import measure
 from qvla_jax.pipeline import files
@@ -61,12 +61,14 @@ def sensitivity(
         policy,
         calibration,
         options=RUN_OPTIONS,
-        probes=config.probes,
-        exact_share=config.exact_share,
-        seed=config.seed,
-        mesh=sharding.sweep_mesh(config.channel_devices),
-        split_weights=config.split_weights,
-        streamed=config.streamed,
+        sweep=Sweep(
+            probes=config.probes,
+            exact_share=config.exact_share,
+            seed=config.seed,
+            mesh=sharding.sweep_mesh(config.channel_devices),
+            split_weights=config.split_weights,
+            streamed=config.streamed,
+        ),
         folder=config.out,
     )
     # Error feedback needs covariances, [k, k] for every layer.
