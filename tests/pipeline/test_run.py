@@ -191,7 +191,7 @@ def copy_of(config, folder):
 def test_what_a_run_measured_is_not_measured_again(content, config, tmp_path, monkeypatch):
     config = dataclasses.replace(copy_of(config, tmp_path / "copy"), thorough=False, validate=0)
     for name in ("input_statistics", "sensitivities", "joint_factors"):
-        monkeypatch.setattr(measurements, name, pytest.fail)
+        monkeypatch.setattr(measurements, name, lambda *_, **__: pytest.fail("measured again"))
     before, seconds = (config.out / name for name in (files.SENSITIVITY, files.TIMES))
     before, seconds = before.read_bytes(), seconds.read_bytes()
     pipeline.sensitivity(config)
@@ -199,7 +199,7 @@ def test_what_a_run_measured_is_not_measured_again(content, config, tmp_path, mo
     assert (config.out / files.TIMES).read_bytes() == seconds
     names = ("feedback-w4",)
     pipeline.quantize_by_methods(MethodConfig(out=config.out, model=config.model, method=names))
-    with pytest.raises(pytest.fail.Exception):
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
         pipeline.sensitivity(dataclasses.replace(config, seed=1))
 
 
