@@ -51,6 +51,9 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         raise files.stale(config.out / files.EVALUATION, "evaluate")
 
     chosen = allocations.chosen
+    # Files of earlier versions have no short names.
+    known = evaluation.get("short_names", {})
+    names = [known.get(path, path) for path in tables[0].index.paths]
     methods, sweep = split_methods(evaluation["methods"], chosen.budget_bits)
     content = {
         "format": KIND,
@@ -68,7 +71,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         "methods": methods,
         "sweep": sweep,
         "allocations": [describe_allocation(a) for a in allocations.items],
-        "layers": describe_layers(tables[0], chosen),
+        "layers": describe_layers(tables[0], chosen, names),
         "seconds": {
             "sensitivity": load_seconds(config.out, tables[0].method),
             "allocate": sum(a.seconds for a in allocations.items),
@@ -83,7 +86,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         summary = files.read_json(config.simulation / files.CLOSED_LOOP, kind=SUMMARY_KIND)
         content["closed_loop"] = summary
         rollouts = choose_rollouts(config.simulation / VIDEO_FOLDER, summary)
-    page = render(content, _map(tables[0]), rollouts=rollouts)
+    page = render(content, _map(tables[0], names), rollouts=rollouts)
     write_json(config.out / files.REPORT_JSON, content)
     write_text(config.out / files.REPORT_HTML, page)
     progress("report", 1, 1)
@@ -150,16 +153,25 @@ def describe_allocation(allocation: Allocation) -> dict[str, Any]:
     }
 
 
-def describe_layers(table: SensitivityTable, allocation: Allocation) -> list[dict[str, Any]]:
-    """Summarizes each layer: its size, its bits, and how sensitive its channels are."""
+def describe_layers(
+    table: SensitivityTable, allocation: Allocation, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Summarizes each layer: its size, its bits, and how sensitive its channels are.
+
+    Args:
+        table: costs.
+        allocation: bits.
+        names: the layers' short names.
+    """
     layers = []
-    for layer, rows in table.index.items():
+    for name, (layer, rows) in zip(names, table.index.items(), strict=True):
         bits = allocation.bits[rows]
         widths, counts = np.unique(bits, return_counts=True)
         costs = table.costs[rows]
         layers.append(
             {
                 "path": layer.path,
+                "name": name,
                 "out_features": layer.out_features,
                 "fan_in": layer.fan_in,
                 "channels_by_bits": {str(w): int(n) for w, n in zip(widths, counts, strict=True)},
@@ -177,5 +189,5 @@ def describe_layers(table: SensitivityTable, allocation: Allocation) -> list[dic
     return layers
 
 
-def _map(table: SensitivityTable) -> SensitivityMap:
-    return SensitivityMap(table.index.paths, table.index.offsets.tolist(), table.bits, table.costs)
+def _map(table: SensitivityTable, names: Sequence[str]) -> SensitivityMap:
+    return SensitivityMap(names, table.index.offsets.tolist(), table.bits, table.costs)

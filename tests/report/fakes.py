@@ -150,7 +150,7 @@ def fake_report():
         },
         "layers": [
             {
-                "path": path, "out_features": n, "fan_in": 64, "average_bits": 3.4,
+                "path": path, "name": path, "out_features": n, "fan_in": 64, "average_bits": 3.4,
                 "channels_by_bits": {"0": n // 8, "2": n // 4, "4": n // 2, "8": n // 8},
             }
             for path, n in LAYERS.items()
