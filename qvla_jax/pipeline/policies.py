@@ -54,8 +54,8 @@ def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
         remedy="name the policy that the run was made with",
     )
     table = load_tables(folder)[0]
-    bits = allocations.at(budget).bits if budget else allocations.chosen.bits
-    return quantize(policy, bits, quantizer=table.quantizer, packed=False)
+    allocation = allocations.at(budget) if budget else allocations.chosen
+    return quantize(policy, allocation, quantizer=table.quantizer, packed=False)
 
 
 def model_of(name: str) -> tuple[str, str]:
