@@ -122,11 +122,11 @@ def _additivity(
     for done, budget in enumerate(config.budgets):
         progress("additivity", done, len(config.budgets))
         bits = table.bits_of(solve(table.problem(budget_bits=budget), "greedy:marginal"))
-        quantized = quantize(policy, bits, packed=False)
+        quantized = quantize(policy, bits, quantizer=table.quantizer, packed=False)
         rows.append(
             {
                 "budget_bits": budget,
-                "pruned": float(np.mean(np.asarray(bits) == 0)),
+                "pruned": float(np.mean(bits == 0)),
                 "summed": single.predicted(bits),
                 "predicted": table.predicted(bits),
                 "measured_calibration": joint_error(policy, quantized, calibration),

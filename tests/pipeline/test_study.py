@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import multiprocessing
-import threading
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ import pytest
 from qvla_jax import pipeline
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.evaluation.workers import Worker, serve
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.quantize import quantize_uniform
 from qvla_jax.methods import RECIPES, Measurements, Recipe
@@ -21,6 +18,8 @@ from qvla_jax.pipeline import StudyConfig, closed_loop, files
 from qvla_jax.pipeline import methods as methods_stage
 from qvla_jax.pipeline.methods import method_file
 from qvla_jax.quantization import LayerRules
+
+from ..simulators import start_thread
 
 # What the module looks up; the package's name of it is the function.
 STUDY = pipeline.study.__wrapped__.__globals__
@@ -69,26 +68,6 @@ class Count:
 
     def close(self):
         pass
-
-
-class InThread:
-    exitcode = None
-
-    def __init__(self, thread):
-        self.thread = thread
-
-    def terminate(self):
-        pass
-
-    def join(self, timeout):
-        self.thread.join(timeout)
-
-
-def start_thread(make):
-    ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=serve, args=(theirs, make), daemon=True)
-    thread.start()
-    return Worker(InThread(thread), ours)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from qvla_jax import pipeline
+from qvla_jax.allocation import allocate
 from qvla_jax.data.calibration import calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.inference import load_policy
@@ -16,7 +17,6 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.report.validation import validation_tables
 from qvla_jax.sensitivity import sensitivities, spearman
-from qvla_jax.solvers import solve
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,9 @@ def test_the_measured_joint_error_is_that_of_the_quantized_policy(validation, se
     policy, table = load_policy(settings.model), load_tables(settings.out)[0]
     heldout = calibration_set("bundled", frames=5, seed=0, split="heldout", horizon=8)
     for row in validation["additivity"]:
-        bits = table.bits_of(
-            solve(table.problem(budget_bits=row["budget_bits"]), "greedy:marginal")
-        )
+        allocation = allocate(table, budget_bits=row["budget_bits"])
         (batch,) = heldout.batches(5)
-        quantized = quantize(policy, bits, packed=False)
+        quantized = quantize(policy, allocation, packed=False)
         change = quantized.infer_normalized(batch) - policy.infer_normalized(batch)
         measured = np.mean(np.sum(change.astype(np.float64) ** 2, axis=(1, 2)))
         assert row["measured_heldout"] == pytest.approx(measured, rel=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 from flax import nnx
 
+from qvla_jax.allocation import allocate
 from qvla_jax.errors import InputError
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.models import get_module
@@ -15,7 +16,6 @@ from qvla_jax.sensitivity import ESTIMATORS, joint_error, sensitivities, spearma
 from qvla_jax.sensitivity.batches import FirstFrames
 from qvla_jax.sensitivity.joint import alternate
 from qvla_jax.sensitivity.validation import sample_channels
-from qvla_jax.solvers import solve
 
 from .toys import LLM, ToyFrames, toy_policy
 
@@ -104,11 +104,10 @@ def test_alternation_takes_the_allocation_with_the_smallest_measured_error(polic
 
 
 def test_the_walk_from_table_to_quantized_policy(policy, frames, table):
-    solution = solve(table.problem(budget_bits=12.0), "greedy:marginal")
-    bits = table.bits_of(solution)
-    quantized = quantize(policy, bits, packed=False)
+    allocation = allocate(table, budget_bits=12.0)
+    quantized = quantize(policy, allocation, packed=False)
     assert quantized.quantization["quantizer"]["bias_correction"]
-    measured, predicted = joint_error(policy, quantized, frames), table.predicted(bits)
+    measured, predicted = joint_error(policy, quantized, frames), table.predicted(allocation.bits)
     assert 0.25 < measured / predicted < 4
 
 
