@@ -5,6 +5,7 @@ import dataclasses
 from qvla_jax import devices, pipeline, sharding
 from qvla_jax.output import Result
 from qvla_jax.pipeline import files
+from qvla_jax.plain import to_plain
 from qvla_jax.progress import ProgressBars
 from qvla_jax.report.terminal import spearman_line
 
@@ -33,7 +34,7 @@ def main(config: Config) -> Result:
     with ProgressBars() as progress:
         validation = pipeline.sensitivity(config, progress=progress)
     path = config.out / files.SENSITIVITY
-    content = {"method": config.method, "file": str(path), "validation": validation}
+    content = {"method": config.method, "file": str(path), "validation": to_plain(validation)}
     if not sharding.is_main_process():
         return Result(content, ())
     lines = () if validation is None else (spearman_line(validation, config.method),)

@@ -4,6 +4,7 @@ from qvla_jax import pipeline
 from qvla_jax.output import Result
 from qvla_jax.pipeline import ValidateConfig as Config
 from qvla_jax.pipeline import files
+from qvla_jax.plain import to_plain
 from qvla_jax.progress import ProgressBars
 from qvla_jax.report.study import study_tables
 
@@ -14,4 +15,4 @@ def main(config: Config) -> Result:
         study = pipeline.validate(config, progress=progress)
     tables = [line for table in study_tables(study) for line in (table, "")]
     place = f"Study: {config.out / files.STUDY}, {config.out / files.STUDY_FIGURE}"
-    return Result(study, (*tables, place))
+    return Result(to_plain(study), (*tables, place))

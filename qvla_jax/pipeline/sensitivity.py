@@ -3,7 +3,6 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from qvla_jax import sharding
 from qvla_jax.atomic import write_json
@@ -14,6 +13,7 @@ from qvla_jax.inference.quantize import policy_index
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
+from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.quantization import QuantizerSettings, option_sizes
@@ -24,9 +24,9 @@ from qvla_jax.sensitivity import (
     sensitivities,
     validate,
 )
+from qvla_jax.sensitivity.validation import SavedValidation, Validation
 
 BITS = (0, 2, 4, 8, 16)
-VALIDATION_KIND = "qvla_jax.validation"
 TIMES_KIND = "qvla_jax.sensitivity_times"
 
 
@@ -37,7 +37,7 @@ def sensitivity(
     policy: Policy | None = None,
     calibration: CalibrationSet | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Any] | None:
+) -> Validation | None:
     """Measures the sensitivities and those of the baselines, and validates the former.
 
     Finished items are kept in `out`/sweep until the tables are written: called again with the same
@@ -51,7 +51,7 @@ def sensitivity(
         progress: reports progress.
 
     Returns:
-        The content of validation.json; None if it was skipped.
+        The validation; None if it was skipped.
 
     Raises:
         InputError: there is no calibration manifest, or a method's name is unknown.
@@ -137,10 +137,10 @@ def check_budget(policy: Policy, budget_bits: float) -> None:
         )
 
 
-def load_validation(folder: Path) -> dict[str, Any] | None:
+def load_validation(folder: Path) -> SavedValidation | None:
     """Reads validation.json; None if the validation was skipped."""
     path = folder / files.VALIDATION
-    return files.read_json(path, kind=VALIDATION_KIND) if path.exists() else None
+    return files.read_result(path, SavedValidation) if path.exists() else None
 
 
 def load_seconds(folder: Path, method: str) -> float | None:
@@ -153,7 +153,7 @@ def _write(
     config: SensitivityConfig,
     tables: dict[str, SensitivityTable],
     seconds: dict[str, float],
-    validation: dict[str, Any] | None,
+    validation: Validation | None,
 ) -> None:
     """Replaces all files of this stage, so that none of an earlier run remains."""
     for old in (*config.out.glob("sensitivity*.safetensors"), config.out / files.VALIDATION):
@@ -165,7 +165,7 @@ def _write(
     header = {"format": TIMES_KIND, "version": 1}
     write_json(config.out / files.TIMES, {**header, "seconds": seconds})
     if validation is not None:
-        header = {"format": VALIDATION_KIND, "version": 1}
         made_from = files.made_from(tables[config.method])
-        write_json(config.out / files.VALIDATION, {**header, "made_from": made_from, **validation})
+        saved = SavedValidation(made_from=made_from, **vars(validation))
+        write_json(config.out / files.VALIDATION, to_plain(saved))
     shutil.rmtree(config.out / files.SWEEP, ignore_errors=True)

@@ -11,10 +11,12 @@ from qvla_jax import pipeline
 from qvla_jax.allocation import allocate
 from qvla_jax.data.calibration import calibration_set
 from qvla_jax.errors import InputError
+from qvla_jax.evaluation.sensitivity_study import SensitivityStudy
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
+from qvla_jax.plain import to_plain
 from qvla_jax.report.study import study_tables
 from qvla_jax.sensitivity import sensitivities, spearman
 
@@ -29,15 +31,21 @@ def settings(config):
 
 
 @pytest.fixture(scope="module")
-def study(content, settings):
+def found(content, settings):
     return pipeline.validate(settings)
 
 
-def test_the_file_and_the_picture_are_there(study, settings):
-    assert json.loads((settings.out / files.STUDY).read_text()) == study
+@pytest.fixture(scope="module")
+def study(found, settings):
+    return json.loads((settings.out / files.STUDY).read_text())
+
+
+def test_the_file_and_the_picture_are_there(found, study, settings):
+    assert study == to_plain(found)
+    assert files.read_result(settings.out / files.STUDY, SensitivityStudy) == found
     with Image.open(settings.out / files.STUDY_FIGURE) as picture:
         assert picture.format == "PNG"
-    assert all(table.row_count for table in study_tables(study))
+    assert all(table.row_count for table in study_tables(found))
 
 
 def test_every_method_is_compared_at_every_bit_width(study):
