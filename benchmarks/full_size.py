@@ -36,6 +36,7 @@ from flax import nnx
 import qvla_jax
 from qvla_jax import kernels
 from qvla_jax.families.prismatic.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig, preset
+from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.families.prismatic.network import ModelInputs, abstract_model
 from qvla_jax.families.prismatic.network.llama import (
     LlamaDecoderLayer,
@@ -86,7 +87,8 @@ def random_packed_policy(name: str) -> Policy:
     config, rng = preset(name), np.random.default_rng(0)
     model = abstract_model(config, dtype=jnp.bfloat16)
     drop_unread(model)
-    linears, quantized = named_modules(model, nnx.Linear), quantizable_layers(model)
+    own = layout(config)
+    linears, quantized = named_modules(model, nnx.Linear), quantizable_layers(model, own.rules)
 
     def packed(path: str) -> kernels.PackedWeight:
         k, c = linears[path].kernel.shape
@@ -119,7 +121,8 @@ def random_packed_policy(name: str) -> Policy:
 
     names = sorted(linears, key=lambda path: path.rpartition("."))
     weights = ((path, packed(path)) for path in names)
-    replace_by_packed(model, weights, {path: kernels.LayerInputs(8) for path in quantized})
+    inputs = {path: kernels.LayerInputs(8) for path in quantized}
+    replace_by_packed(model, weights, inputs, same_input=own.same_input)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         values = np.ones if path[-1] in ("scale", "scale_factor") else np.zeros
         table = path[-1] == "embedding"

@@ -37,8 +37,9 @@ from qvla_jax.data.calibration import calibration_set
 from qvla_jax.devices import use_all_cpu_cores
 from qvla_jax.families.prismatic.network import ModelInputs
 from qvla_jax.inference import load_policy
+from qvla_jax.inference.quantize import policy_layers
 from qvla_jax.quantization import InputStatistics, Quantizer, QuantizerSettings
-from qvla_jax.quantization.layers import channel_index, quantizable_layers
+from qvla_jax.quantization.layers import channel_index
 from qvla_jax.sensitivity import input_statistics
 from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import FirstFrames
@@ -112,7 +113,7 @@ def released_proxy(twin: Twin, path: str, batches: list[Any]) -> np.ndarray:
 def forward_operations(policy: Any, layers: dict[str, Any], inputs: Any) -> tuple[int, float]:
     """Of a batch, and which share of the layers' has to run again, averaged over channels."""
     graphdef, state = nnx.split(policy.model)
-    parts = part_paths(policy.model, tuple(layers))
+    parts = part_paths(policy.model, policy.layout, tuple(layers))
     spec = ReplaySpec(graphdef, tuple(layers), parts, one_device_mesh())
     order: list[str] = []
     each: dict[str, int] = {}
@@ -124,7 +125,9 @@ def forward_operations(policy: Any, layers: dict[str, Any], inputs: Any) -> tupl
             each[path] = x.size * layers[path].kernel[...].shape[1]
 
     jax.eval_shape(run, state, inputs)
-    again = [sum(each.get(part, 0) for part in downstream(order, [path])) for path in each]
+    again = [
+        sum(each.get(part, 0) for part in downstream(order, [path], policy.layout)) for path in each
+    ]
     channels = np.array([layers[path].kernel[...].shape[1] for path in each])
     once = product_operations(lambda s, x: nnx.merge(graphdef, s)(x), state, inputs)
     return once, float(again @ channels / channels.sum() / sum(each.values()))
@@ -144,7 +147,7 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     policy = load_policy(arguments.model)
     frames = calibration_set(frames=arguments.frames, horizon=policy.config.action_horizon)
-    layers = quantizable_layers(policy.model)
+    layers = policy_layers(policy)
     index = channel_index(layers)
     statistics = input_statistics(policy, frames, index)
     quantizer = Quantizer(QuantizerSettings(), statistics)

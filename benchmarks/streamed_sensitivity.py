@@ -28,9 +28,10 @@ from qvla_jax.array_typing import Array
 from qvla_jax.data.calibration import calibration_set
 from qvla_jax.devices import use_all_cpu_cores
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.quantize import policy_layers
 from qvla_jax.quantization import Quantizer, QuantizerSettings
 from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.quantization.layers import channel_index, quantizable_layers
+from qvla_jax.quantization.layers import channel_index
 from qvla_jax.sensitivity.accumulate import FrameMean
 from qvla_jax.sensitivity.instrument import hooked_call
 from qvla_jax.sensitivity.jacobian import CONTRACTIONS, streamed_frame_costs
@@ -109,7 +110,7 @@ def main() -> None:
     before = largest_rate()
     started = time.perf_counter()
     policy = load_policy(arguments.directory, mapped=True)
-    layers = quantizable_layers(policy.model)
+    layers = policy_layers(policy)
     index = channel_index(layers)
     rows = [("opening the directory", time.perf_counter() - started, 0)]
     frames = calibration_set(

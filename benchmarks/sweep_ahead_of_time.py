@@ -39,7 +39,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from operations import operations_of
 
 from qvla_jax import sharding
+from qvla_jax.families.layout import Layout
 from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.families.prismatic.network import abstract_model
 from qvla_jax.families.prismatic.specs import inputs_spec
 from qvla_jax.quantization.layers import quantizable_layers
@@ -154,7 +156,7 @@ def by_stage(arguments: argparse.Namespace) -> int:
         model = abstract_model(preset(arguments.preset), dtype=jnp.bfloat16)
         inputs = inputs_spec(preset(arguments.preset), batch_size=frames)
         total, weights, seconds = 0.0, 0, time.perf_counter()
-        for path, count, kind in kinds_of_stages(model, inputs):
+        for path, count, kind in kinds_of_stages(model, layout(preset(arguments.preset)), inputs):
             traced = trace_stage(kind, mesh, target.options, frames, arguments.probes)
             compiled = traced.lower().compile()
             memory = compiled.memory_analysis()
@@ -203,11 +205,11 @@ class Kind:
     layers: tuple[tuple[str, int, int], ...]
 
 
-def kinds_of_stages(model: Any, inputs: Any) -> list[tuple[str, int, Kind]]:
+def kinds_of_stages(model: Any, own: Layout, inputs: Any) -> list[tuple[str, int, Kind]]:
     """The first stage of each kind that the forward pass calls, and how many there are."""
     widths = {
         path: (layer.out_features, layer.in_features)
-        for path, layer in quantizable_layers(model).items()
+        for path, layer in quantizable_layers(model, own.rules).items()
     }
     graphdef, state = nnx.split(model)
     counts: collections.Counter[str] = collections.Counter()
@@ -232,7 +234,7 @@ def kinds_of_stages(model: Any, inputs: Any) -> list[tuple[str, int, Kind]]:
 
     def run(state: Any, inputs: Any) -> Any:
         copy = nnx.merge(graphdef, state)
-        wrap_stages(copy, stage_paths(copy), call)
+        wrap_stages(copy, stage_paths(copy, own), call)
         return copy(inputs)
 
     jax.eval_shape(run, state, inputs)
@@ -294,7 +296,7 @@ def compile_step(target: Target, name: str, frames: int, probes: int) -> Step:
     """Lowers and compiles the step for a target."""
     mesh = mesh_of(target)
     model = abstract_model(preset(name), dtype=jnp.bfloat16)
-    layers = quantizable_layers(model)
+    layers = quantizable_layers(model, layout(preset(name)).rules)
     graphdef, state = nnx.split(model)
     batch = frames * mesh.shape[sharding.DATA_AXIS]
 

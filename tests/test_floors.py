@@ -1,6 +1,7 @@
 """The order of the rooms: a room imports from the floors below its own, and from itself."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,43 @@ def test_no_room_imports_from_a_floor_above(room):
         if other != room and FLOOR_OF[other] >= FLOOR_OF[room]
     ]
     assert not upwards
+
+
+# Distinctive names of modules of the families' networks.
+_MODULES = re.compile(
+    r"vision_backbone|language_model|featurizer|projector|action_head|action_decoder|lm_head"
+    r"|self_attn|[qkvo]_proj|(gate|up|down)_proj|embed_tokens|attn_pool|PaliGemma|encoderblock"
+    r"|_einsum|MlpBlock|MultiHeadDotProduct|Dense_0"
+)
+
+# What they still know of public directories belongs to the family.
+_PUBLIC = ("checkpoints/files.py", "inference/policy.py", "pipeline/policies.py")
+
+
+def _written(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, text) of every name and string but docstrings."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Constant) and id(node) not in docstrings:
+            yield node.lineno, str(node.value)
+
+
+def test_families_alone_name_the_modules_of_networks():
+    """Everything behind reads them from the layout."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for room, path in rooms()
+        if room != "families" and not str(path).endswith(_PUBLIC)
+        for line, text in _written(ast.parse(path.read_text("utf-8")))
+        if _MODULES.search(text)
+    ]
+    assert not found

@@ -22,7 +22,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization.bias import corrected_bias
 from qvla_jax.quantization.codes import SOURCE
-from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+from qvla_jax.quantization.layers import LayerRules, quantizable_layers
 from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.table import SensitivityTable
 
@@ -49,7 +49,7 @@ class ActionErrorObjective:
         *,
         batch: int = 64,
         at_once: int = 1,
-        rules: LayerRules = DEFAULT_RULES,
+        rules: LayerRules | None = None,
     ):
         """Quantizes every row under every option, and runs the full-precision policy.
 
@@ -59,7 +59,7 @@ class ActionErrorObjective:
             table: options, channels and quantizer.
             batch: frames at a time.
             at_once: candidates that are vmapped, each with a copy of the quantized weights.
-            rules: the table's rules.
+            rules: the table's rules; None takes those of the policy's layout.
 
         Raises:
             InputError: the table belongs to another policy or lacks the statistics of its
@@ -70,6 +70,7 @@ class ActionErrorObjective:
         self.policy, self.table, self._at_once = policy, table, at_once
         self._mesh = sharding.data_mesh()
         model = nnx.merge(*nnx.split(policy.model))
+        rules = policy.layout.rules if rules is None else rules
         layers = quantizable_layers(model, rules)
         self.options = {
             layer.path: self._all_options(layers[layer.path], layer.path, layer.source_bytes)

@@ -116,6 +116,8 @@ class Evaluation:
     # `method` of the run's own allocation.
     chosen: str
     methods: tuple[MethodResult, ...]
+    # Path of a quantized layer -> its name in narrow places.
+    short_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # Wall-clock time of the stage.
     seconds: float
     provenance: Mapping[str, Any]

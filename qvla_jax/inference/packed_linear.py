@@ -11,7 +11,6 @@ from flax import nnx
 
 from qvla_jax import kernels
 from qvla_jax.array_typing import Array, Float
-from qvla_jax.families.prismatic.network.llama import SAME_INPUT
 from qvla_jax.models.surgery import named_modules, replace_modules
 from qvla_jax.quantization.rotation import rotate
 
@@ -126,14 +125,17 @@ def replace_by_packed(
     model: nnx.Module,
     weights: Iterable[tuple[str, kernels.PackedWeight]],
     inputs: Mapping[str, kernels.LayerInputs] | None = None,
+    *,
+    same_input: Sequence[tuple[str, ...]],
 ) -> None:
     """Replaces linear layers by packed ones, in place.
 
     Args:
         model: any NNX module.
-        weights: dotted path and weight of each layer; neighbors that take the same input
-            (`models.llama.SAME_INPUT`) are joined if possible.
+        weights: dotted path and weight of each layer, those of one module one after the other.
         inputs: what layers do to their inputs, by path; other layers use them unchanged.
+        same_input: names of layers of one module that take the same input, which are joined if
+            possible; those of the policy's layout.
     """
     given = inputs or {}
     for parent, group in itertools.groupby(weights, lambda item: item[0].rpartition(".")[0]):
@@ -141,7 +143,7 @@ def replace_by_packed(
         prefix = f"{parent}." if parent else ""
         own = {name: given.get(prefix + name, kernels.LayerInputs()) for name in found}
         layers: dict[str, PackedLinear] = {}
-        for names in SAME_INPUT:
+        for names in same_input:
             together = [found[name] for name in names if name in found]
             if len(together) < len(names) or kernels.cannot_join(together) is not None:
                 continue

@@ -30,6 +30,7 @@ from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile, write_packed
 from qvla_jax.checkpoints.weights import assign_tensors, public_items
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.errors import CheckpointError, InputError, unknown
+from qvla_jax.families.layout import Layout
 from qvla_jax.families.prismatic import specs
 from qvla_jax.families.prismatic.checkpoint.directory import PublicTensors
 from qvla_jax.families.prismatic.checkpoint.export import check_empty, export_model
@@ -42,6 +43,7 @@ from qvla_jax.families.prismatic.checkpoint.options import ActionNormalization, 
 from qvla_jax.families.prismatic.checkpoint.statistics import check_entry, finite
 from qvla_jax.families.prismatic.checkpoint.univla import check_latent_tokens
 from qvla_jax.families.prismatic.config import PRESETS, OpenVLAConfig, preset
+from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.families.prismatic.network import ModelInputs, Prismatic, abstract_model, make_model
 from qvla_jax.families.prismatic.normalization import Normalizer
 from qvla_jax.families.prismatic.processor import Processor
@@ -110,6 +112,11 @@ class Policy:
     # How the weights were quantized: quantizer, fingerprint of the source policy, calibration
     # hash. None in full precision.
     quantization: Mapping[str, Any] | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Names of the network's modules and numbers of a call, for everything behind it."""
+        return layout(self.config)
 
     def inputs_spec(self, batch_size: int = 1) -> ModelInputs:
         """Shapes and dtypes of the output of `prepare`; see `qvla_jax.families.prismatic.specs`."""
@@ -558,7 +565,8 @@ def _load_packed(path: Path, options: LoadOptions) -> Policy:
     # Neighbors in the model follow one another.
     names = sorted(file.layers, key=lambda name: name.rpartition("."))
     weights = ((name, file.weight(name)) for name in names)
-    replace_by_packed(model, weights, {name: file.inputs(name) for name in names})
+    inputs = {name: file.inputs(name) for name in names}
+    replace_by_packed(model, weights, inputs, same_input=layout(config).same_input)
     assign_tensors(model, file.tensors, source=str(path))
     try:
         tokenizer = _whole_text(tokenizers.Tokenizer.from_str(file.tokenizer))

@@ -17,12 +17,7 @@ from qvla_jax.quantization.allocation import Allocation
 from qvla_jax.quantization.bias import corrected_bias
 from qvla_jax.quantization.codes import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
-from qvla_jax.quantization.layers import (
-    DEFAULT_RULES,
-    LayerRules,
-    channel_index,
-    quantizable_layers,
-)
+from qvla_jax.quantization.layers import LayerRules, channel_index, quantizable_layers
 from qvla_jax.quantization.quantizer import (
     UNIFORM_BASELINE,
     Quantizer,
@@ -31,13 +26,26 @@ from qvla_jax.quantization.rotation import rotate, rotate_back
 from qvla_jax.quantization.rows import QuantizedRows
 
 
-def policy_index(policy: Policy, rules: LayerRules = DEFAULT_RULES) -> ChannelIndex:
-    """The policy's quantized layers and the order of their channels.
+def policy_layers(policy: Policy, rules: LayerRules | None = None) -> dict[str, nnx.Linear]:
+    """The policy's quantized layers, by path.
+
+    Args:
+        policy: in full precision.
+        rules: which layers are quantized; None takes those of the policy's layout.
+
+    Raises:
+        InputError: a rule matches nothing.
+    """
+    return quantizable_layers(policy.model, policy.layout.rules if rules is None else rules)
+
+
+def policy_index(policy: Policy, rules: LayerRules | None = None) -> ChannelIndex:
+    """The policy's quantized layers and the order of their channels; see `policy_layers`.
 
     Raises:
         InputError: a weight is NaN or infinite, or a rule matches nothing.
     """
-    return channel_index(quantizable_layers(policy.model, rules))
+    return channel_index(policy_layers(policy, rules))
 
 
 @in_32_bits
@@ -46,7 +54,7 @@ def quantize(
     allocation: Allocation | Int[np.ndarray, " C"],
     *,
     quantizer: Quantizer | None = None,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     packed: bool = True,
 ) -> Policy:
     """A copy of the policy with every channel at its bit-width; the source is not changed.
@@ -71,7 +79,7 @@ def quantize(
             order of `policy_index(policy)`, which is that of a sensitivity table.
         quantizer: grid, rounding and bias correction, with the input statistics that they need;
             required for plain bits. None takes that of the allocation.
-        rules: which layers are quantized.
+        rules: which layers are quantized; None takes those of the policy's layout.
         packed: False keeps ordinary layers with the same values in float32, which need the memory
             of full precision. All allocations then share one compiled program, while packed layers
             of other shapes are recompiled; useful for searches and sweeps. A layer whose channels
@@ -105,14 +113,15 @@ def _quantize(
     policy: Policy,
     allocation: Allocation | Int[np.ndarray, " C"],
     quantizer: Quantizer,
-    rules: LayerRules,
+    rules: LayerRules | None,
     *,
     packed: bool,
     index: bool,
 ) -> Policy:
     if policy.quantization is not None:
         raise InputError("the policy is quantized already; quantize the full-precision one")
-    channels = channel_index(quantizable_layers(policy.model, rules))
+    rules = policy.layout.rules if rules is None else rules
+    channels = policy_index(policy, rules)
     bits = allocation
     if isinstance(allocation, Allocation):
         allocation.check(channels)
@@ -135,7 +144,8 @@ def _quantize(
             for layer, rows in channels.items()
         )
         given = LayerInputs(rotated=quantizer.settings.rotation)
-        replace_by_packed(model, weights, dict.fromkeys(channels.paths, given))
+        inputs = dict.fromkeys(channels.paths, given)
+        replace_by_packed(model, weights, inputs, same_input=policy.layout.same_input)
     for layer, rows in channels.items():
         linear, widths = copies[layer.path], chosen[rows]
         if not packed and np.any(widths != SOURCE):
@@ -166,7 +176,7 @@ def quantize_uniform(
     bits: int,
     *,
     quantizer: Quantizer | None = None,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     packed: bool = True,
 ) -> Policy:
     """A baseline with one bit-width everywhere, which stores no output index.
@@ -175,7 +185,7 @@ def quantize_uniform(
         policy: the full-precision policy.
         bits: bit-width of every channel.
         quantizer: None rounds to nearest on the "rtn" grid, without bias correction.
-        rules: which layers are quantized.
+        rules: as in `quantize`.
         packed: as in `quantize`.
     """
     widths = np.full(len(policy_index(policy, rules)), bits)

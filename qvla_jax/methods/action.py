@@ -41,7 +41,7 @@ class Recipe:
             easier to round and weights harder.
         alternates: alternates between allocating and measuring the allocation's joint factors
             (sensitivity.joint.alternate).
-        gripper: weight of the squared error of the gripper, the last action dimension, in the
+        gripper: weight of the squared error of the grippers' entries of the action, in the
             allocation; every other dimension has weight 1.
         allocates_activations: activation bits of layers are allocated (methods.activations).
         tuned: scales and biases are then tuned on the action error (methods.tuning).
@@ -85,7 +85,8 @@ class Recipe:
             )  # fmt: skip
         weights = None
         if self.gripper != 1:
-            weights = (1.0,) * (job.policy.config.action_dim - 1) + (self.gripper,)
+            layout, count = job.policy.layout, job.policy.config.action_dim
+            weights = layout.action_weights(dict.fromkeys(layout.grippers, self.gripper), count)
         table = job.measured.table("jacobian", quantizer, self.options, True, weights)
         allocate = functools.partial(self._allocated, budget_bits=job.setting.bits)
         if self.alternates:

@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 
 from qvla_jax.array_typing import Array, Float
-from qvla_jax.families.prismatic.network.llama import SAME_INPUT
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.unpacking import RoundingLinear, unpacked
@@ -61,7 +60,7 @@ def allocate_activations(
     Raises:
         BudgetError: the budget is below 4 bits.
     """
-    groups = _same_input(packed_layers(packed.model))
+    groups = _same_input(packed_layers(packed.model), policy.layout.same_input)
     batches = _inputs(policy, calibration)
     work = _multiplications(policy, packed, batches[0])
     costs = _costs(policy, packed, groups, batches, progress)
@@ -79,12 +78,14 @@ def allocate_activations(
     }
 
 
-def _same_input(paths: Iterable[str]) -> list[tuple[str, ...]]:
+def _same_input(
+    paths: Iterable[str], same_input: Sequence[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
     """Paths in order, grouped by the input that their layers take."""
     groups: dict[tuple[str, str], tuple[str, ...]] = {}
     for path in paths:
         parent, _, name = path.rpartition(".")
-        first = next((names[0] for names in SAME_INPUT if name in names), name)
+        first = next((names[0] for names in same_input if name in names), name)
         groups[parent, first] = (*groups.get((parent, first), ()), path)
     return list(groups.values())
 

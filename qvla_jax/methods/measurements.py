@@ -14,7 +14,7 @@ from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.quantize import policy_index
 from qvla_jax.methods.moments import InputMoments, input_moments
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization import DEFAULT_RULES, InputStatistics, LayerRules, QuantizerSettings
+from qvla_jax.quantization import InputStatistics, LayerRules, QuantizerSettings
 from qvla_jax.quantization.statistics import Weighting
 from qvla_jax.sensitivity import SensitivityTable, SweepStore, sensitivities
 from qvla_jax.sensitivity.batches import Calibration
@@ -36,7 +36,7 @@ class Measurements:
         policy: Policy,
         calibration: Calibration,
         *,
-        rules: LayerRules = DEFAULT_RULES,
+        rules: LayerRules | None = None,
         moments: Moments | None = None,
         probes: int = 8,
         folder: Path | None = None,
@@ -47,21 +47,22 @@ class Measurements:
         Args:
             policy: full precision.
             calibration: the only frames that are used.
-            rules: which layers are quantized.
+            rules: which layers are quantized; None takes those of the policy's layout.
             moments: of the layers' inputs, if they are known already.
             probes: probes of the sensitivities per frame.
             folder: where statistics and sensitivities are kept for other processes; None keeps
                 nothing.
             progress: reports progress.
         """
-        self.policy, self.calibration, self.rules = policy, calibration, rules
+        self.policy, self.calibration = policy, calibration
+        self.rules = policy.layout.rules if rules is None else rules
         self.probes, self.progress = probes, progress
         if moments is not None:
             self.moments = moments
         self._folder: Path | None = None
         if folder is not None:
             of = [policy.fingerprint, calibration.manifest["sha256"], probes]
-            self._folder = folder / _digest([*of, dataclasses.asdict(rules)])
+            self._folder = folder / _digest([*of, dataclasses.asdict(self.rules)])
         # Instances are compared by identity, so each has its own entries.
         self.statistics = functools.lru_cache(maxsize=None)(self._statistics)
         self._whole_table = functools.lru_cache(maxsize=None)(self._measured_table)

@@ -292,7 +292,7 @@ def _recorded(
     """
     wanted = [
         stage
-        for stage in stage_paths(job.policy.model)
+        for stage in stage_paths(job.policy.model, job.policy.layout)
         if any(path.startswith(f"{stage}.") for path in paths)
     ]
     graphdef, state = nnx.split(job.policy.model)

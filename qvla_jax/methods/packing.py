@@ -44,7 +44,7 @@ def packed_policy(
         bias = None if linear.bias is None else linear.bias[...]
         weights[layer.path] = pack_layer(layer, own, weight_rows(linear), bias, index=False)
         inputs[layer.path] = kernels.LayerInputs(int(setting.activation_bits), own.input_scale)
-    replace_by_packed(model, weights.items(), inputs)
+    replace_by_packed(model, weights.items(), inputs, same_input=policy.layout.same_input)
     return dataclasses.replace(
         policy, model=model, quantization=described(policy, setting, made_with)
     )

@@ -21,7 +21,7 @@ from qvla_jax.methods.qvla import qvla_paper, qvla_released
 from qvla_jax.methods.settings import Setting
 from qvla_jax.methods.smoothquant import smoothquant_policy
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization import DEFAULT_RULES, LayerRules
+from qvla_jax.quantization import LayerRules
 from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.sensitivity.batches import Calibration
 
@@ -144,7 +144,7 @@ def quantize_by(
     name: str,
     *,
     measured: Measurements | None = None,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     progress: Progress = no_progress,
 ) -> Policy:
     """The policy quantized by a method, running from packed weights.
@@ -155,7 +155,7 @@ def quantize_by(
         name: METHOD-wBITS[aBITS][-gGROUP], such as "gptq-w4"; see `METHODS`.
         measured: shared measurements on the same policy and frames; their rules and progress then
             apply.
-        rules: which layers are quantized.
+        rules: which layers are quantized; None takes those of the policy's layout.
         progress: reports progress.
 
     Raises:

@@ -192,6 +192,7 @@ def tune(
         model,
         [(path, _with(weights[path], *_stored(best[path], fixed[path]))) for path in weights],
         {path: layer.inputs for path, layer in layers.items()},
+        same_input=policy.layout.same_input,
     )
     header = {**(packed.quantization or {}), "tuning errors": errors}
     return dataclasses.replace(packed, model=model, quantization=header)

@@ -139,6 +139,7 @@ def evaluate(
         heldout=heldout.describe(),
         chosen=allocations.chosen.name,
         methods=tuple(entries),
+        short_names={path: policy.layout.short_name(path) for path in index.paths},
         seconds=time.perf_counter() - started,
         provenance=provenance(seed=config.seed),
     )

@@ -62,7 +62,7 @@ def pack(config: PackConfig, *, progress: Progress = no_progress) -> None:
     fingerprint = policy.fingerprint
     model = nnx.merge(*nnx.split(policy.model))  # separate modules, same arrays
     drop_unread(model)
-    layers = quantizable_layers(model)
+    layers = quantizable_layers(model, policy.layout.rules)
     index = ChannelIndex(tuple(layer_info(path, linear) for path, linear in layers.items()))
     mixed = config.mean_bits is not None
     quantizer = NEAREST_UNCORRECTED if mixed else UNIFORM_BASELINE

@@ -63,6 +63,8 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> Report:
     if evaluation.chosen != chosen.name:
         raise files.stale(config.out / files.EVALUATION, "evaluate")
 
+    # Files of earlier versions have no short names.
+    names = [evaluation.short_names.get(path, path) for path in tables[0].index.paths]
     closed_loop: ClosedLoop | None = None
     rollouts: list[Rollout] = []
     if config.simulation is not None:
@@ -83,7 +85,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> Report:
         methods=tuple(methods),
         sweep=tuple(sweep),
         allocations=tuple(map(describe_allocation, allocations.items)),
-        layers=describe_layers(tables[0], chosen),
+        layers=describe_layers(tables[0], chosen, names),
         seconds=StageSummary(
             sensitivity=load_seconds(config.out, tables[0].method),
             allocate=sum(a.seconds for a in allocations.items),
@@ -93,7 +95,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> Report:
         closed_loop=closed_loop,
         provenance=evaluation.provenance,
     )
-    page = render(content, _map(tables[0]), rollouts=rollouts)
+    page = render(content, _map(tables[0], names), rollouts=rollouts)
     write_json(config.out / files.REPORT_JSON, to_plain(content))
     write_text(config.out / files.REPORT_HTML, page)
     progress("report", 1, 1)
@@ -174,15 +176,24 @@ def describe_allocation(allocation: Allocation) -> AllocationRecord:
     )
 
 
-def describe_layers(table: SensitivityTable, allocation: Allocation) -> tuple[LayerFacts, ...]:
-    """Summarizes each layer: its size, its bits, and how sensitive its channels are."""
+def describe_layers(
+    table: SensitivityTable, allocation: Allocation, names: Sequence[str]
+) -> tuple[LayerFacts, ...]:
+    """Summarizes each layer: its size, its bits, and how sensitive its channels are.
+
+    Args:
+        table: costs.
+        allocation: bits.
+        names: the layers' short names.
+    """
     layers = []
-    for layer, rows in table.index.items():
+    for name, (layer, rows) in zip(names, table.index.items(), strict=True):
         bits = allocation.bits[rows]
         widths, counts = np.unique(bits, return_counts=True)
         layers.append(
             LayerFacts(
                 path=layer.path,
+                name=name,
                 out_features=layer.out_features,
                 fan_in=layer.fan_in,
                 channels_by_bits={str(w): int(n) for w, n in zip(widths, counts, strict=True)},
@@ -200,5 +211,5 @@ def describe_layers(table: SensitivityTable, allocation: Allocation) -> tuple[La
     return tuple(layers)
 
 
-def _map(table: SensitivityTable) -> SensitivityMap:
-    return SensitivityMap(table.index.paths, table.index.offsets.tolist(), table.bits, table.costs)
+def _map(table: SensitivityTable, names: Sequence[str]) -> SensitivityMap:
+    return SensitivityMap(names, table.index.offsets.tolist(), table.bits, table.costs)

@@ -230,7 +230,7 @@ def _modules(
         progress=prefixed(progress, "all layers"),
     )  # fmt: skip
     kept = set(whole.index.paths) - set(table.index.paths)
-    names, numbers = module_types(whole.index)
+    names, numbers = module_types(whole.index, policy.layout)
     fan_in = np.asarray([layer.fan_in for layer in whole.index.layers])[whole.index.layer_of]
     is_kept = np.asarray([path in kept for path in whole.index.paths])[whole.index.layer_of]
     rows = []

@@ -21,19 +21,14 @@ class LayerRules:
     that matches nothing is an error, so a misspelled rule is never silently ignored.
     """
 
-    # Vision towers (patch embeddings too) and the language model's blocks. Projector, action head,
-    # lm_head, embeddings and norms keep 16 bits, as in QVLA.
-    include: tuple[str, ...] = (r"vision_backbone\.", r"language_model\.model\.")
+    include: tuple[str, ...]
     exclude: tuple[str, ...] = ()
 
 
-DEFAULT_RULES = LayerRules()
-
-
-def quantizable_layers(
-    model: nnx.Module, rules: LayerRules = DEFAULT_RULES
-) -> dict[str, nnx.Linear]:
+def quantizable_layers(model: nnx.Module, rules: LayerRules) -> dict[str, nnx.Linear]:
     """Linear layers that the rules choose, by path, in the model's order.
+
+    A policy's own rules are those of its layout, `policy.layout.rules`.
 
     Raises:
         InputError: a pattern matches no linear layer, or nothing is left to quantize.

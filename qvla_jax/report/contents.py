@@ -74,6 +74,8 @@ class LayerFacts:
     """A quantized layer: its size, its chosen bits, and how sensitive its channels are."""
 
     path: str
+    # For narrow places.
+    name: str
     out_features: int
     fan_in: int
     # Bits as text -> channels.

@@ -129,7 +129,7 @@ def predicted_against_measured(points: Sequence[AdditivityPoint], styles: Mappin
 def bit_histogram(layers: Sequence[LayerFacts]) -> str:
     """Draws one bar for each layer: the share of its channels at each bit-width."""
     row, width, right, top = 14, 940, 54, 22
-    left = margin_of(short_path(layer.path) for layer in layers)
+    left = margin_of(layer.name for layer in layers)
     height = top + row * len(layers) + 4
     x = Axis(0, 1, left, width - right)
     parts = [
@@ -139,7 +139,7 @@ def bit_histogram(layers: Sequence[LayerFacts]) -> str:
     for number_, layer in enumerate(layers):
         y = top + row * number_
         total = sum(layer.channels_by_bits.values())
-        parts.append(label(short_path(layer.path), left - 8, y + 9.5, class_="end mono"))
+        parts.append(label(layer.name, left - 8, y + 9.5, class_="end mono"))
         done = 0
         for bits, count in sorted(layer.channels_by_bits.items(), key=lambda kv: int(kv[0])):
             if count:
@@ -159,18 +159,6 @@ def bit_histogram(layers: Sequence[LayerFacts]) -> str:
             done += count
         parts.append(label(f"{layer.average_bits:.2f}", width - 4, y + 9.5, class_="end mono"))
     return figure(width, height, parts, title="Bits chosen in each layer")
-
-
-def short_path(path: str) -> str:
-    """Abbreviates a layer's path for a narrow margin; the full one is in the tooltip."""
-    for long, short in (
-        ("language_model.model.layers.", "llm "),
-        ("vision_backbone.fused_featurizer.", "siglip "),
-        ("vision_backbone.featurizer.", "dino "),
-        ("blocks.", ""),
-    ):
-        path = path.replace(long, short)
-    return path
 
 
 def _frame(x: Axis, y: Axis, width: int, height: int, bottom: int, caption: str) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from qvla_jax.array_typing import Float, NpArray
-from qvla_jax.report.figures import margin_of, short_path
+from qvla_jax.report.figures import margin_of
 from qvla_jax.report.svg import Axis, element, figure, label, number
 
 # Anchors of a perceptually uniform map from dark violet to yellow (after matplotlib's "magma").
@@ -23,7 +23,7 @@ _COLUMNS = 512
 
 
 def heatmap(
-    paths: Sequence[str],
+    names: Sequence[str],
     layers: Sequence[Float[NpArray, " c"]],
     *,
     bounds: tuple[float, float],
@@ -32,7 +32,7 @@ def heatmap(
     """Draws one row for each layer, its channels from the most to the least sensitive.
 
     Args:
-        paths: the layers' paths.
+        names: the layers' short names.
         layers: for each layer the cost of every channel at one bit-width. Rows are stretched to
             the same width, however many channels a layer has.
         bounds: costs of the darkest and the brightest color; values outside are clipped.
@@ -40,8 +40,8 @@ def heatmap(
     """
     rows = np.stack([_resample(np.sort(costs)[::-1]) for costs in layers])
     row, width, top = 14, 940, 46
-    names = [f"{short_path(path)}  {len(costs)}" for path, costs in zip(paths, layers, strict=True)]
-    left = margin_of(names)
+    texts = [f"{name}  {len(costs)}" for name, costs in zip(names, layers, strict=True)]
+    left = margin_of(texts)
     height = top + row * len(layers) + 4
     parts = [
         element(
@@ -55,8 +55,8 @@ def heatmap(
             style="image-rendering: pixelated",
         )
     ]
-    for i, name in enumerate(names):
-        parts.append(label(name, left - 8, top + row * i + 10.5, class_="end mono"))
+    for i, text in enumerate(texts):
+        parts.append(label(text, left - 8, top + row * i + 10.5, class_="end mono"))
     parts += _colour_bar(bounds, left, width)
     return figure(width, height, parts, title=title)
 

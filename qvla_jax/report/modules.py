@@ -20,6 +20,7 @@ from qvla_jax.checkpoints.orbax_weights import orbax_dtypes
 from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.checkpoints.weights import Source, check_shapes, public_shapes
 from qvla_jax.data.samples import bundled_policy_path
+from qvla_jax.families.layout import Layout
 from qvla_jax.families.prismatic.checkpoint.directory import PublicTensors
 from qvla_jax.families.prismatic.checkpoint.huggingface import (
     CONFIG_FILE,
@@ -28,11 +29,12 @@ from qvla_jax.families.prismatic.checkpoint.huggingface import (
     read_json,
 )
 from qvla_jax.families.prismatic.config import OpenVLAConfig, preset
+from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.families.prismatic.network import abstract_model
 from qvla_jax.inference.policy import ORBAX_FOLDER, WEIGHTS_FILE
 from qvla_jax.models.surgery import named_modules
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
-from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+from qvla_jax.quantization.layers import LayerRules, quantizable_layers
 
 # The dtype of the published checkpoints, used to count presets without weights.
 _PUBLISHED = np.dtype(ml_dtypes.bfloat16)
@@ -53,12 +55,8 @@ class Module:
     channels: int
     # The weights are quantized by the rules; biases always keep the source's bits.
     quantized: bool
-
-    @property
-    def part(self) -> str:
-        """The part of the policy it belongs to: `vision_backbone.featurizer`, `projector`."""
-        names = self.path.split(".")
-        return ".".join(names[: 2 if names[0] in ("vision_backbone", "language_model") else 1])
+    # The group of the policy's modules that it belongs to (`Layout.groups`).
+    part: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,13 +80,13 @@ class Description:
         return sum(module.stored_bytes for module in self.modules)
 
 
-def describe(source: str, *, rules: LayerRules = DEFAULT_RULES) -> Description:
+def describe(source: str, *, rules: LayerRules | None = None) -> Description:
     """Describes a policy without loading it.
 
     Args:
         source: a preset (with weights or without), a directory written by `Policy.save` or
             `import_policy`, or a public OpenVLA, OpenVLA-OFT or UniVLA directory.
-        rules: which layers are quantized.
+        rules: which layers are quantized; None takes those of the policy's layout.
 
     Raises:
         InputError: neither a preset nor a directory, or a rule that matches nothing.
@@ -130,22 +128,26 @@ def _described(
     model: nnx.Module,
     dtypes: Mapping[str, np.dtype[Any]],
     source: str,
-    rules: LayerRules,
+    rules: LayerRules | None,
 ) -> Description:
+    own = layout(config)
+    layers = quantizable_layers(model, own.rules if rules is None else rules)
     return Description(
         config=config,
         source=source,
-        modules=_modules(model, dtypes, rules),
-        index=_index(quantizable_layers(model, rules), dtypes),
+        modules=_modules(model, dtypes, layers, own),
+        index=_index(layers, dtypes),
     )
 
 
 def _modules(
-    model: nnx.Module, dtypes: Mapping[str, np.dtype[Any]], rules: LayerRules
+    model: nnx.Module,
+    dtypes: Mapping[str, np.dtype[Any]],
+    quantized: Mapping[str, nnx.Linear],
+    layout: Layout,
 ) -> tuple[Module, ...]:
     shapes = public_shapes(model)
     linears = named_modules(model, nnx.Linear)
-    quantized = quantizable_layers(model, rules)
     # Row -> module -> its parameters.
     rows: dict[tuple[str, bool], dict[str, list[str]]] = {}
     for name in shapes:
@@ -163,6 +165,7 @@ def _modules(
                 stored_bytes=sum(c * dtypes[n].itemsize for n, c in counts.items()),
                 channels=sum(linears[o].out_features for o in owners if o in linears),
                 quantized=is_quantized,
+                part=layout.group(path),
             )
         )
     return tuple(modules)

@@ -27,13 +27,13 @@ class SensitivityMap:
     """What the heatmap shows: `costs[C, n]` of the channels, in layer order.
 
     Attributes:
-        paths: the layers' paths.
+        names: the layers' short names.
         offsets: first channel of each layer, and C at the end.
         bits: the n bit options.
         costs: sensitivities.
     """
 
-    paths: Sequence[str]
+    names: Sequence[str]
     offsets: Sequence[int]
     bits: Sequence[int]
     costs: Float[NpArray, "C n"]
@@ -294,7 +294,7 @@ def _heatmaps(sensitivity: SensitivityMap) -> str:
             f'<label for="map{bits}">{name}</label>'
         )
         image = heatmap(
-            sensitivity.paths,
+            sensitivity.names,
             layers,
             bounds=bounds,
             title=f"Sensitivity of every channel at {name}",

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Int
 from qvla_jax.errors import InputError
+from qvla_jax.families.layout import Layout
 
 
 class Calibration(Protocol):
@@ -38,6 +39,11 @@ class ModelPolicy(Protocol):
     @property
     def model(self) -> Any:
         """The network, an NNX module from model inputs to normalized action chunks [b, h, a]."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Names of the network's modules, and numbers of a call."""
         ...
 
     def prepare(self, batch: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ sweep's result is therefore bit-for-bit identical on every mesh.
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 import jax
@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Float, Int
+from qvla_jax.families.layout import Layout
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.quantizer import Quantizer
@@ -101,7 +102,7 @@ def exact_costs(
     mesh = sharding.sweep_mesh() if mesh is None else mesh
     size = batch_size(calibration.frames, batch, mesh)
     graphdef, state = nnx.split(policy.model)
-    parts = part_paths(policy.model, tuple(layers))
+    parts = part_paths(policy.model, policy.layout, tuple(layers))
     spec = ReplaySpec(graphdef, tuple(layers), parts, mesh)
     state = sharding.replicate(mesh, state)
     batches = frame_batches(policy, calibration, size, mesh)
@@ -109,7 +110,9 @@ def exact_costs(
     if block is None:
         share = size // mesh.shape[sharding.DATA_AXIS]
         block = _block_size(spec, state, first, share, memory)
-    prober = _Prober(spec, state, layers, index, quantizer, bits, rows, max(block, 2))
+    prober = _Prober(
+        spec, state, layers, index, quantizer, bits, rows, max(block, 2), policy.layout
+    )
     items = NOTHING_KEPT
     if store is not None:
         items = store.sweep(
@@ -192,11 +195,14 @@ class _Prober:
         bits: tuple[int, ...],
         rows: Int[np.ndarray, " m"],
         block: int,
+        layout: Layout,
     ):
         self.spec, self.state, self.block = spec, state, block
         self.layers, self.index, self.quantizer = layers, index, quantizer
         self.bits, self.rows = bits, rows
         self.order: list[str] | None = None
+        self.layout = layout
+        self.behind: dict[str, frozenset[str]] = {}
         self.changes: dict[str, np.ndarray] = {}
 
     def parts(self, batch: FrameBatch) -> list[Int[np.ndarray, " p"]]:
@@ -245,7 +251,7 @@ class _Prober:
         hits = [
             {self.spec.paths[i] for i in self.index.layer_of[self._row(block)]} for block in blocks
         ]
-        needed = [downstream(order, paths) for paths in hits]
+        needed = [self._downstream(order, paths) for paths in hits]
         run, hit = (
             sharding.put(mesh, np.asarray(flags), BY_CHANNEL)
             for flags in (
@@ -263,6 +269,13 @@ class _Prober:
         )
         host = sharding.to_host(actions).astype(np.float64)
         return host.reshape(len(blocks), self.block, *host.shape[1:])
+
+    def _downstream(self, order: list[str], layers: Collection[str]) -> frozenset[str]:
+        """The union over the layers, each of which is looked up once."""
+        for layer in layers:
+            if layer not in self.behind:
+                self.behind[layer] = downstream(order, [layer], self.layout)
+        return frozenset().union(*(self.behind[layer] for layer in layers))
 
     def _pack(self, base: _Unperturbed, block: Int[np.ndarray, " p"]) -> Perturbations:
         """The zero perturbation first, and zeros as padding of a short block."""

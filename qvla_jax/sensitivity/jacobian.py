@@ -39,6 +39,7 @@ from qvla_jax.sensitivity.batches import (
 )
 from qvla_jax.sensitivity.probes import Probes, check_probes
 from qvla_jax.sensitivity.reverse import Contraction, FromCotangent, ReverseSpec, reverse_sweep
+from qvla_jax.sensitivity.stages import stage_paths
 from qvla_jax.sensitivity.store import NOTHING_KEPT, Items, SweepStore, digest_of
 from qvla_jax.sensitivity.streaming import streamed_sweep
 
@@ -232,7 +233,9 @@ def streamed_frame_costs(
     items = _items(
         store, calibration, method, probes, seed, size, weights, streamed=True, bits=bits
     )
-    sweep = functools.partial(streamed_sweep, spec, state, _OnDemand(layers, quantizer, bits))
+    stages = stage_paths(policy.model, policy.layout)
+    constants = _OnDemand(layers, quantizer, bits)
+    sweep = functools.partial(streamed_sweep, spec, stages, state, constants)
     yield from _over_batches(
         sweep, policy, calibration, index, len(bits), size, mesh, seed, weights, items, progress
     )

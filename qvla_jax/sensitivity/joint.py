@@ -25,7 +25,7 @@ from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.codes import SOURCE
-from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules
+from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.sensitivity.batches import Calibration, FirstFrames
 from qvla_jax.sensitivity.table import SensitivityTable
 from qvla_jax.solvers import AllocationProblem, solve
@@ -43,7 +43,7 @@ def joint_factors(
     *,
     frames: int = 64,
     batch: int = 8,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     progress: Progress = no_progress,
 ) -> tuple[float, ...]:
     """One factor per option of the table; 1 for 16 bits and for unused options.
@@ -54,7 +54,7 @@ def joint_factors(
         table: single-channel costs; where they weigh action dimensions, so do the factors.
         frames: frames that the joint errors are measured on.
         batch: frames at a time.
-        rules: those of the table.
+        rules: those of the table; None takes those of the policy's layout.
         progress: called with the options done.
     """
     single = dataclasses.replace(table, joint=None)
@@ -71,7 +71,7 @@ def alternate(
     rounds: int = 3,
     frames: int = 64,
     batch: int = 8,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     progress: Progress = no_progress,
 ) -> Int[np.ndarray, " C"]:
     """Bits of channels, from alternating between allocation and joint factors.
@@ -84,7 +84,7 @@ def alternate(
         rounds: maximum number of allocations after the first; stops when an allocation repeats.
         frames: frames that the joint errors are measured on.
         batch: frames at a time.
-        rules: those of the table.
+        rules: those of the table; None takes those of the policy's layout.
         progress: called with the options done.
 
     Returns:
@@ -113,7 +113,7 @@ class _JointErrors:
         table: SensitivityTable,
         frames: int,
         batch: int,
-        rules: LayerRules,
+        rules: LayerRules | None,
         progress: Progress,
     ):
         self._policy, self._table, self._rules = policy, table, rules

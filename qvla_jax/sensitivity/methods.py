@@ -10,17 +10,13 @@ from jax.sharding import Mesh
 
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.inference.policy import Policy
+from qvla_jax.inference.quantize import policy_layers
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization.codes import BITS, SOURCE
 from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.quantization.layers import (
-    DEFAULT_RULES,
-    LayerRules,
-    channel_index,
-    quantizable_layers,
-)
+from qvla_jax.quantization.layers import LayerRules, channel_index
 from qvla_jax.quantization.layout import option_sizes
 from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
 from qvla_jax.quantization.statistics import InputStatistics
@@ -63,7 +59,7 @@ def sensitivities(
     quantizer: QuantizerSettings = DEFAULT_QUANTIZER,
     statistics: InputStatistics | None = None,
     joint: bool = True,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     mesh: Mesh | None = None,
     split_weights: bool = False,
     streamed: bool = False,
@@ -97,14 +93,15 @@ def sensitivities(
         seed: of the probes.
         batch: frames at a time on each device; memory grows with it.
         memory: bytes on each device for simultaneous perturbations in exact probing.
-        action_weights: weight of each of the a action dimensions; None weighs all equally.
+        action_weights: weight of each of the a action dimensions; None weighs those equally that
+            the robot executes.
         quantizer: grid, rounding and bias correction of the quantizer to cost, which `quantize`
             then uses; `input_hessian` costs that of the released code.
         statistics: from `input_statistics` on the same set, if already known; None measures them in
             a separate pass.
         joint: also measure by how much joint errors exceed the sum of single ones
             (sensitivity.joint); not for input_hessian, whose costs have another unit.
-        rules: which layers are quantized.
+        rules: which layers are quantized; None takes those of the policy's layout.
         mesh: from `sharding.sweep_mesh`; None puts the devices of all processes along `data`. Every
             process calls this function with the same arguments and gets the same table.
         split_weights: jacobian, refined and taylor split the policy's weights over the mesh's
@@ -126,8 +123,8 @@ def sensitivities(
         raise InputError(unknown("sensitivity method", method, METHODS))
     bits = _check_bits(bits)
     check_probes(probes)
-    weights = _check_weights(action_weights, policy.config.action_dim)
-    layers = quantizable_layers(policy.model, rules)
+    weights = _check_weights(action_weights, policy)
+    layers = policy_layers(policy, rules)
     index = channel_index(layers)
     if streamed:
         _check_streamed(policy, method, quantizer, joint)
@@ -273,9 +270,12 @@ def _check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
     return bits
 
 
-def _check_weights(weights: np.ndarray | None, dimensions: int) -> np.ndarray | None:
+def _check_weights(weights: np.ndarray | None, policy: Policy) -> np.ndarray | None:
+    """Weights of the action dimensions, or None if all count equally."""
+    dimensions = policy.config.action_dim
     if weights is None:
-        return None
+        own = policy.layout.action_weights({}, dimensions)
+        return None if all(own) else np.asarray(own, np.float32)
     weights = np.asarray(weights, np.float32)
     if weights.shape != (dimensions,) or not np.isfinite(weights).all() or (weights < 0).any():
         raise InputError(

@@ -117,7 +117,7 @@ def refined_costs(
                 exact[rows, column] = measured[:, 0]
 
     budget = int(share * costs.size * calibration.frames / part.frames)
-    _, types = module_types(index)
+    _, types = module_types(index, policy.layout)
     rng = np.random.default_rng(seed)
     pilot = _pilot(types, reference > 0, budget, rng)
     probe(pilot)

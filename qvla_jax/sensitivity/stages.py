@@ -1,10 +1,10 @@
 """Replays only what follows a perturbation.
 
-The network is cut into stages (patch embeddings, transformer blocks, projectors), and further into
-parts: both towers together, the halves of a block, single layers. Each is wrapped to either run or
-return the output of the unperturbed pass, depending on a flag that is an argument of the compiled
-function: one program replays from any layer, and the prefix costs a copy. Parts are nested; the
-inside of a part that does not run costs nothing.
+The network is cut into the stages of its layout (patch embeddings, transformer blocks, projectors),
+and further into parts: both towers together, the halves of a block, single layers. Each is wrapped
+to either run or return the output of the unperturbed pass, depending on a flag that is an argument
+of the compiled function: one program replays from any layer, and the prefix costs a copy. Parts are
+nested; the inside of a part that does not run costs nothing.
 """
 
 import re
@@ -15,20 +15,8 @@ import jax
 from flax import nnx
 
 from qvla_jax.array_typing import Array
-from qvla_jax.families.prismatic.network.llama import SAME_INPUT
+from qvla_jax.families.layout import Layout
 from qvla_jax.models.surgery import get_module, named_modules, replace_modules
-
-# Full matches on module paths; no stage may be inside another.
-_STAGES = (
-    r".+\.(blocks|layers)\.\d+",
-    r".+\.patch_embed",
-    r"(proprio_)?projector",
-)
-# Further parts that are reused as a whole, around stages and inside them.
-_PARTS = (
-    r"vision_backbone",
-    r".+\.(blocks|layers)\.\d+\.(block\.)?(attn|self_attn|mlp)",
-)
 
 
 class Stage(nnx.Module):
@@ -44,14 +32,14 @@ class Stage(nnx.Module):
         return self.call(self.path, self.inner, *args)
 
 
-def stage_paths(model: nnx.Module) -> tuple[str, ...]:
+def stage_paths(model: nnx.Module, layout: Layout) -> tuple[str, ...]:
     """Paths of all stages, in no particular order."""
-    return _matching(model, _STAGES)
+    return _matching(model, layout.stages)
 
 
-def part_paths(model: nnx.Module, layers: Sequence[str]) -> tuple[str, ...]:
+def part_paths(model: nnx.Module, layout: Layout, layers: Sequence[str]) -> tuple[str, ...]:
     """Paths of all reusable parts, including stages and these layers, in no particular order."""
-    return tuple(dict.fromkeys((*_matching(model, (*_STAGES, *_PARTS)), *layers)))
+    return tuple(dict.fromkeys((*_matching(model, (*layout.stages, *layout.parts)), *layers)))
 
 
 def _matching(model: nnx.Module, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -77,7 +65,7 @@ def run_or_reuse(run: Array, inner: nnx.Module, args: tuple[Any, ...], output: A
     )
 
 
-def downstream(order: Sequence[str], layers: Collection[str]) -> frozenset[str]:
+def downstream(order: Sequence[str], layers: Collection[str], layout: Layout) -> frozenset[str]:
     """The parts that must run when the outputs of these layers are perturbed.
 
     A perturbed layer itself runs only if another one's perturbation reaches it.
@@ -85,26 +73,16 @@ def downstream(order: Sequence[str], layers: Collection[str]) -> frozenset[str]:
     Args:
         order: paths of all parts in the order in which the forward pass enters them.
         layers: the perturbed layers.
+        layout: of the network.
     """
     entered = {path: number for number, path in enumerate(order)}
+
+    def follows(part: str, layer: str) -> bool:
+        parallel = layout.take_same_input(part, layer) or layout.is_independent(part, layer)
+        return entered[part] > entered[layer] and not parallel
+
     return frozenset(
         part
         for part in order
-        if any(
-            layer.startswith(f"{part}.")
-            or (entered[part] > entered[layer] and not _parallel(part, layer))
-            for layer in layers
-        )
+        if any(layer.startswith(f"{part}.") or follows(part, layer) for layer in layers)
     )
-
-
-def _parallel(part: str, layer: str) -> bool:
-    """Whether a part that is entered after a layer is nevertheless independent of it."""
-    first, second = part.split("."), layer.split(".")
-    if first[0] == second[0] == "vision_backbone" and len(first) > 1 and first[1] != second[1]:
-        # The two towers are independent of each other.
-        return True
-    if first[0] == "proprio_projector" and second[0] in ("vision_backbone", "projector"):
-        return True
-    siblings = first[:-1] == second[:-1]
-    return siblings and any(first[-1] in names and second[-1] in names for names in SAME_INPUT)

@@ -33,6 +33,7 @@ from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.statistics import InputStatistics, Weighting
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
 from qvla_jax.sensitivity.reverse import Contraction, FromCotangent, ReverseSpec, reverse_sweep
+from qvla_jax.sensitivity.stages import stage_paths
 from qvla_jax.sensitivity.streaming import streamed_sweep
 from qvla_jax.sharding import one_device_mesh, replicate, sweep_mesh, to_host
 
@@ -169,7 +170,8 @@ def streamed_means(
     graphdef, state = nnx.split(policy.model)
     spec = ReverseSpec(graphdef, index.paths, _sums_where_it_matters, 1, mesh)
     totals = {layer.path: np.zeros(layer.fan_in + 1) for layer in index.layers}
-    sweep = functools.partial(streamed_sweep, spec, state)
+    stages = stage_paths(policy.model, policy.layout)
+    sweep = functools.partial(streamed_sweep, spec, stages, state)
     _add_up(totals, sweep, policy, calibration, batch, mesh, seed, progress)
     means = {path: total[:-1] / max(total[-1], 1.0) for path, total in totals.items()}
     return InputStatistics(means, made_from=_made_from(calibration, seed))

@@ -10,7 +10,7 @@ memory of its largest stage.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,11 +29,12 @@ from qvla_jax.sensitivity.instrument import (
 )
 from qvla_jax.sensitivity.probes import probe_vectors
 from qvla_jax.sensitivity.reverse import Contraction, ReverseSpec, sum_in_blocks
-from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
+from qvla_jax.sensitivity.stages import wrap_stages
 
 
 def streamed_sweep(
     spec: ReverseSpec,
+    stages: Sequence[str],
     state: Any,
     constants: Mapping[str, Any],
     inputs: Any,
@@ -45,6 +46,7 @@ def streamed_sweep(
 
     Args:
         spec: static description; its mesh is not used.
+        stages: paths of the network's stages, from `stages.stage_paths`.
         state: the model's arrays, on the device, on the host or in files.
         constants: path -> the contraction's arrays for this layer, requested once, when the layer
             is reached.
@@ -60,14 +62,13 @@ def streamed_sweep(
     Raises:
         InputError: a layer that the forward pass reaches is part of no stage.
     """
-    stages = stage_paths(nnx.merge(spec.graphdef, state))
     layers = {s: tuple(p for p in spec.paths if p.startswith(f"{s}.")) for s in stages}
     outside = set(spec.paths).difference(*layers.values())
     # Layers that nothing reads, such as a tower's attention pool, need no stage.
     if outside and (outside := layer_outputs(spec.graphdef, state, (inputs,), outside)):
         raise InputError(
-            f"{sorted(outside)[0]} is part of no block, patch embedding or projector; streamed "
-            "sweeps measure those only: exclude it"
+            f"{sorted(outside)[0]} is part of no stage (a block, a patch embedding); streamed "
+            "sweeps measure the layers of stages only: exclude it"
         )
     tape = _Tape(spec.contraction, layers, constants, frames.shape[0])
 

@@ -14,7 +14,7 @@ import numpy as np
 from qvla_jax.array_typing import Float
 from qvla_jax.errors import InputError
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+from qvla_jax.quantization.layers import LayerRules, quantizable_layers
 from qvla_jax.sensitivity.accumulate import check_finite
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
@@ -30,7 +30,7 @@ def trajectory_costs(
     probes: Probes = DEFAULT_PROBES,
     seed: int = 0,
     batch: int = 4,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     progress: Progress = no_progress,
 ) -> Float[np.ndarray, "e C n"]:
     """S of every trajectory, for the channels, options and quantizer of a table.
@@ -43,7 +43,7 @@ def trajectory_costs(
         probes: number of Rademacher vectors, or "full".
         seed: of the probes.
         batch: frames at a time on each device.
-        rules: those of the table.
+        rules: those of the table; None takes those of the policy's layout.
         progress: called with the frames done.
 
     Returns:
@@ -56,7 +56,7 @@ def trajectory_costs(
     episodes: Sequence[int] | None = calibration.manifest.get("episodes")
     if episodes is None or len(episodes) != calibration.frames:
         raise InputError("the calibration set does not name the trajectory of each of its frames")
-    layers = quantizable_layers(policy.model, rules)
+    layers = quantizable_layers(policy.model, policy.layout.rules if rules is None else rules)
     if tuple(layers) != table.index.paths:
         raise InputError("the table was made for other layers than this policy's")
     datasets = calibration.manifest.get("datasets", [0] * len(episodes))

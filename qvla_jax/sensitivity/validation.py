@@ -1,7 +1,7 @@
 """Can a table be trusted? Rank correlation with exact probing, and additivity."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,11 +9,12 @@ import numpy as np
 from qvla_jax.array_typing import Float, Int
 from qvla_jax.errors import InputError
 from qvla_jax.inference.policy import Policy
+from qvla_jax.inference.quantize import policy_layers
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.quantization.layers import DEFAULT_RULES, LayerRules, quantizable_layers
+from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.sensitivity.batches import Calibration, FirstFrames
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.methods import DEFAULT_SHARE, sensitivities
@@ -83,12 +84,14 @@ class ExactSample:
     # Options, without 16.
     bits: tuple[int, ...]
     costs: Float[np.ndarray, "m n"]
+    # Module type of each channel.
+    types: tuple[str, ...]
 
     def ranks(self, table: SensitivityTable) -> tuple[RankCorrelation, ...]:
         """How a table orders the sampled channels: `rank_correlations` with exact probing."""
         columns = [table.bits.index(b) for b in self.bits]
         estimate = table.costs[self.rows][:, columns]
-        return rank_correlations(table.index, self.rows, self.bits, estimate, self.costs)
+        return rank_correlations(self.types, self.bits, estimate, self.costs)
 
 
 def probe_sample(
@@ -99,7 +102,7 @@ def probe_sample(
     channels: int = 256,
     frames: int = 8,
     seed: int = 0,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     progress: Progress = no_progress,
 ) -> ExactSample:
     """Probes sampled channels exactly, on the first frames of a calibration set.
@@ -111,13 +114,13 @@ def probe_sample(
         channels: channels drawn over all layers.
         frames: frames that they are measured on.
         seed: of the draw.
-        rules: those of the table.
+        rules: those of the table; None takes those of the policy's layout.
         progress: reports progress.
 
     Raises:
         InputError: the table belongs to other layers, or nothing can be sampled.
     """
-    layers = quantizable_layers(policy.model, rules)
+    layers = policy_layers(policy, rules)
     if tuple(layers) != table.index.paths:
         raise InputError("the table was made for other layers than this policy's")
     part = FirstFrames(calibration, min(frames, calibration.frames))
@@ -126,7 +129,8 @@ def probe_sample(
     costs, _ = exact_costs(
         policy, part, layers, table.index, table.quantizer, bits=bits, rows=rows, progress=progress
     )
-    return ExactSample(part, rows, bits, costs)
+    names, numbers = module_types(table.index, policy.layout)
+    return ExactSample(part, rows, bits, costs, tuple(names[number] for number in numbers[rows]))
 
 
 def same_frames(
@@ -136,7 +140,7 @@ def same_frames(
     *,
     method: str | None = None,
     seed: int = 0,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     progress: Progress = no_progress,
 ) -> SensitivityTable:
     """A method's table on the frames of a sample, for the table's quantizer.
@@ -149,7 +153,7 @@ def same_frames(
         table: the source of settings and input statistics.
         method: None takes the table's own.
         seed: of the probes.
-        rules: those of the table.
+        rules: those of the table; None takes those of the policy's layout.
         progress: reports progress.
     """
     return sensitivities(
@@ -177,7 +181,7 @@ def validate(
     channels: int = 256,
     frames: int = 8,
     seed: int = 0,
-    rules: LayerRules = DEFAULT_RULES,
+    rules: LayerRules | None = None,
     progress: Progress = no_progress,
 ) -> Validation:
     """Compares a table with exact probing of sampled channels.
@@ -193,7 +197,7 @@ def validate(
         channels: channels drawn over all layers.
         frames: frames that they are measured on.
         seed: of the draw.
-        rules: those of the table.
+        rules: those of the table; None takes those of the policy's layout.
         progress: reports progress.
 
     Raises:
@@ -226,20 +230,25 @@ def _probes(policy: Policy, table: SensitivityTable, frames: int) -> Probes:
 
 
 def rank_correlations(
-    index: ChannelIndex,
-    rows: Int[np.ndarray, " m"],
+    types: Sequence[str],
     bits: tuple[int, ...],
     estimate: Float[np.ndarray, "m n"],
     exact: Float[np.ndarray, "m n"],
 ) -> tuple[RankCorrelation, ...]:
-    """Rank correlations for each bit-width, over all samples and within each module type."""
-    names, numbers = module_types(index)
-    types = np.asarray(names)[numbers[rows]]
+    """Rank correlations for each bit-width, over all samples and within each module type.
+
+    Args:
+        types: module type of each sample.
+        bits: options.
+        estimate: costs to judge.
+        exact: exactly probed costs.
+    """
+    of_type = np.asarray(types)
     result = []
     for column, b in enumerate(bits):
         by_module = {}
         for kind in sorted(set(types)):
-            of_kind = types == kind
+            of_kind = of_type == kind
             if of_kind.sum() >= 3:
                 rho = spearman(estimate[of_kind, column], exact[of_kind, column])
                 if np.isfinite(rho):

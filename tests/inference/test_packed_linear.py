@@ -74,7 +74,7 @@ def test_neighbours_are_joined_where_they_can_be(grid, held):
         ("a.gate_proj", packed(mlp.gate_proj, 2)),
         ("a.up_proj", packed(mlp.up_proj, 2, grid)),  # codes of "rtn" mean other integers
     ]
-    replace_by_packed(model, new)
+    replace_by_packed(model, new, same_input=(("gate_proj", "up_proj"),))
     found = packed_layers(model)
     assert list(found) == [name for name, _ in new]
     for name, w in new:

@@ -17,7 +17,7 @@ from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.packed_linear import PackedArrays, packed_layers
-from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
+from qvla_jax.inference.quantize import policy_index, policy_layers, quantize, quantize_uniform
 from qvla_jax.kernels import dispatch
 from qvla_jax.models import get_module, named_modules
 from qvla_jax.quantization import (
@@ -25,7 +25,6 @@ from qvla_jax.quantization import (
     InputStatistics,
     Quantizer,
     QuantizerSettings,
-    quantizable_layers,
     stored_bytes,
     uniform_bytes,
 )
@@ -146,7 +145,7 @@ def test_what_cannot_be_done_with_a_quantized_policy(packed, in_float, policy, i
         policy.save(tmp_path / "p.qvla")
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="matches none"):
-        quantizable_layers(packed.model)
+        policy_layers(packed)
 
 
 def refused(path, message):

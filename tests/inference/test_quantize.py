@@ -195,7 +195,7 @@ def test_rules_choose_layers_by_path(policy):
     ("rules", "message"),
     [
         (LayerRules(include=("language_modle",)), "include pattern 'language_modle'"),
-        (LayerRules(exclude=(r"vision_backbone\.fused_typo",)), "exclude pattern"),
+        (LayerRules(include=(".",), exclude=(r"vision_backbone\.fused_typo",)), "exclude pattern"),
         (LayerRules(include=("projector",), exclude=("projector",)), "nothing to quantize"),
     ],
 )

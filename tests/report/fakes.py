@@ -169,7 +169,7 @@ def fake_report():
         allocations=(),
         layers=tuple(
             LayerFacts(
-                path=path, out_features=n, fan_in=64, average_bits=3.4, sensitivity_by_bits={},
+                path=path, name=path, out_features=n, fan_in=64, average_bits=3.4, sensitivity_by_bits={},
                 channels_by_bits={"0": n // 8, "2": n // 4, "4": n // 2, "8": n // 8},
             )
             for path, n in LAYERS.items()

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from qvla_jax.inference.quantize import policy_layers
 from qvla_jax.quantization import InputStatistics, Quantizer, QuantizerSettings
-from qvla_jax.quantization.layers import channel_index, quantizable_layers
+from qvla_jax.quantization.layers import channel_index
 
 from .toys import ToyFrames, toy_policy
 
@@ -26,7 +27,7 @@ def frames():
 
 @pytest.fixture(scope="session")
 def layers(policy):
-    return quantizable_layers(policy.model)
+    return policy_layers(policy)
 
 
 @pytest.fixture(scope="session")

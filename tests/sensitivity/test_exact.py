@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.models import get_module
 from qvla_jax.sensitivity.exact import exact_costs
@@ -10,6 +12,8 @@ from qvla_jax.sensitivity.stages import downstream, stage_paths
 from qvla_jax.sharding import sweep_mesh
 
 from .toys import LLM, UNREACHED
+
+LAYOUT = layout(preset("tiny-test"))
 
 BITS = (0, 2, 4, 8)
 
@@ -67,7 +71,7 @@ def test_layers_that_no_action_reads_cost_nothing(index, exact):
 
 
 def test_stages_are_blocks_of_both_towers_and_the_language_model(policy):
-    assert set(stage_paths(policy.model)) == {
+    assert set(stage_paths(policy.model, policy.layout)) == {
         "vision_backbone.featurizer.blocks.0",
         "vision_backbone.featurizer.blocks.1",
         "vision_backbone.fused_featurizer.blocks.0",
@@ -92,7 +96,7 @@ def test_only_what_lies_behind_a_perturbation_runs_again():
     order += ["proprio_projector", *behind]
 
     def running(*layers):
-        return [part for part in order if part in downstream(order, layers)]
+        return [part for part in order if part in downstream(order, layers, LAYOUT)]
 
     # Two halves of a block, two towers, and the proprio projector beside them.
     half = [f"{one}{p}" for p in ("", ".mlp", ".mlp.fc2")]

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 from qvla_jax.errors import InputError
+from qvla_jax.inference.quantize import policy_layers
 from qvla_jax.models import get_module
 from qvla_jax.quantization.grid import on_grid
-from qvla_jax.quantization.layers import channel_index, quantizable_layers
+from qvla_jax.quantization.layers import channel_index
 from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
@@ -21,7 +22,7 @@ BITS = (0, 2, 4, 8)
 
 
 def costs_of(policy, frames, quantizer, **kwargs):
-    layers = quantizable_layers(policy.model)
+    layers = policy_layers(policy)
     settings = {"method": "jacobian", "probes": "full"} | kwargs
     constants = layer_constants(layers, quantizer, settings.pop("bits", BITS))
     costs = frame_costs(policy, frames, channel_index(layers), constants, **settings)
@@ -72,7 +73,7 @@ def test_full_probes_equal_directional_derivatives(policy, frames, index, quanti
 
 
 def test_a_linear_model_has_no_higher_order(linear_policy, frames, quantizer):
-    layers = quantizable_layers(linear_policy.model)
+    layers = policy_layers(linear_policy)
     first, _ = costs_of(linear_policy, frames, quantizer)
     exact, _ = exact_costs(
         linear_policy, frames, layers, channel_index(layers), quantizer, bits=BITS, block=32

@@ -15,7 +15,6 @@ from qvla_jax.models import get_module
 from qvla_jax.sensitivity import METHODS, joint_error, sensitivities, spearman, validate
 from qvla_jax.sensitivity.batches import FirstFrames
 from qvla_jax.sensitivity.joint import alternate
-from qvla_jax.sensitivity.strata import module_type
 from qvla_jax.sensitivity.validation import sample_channels
 
 from .toys import LLM, ToyFrames, toy_policy
@@ -181,11 +180,6 @@ def test_samples_are_distinct_and_repeatable(index):
     np.testing.assert_array_equal(sample_channels(index, 10**6, seed=0), np.arange(len(index)))
     with pytest.raises(InputError):
         sample_channels(index, 0, seed=0)
-
-
-def test_module_types_drop_the_depth():
-    assert module_type("language_model.model.layers.3.mlp.up_proj") == "language_model.mlp.up_proj"
-    assert module_type("vision_backbone.featurizer.blocks.0.attn.qkv") == "featurizer.attn.qkv"
 
 
 @pytest.mark.parametrize("seed", range(4))

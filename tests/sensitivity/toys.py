@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qvla_jax.families.layout import Layout
 from qvla_jax.inference import Policy
 from qvla_jax.models.linear import Linear
+from qvla_jax.quantization import LayerRules
 
 CAMERAS, PATCHES, TEXT, WIDTH, HORIZON, ACTIONS = 2, 3, 4, 6, 2, 3
 UNREACHED = "vision_backbone.featurizer.blocks.1.fc"
@@ -110,9 +112,29 @@ def take_inputs(batch: dict[str, Any], *, preprocessed: bool = False) -> dict[st
     return {key: batch[key] for key in ("image", "text", "length")}
 
 
+LAYOUT = Layout(
+    rules=LayerRules(include=(r"vision_backbone\.", r"language_model\.model\.")),
+    kept=(r"action_head",),
+    stages=(r".+\.(blocks|layers)\.\d+",),
+    parts=(r"vision_backbone",),
+    independent=(
+        (r"vision_backbone\.featurizer\.", r"vision_backbone\.fused_featurizer\."),
+        (r"vision_backbone\.fused_featurizer\.", r"vision_backbone\.featurizer\."),
+    ),
+    module_types=((r"\.(model\.layers|blocks)\.\d+", ""), (r"^vision_backbone\.", "")),
+    action_entries=tuple(range(ACTIONS)),
+)
+
+
+class ToyPolicy(Policy):
+    @property
+    def layout(self) -> Layout:
+        return LAYOUT
+
+
 def toy_policy(*, linear: bool = False, seed: int = 0) -> Policy:
     parts: dict[str, Any] = {"config": Config(), "processor": take_inputs, "statistics": {}}
-    return Policy(model=Toy(linear=linear, seed=seed), **parts)
+    return ToyPolicy(model=Toy(linear=linear, seed=seed), **parts)
 
 
 @dataclasses.dataclass

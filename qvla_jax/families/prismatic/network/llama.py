@@ -5,7 +5,6 @@ position that is not padding.
 """
 
 import dataclasses
-from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,6 @@ from qvla_jax.array_typing import Array, Bool, Float, Int
 from qvla_jax.families.prismatic.config import LlamaConfig
 from qvla_jax.models.attention import attention, heads_first
 from qvla_jax.models.linear import Embed, Linear
-
-# Layers of one module that take the same input.
-SAME_INPUT: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def rotary_angles(
