@@ -16,7 +16,7 @@ from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.closed_loop import VIDEO_FOLDER
 from qvla_jax.pipeline.configs import ReportConfig
-from qvla_jax.pipeline.sensitivity import load_seconds, load_validation
+from qvla_jax.pipeline.sensitivity import load_ranks, load_seconds
 from qvla_jax.plain import to_plain
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.report import SensitivityMap, render
@@ -26,13 +26,13 @@ from qvla_jax.report.contents import (
     Budget,
     CostSummary,
     LayerFacts,
+    RankingFacts,
     Report,
     SensitivityFacts,
     StageSummary,
-    ValidationFacts,
 )
 from qvla_jax.sensitivity.table import SensitivityTable
-from qvla_jax.sensitivity.validation import Validation
+from qvla_jax.sensitivity.validation import Ranking
 from qvla_jax.stage_times import StageSeconds
 
 
@@ -50,11 +50,11 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> Report:
     allocations = Allocations.load(config.out / files.ALLOCATION)
     tables = load_tables(config.out)
     calibration = load_calibration(config.out)
-    validation = load_validation(config.out)
+    ranks = load_ranks(config.out)
     made_from = {
         files.ALLOCATION: allocations.made_from,
         files.EVALUATION: evaluation.made_from,
-        **({} if validation is None else {files.VALIDATION: validation.made_from}),
+        **({} if ranks is None else {files.RANKS: ranks.made_from}),
     }
     remedy = f"run `qvla run --out {config.out}` or the stages after `sensitivity` again"
     for name, found in made_from.items():
@@ -80,14 +80,14 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> Report:
         calibration=calibration.describe(),
         heldout=evaluation.heldout,
         sensitivity=SensitivityFacts(method=tables[0].method, bits=tables[0].bits),
-        validation=None if validation is None else summarize(validation),
+        validation=None if ranks is None else summarize(ranks),
         chosen=chosen.name,
         methods=tuple(methods),
         sweep=tuple(sweep),
         allocations=tuple(map(describe_allocation, allocations.items)),
         layers=describe_layers(tables[0], chosen, names),
         seconds=StageSummary(
-            sensitivity=load_seconds(config.out, tables[0].method),
+            sensitivity=load_seconds(config.out).get(tables[0].method),
             allocate=sum(a.seconds for a in allocations.items),
             evaluate=evaluation.seconds,
         ),
@@ -155,10 +155,10 @@ def split_methods(
     return here, [e for e in entries if not any(e is h for h in here)]
 
 
-def summarize(validation: Validation) -> ValidationFacts:
+def summarize(ranks: Ranking) -> RankingFacts:
     """Leaves out the individual samples."""
-    names = [field.name for field in dataclasses.fields(ValidationFacts)]
-    return ValidationFacts(**{name: getattr(validation, name) for name in names})
+    names = [field.name for field in dataclasses.fields(RankingFacts)]
+    return RankingFacts(**{name: getattr(ranks, name) for name in names})
 
 
 def describe_allocation(allocation: Allocation) -> AllocationRecord:

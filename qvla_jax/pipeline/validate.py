@@ -1,6 +1,6 @@
 """Can the sensitivities of a run be trusted? Ranks, additivity, stability, sensitive modules.
 
-A study outside the pipeline: it reads the files of `calibrate` and `sensitivity`, and no stage
+It stands outside of the pipeline: it reads the files of `calibrate` and `sensitivity`, and no stage
 reads its result.
 """
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from qvla_jax.atomic import write_json
 from qvla_jax.data.calibration import CalibrationSet
-from qvla_jax.evaluation.sensitivity_study import (
+from qvla_jax.evaluation.validation import (
     Additivity,
     Cumulative,
     ModuleCosts,
     Ranks,
-    SensitivityStudy,
     Stability,
+    Validation,
 )
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.quantize import quantize
@@ -31,7 +31,7 @@ from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.layers import LayerRules
-from qvla_jax.report.study import draw
+from qvla_jax.report.validation import draw
 from qvla_jax.sensitivity import SensitivityTable, joint_error, sensitivities, spearman
 from qvla_jax.sensitivity.probes import DEFAULT_PROBES
 from qvla_jax.sensitivity.ranks import top_overlap
@@ -45,8 +45,8 @@ _ALL_LAYERS = LayerRules(include=(r".",))
 
 
 @in_32_bits
-def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> SensitivityStudy:
-    """Studies the sensitivity table in `config.out`, and writes study.json.
+def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Validation:
+    """Studies the sensitivity table in `config.out`, and writes validation.json.
 
     Raises:
         InputError: the calibration set or the table is missing, or belongs to another policy.
@@ -62,7 +62,7 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Sen
     )
     heldout = heldout_set(config, horizon=policy.config.action_horizon)
     check_disjoint(calibration, heldout)
-    study = SensitivityStudy(
+    validation = Validation(
         made_from=files.made_from(table),
         model_options=config.said(),
         method=table.method,
@@ -76,9 +76,9 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Sen
         modules=tuple(_modules(config, policy, calibration, table, progress)),
         provenance=provenance(seed=config.seed),
     )
-    write_json(config.out / files.STUDY, to_plain(study))
-    draw(study, config.out / files.STUDY_FIGURE)
-    return study
+    write_json(config.out / files.VALIDATION, to_plain(validation))
+    draw(validation, config.out / files.VALIDATION_FIGURE)
+    return validation
 
 
 def _ranks(
@@ -88,19 +88,19 @@ def _ranks(
     table: SensitivityTable,
     progress: Progress,
 ) -> Ranks:
-    """Each method against exact probing of the same channels on the same frames."""
+    """Each estimator against exact probing of the same channels on the same frames."""
     sample = probe_sample(
         policy, calibration, table, channels=config.channels, frames=config.frames,
         seed=config.seed, progress=progress,
     )  # fmt: skip
-    by_method = {}
-    for method in dict.fromkeys((table.method, *config.methods)):
+    by_estimator = {}
+    for estimator in dict.fromkeys((table.method, *config.estimators)):
         same = same_frames(
-            policy, sample, table, method=method, seed=config.seed,
-            progress=prefixed(progress, method),
+            policy, sample, table, method=estimator, seed=config.seed,
+            progress=prefixed(progress, estimator),
         )  # fmt: skip
-        by_method[method] = sample.ranks(same)
-    return Ranks(channels=len(sample.rows), frames=sample.part.frames, methods=by_method)
+        by_estimator[estimator] = sample.ranks(same)
+    return Ranks(channels=len(sample.rows), frames=sample.part.frames, methods=by_estimator)
 
 
 def _additivity(

@@ -32,8 +32,8 @@ class SensitivityFacts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ValidationFacts:
-    """The rank correlations of validation.json, without its samples."""
+class RankingFacts:
+    """The rank correlations of ranks.json, without its samples."""
 
     channels: int
     frames: int
@@ -112,8 +112,8 @@ class Report:
     calibration: Mapping[str, Any]
     heldout: Mapping[str, Any]
     sensitivity: SensitivityFacts
-    # None if the table was not validated.
-    validation: ValidationFacts | None
+    # None if no channel was probed exactly.
+    validation: RankingFacts | None
     # `method` of the run's own allocation.
     chosen: str
     # At the requested budget, and at the others.

@@ -8,17 +8,17 @@ from qvla_jax.evaluation.drift import Drift
 from qvla_jax.evaluation.paired import Comparison, Success
 from qvla_jax.evaluation.results import MethodResult
 from qvla_jax.evaluation.success import PolicyComparison, PolicySuccess
-from qvla_jax.report.contents import ValidationFacts
+from qvla_jax.report.contents import RankingFacts
 from qvla_jax.report.page import size_text, stage_rows
 from qvla_jax.report.svg import number
-from qvla_jax.sensitivity.validation import Validation
+from qvla_jax.sensitivity.validation import Ranking
 from qvla_jax.stage_times import StageSeconds
 
 
-def spearman_line(validation: Validation | ValidationFacts, method: str) -> str:
+def spearman_line(ranking: Ranking | RankingFacts, method: str) -> str:
     """Returns the rank correlations in one line."""
-    ranks = ", ".join(f"{r.spearman:.4f} at {r.bits} bits" for r in validation.spearman)
-    return f"Spearman({method}, exact) on {validation.channels} channels: {ranks}"
+    ranks = ", ".join(f"{r.spearman:.4f} at {r.bits} bits" for r in ranking.spearman)
+    return f"Spearman({method}, exact) on {ranking.channels} channels: {ranks}"
 
 
 def methods_table(entries: Sequence[MethodResult]) -> Table:

@@ -37,7 +37,7 @@ from qvla_jax.sensitivity.statistics import input_statistics, streamed_means
 from qvla_jax.sensitivity.store import SweepStore, digest_of
 from qvla_jax.sensitivity.table import SensitivityTable
 
-METHODS: Final = ("jacobian", "refined", "exact", "taylor", "input_hessian")
+ESTIMATORS: Final = ("jacobian", "refined", "exact", "taylor", "input_hessian")
 DEFAULT_BITS: Final = (0, 2, 4, 8, 16)
 DEFAULT_SHARE: Final = 0.01
 DEFAULT_QUANTIZER: Final = QuantizerSettings()
@@ -119,8 +119,8 @@ def sensitivities(
         InputError: unknown method or option, unusable weights or probes, a weight or an activation
             that is NaN or infinite (weights are named by layer and channel), an empty set.
     """
-    if method not in METHODS:
-        raise InputError(unknown("sensitivity method", method, METHODS))
+    if method not in ESTIMATORS:
+        raise InputError(unknown("estimator", method, ESTIMATORS))
     bits = _check_bits(bits)
     check_probes(probes)
     weights = _check_weights(action_weights, policy)

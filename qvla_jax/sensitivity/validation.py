@@ -23,7 +23,7 @@ from qvla_jax.sensitivity.ranks import spearman, top_overlap
 from qvla_jax.sensitivity.strata import module_types
 from qvla_jax.sensitivity.table import SensitivityTable
 
-VALIDATION_KIND = "qvla_jax.validation"
+RANKS_KIND = "qvla_jax.ranks"
 
 
 def sample_channels(index: ChannelIndex, count: int, *, seed: int) -> Int[np.ndarray, " m"]:
@@ -49,7 +49,7 @@ class RankCorrelation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Validation:
+class Ranking:
     """A table compared with exact probing of sampled channels."""
 
     channels: int
@@ -65,10 +65,10 @@ class Validation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SavedValidation(Validation):
-    """The content of validation.json."""
+class SavedRanking(Ranking):
+    """The content of ranks.json."""
 
-    format: Literal["qvla_jax.validation"] = VALIDATION_KIND
+    format: Literal["qvla_jax.ranks"] = RANKS_KIND
     version: Literal[1] = 1
     # Policy fingerprint and calibration hash.
     made_from: Mapping[str, str]
@@ -183,7 +183,7 @@ def validate(
     seed: int = 0,
     rules: LayerRules | None = None,
     progress: Progress = no_progress,
-) -> Validation:
+) -> Ranking:
     """Compares a table with exact probing of sampled channels.
 
     The table's costs are means over its whole calibration set, but exact probing is expensive and
@@ -208,7 +208,7 @@ def validate(
         progress=progress,
     )  # fmt: skip
     same = same_frames(policy, sample, table, seed=seed, rules=rules, progress=progress)
-    return Validation(
+    return Ranking(
         channels=len(sample.rows),
         frames=sample.part.frames,
         method=table.method,

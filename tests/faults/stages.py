@@ -266,11 +266,11 @@ def study() -> Stage:
             json.loads(path.read_text())
 
     def result(folder: Path) -> Any:
-        results = json.loads((folder / files.RESULTS).read_text())
+        results = json.loads((folder / files.STUDY).read_text())
         del results["provenance"]
         made = {p.name: _digest(p) for p in cells(folder) if p.suffix == ".qvla"}
         assert len(made) == 4
-        return results, made, (folder / files.RESULTS_TABLE).read_text()
+        return results, made, (folder / files.STUDY_TABLE).read_text()
 
     def done(folder: Path) -> dict[str, str]:
         return {path.name: f"{path.stat().st_mtime_ns}" for path in cells(folder)}

@@ -10,10 +10,10 @@ from qvla_jax.report import SensitivityMap
 from qvla_jax.report.contents import (
     Budget,
     LayerFacts,
+    RankingFacts,
     Report,
     SensitivityFacts,
     StageSummary,
-    ValidationFacts,
 )
 from qvla_jax.sensitivity.validation import RankCorrelation
 from qvla_jax.stage_times import StageSeconds
@@ -160,7 +160,7 @@ def fake_report():
         calibration={**frames, "split": "calibration", "hash": "0f" * 32},
         heldout={**frames, "split": "heldout", "hash": "1e" * 32},
         sensitivity=SensitivityFacts(method="jacobian", bits=BITS),
-        validation=ValidationFacts(
+        validation=RankingFacts(
             channels=256, frames=32, spearman=ranks(0.95, 0.96, 0.999, 0.999), spearman_table=ranks(*[0.93] * 4),
         ),
         chosen=ours,

@@ -6,18 +6,18 @@ import matplotlib
 import numpy as np
 import pytest
 
-from qvla_jax.evaluation import sensitivity_study as results
+from qvla_jax.evaluation import validation as results
 from qvla_jax.report.drift import save_drift
 from qvla_jax.report.pareto import save_pareto
-from qvla_jax.report.results import draw_error, draw_success
-from qvla_jax.report.study import draw, study_tables
+from qvla_jax.report.study import draw_error, draw_success
+from qvla_jax.report.validation import draw, validation_tables
 from qvla_jax.sensitivity.validation import RankCorrelation
 from qvla_jax.solvers import AllocationProblem, pareto
 
-from .test_results import RESULTS
+from .test_study import RESULTS
 
 BITS = ("0", "4")
-STUDY = results.SensitivityStudy(
+VALIDATION = results.Validation(
     made_from={},
     model_options={},
     method="jacobian",
@@ -82,7 +82,7 @@ def test_no_figure_changes_the_backend_or_imports_pyplot(
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     drift = closed_loop_summary.comparisons[0].drift
     with matplotlib.rc_context({"backend": "svg"}):
-        draw(STUDY, tmp_path / "study.png")
+        draw(VALIDATION, tmp_path / "validation.png")
         draw_error(RESULTS, tmp_path / "error.png")
         draw_success(RESULTS, tmp_path / "success.png")
         save_drift({"four bits": drift}, tmp_path / "drift.png")
@@ -94,7 +94,7 @@ def test_no_figure_changes_the_backend_or_imports_pyplot(
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
-def test_a_study_has_a_table_for_each_of_its_parts():
-    titles = [str(table.columns[0].header) for table in study_tables(STUDY)]
+def test_a_validation_has_a_table_for_each_of_its_parts():
+    titles = [str(table.columns[0].header) for table in validation_tables(VALIDATION)]
     assert len(titles) == 5
     assert titles[3] == "along 2 trajectories"

@@ -12,7 +12,7 @@ from qvla_jax.allocation import allocate
 from qvla_jax.errors import InputError
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.models import get_module
-from qvla_jax.sensitivity import METHODS, joint_error, sensitivities, spearman, validate
+from qvla_jax.sensitivity import ESTIMATORS, joint_error, sensitivities, spearman, validate
 from qvla_jax.sensitivity.batches import FirstFrames
 from qvla_jax.sensitivity.joint import alternate
 from qvla_jax.sensitivity.validation import sample_channels
@@ -29,7 +29,7 @@ def table(policy, frames):
     return sensitivities(policy, frames, probes="full", batch=4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ESTIMATORS)
 def test_every_method_fills_the_same_table(policy, frames, index, method):
     seen = []
     table = sensitivities(
@@ -139,7 +139,7 @@ def test_a_table_of_other_layers_is_not_validated(frames, table):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "hessian"}, "unknown sensitivity method 'hessian'"),
+        ({"method": "hessian"}, "unknown estimator 'hessian'"),
         ({"bits": (0, 5)}, "distinct options"),
         ({"bits": (4, 4)}, "distinct options"),
         ({"bits": (16,)}, "distinct options"),

@@ -1,4 +1,4 @@
-"""What study.json holds: how far a table of sensitivities can be trusted."""
+"""What validation.json holds: how far a table of sensitivities can be trusted."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,16 +6,16 @@ from typing import Any, Literal
 
 from qvla_jax.sensitivity.validation import RankCorrelation
 
-STUDY_KIND = "qvla_jax.study"
+VALIDATION_KIND = "qvla_jax.validation"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Methods against exact probing of the same channels on the same frames."""
+    """Estimators against exact probing of the same channels on the same frames."""
 
     channels: int
     frames: int
-    # Method -> one entry for each option.
+    # Estimator -> one entry for each option.
     methods: Mapping[str, tuple[RankCorrelation, ...]]
 
 
@@ -79,10 +79,10 @@ class ModuleCosts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SensitivityStudy:
-    """The content of study.json."""
+class Validation:
+    """The content of validation.json."""
 
-    format: Literal["qvla_jax.study"] = STUDY_KIND
+    format: Literal["qvla_jax.validation"] = VALIDATION_KIND
     version: Literal[1] = 1
     # Policy fingerprint and calibration hash.
     made_from: Mapping[str, str]
