@@ -85,7 +85,7 @@ _MODULES = re.compile(
 )
 
 # What they still know of public directories belongs to the family.
-_PUBLIC = ("checkpoints/files.py", "inference/policy.py", "pipeline/policies.py")
+_PUBLIC = ("checkpoints/files.py",)
 
 
 def _written(tree: ast.AST) -> Iterator[tuple[int, str]]:

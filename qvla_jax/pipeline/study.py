@@ -35,7 +35,7 @@ from qvla_jax.pipeline.calibrate import calibrate, load_calibration
 from qvla_jax.pipeline.configs import FramesConfig, HeldoutConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
 from qvla_jax.pipeline.methods import load_method, method_file, write_method
-from qvla_jax.pipeline.policies import check_crop
+from qvla_jax.pipeline.policies import check_acting
 from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
@@ -170,7 +170,7 @@ def study(
     files.check_folder(config.out)
     if config.sim is not None:
         closed_loop.check_simulator(make)
-        check_crop(config.model, config)
+        check_acting(config.model, config)
     policy = load_policy(config.model, **config.said()) if policy is None else policy
     horizon = policy.config.action_horizon
     heldout = heldout_set(config, horizon=horizon)

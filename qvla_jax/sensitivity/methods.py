@@ -244,7 +244,7 @@ def _check_streamed(policy: Policy, method: str, quantizer: QuantizerSettings, j
     """Checks what a streamed sweep supports, before anything is measured."""
     if method not in CONTRACTIONS:
         raise InputError(f"streamed sweeps know {' and '.join(CONTRACTIONS)}, not {method}")
-    if policy.config.decoding != "l1":
+    if policy.decodes:
         raise InputError(
             f"streamed sweeps serve policies with a regression head; {policy.config.name} decodes "
             "tokens, for which its weights have to be in memory"

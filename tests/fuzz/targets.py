@@ -25,8 +25,8 @@ from qvla_jax.data.open_x.specs import get, load
 from qvla_jax.data.records import SplitRecords
 from qvla_jax.data.samples import bundled_path
 from qvla_jax.errors import DatasetError
+from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint import huggingface
-from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint.settings import public_settings
 from qvla_jax.families.prismatic.config import OpenVLAConfig, preset
 from qvla_jax.pipeline.allocate import Allocations
