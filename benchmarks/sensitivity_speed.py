@@ -121,8 +121,8 @@ def forward_operations(policy: Any, layers: dict[str, Any], inputs: Any) -> tupl
     def run(state: Any, inputs: Any) -> None:
         trace = record(spec, state, inputs)
         order.extend(trace.order)
-        for path, x in trace.inputs.items():
-            each[path] = x.size * layers[path].kernel[...].shape[1]
+        for path, calls in trace.inputs.items():
+            each[path] = sum(x.size for x in calls) * layers[path].kernel[...].shape[1]
 
     jax.eval_shape(run, state, inputs)
     again = [

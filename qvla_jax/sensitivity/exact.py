@@ -4,19 +4,20 @@
 
 A_{l,c}^{(n)} is the action chunk when only channel c of layer l is quantized. Quantizing a row
 changes one output channel by dY[t] = (x_t - E[x]) . (w_hat - w), which is added to the layer's
-output, so no weight matrix is copied. A block of perturbations is vmapped over a batch of frames,
-in the order in which the network calls their layers, so that only what follows the first of them is
-replayed.
+output in each of its calls, so no weight matrix is copied. A block of perturbations is vmapped over
+a batch of frames, in the order in which the network first calls their layers, so that only what
+follows the first of them is replayed.
 
 Which perturbations share a block, and the shapes that a device works on, do not depend on the mesh:
 every device along `channel` takes its own block, every device along `data` its own batch. The
 sweep's result is therefore bit-for-bit identical on every mesh.
 """
 
+import collections
 import functools
 import itertools
 from collections.abc import Collection, Mapping
-from typing import Final
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -37,6 +38,7 @@ from qvla_jax.sensitivity.batches import (
     batch_size,
     frame_batches,
 )
+from qvla_jax.sensitivity.instrument import Calls
 from qvla_jax.sensitivity.replay import (
     BY_CHANNEL,
     SPLIT_PERTURBATIONS,
@@ -146,7 +148,7 @@ def _block_size(
     Assumes that live arrays take a fixed multiple of a part's largest output.
     """
     outputs, _ = jax.eval_shape(functools.partial(unperturbed, spec), state, batch.inputs)
-    largest = max(x.size * x.dtype.itemsize for x in outputs.values()) / len(batch.frames)
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(outputs)) / len(batch.frames)
     return int(np.clip(memory // (_ALIVE * largest * frames), 2, _LARGEST_BLOCK))
 
 
@@ -159,18 +161,19 @@ class _Unperturbed:
         self._last: tuple[str, np.ndarray] | None = None
 
     @functools.cached_property
-    def _arrays(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def _arrays(self) -> tuple[dict[str, Calls], dict[str, jax.Array]]:
         return unperturbed(self._spec, self._state, self.batch.inputs)
 
     @property
-    def outputs(self) -> dict[str, jax.Array]:
+    def outputs(self) -> dict[str, Calls]:
         """Of the parts."""
         return self._arrays[0]
 
     @property
     def tokens(self) -> int:
-        """The maximum number of tokens per frame of any layer."""
-        return max(x.shape[1] for x in self._arrays[1].values())
+        """The maximum number of tokens per frame of any layer that is called once."""
+        once = [x.shape[1] for path, x in self._arrays[1].items() if len(self.outputs[path]) == 1]
+        return max(once, default=0)
 
     def input(self, path: str) -> Float[np.ndarray, "b T k"]:
         """Input of a layer; layers are requested one after another."""
@@ -211,7 +214,7 @@ class _Prober:
         layer_of = np.repeat(self.index.layer_of[self.rows], len(self.bits))
         ordered = [
             np.flatnonzero(layer_of == numbers[path])
-            for path in self._order(batch)
+            for path in dict.fromkeys(self._order(batch))
             if path in numbers
         ]
         whole = np.concatenate([np.zeros(0, np.int64), *ordered])
@@ -282,18 +285,33 @@ class _Prober:
         layer = np.zeros(self.block, np.int32)
         channel = np.full(self.block, -1, np.int32)
         change = np.zeros((self.block, len(base.batch.frames), base.tokens), np.float32)
+        row = np.zeros((self.block, self._widest(base.batch)), np.float32)
+        bias = np.zeros(self.block, np.float32)
         rows = self._row(block)
         layer[1 : len(rows) + 1] = self.index.layer_of[rows]
         channel[1 : len(rows) + 1] = self.index.channel[rows]
         for number in dict.fromkeys(layer[1 : len(rows) + 1].tolist()):
             path = self.spec.paths[number]
-            x = base.input(path)
-            if (mean := self.quantizer.mean(path)) is not None:
-                x = x - mean.astype(np.float32)
             slots = 1 + np.flatnonzero(layer[1 : len(rows) + 1] == number)
-            dy = x @ self._changes(path, block[slots - 1]).T
+            changes = self._changes(path, block[slots - 1])
+            mean = self.quantizer.mean(path)
+            if len(base.outputs[path]) > 1:
+                row[slots, : changes.shape[1]] = changes
+                bias[slots] = 0 if mean is None else -changes @ mean.astype(np.float32)
+                continue
+            x = base.input(path)
+            if mean is not None:
+                x = x - mean.astype(np.float32)
+            dy = x @ changes.T
             change[slots, :, : dy.shape[1]] = np.moveaxis(dy, -1, 0)
-        return Perturbations(layer=layer, channel=channel, change=change)  # type: ignore[arg-type]
+        arrays: Any = dict(layer=layer, channel=channel, change=change, row=row, bias=bias)
+        return Perturbations(**arrays)
+
+    def _widest(self, batch: FrameBatch) -> int:
+        """The largest fan-in of the layers that are called several times."""
+        calls = collections.Counter(self._order(batch))
+        fan_in = {layer.path: layer.fan_in for layer in self.index.layers}
+        return max((fan_in[path] for path in self.spec.paths if calls[path] > 1), default=0)
 
     def _row(self, samples: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
         return self.rows[samples // len(self.bits)]
@@ -310,7 +328,7 @@ class _Prober:
         return self.changes[path][samples % len(self.bits), place]
 
     def _order(self, batch: FrameBatch) -> list[str]:
-        """All parts that the forward pass reaches, as it enters them."""
+        """All parts that the forward pass reaches, as it enters them, once for each call."""
         if self.order is None:
             order: list[str] = []
 

@@ -16,7 +16,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax.array_typing import Array, Float, Int
-from qvla_jax.sensitivity.instrument import no_perturbations, per_frame, perturbed_call
+from qvla_jax.sensitivity.instrument import (
+    check_frames,
+    no_perturbations,
+    perturbed_call,
+    side_by_side,
+)
 from qvla_jax.sensitivity.probes import Probes, probe_vectors
 from qvla_jax.sharding import DATA_AXIS
 
@@ -99,13 +104,16 @@ def _sweep(
     zeros = no_perturbations(spec.graphdef, state, (inputs,), spec.paths)
     forward = functools.partial(perturbed_call, spec.graphdef, state, (inputs,))
     action, pull_back, seen = jax.vjp(forward, zeros, has_aux=True)
+    for path, calls in seen.items():
+        check_frames(path, calls, count)
     contract = {
-        path: spec.contraction(per_frame(x, count), constants.get(path)) for path, x in seen.items()
+        path: spec.contraction(side_by_side(calls, count), constants.get(path))
+        for path, calls in seen.items()
     }
 
     def of_probe(vector: Float[Array, "b h a"]) -> dict[str, Array]:
         (cotangents,) = pull_back(vector)
-        return {path: contract[path](per_frame(g, count)) for path, g in cotangents.items()}
+        return {path: contract[path](side_by_side(g, count)) for path, g in cotangents.items()}
 
     vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
     vectors = vectors.astype(action.dtype)
