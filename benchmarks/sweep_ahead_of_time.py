@@ -47,7 +47,7 @@ from qvla_jax.families.prismatic.specs import inputs_spec
 from qvla_jax.quantization.layers import quantizable_layers
 from qvla_jax.sensitivity.instrument import side_by_side
 from qvla_jax.sensitivity.jacobian import CONTRACTIONS, constant_specs
-from qvla_jax.sensitivity.reverse import ReverseSpec, reverse_sweep, sum_in_blocks
+from qvla_jax.sensitivity.reverse import Probed, ReverseSpec, reverse_sweep, sum_in_blocks
 from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
 from qvla_jax.sensitivity.streaming import StaticStage, pull_back_stage, split_stage
 
@@ -317,10 +317,13 @@ def compile_step(target: Target, name: str, frames: int, probes: int) -> Step:
         spec,
         jax.tree.map(lambda leaf: placed(leaf, sharding.largest_axis(mesh, leaf.shape)), state),
         constants,
-        jax.tree.map(lambda leaf: placed(leaf, split), inputs_spec(preset(name), batch_size=batch)),
-        placed(jax.ShapeDtypeStruct((batch,), jnp.int32), split),
-        placed(jax.eval_shape(lambda: jax.random.key(0)), PartitionSpec()),
-        None,
+        Probed(
+            inputs=jax.tree.map(
+                lambda leaf: placed(leaf, split), inputs_spec(preset(name), batch_size=batch)
+            ),
+            frames=placed(jax.ShapeDtypeStruct((batch,), jnp.int32), split),
+            key=placed(jax.eval_shape(lambda: jax.random.key(0)), PartitionSpec()),
+        ),
     ).compile()
     memory = compiled.memory_analysis()
     return Step(

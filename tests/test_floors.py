@@ -114,3 +114,18 @@ def test_families_alone_name_the_modules_of_networks():
         if _MODULES.search(text)
     ]
     assert not found
+
+
+_MOST_PARAMETERS = 7
+
+
+def test_no_function_takes_more_positional_arguments_than_one_can_remember():
+    found = []
+    for _, path in rooms():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+                count = len(names) - (names[:1] in (["self"], ["cls"]))
+                if count > _MOST_PARAMETERS:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {count}")
+    assert not found

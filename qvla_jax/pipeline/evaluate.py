@@ -11,7 +11,7 @@ from qvla_jax.atomic import write_json
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.errors import InputError
-from qvla_jax.evaluation import Predictions, action_errors
+from qvla_jax.evaluation import Predictions
 from qvla_jax.evaluation.latency import WARM_UP, chunk_seconds, summarize_seconds
 from qvla_jax.evaluation.offline import PreparedFrames
 from qvla_jax.inference import Policy, load_policy
@@ -135,6 +135,7 @@ def evaluate(
         "chosen": allocations.chosen.name,
         "methods": entries,
         "short_names": {path: policy.layout.short_name(path) for path in index.paths},
+        "action_names": list(policy.layout.action_names),
         "seconds": time.perf_counter() - started,
         "provenance": provenance(seed=config.seed),
     }
@@ -339,6 +340,6 @@ def _measured(
 ) -> dict[str, Any]:
     return {
         "execution": execution,
-        "versus_full_precision": action_errors(candidate.chunks, reference.chunks).to_dict(),
-        "versus_expert": action_errors(candidate.chunks, reference.expert).to_dict(),
+        "versus_full_precision": candidate.errors(reference.chunks).to_dict(),
+        "versus_expert": candidate.errors(reference.expert).to_dict(),
     }

@@ -71,6 +71,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         "methods": methods,
         "sweep": sweep,
         "allocations": [describe_allocation(a) for a in allocations.items],
+        "action_names": evaluation.get("action_names", []),
         "layers": describe_layers(tables[0], chosen, names),
         "seconds": {
             "sensitivity": load_seconds(config.out, tables[0].method),

@@ -14,8 +14,6 @@ from qvla_jax.report.closed_loop import Rollout, closed_loop_section
 from qvla_jax.report.heatmap import cost_bounds, heatmap
 from qvla_jax.report.svg import number
 
-DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-
 
 @dataclasses.dataclass(frozen=True)
 class SensitivityMap:
@@ -160,7 +158,7 @@ def _methods(report: Mapping[str, Any]) -> str:
     )  # fmt: skip
     styles, chosen = _styles(report), _ours(report)
     rows = "".join(
-        _method_row(entry, styles[entry["series"]], best=entry is chosen)
+        _method_row(entry, styles[entry["series"]], report["action_names"], best=entry is chosen)
         for entry in report["methods"]
     )
     return (
@@ -171,11 +169,10 @@ def _methods(report: Mapping[str, Any]) -> str:
     )
 
 
-def _method_row(entry: Mapping[str, Any], style: str, *, best: bool) -> str:
+def _method_row(entry: Mapping[str, Any], style: str, names: Sequence[str], *, best: bool) -> str:
     errors, expert = entry["versus_full_precision"], entry["versus_expert"]
     worst = int(np.argmax(errors["worst_by_dimension"]))
-    names = DIMENSIONS if len(errors["worst_by_dimension"]) == len(DIMENSIONS) else None
-    where = names[worst] if names else str(worst)
+    where = names[worst] if worst < len(names) else str(worst)
     full = entry["family"] == "full"
     cells = [
         f'<i class="dot {style}"></i>{escape(entry["label"])}',

@@ -16,28 +16,17 @@ sweep's result is therefore bit-for-bit identical on every mesh.
 import collections
 import functools
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, Final
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Float, Int
-from qvla_jax.families.layout import Layout
-from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.quantization.quantizer import Quantizer
 from qvla_jax.sensitivity.accumulate import FrameMean
-from qvla_jax.sensitivity.batches import (
-    Calibration,
-    FrameBatch,
-    ModelPolicy,
-    batch_size,
-    frame_batches,
-)
+from qvla_jax.sensitivity.batches import FrameBatch
 from qvla_jax.sensitivity.instrument import Calls
 from qvla_jax.sensitivity.replay import (
     BY_CHANNEL,
@@ -49,9 +38,9 @@ from qvla_jax.sensitivity.replay import (
     unperturbed,
 )
 from qvla_jax.sensitivity.stages import downstream, part_paths
-from qvla_jax.sensitivity.store import NOTHING_KEPT, SweepStore, digest_of
+from qvla_jax.sensitivity.store import NOTHING_KEPT, digest_of
+from qvla_jax.sensitivity.sweep import Sweep
 
-DEFAULT_MEMORY: Final = 2**30
 # Multiples of a part's largest output: inputs, outputs and temporaries of the widest layer or
 # attention.
 _ALIVE: Final = 8
@@ -62,70 +51,39 @@ _BLOCKS: Final = 32
 
 
 def exact_costs(
-    policy: ModelPolicy,
-    calibration: Calibration,
-    layers: Mapping[str, nnx.Linear],
-    index: ChannelIndex,
-    quantizer: Quantizer,
-    *,
-    bits: tuple[int, ...],
-    rows: Int[np.ndarray, " m"] | None = None,
-    batch: int = 4,
-    block: int | None = None,
-    memory: int = DEFAULT_MEMORY,
-    weights: np.ndarray | None = None,
-    mesh: Mesh | None = None,
-    store: SweepStore | None = None,
-    progress: Progress = no_progress,
+    sweep: Sweep, *, rows: Int[np.ndarray, " m"] | None = None, block: int | None = None
 ) -> tuple[Float[np.ndarray, "m n"], Float[np.ndarray, "m n"]]:
     """Measured sensitivities of some channels, and their standard errors over frames.
 
     Args:
-        policy: the full-precision policy.
-        calibration: frames x.
-        layers: path -> layer in the order of `index`.
-        index: the channels.
-        quantizer: the quantizer whose changes are measured.
-        bits: options, without 16.
+        sweep: what to work with; its policy is in full precision.
         rows: rows of the table to measure; None measures all.
-        batch: frames at a time on each device.
         block: perturbations at a time on each device, one of which is the zero perturbation; None
-            takes as many as fit in `memory`, within bounds.
-        memory: bytes that the activations of a block may take on each device.
-        weights: weight of each action dimension.
-        mesh: from `sharding.sweep_mesh`, which is also the default.
-        store: keeps finished items.
-        progress: called with the perturbations done.
+            takes as many as fit in the sweep's `memory`, within bounds.
 
     Raises:
-        InputError: the set is empty, or an action is not finite.
+        InputError: the set is empty, an action is not finite, or a layer serves all frames of a
+            batch together.
     """
-    rows = np.arange(len(index)) if rows is None else np.asarray(rows)
-    mesh = sharding.sweep_mesh() if mesh is None else mesh
-    size = batch_size(calibration.frames, batch, mesh)
+    rows = np.arange(len(sweep.index)) if rows is None else np.asarray(rows)
+    mesh, size, bits = sweep.mesh, sweep.batch_size, sweep.bits
+    policy, paths = sweep.policy, sweep.index.paths
     graphdef, state = nnx.split(policy.model)
-    parts = part_paths(policy.model, policy.layout, tuple(layers))
-    spec = ReplaySpec(graphdef, tuple(layers), parts, mesh)
+    spec = ReplaySpec(graphdef, paths, part_paths(policy.model, policy.layout, paths), mesh)
     state = sharding.replicate(mesh, state)
-    batches = frame_batches(policy, calibration, size, mesh)
+    batches = sweep.batches()
     first = next(batches)
     if block is None:
         share = size // mesh.shape[sharding.DATA_AXIS]
-        block = _block_size(spec, state, first, share, memory)
-    prober = _Prober(
-        spec, state, layers, index, quantizer, bits, rows, max(block, 2), policy.layout
-    )
+        block = _block_size(spec, state, first, share, sweep.memory)
+    prober = _Prober(sweep, spec, state, rows, max(block, 2))
     items = NOTHING_KEPT
-    if store is not None:
-        items = store.sweep(
-            method="exact", calibration=calibration.manifest["sha256"], frames=calibration.frames,
-            bits=list(bits), rows=digest_of(rows), batch=size, block=block,
-            weights=None if weights is None else weights.tolist(),
-        )  # fmt: skip
-    root = 1.0 if weights is None else np.sqrt(np.asarray(weights, np.float64))
+    if sweep.store is not None:
+        items = sweep.items(method="exact", bits=list(bits), rows=digest_of(rows), block=block)
+    root = 1.0 if sweep.weights is None else np.sqrt(np.asarray(sweep.weights, np.float64))
     result, each = FrameMean(), len(rows) * len(bits)
-    total = each * -(-calibration.frames // size)
-    progress("exact", 0, total)
+    total = each * -(-sweep.calibration.frames // size)
+    sweep.progress("exact", 0, total)
     for number, frames in enumerate(itertools.chain([first], batches)):
         done, batch_costs = number * each, np.zeros((frames.count, each))
         base = _Unperturbed(spec, state, frames)
@@ -133,10 +91,10 @@ def exact_costs(
             measure = functools.partial(prober.squares, base, samples, root)
             batch_costs[:, samples] = items.get(f"batch{number:06d}-part{part:06d}", measure)
             done += len(samples)
-            progress("exact", done, total)
+            sweep.progress("exact", done, total)
         result.add(batch_costs.reshape(frames.count, len(rows), len(bits)))
         # Channels that no action reads are not probed.
-        progress("exact", (number + 1) * each, total)
+        sweep.progress("exact", (number + 1) * each, total)
     return result.mean, result.standard_error
 
 
@@ -190,23 +148,19 @@ class _Prober:
 
     def __init__(
         self,
+        sweep: Sweep,
         spec: ReplaySpec,
         state: nnx.State,
-        layers: Mapping[str, nnx.Linear],
-        index: ChannelIndex,
-        quantizer: Quantizer,
-        bits: tuple[int, ...],
         rows: Int[np.ndarray, " m"],
         block: int,
-        layout: Layout,
     ):
         self.spec, self.state, self.block = spec, state, block
-        self.layers, self.index, self.quantizer = layers, index, quantizer
-        self.bits, self.rows = bits, rows
+        self.layers, self.index, self.quantizer = sweep.layers, sweep.index, sweep.quantizer
+        self.bits, self.rows, self.layout = sweep.bits, rows, sweep.policy.layout
         self.order: list[str] | None = None
-        self.layout = layout
-        self.behind: dict[str, frozenset[str]] = {}
         self.changes: dict[str, np.ndarray] = {}
+        # Layer -> the parts that run again behind it.
+        self.behind: dict[str, frozenset[str]] = {}
 
     def parts(self, batch: FrameBatch) -> list[Int[np.ndarray, " p"]]:
         """Perturbations of all reached layers in the order of execution, one item at a time."""

@@ -37,6 +37,21 @@ class Contraction(Protocol):
         ...
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """A batch of frames, and what is pulled back from its actions."""
+
+    # Model inputs, [b, ...].
+    inputs: Any
+    # Number of each frame in the calibration set.
+    frames: Int[Array, " b"]
+    # PRNG key of the sweep.
+    key: Array
+    # Weight of each action dimension; None weighs all equally.
+    weights: Float[Array, " a"] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class ReverseSpec:
     """Everything but arrays that a compiled reverse sweep depends on."""
@@ -49,16 +64,17 @@ class ReverseSpec:
     # Probes pulled back together; more of them take more memory.
     block: int = 8
 
+    def vectors(self, probed: Probed, action: Float[Array, "b h a"]) -> Float[Array, "s b h a"]:
+        """What is pulled back from the actions of a batch."""
+        vectors = probe_vectors(
+            self.probes, probed.key, probed.frames, action.shape[1:], probed.weights
+        )
+        return vectors.astype(action.dtype)
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def reverse_sweep(
-    spec: ReverseSpec,
-    state: Any,
-    constants: Mapping[str, Any],
-    inputs: Any,
-    frames: Int[Array, " b"],
-    key: Array,
-    weights: Float[Array, " a"] | None,
+    spec: ReverseSpec, state: Any, constants: Mapping[str, Any], probed: Probed
 ) -> dict[str, Float[Array, "b ..."]]:
     """The contraction of every layer that the model reaches, for every frame.
 
@@ -71,38 +87,30 @@ def reverse_sweep(
         spec: static description.
         state: the model's arrays.
         constants: path -> the contraction's arrays for this layer.
-        inputs: model inputs, [b, ...].
-        frames: number of each frame in the calibration set.
-        key: PRNG key of the sweep.
-        weights: weight of each action dimension; None weighs all equally.
+        probed: frames and probes.
 
     Returns:
         Path -> contraction, summed over the probes. Layers that the forward pass never reaches
         are absent.
     """
     everywhere, split = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    probes: Any = Probed(split, split, everywhere, everywhere)  # type: ignore[arg-type]
     return jax.shard_map(
         functools.partial(_sweep, spec),
         mesh=spec.mesh,
-        in_specs=(everywhere, everywhere, split, split, everywhere, everywhere),
+        in_specs=(everywhere, everywhere, probes),
         out_specs=split,
         axis_names={DATA_AXIS},
         check_vma=False,
-    )(state, constants, inputs, frames, key, weights)
+    )(state, constants, probed)
 
 
 def _sweep(
-    spec: ReverseSpec,
-    state: Any,
-    constants: Mapping[str, Any],
-    inputs: Any,
-    frames: Int[Array, " b"],
-    key: Array,
-    weights: Float[Array, " a"] | None,
+    spec: ReverseSpec, state: Any, constants: Mapping[str, Any], probed: Probed
 ) -> dict[str, Float[Array, "b ..."]]:
-    count = frames.shape[0]
-    zeros = no_perturbations(spec.graphdef, state, (inputs,), spec.paths)
-    forward = functools.partial(perturbed_call, spec.graphdef, state, (inputs,))
+    count, args = probed.frames.shape[0], (probed.inputs,)
+    zeros = no_perturbations(spec.graphdef, state, args, spec.paths)
+    forward = functools.partial(perturbed_call, spec.graphdef, state, args)
     action, pull_back, seen = jax.vjp(forward, zeros, has_aux=True)
     for path, calls in seen.items():
         check_frames(path, calls, count)
@@ -115,8 +123,7 @@ def _sweep(
         (cotangents,) = pull_back(vector)
         return {path: contract[path](side_by_side(g, count)) for path, g in cotangents.items()}
 
-    vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
-    vectors = vectors.astype(action.dtype)
+    vectors = spec.vectors(probed, action)
     return sum_in_blocks(of_probe, vectors, spec.block)
 
 

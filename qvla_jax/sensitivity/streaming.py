@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.custom_batching import custom_vmap
 
-from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
 from qvla_jax.mapping import release_pages
 from qvla_jax.sensitivity.instrument import (
@@ -31,8 +31,7 @@ from qvla_jax.sensitivity.instrument import (
     perturbed_call,
     side_by_side,
 )
-from qvla_jax.sensitivity.probes import probe_vectors
-from qvla_jax.sensitivity.reverse import Contraction, ReverseSpec, sum_in_blocks
+from qvla_jax.sensitivity.reverse import Contraction, Probed, ReverseSpec, sum_in_blocks
 from qvla_jax.sensitivity.stages import wrap_stages
 
 
@@ -41,10 +40,7 @@ def streamed_sweep(
     stages: Sequence[str],
     state: Any,
     constants: Mapping[str, Any],
-    inputs: Any,
-    frames: Int[Array, " b"],
-    key: Array,
-    weights: Float[Array, " a"] | None,
+    probed: Probed,
 ) -> dict[str, Float[Array, "b ..."]]:
     """Like `reverse.reverse_sweep`, on one device.
 
@@ -54,10 +50,7 @@ def streamed_sweep(
         state: the model's arrays, on the device, on the host or in files.
         constants: path -> the contraction's arrays for this layer, requested once, when the layer
             is reached.
-        inputs: model inputs, [b, ...].
-        frames: number of each frame in the calibration set.
-        key: PRNG key of the sweep.
-        weights: weight of each action dimension; None weighs all equally.
+        probed: frames and probes.
 
     Returns:
         Path -> contraction, summed over the probes. Layers that the forward pass never reaches
@@ -69,22 +62,21 @@ def streamed_sweep(
     layers = {s: tuple(p for p in spec.paths if p.startswith(f"{s}.")) for s in stages}
     outside = set(spec.paths).difference(*layers.values())
     # Layers that nothing reads, such as a tower's attention pool, need no stage.
-    if outside and (outside := layer_outputs(spec.graphdef, state, (inputs,), outside)):
+    if outside and (outside := layer_outputs(spec.graphdef, state, (probed.inputs,), outside)):
         raise InputError(
             f"{sorted(outside)[0]} is part of no stage (a block, a patch embedding); streamed "
             "sweeps measure the layers of stages only: exclude it"
         )
-    tape = _Tape(spec.contraction, layers, constants, frames.shape[0])
+    tape = _Tape(spec.contraction, layers, constants, probed.frames.shape[0])
 
     def run(token: Float[Array, ""]) -> Float[Array, "b h a"]:
         model: Any = nnx.merge(spec.graphdef, state)
         wrap_stages(model, stages, functools.partial(tape.call, token))
-        return model(inputs)
+        return model(probed.inputs)
 
     with jax.default_matmul_precision("float32"):
         action, pull_back = jax.vjp(run, jnp.zeros((), jnp.float32))
-        vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
-        jax.vmap(pull_back)(vectors.astype(action.dtype))
+        jax.vmap(pull_back)(spec.vectors(probed, action))
     return tape.contracted()
 
 

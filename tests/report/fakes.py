@@ -143,6 +143,7 @@ def fake_report():
         "calibration": {**frames, "split": "calibration", "hash": "0f" * 32},
         "heldout": {**frames, "split": "heldout", "hash": "1e" * 32},
         "sensitivity": {"method": "jacobian", "bits": list(BITS)},
+        "action_names": ["x", "y", "z", "roll", "pitch", "yaw", "gripper"],
         "validation": {
             "channels": 256, "frames": 32,
             "spearman_table": [{"bits": b, "spearman": 0.93} for b in (0, 2, 4, 8)],

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qvla_jax.errors import InputError
 from qvla_jax.inference.quantize import policy_index, policy_layers, quantize
+from qvla_jax.methods.moments import input_moments
 from qvla_jax.models.linear import Linear
 from qvla_jax.quantization import LayerRules, Quantizer, QuantizerSettings
 from qvla_jax.quantization.grid import on_grid
 from qvla_jax.sensitivity import input_statistics, sensitivities
 from qvla_jax.sensitivity.input_hessian import input_hessians
 from qvla_jax.sensitivity.stages import downstream
+from qvla_jax.sensitivity.sweep import Sweep
 
 from .toys import ACTIONS, HORIZON, LAYOUT, TEXT, WIDTH, ToyPolicy, toy_policy
 
@@ -214,7 +217,8 @@ def test_statistics_are_those_of_the_inputs_of_all_calls(stepping, frames):
 
 
 def test_covariances_add_up_over_calls(stepping, frames):
-    found = input_hessians(stepping, frames, policy_layers(stepping), batch=2)
+    index = policy_index(stepping)
+    found = input_hessians(Sweep(policy=stepping, calibration=frames, index=index, batch=2))
     for path, x in plain_inputs(stepping, frames).items():
         expected = 2 / len(x) * np.einsum("btj,btk->jk", x, x)
         np.testing.assert_allclose(found[path], expected, rtol=1e-4, atol=1e-4)
@@ -225,6 +229,11 @@ def test_a_stage_that_runs_several_times_is_streamed(stepping, frames, quantizer
     whole = measured(stepping, frames, quantizer, method, probes=2)
     streamed = measured(stepping, frames, quantizer, method, probes=2, streamed=True)
     np.testing.assert_allclose(streamed, whole, rtol=1e-4, atol=1e-9)
+
+
+def test_moments_of_qwix_know_layers_that_run_once(stepping, frames):
+    with pytest.raises(InputError, match=r"expert\.\w+: runs several times"):
+        input_moments(stepping, frames, policy_index(stepping))
 
 
 def test_a_later_call_depends_on_layers_with_the_same_input(stepping):

@@ -13,6 +13,7 @@ from qvla_jax.models import get_module
 from qvla_jax.quantization import Quantizer, QuantizerSettings
 from qvla_jax.quantization.layers import channel_index, quantizable_layers
 from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.sweep import Sweep
 
 BITS = (0, 4)
 FRAMES = 2
@@ -77,7 +78,10 @@ def test_exact_costs_are_those_of_quantized_weights(models):
             if ".1." in layer.path or layer.path.endswith("embedding")
         ]
     )
-    found, _ = exact_costs(policy, frames, layers, index, quantizer, bits=BITS, rows=rows, batch=2)
+    sweep = Sweep(
+        policy=policy, calibration=frames, index=index, quantizer=quantizer, bits=BITS, batch=2
+    )
+    found, _ = exact_costs(sweep, rows=rows)
 
     graphdef, state = nnx.split(model)
     inputs = policy.prepare(frames.arrays)
