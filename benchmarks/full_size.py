@@ -47,7 +47,7 @@ from qvla_jax.families.prismatic.network.llama import (
 from qvla_jax.families.prismatic.network.projector import PrismaticProjector
 from qvla_jax.families.prismatic.network.vision import Block
 from qvla_jax.families.prismatic.unread import drop_unread
-from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
+from qvla_jax.families.prismatic.word_tokenizer import word_files
 from qvla_jax.inference import Policy
 from qvla_jax.inference.packed_linear import replace_by_packed
 from qvla_jax.inference.policy import make_policy
@@ -132,7 +132,7 @@ def random_packed_policy(name: str) -> Policy:
     limits = {"q01": [-1.0] * config.action_dim, "q99": [1.0] * config.action_dim}
     proprio = {"q01": [-1.0] * config.proprio_dim, "q99": [1.0] * config.proprio_dim}
     statistics = {config.unnorm_key or "random": {"action": limits, "proprio": proprio}}
-    policy = make_policy(config, model, word_tokenizer(), statistics, source=name)
+    policy = make_policy(config, model, word_files(), statistics, source=name)
     return dataclasses.replace(policy, quantization={"random": True})
 
 

@@ -1,4 +1,4 @@
-// The kernel in vectors of 16 for any target; compiled again for AVX2 (QVLA_KERNEL names it).
+// The kernel in vectors of 16 for any target.
 #include "float32.h"
 
 namespace qvla {
@@ -122,9 +122,7 @@ void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32
 
 // sum += low(w) low(x) + high(w) high(x) of 16-bit halves; x is one pair for all lanes.
 inline Ints8 add_pairs(Ints8 sum, Words8 w, int32_t x) {
-#if defined(__AVX2__)
-  return sum + (Ints8)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
-#elif defined(__SSE2__)
+#if defined(__SSE2__)
   __m128i part[2];
   std::memcpy(part, &w, sizeof w);
   const __m128i pair = _mm_set1_epi32(x);
@@ -200,9 +198,9 @@ void multiply_integer(const Job& job) {
 
 }  // namespace
 
-const Kernel QVLA_KERNEL = {
-    QVLA_KERNEL_NAME, float_bytes,    integer_bytes,    prepare_float,
-    prepare_integer,  multiply_float, multiply_integer,
+const Kernel kPortable = {
+    "portable",      float_bytes,    integer_bytes,    prepare_float,
+    prepare_integer, multiply_float, multiply_integer,
 };
 
 }  // namespace qvla

@@ -6,7 +6,7 @@
     calibration = qvla_jax.calibration_set("bundled", frames=128)
     table = qvla_jax.sensitivities(policy, calibration)
     allocation = qvla_jax.allocate(table, budget_bits=4.0)
-    quantized = qvla_jax.quantize(policy, allocation.bits)
+    quantized = qvla_jax.quantize(policy, allocation)
     quantized.save("mini.qvla")
 
     heldout = qvla_jax.calibration_set("bundled", frames=64, split="heldout")

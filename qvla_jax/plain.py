@@ -1,6 +1,7 @@
 """Dataclasses to plain JSON types and back, with errors that name the key."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -23,6 +24,19 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null in place of every number that is NaN or infinite.
+
+    Fine-tunes write such numbers into statistics where nothing was recorded, and they are not valid
+    JSON. The statistics that a policy uses are checked to be numbers.
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_plain(kind: Any, value: Any, where: str) -> Any:

@@ -1,6 +1,9 @@
 """Provenance of a result: enough to reproduce it, and nothing that identifies the machine."""
 
+import functools
+import hashlib
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 from pathlib import Path
@@ -64,6 +67,17 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+@functools.lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Returns a hash of this package's Python files, which tells any change of the code."""
+    specs = (importlib.util.find_spec(f"qvla_jax{name}") for name in ("", ".data", ".solvers"))
+    folders = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations]
+    digest = hashlib.sha256()
+    for path in sorted({path for folder in folders for path in folder.rglob("*.py")}):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def git_commit() -> str | None:

@@ -100,8 +100,8 @@ def test_unknown_solver_suggests_a_close_match(complaint, policy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_sensitivity_method_suggests_a_close_match(complaint, policy, tmp_path):
-    message = complaint(*run_arguments(policy, tmp_path / "out", "--method", "jacobi"))
+def test_unknown_estimator_suggests_a_close_match(complaint, policy, tmp_path):
+    message = complaint(*run_arguments(policy, tmp_path / "out", "--estimator", "jacobi"))
     assert "jacobian" in message
     assert not (tmp_path / "out").exists()
 
@@ -335,9 +335,9 @@ def test_the_other_form_of_a_command_is_repeated_as_such(tmp_path, monkeypatch):
     arguments = ["quantize", "--method", "gptq-w4", "rtn-w3", "--out", str(tmp_path)]
     assert cli.main(arguments) == cli.DONE
     settings = tmp_path / "quantize-method.config.json"
-    assert cli.main(["quantize", "--config", str(settings), "--seed", "3"]) == cli.DONE
+    assert cli.main(["quantize", "--config", str(settings), "--model", "tiny"]) == cli.DONE
     assert [config.method for config in seen] == [("gptq-w4", "rtn-w3")] * 2
-    assert [config.seed for config in seen] == [0, 3]
+    assert [config.model for config in seen] == ["libero-mini", "tiny"]
 
 
 RESULT = output.Result({}, ())

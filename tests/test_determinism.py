@@ -32,9 +32,9 @@ def make(folder: Path) -> None:
             policy, frames, method=method, bits=(0, 2, 4, 8, 16), probes=1, batch=4, joint=False
         )
         table.save(folder / f"{method}.safetensors")
-        solution = qvla_jax.solvers.solve(table.problem(budget_bits=BUDGET), "greedy:marginal")
-        np.save(folder / f"{method}.npy", solution.choice)
-        qvla_jax.quantize(policy, table.bits_of(solution)).save(folder / f"{method}.qvla")
+        allocation = qvla_jax.allocate(table, budget_bits=BUDGET)
+        np.save(folder / f"{method}.npy", allocation.bits)
+        qvla_jax.quantize(policy, allocation).save(folder / f"{method}.qvla")
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qvla_jax import cli
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation.libero import EXPERT
-from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
+from qvla_jax.families.options import LoadOptions
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import closed_loop, policies
 
@@ -170,10 +170,10 @@ def test_a_fine_tune_acts_in_the_simulator_only_where_its_crop_is_told(
         (public / name).touch()
     told = ModelOptions(**options)
     if not asked:
-        policies.check_crop(str(public), told)
+        policies.check_acting(str(public), told)
         return
     with pytest.raises(InputError, match=r"say --center-crop .* or --no-center-crop"):
-        policies.check_crop(str(public), told)
+        policies.check_acting(str(public), told)
     for name in (str(public), f"{public}@4"):
         with pytest.raises(InputError, match="say --center-crop"):
             closed_loop.load_actors([EXPERT, name], told)

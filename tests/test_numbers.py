@@ -15,6 +15,7 @@ from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.quantize import policy_index, quantize
 from qvla_jax.kernels import cpu
+from qvla_jax.quantization import NEAREST_UNCORRECTED, Quantizer
 from qvla_jax.quantization.codes import GRID_BITS
 from qvla_jax.quantization.grid import dequantize_rows, quantize_rows
 from qvla_jax.solvers import AllocationProblem, available, solve
@@ -107,7 +108,7 @@ def test_layers_of_pruned_and_of_zero_channels_run_and_come_back(tmp_path):
     layer.kernel.set_value(jnp.zeros_like(layer.kernel[...]))
     bits = np.full(len(index), 4)
     bits[: index.layers[0].out_features] = 0
-    packed = quantize(policy, bits)
+    packed = quantize(policy, bits, quantizer=Quantizer(NEAREST_UNCORRECTED))
     packed.save(tmp_path / "p.qvla")
     loaded = load_policy(tmp_path / "p.qvla")
     observation = policy.fake_observation(0)

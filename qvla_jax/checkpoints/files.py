@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from qvla_jax.errors import CheckpointError
+from qvla_jax.errors import CheckpointError, InputError
 
 CONFIG_FILE: Final = "config.json"
 STATISTICS_FILE: Final = "dataset_statistics.json"
+TOKENIZER_FILE: Final = "tokenizer.json"
 ADAPTER_FOLDER: Final = "lora_adapter"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
@@ -182,3 +183,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def check_empty(out: Path) -> None:
+    """Raises an `InputError` if a folder already holds files."""
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out}: holds files already; name an empty or a new folder")

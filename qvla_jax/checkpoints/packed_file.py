@@ -29,7 +29,6 @@ _KIND: Final = "qvla_jax.packed_policy"
 # 2 if a layer scales or rounds its inputs, 3 if one rotates them: older readers would not.
 _VERSION, _VERSION_WITH_INPUTS, _VERSION_WITH_ROTATION = 1, 2, 3
 _VERSIONS: Final = (_VERSION, _VERSION_WITH_INPUTS, _VERSION_WITH_ROTATION)
-_TOKENIZER: Final = "tokenizer.json"
 _FIELDS: Final = ("words", "scales", "index", "bias", "input_scale")
 
 
@@ -38,7 +37,7 @@ def write_packed(
     *,
     layers: Iterable[tuple[str, kernels.PackedWeight, kernels.LayerInputs]],
     tensors: Mapping[str, np.ndarray],
-    tokenizer: str,
+    files: Mapping[str, bytes],
     header: Mapping[str, Any],
 ) -> None:
     """Writes a packed policy, completely or not at all.
@@ -49,7 +48,7 @@ def write_packed(
             inputs; each is requested once, and written before the next.
         tensors: all other parameters under their public names, read one at a time; each is stored
             in the narrowest type that holds it exactly.
-        tokenizer: its JSON.
+        files: what the policy's processor needs besides, such as `tokenizer.json`: name -> content.
         header: JSON object: `config`, `statistics`, `quantization`, `packages`.
     """
     table: list[dict[str, Any]] = []
@@ -72,9 +71,9 @@ def write_packed(
                     arrays["input_scale"] = own.scale.astype(ml_dtypes.bfloat16)
             table.append({**entry, "sha256": _digest(entry, arrays)})
             yield from ((f"{name}.{field}", array) for field, array in arrays.items())
-        for name in sorted({*tensors, _TOKENIZER}):
-            if name == _TOKENIZER:
-                tensor = np.frombuffer(tokenizer.encode(), np.uint8)
+        for name in sorted({*tensors, *files}):
+            if name in files:
+                tensor = np.frombuffer(files[name], np.uint8)
             else:
                 tensor = _narrow(tensors[name])
             others.update(name, tensor)
@@ -86,6 +85,7 @@ def write_packed(
                 "kind": _KIND,
                 "version": max(versions),
                 **header,
+                "files": sorted(files),
                 "layers": table,
                 "sha256": others.hexdigest(),
             },
@@ -214,6 +214,7 @@ class PackedFile:
         if hashlib.sha256(text.encode()).hexdigest() != self._file.metadata.get("sha256"):
             raise CheckpointError(f"{path}: the header was changed; fetch or pack the file again")
         self.layers = {entry.path: entry for entry in self._entries()}
+        self._attached = self._attached_names()
         self._check_names()
 
     def weight(self, name: str) -> kernels.PackedWeight:
@@ -263,16 +264,13 @@ class PackedFile:
     @property
     def tensors(self) -> Mapping[str, np.ndarray]:
         """All parameters that are not packed."""
-        names = [name for name in self._others() if name != _TOKENIZER]
+        names = [name for name in self._others() if name not in self._attached]
         return _Chosen(self._file, names)
 
     @property
-    def tokenizer(self) -> str:
-        """The tokenizer's JSON."""
-        try:
-            return bytes(self._file[_TOKENIZER]).decode()
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.path}: {_TOKENIZER}: {error}") from error
+    def files(self) -> dict[str, bytes]:
+        """What the policy's processor needs besides: file name -> content."""
+        return {name: bytes(self._file[name]) for name in self._attached}
 
     def check_others(self) -> None:
         """Raises a `CheckpointError` if tensors that are not packed were changed."""
@@ -292,7 +290,7 @@ class PackedFile:
 
     @property
     def other_bytes(self) -> int:
-        """Stored bytes of all other tensors, the tokenizer included."""
+        """Stored bytes of all other tensors, the attached files included."""
         specs = (self._file.spec(name) for name in self._others())
         return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in specs)
 
@@ -319,6 +317,12 @@ class PackedFile:
             seen.add(entry.path)
             yield entry
 
+    def _attached_names(self) -> list[str]:
+        names = self.header.get("files")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{self.path}: the header does not list the files that it holds")
+        return names
+
     def _check_names(self) -> None:
         for entry in self.layers.values():
             for field in _FIELDS:
@@ -330,8 +334,9 @@ class PackedFile:
                         f"{self.path}: layer {entry.path}: {field} is {_spell(found)}, the segment "
                         f"table says {_spell(expected)}"
                     )
-        if _TOKENIZER not in self._file or self._file.spec(_TOKENIZER)[0] != np.uint8:
-            raise CheckpointError(f"{self.path}: {_TOKENIZER} is missing")
+        for name in self._attached:
+            if name not in self._file or self._file.spec(name)[0] != np.uint8:
+                raise CheckpointError(f"{self.path}: {name} is missing")
 
 
 class _Chosen(Mapping[str, np.ndarray]):

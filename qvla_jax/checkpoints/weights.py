@@ -140,12 +140,14 @@ def assign_tensors(
 def flax_tensors(
     model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: Source, cast: bool = True
 ) -> Iterator[tuple[nnx.Variable, np.ndarray]]:
-    """Each parameter with its value in Flax's layout, one at a time.
+    """Each parameter with its value in Flax's layout, one at a time, in the order of the tensors.
 
     The value has the parameter's dtype or, without `cast`, the tensor's.
     """
     convert = through_flax(model, tensors, source=source)
-    for name, _, variable in _parameters(model):
+    variables = {name: variable for name, _, variable in _parameters(model)}
+    for name in tensors:
+        variable = variables[name]
         _, value = convert(name, variable.dtype if cast else None)
         yield variable, value
 
@@ -166,19 +168,20 @@ def through_flax(
         check_shape(name, value, _public_shape(name, leaf, variable.shape), source)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise CheckpointError(
-                f"{_file(source, name)}: tensor {name!r} holds {value.dtype}, expected floating "
-                "point: quantized weights are not read"
+                f"{file_named(source, name)}: tensor {name!r} holds {value.dtype}, expected "
+                "floating point: quantized weights are not read"
             )
         if dtype is not None:
             value = value.astype(dtype)
         if not np.isfinite(value.astype(np.float32, copy=False)).all():
-            raise CheckpointError(f"{_file(source, name)}: tensor {name!r} holds NaN or inf")
+            raise CheckpointError(f"{file_named(source, name)}: tensor {name!r} holds NaN or inf")
         return leaf, value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
 
     return convert
 
 
-def _file(source: Source, name: str) -> str:
+def file_named(source: Source, name: str) -> str:
+    """The file that an error about a tensor names."""
     return source if isinstance(source, str) else source(name)
 
 
@@ -206,14 +209,14 @@ def _matched(
         expected = _public_shape(name, leaf, variable.shape)
         found = f"; there is {unexpected[0]!r}, which is unexpected" if unexpected else ""
         raise CheckpointError(
-            f"{_file(source, name)}: tensor {name!r} of shape {expected} is missing "
+            f"{file_named(source, name)}: tensor {name!r} of shape {expected} is missing "
             f"({len(missing)} in all){found}"
         )
     if unexpected:
         name = unexpected[0]
         raise CheckpointError(
-            f"{_file(source, name)}: tensor {name!r} of shape {tensors[name].shape} is unexpected "
-            f"({len(unexpected)} in all): the file belongs to another architecture"
+            f"{file_named(source, name)}: tensor {name!r} of shape {tensors[name].shape} is "
+            f"unexpected ({len(unexpected)} in all): the file belongs to another architecture"
         )
     return parameters
 
@@ -226,7 +229,8 @@ def check_shape(name: str, value: np.ndarray, expected: tuple[int, ...], source:
     """
     if value.shape != expected:
         raise CheckpointError(
-            f"{_file(source, name)}: tensor {name!r} has shape {value.shape}, expected {expected}"
+            f"{file_named(source, name)}: tensor {name!r} has shape {value.shape}, expected "
+            f"{expected}"
         )
 
 

@@ -10,7 +10,7 @@ from qvla_jax.progress import ProgressBars
 def main(config: Config) -> Result:
     """Draws the calibration frames."""
     with ProgressBars() as progress:
-        drawn = pipeline.calibrate(config, progress=progress)
+        drawn = pipeline.calibrate(config, horizon=config.horizon, progress=progress)
     sources = []
     for place, source in enumerate(drawn.manifest["sources"]):
         steps = [episode for at, episode in drawn.episode_keys if at == place]

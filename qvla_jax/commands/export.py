@@ -7,16 +7,16 @@ from typing import Literal
 import jax.numpy as jnp
 
 from qvla_jax.commands.results import written
-from qvla_jax.families.prismatic.checkpoint.export import reexport
-from qvla_jax.families.prismatic.checkpoint.huggingface import is_huggingface
+from qvla_jax.families.registry import public_family
 from qvla_jax.inference import load_policy
+from qvla_jax.inference.loading import stays_in_files
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ModelOptions):
-    """Writes a policy in the public (Hugging Face) layout.
+    """Writes a policy in the public layout of its family, such as OpenVLA's on Hugging Face.
 
     A public directory passes through the import one tensor at a time and comes back bit for bit;
     any other policy, or one whose dtype or settings change, is loaded first.
@@ -32,11 +32,10 @@ class Config(ModelOptions):
 
 def main(config: Config) -> Result:
     """Exports a policy; reports the peak resident memory."""
-    public = is_huggingface(Path(config.model))
-    if config.dtype is None and public and not config.said():
-        reexport(Path(config.model), config.out)
-    else:
-        # Each tensor of a public directory is read when it is written, in its own dtype.
-        policy = load_policy(config.model, mapped=public, **config.said())
+    family = public_family(Path(config.model)) if config.dtype is None else None
+    if family is None or not family.reexport(Path(config.model), config.out, config):
+        # Each tensor that can stay in its file is read when it is written, in its own dtype.
+        mapped = stays_in_files(config.model)
+        policy = load_policy(config.model, mapped=mapped, **config.said())
         policy.export(config.out, dtype=config.dtype and jnp.dtype(config.dtype))
     return written(config.out)

@@ -8,8 +8,9 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from qvla_jax.commands.results import packed
-from qvla_jax.families.prismatic.checkpoint.huggingface import is_huggingface
+from qvla_jax.families.options import LoadOptions
 from qvla_jax.inference import load_policy
+from qvla_jax.inference.loading import stays_in_files
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result
 from qvla_jax.quantization.layout import uniform_bytes
@@ -55,10 +56,10 @@ def main(config: Config) -> Result:
         f"channels of {len(index.layers)} layers",
     ]
     if config.said():
-        public = is_huggingface(Path(config.model))  # its weights stay in their files
-        found = load_policy(config.model, mapped=public, **config.said()).config
-        names = ("unnorm_key", "num_images", "center_crop", "action_horizon")
-        content["settings"] = {name: getattr(found, name) for name in names}
+        mapped = stays_in_files(config.model)
+        found = load_policy(config.model, mapped=mapped, **config.said()).config
+        names = (field.name for field in dataclasses.fields(LoadOptions))
+        content["settings"] = {n: getattr(found, n) for n in names if hasattr(found, n)}
         lines.append(", ".join(f"{name}: {value}" for name, value in content["settings"].items()))
     if config.fingerprint:
         content["fingerprint"] = load_policy(config.model, **config.said()).fingerprint

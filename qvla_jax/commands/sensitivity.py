@@ -31,10 +31,10 @@ def main(config: Config) -> Result:
         sharding.join_processes(config.coordinator, config.processes, config.process)
         devices.ready()  # after joining, which must come first
     with ProgressBars() as progress:
-        validation = pipeline.sensitivity(config, progress=progress)
+        ranks = pipeline.sensitivity(config, progress=progress)
     path = config.out / files.SENSITIVITY
-    content = {"method": config.method, "file": str(path), "validation": validation}
+    content = {"estimator": config.estimator, "file": str(path), "ranks": ranks}
     if not sharding.is_main_process():
         return Result(content, ())
-    lines = () if validation is None else (spearman_line(validation, config.method),)
+    lines = () if ranks is None else (spearman_line(ranks, config.estimator),)
     return Result(content, (*lines, f"Sensitivities: {path}"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from qvla_jax.families.prismatic.checkpoint.huggingface import is_huggingface, read_config
+from qvla_jax.families.registry import public_family
 from qvla_jax.inference import load_policy
 from qvla_jax.progress import ProgressBars
 from qvla_jax.serving import ServeConfig as Config
@@ -51,8 +51,5 @@ def undecided_statistics(config: Config) -> list[str]:
     Raises:
         CheckpointError: a file is missing or broken.
     """
-    folder = Path(config.policy)
-    if config.unnorm_key is not None or not folder.is_dir() or not is_huggingface(folder):
-        return []
-    read, statistics = read_config(folder, config, sizes_only=True)
-    return [] if read.unnorm_key or len(statistics) < 2 else list(statistics)
+    family = public_family(Path(config.policy))
+    return [] if family is None else family.undecided_statistics(Path(config.policy), config)

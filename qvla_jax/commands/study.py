@@ -11,6 +11,6 @@ def main(config: Config) -> Result:
     """Builds the table of results."""
     with ProgressBars() as progress:
         content = pipeline.study(config, progress=progress)
-    table = (config.out / files.RESULTS_TABLE).read_text("utf-8")
-    place = f"Results: {config.out / files.RESULTS}, {config.out / files.RESULTS_TABLE}"
+    table = (config.out / files.STUDY_TABLE).read_text("utf-8")
+    place = f"Study: {config.out / files.STUDY}, {config.out / files.STUDY_TABLE}"
     return Result(content, (table, place))

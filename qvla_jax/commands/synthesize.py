@@ -3,9 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from qvla_jax.families.prismatic.checkpoint.export import synthesize
-from qvla_jax.families.prismatic.config import preset
-from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
+from qvla_jax.families.registry import family_of, preset
 from qvla_jax.output import Result
 
 
@@ -22,8 +20,8 @@ class Config:
 
 def main(config: Config) -> Result:
     """Writes a synthetic directory."""
-    synthesize(preset(config.preset), config.out, seed=config.seed)
-    word_tokenizer().save(str(config.out / "tokenizer.json"))
+    made = preset(config.preset)
+    family_of(made).synthesize(made, config.out, seed=config.seed)
     return Result(
         {"policy": str(config.out), "preset": config.preset},
         (f"{config.out}: {config.preset} with random weights",),

@@ -5,13 +5,13 @@ from qvla_jax.output import Result
 from qvla_jax.pipeline import ValidateConfig as Config
 from qvla_jax.pipeline import files
 from qvla_jax.progress import ProgressBars
-from qvla_jax.report.study import study_tables
+from qvla_jax.report.validation import validation_tables
 
 
 def main(config: Config) -> Result:
     """Studies the sensitivities."""
     with ProgressBars() as progress:
-        study = pipeline.validate(config, progress=progress)
-    tables = [line for table in study_tables(study) for line in (table, "")]
-    place = f"Study: {config.out / files.STUDY}, {config.out / files.STUDY_FIGURE}"
-    return Result(study, (*tables, place))
+        validation = pipeline.validate(config, progress=progress)
+    tables = [line for table in validation_tables(validation) for line in (table, "")]
+    place = f"{config.out / files.VALIDATION}, {config.out / files.VALIDATION_FIGURE}"
+    return Result(validation, (*tables, place))

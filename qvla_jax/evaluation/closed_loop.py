@@ -38,7 +38,9 @@ class _Policy(Protocol):
 
     def infer_normalized(self, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]: ...
 
-    def unnormalize_actions(self, actions: Float[NpArray, "b h a"]) -> Float[NpArray, "b h a"]: ...
+    def unnormalize_actions(
+        self, actions: Float[NpArray, "b h a"], state: Float[NpArray, "b p"] | None = None
+    ) -> Float[NpArray, "b h a"]: ...
 
 
 # What to keep of a finished episode, if anything.
@@ -174,7 +176,9 @@ def _act(
     for name, members in groups.items():
         observations = [observation for _, _, observation in members]
         chunks = decide(policies[name], observations, rows=rows)
-        metric = policies[name].unnormalize_actions(chunks)
+        states = [observation.get("state") for observation in observations]
+        state = None if states[0] is None else np.stack(states)
+        metric = policies[name].unnormalize_actions(chunks, state)
         for (worker, _, _), chunk in zip(members, metric, strict=True):
             worker.connection.send(chunk)
         # The simulators work in the meantime.

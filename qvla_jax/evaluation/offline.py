@@ -33,7 +33,9 @@ class _Policy(Protocol):
 
     def infer_normalized(self, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]: ...
 
-    def normalize_actions(self, actions: Float[NpArray, "... a"]) -> Float[NpArray, "... a"]: ...
+    def normalize_actions(
+        self, actions: Float[NpArray, "*b h a"], state: Float[NpArray, "*b p"] | None = None
+    ) -> Float[NpArray, "*b h a"]: ...
 
 
 class _Frames(Protocol):
@@ -266,7 +268,7 @@ def _expert(policy: _Policy, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"
         raise InputError(
             f"frames for evaluation need the expert's 'actions'; got {', '.join(sorted(batch))}"
         )
-    return policy.normalize_actions(np.asarray(batch["actions"]))
+    return policy.normalize_actions(np.asarray(batch["actions"]), batch.get("state"))
 
 
 def _checked(chunks: Float[NpArray, "b h a"]) -> Float[NpArray, "b h a"]:

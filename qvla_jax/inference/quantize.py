@@ -1,7 +1,6 @@
 """Quantizing a policy: module surgery that packs weights and corrects biases."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +13,12 @@ from qvla_jax.inference.packing import pack_layer
 from qvla_jax.inference.policy import Policy
 from qvla_jax.kernels import LayerInputs
 from qvla_jax.precision import in_32_bits
+from qvla_jax.quantization.allocation import Allocation
 from qvla_jax.quantization.bias import corrected_bias
 from qvla_jax.quantization.codes import BITS, PRUNED, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import LayerRules, channel_index, quantizable_layers
 from qvla_jax.quantization.quantizer import (
-    NEAREST_UNCORRECTED,
     UNIFORM_BASELINE,
     Quantizer,
 )
@@ -52,7 +51,7 @@ def policy_index(policy: Policy, rules: LayerRules | None = None) -> ChannelInde
 @in_32_bits
 def quantize(
     policy: Policy,
-    bits: Int[np.ndarray, " C"],
+    allocation: Allocation | Int[np.ndarray, " C"],
     *,
     quantizer: Quantizer | None = None,
     rules: LayerRules | None = None,
@@ -62,8 +61,8 @@ def quantize(
 
     >>> import qvla_jax
     >>> policy = qvla_jax.random_policy("tiny-test")
-    >>> bits = np.resize([8, 4, 2, 4], len(policy_index(policy)))  # or an allocation's bits
-    >>> packed = qvla_jax.quantize(policy, bits)
+    >>> bits = np.resize([8, 4, 2, 4], len(policy_index(policy)))  # or an `Allocation`
+    >>> packed = qvla_jax.quantize(policy, bits, quantizer=Quantizer(NEAREST_UNCORRECTED))
     >>> packed.save("tiny.qvla")
     >>> again = qvla_jax.load_policy("tiny.qvla")
     >>> observation = policy.fake_observation()
@@ -76,11 +75,10 @@ def quantize(
 
     Args:
         policy: the full-precision policy.
-        bits: 0, 2, 3, 4, 8 or 16 for each channel, in the order of `policy_index(policy)`, which is
-            that of a sensitivity table.
-        quantizer: grid, rounding and bias correction, with the input statistics that they need.
-            Bits from `SensitivityTable.bits_of` include it; without either, rows are rounded to the
-            nearest point of the fitted grid and biases are not changed.
+        allocation: from `allocate`; or plain bits, 0, 2, 3, 4, 8 or 16 for each channel, in the
+            order of `policy_index(policy)`, which is that of a sensitivity table.
+        quantizer: grid, rounding and bias correction, with the input statistics that they need;
+            required for plain bits. None takes that of the allocation.
         rules: which layers are quantized; None takes those of the policy's layout.
         packed: False keeps ordinary layers with the same values in float32, which need the memory
             of full precision. All allocations then share one compiled program, while packed layers
@@ -88,16 +86,33 @@ def quantize(
             all have 16 bits is then the unchanged source layer.
 
     Raises:
-        InputError: a weight is NaN or infinite (named by layer and channel), `bits` has the wrong
-            length or holds a width that is not an option, or the statistics do not fit a layer.
+        InputError: a weight is NaN or infinite (named by layer and channel), the allocation is for
+            other layers, plain bits have the wrong length or a width that is not an option, there
+            is no quantizer, or its statistics do not fit a layer.
     """
-    return _quantize(policy, bits, quantizer, rules, packed=packed, index=True)
+    quantizer = _quantizer_of(allocation) if quantizer is None else quantizer
+    return _quantize(policy, allocation, quantizer, rules, packed=packed, index=True)
+
+
+def _quantizer_of(allocation: Allocation | Int[np.ndarray, " C"]) -> Quantizer:
+    if not isinstance(allocation, Allocation):
+        raise InputError(
+            "plain bits do not say how rows are rounded: give an allocation from "
+            "`qvla_jax.allocate`, or `quantizer=`, such as the table's (`table.quantizer`) or "
+            "`Quantizer(NEAREST_UNCORRECTED)` of qvla_jax.quantization"
+        )
+    if allocation.quantizer is None:
+        raise InputError(
+            "the allocation's table was loaded without the input statistics that its quantizer "
+            "needs: load it with `statistics=`, or give `quantizer=`"
+        )
+    return allocation.quantizer
 
 
 def _quantize(
     policy: Policy,
-    bits: Int[np.ndarray, " C"],
-    quantizer: Quantizer | None,
+    allocation: Allocation | Int[np.ndarray, " C"],
+    quantizer: Quantizer,
     rules: LayerRules | None,
     *,
     packed: bool,
@@ -107,9 +122,12 @@ def _quantize(
         raise InputError("the policy is quantized already; quantize the full-precision one")
     rules = policy.layout.rules if rules is None else rules
     channels = policy_index(policy, rules)
+    bits = allocation
+    if isinstance(allocation, Allocation):
+        allocation.check(channels)
+        bits = allocation.bits
     chosen = channels.check_bits(bits, BITS)
-    used = _quantizer_of(bits) if quantizer is None else quantizer
-    used.check(channels)
+    quantizer.check(channels)
     # A copy with its own Variables; arrays that do not change are shared.
     model = nnx.merge(*nnx.split(policy.model))
     copies = quantizable_layers(model, rules)
@@ -119,49 +137,37 @@ def _quantize(
                 layer.path,
                 pack_layer(
                     layer,
-                    *_quantize_layer(copies[layer.path], layer, chosen[rows], used),
+                    *_quantize_layer(copies[layer.path], layer, chosen[rows], quantizer),
                     index=index,
                 ),
             )
             for layer, rows in channels.items()
         )
-        given = LayerInputs(rotated=used.settings.rotation)
+        given = LayerInputs(rotated=quantizer.settings.rotation)
         inputs = dict.fromkeys(channels.paths, given)
         replace_by_packed(model, weights, inputs, same_input=policy.layout.same_input)
     for layer, rows in channels.items():
         linear, widths = copies[layer.path], chosen[rows]
         if not packed and np.any(widths != SOURCE):
-            own, source, bias = _quantize_layer(linear, layer, widths, used)
+            own, source, bias = _quantize_layer(linear, layer, widths, quantizer)
             values = own.dequantized(source)
-            if used.settings.rotation:
+            if quantizer.settings.rotation:
                 values = rotate_back(values)
             linear.kernel = nnx.Param(values.T)
             if bias is not None:
                 linear.bias, linear.use_bias = nnx.Param(bias), True
-    statistics = used.statistics if used.settings.needs_statistics else None
+    statistics = quantizer.statistics if quantizer.settings.needs_statistics else None
     return dataclasses.replace(
         policy,
         model=model,
         quantization={
-            "quantizer": dataclasses.asdict(used.settings),
+            "quantizer": dataclasses.asdict(quantizer.settings),
             "policy fingerprint": policy.fingerprint,
             "calibration hash": None
             if statistics is None
             else statistics.made_from.get("calibration"),
         },
     )
-
-
-def _quantizer_of(bits: Any) -> Quantizer:
-    """The quantizer attached to a table's bits.
-
-    Raises:
-        InputError: the table was loaded without the statistics that its quantizer needs.
-    """
-    brought = getattr(bits, "quantizer", None)
-    if brought is not None:
-        return brought
-    return Quantizer(getattr(bits, "settings", None) or NEAREST_UNCORRECTED)
 
 
 @in_32_bits

@@ -1,19 +1,24 @@
 """Methods by name: published quantizers, through qwix where it has them, and our own.
 
-Every method takes the full-precision policy and calibration frames and returns a policy that runs
-from packed weights, whose bytes are counted as for allocations (docs/methods.md).
+A method is a recipe (`recipes.RECIPES`), and the stages carry it out (`stages`): full-precision
+policy and calibration frames in, a policy that runs from packed weights out, whose bytes are
+counted as for allocations (docs/methods.md).
 """
 
-from qvla_jax.methods.measurements import Measurements
+from qvla_jax.methods.measurements import Measurements, Sweep
 from qvla_jax.methods.moments import InputMoments, input_moments
-from qvla_jax.methods.registry import METHODS, check_setting, quantize_by, title
+from qvla_jax.methods.recipe import Recipe
+from qvla_jax.methods.recipes import RECIPES, check_setting, title
 from qvla_jax.methods.settings import Setting
+from qvla_jax.methods.stages import quantize_by
 
 __all__ = [
-    "METHODS",
+    "RECIPES",
     "InputMoments",
     "Measurements",
+    "Recipe",
     "Setting",
+    "Sweep",
     "check_setting",
     "input_moments",
     "quantize_by",

@@ -11,6 +11,8 @@ import numpy as np
 from qwix.contrib import awq_core
 
 from qvla_jax.array_typing import Array, Float
+from qvla_jax.inference.policy import Policy
+from qvla_jax.methods.measurements import Measurements
 from qvla_jax.methods.numerics import (
     effective_group,
     how_to_quantize,
@@ -18,6 +20,8 @@ from qvla_jax.methods.numerics import (
     padded,
     qwix_context,
 )
+from qvla_jax.methods.packing import layer_by_layer
+from qvla_jax.methods.settings import Setting
 from qvla_jax.quantization.rows import QuantizedRows
 
 
@@ -46,3 +50,10 @@ def awq(
             rows, jnp.asarray(magnitude), how_to_quantize(bits, own)
         )
     return nearest_scaled(weight, 1 / np.asarray(scales)[0, :fan_in], bits, group)
+
+
+def awq_policy(measured: Measurements, setting: Setting) -> Policy:
+    """The packed policy."""
+    return layer_by_layer(
+        measured, setting, lambda weight, m, bits, group: awq(weight, m.mean_magnitude, bits, group)
+    )

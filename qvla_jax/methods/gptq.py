@@ -13,6 +13,8 @@ from qwix.contrib import gptq_core
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import QvlaError
+from qvla_jax.inference.policy import Policy
+from qvla_jax.methods.measurements import Measurements
 from qvla_jax.methods.numerics import (
     effective_group,
     how_to_quantize,
@@ -20,6 +22,8 @@ from qvla_jax.methods.numerics import (
     qwix_context,
     taken,
 )
+from qvla_jax.methods.packing import layer_by_layer
+from qvla_jax.methods.settings import Setting
 from qvla_jax.quantization.rows import QuantizedRows
 
 # qwix's defaults, which are those of the published code.
@@ -60,3 +64,10 @@ def gptq(
             return taken(array, fan_in, bits, group)
         damping *= 10
     raise QvlaError(f"GPTQ: a Hessian of {fan_in} inputs has no Cholesky factor in float32")
+
+
+def gptq_policy(measured: Measurements, setting: Setting) -> Policy:
+    """The packed policy."""
+    return layer_by_layer(
+        measured, setting, lambda weight, m, bits, group: gptq(weight, m.hessian, bits, group)
+    )

@@ -36,14 +36,16 @@ from qvla_jax.inference.packed_linear import scale_inputs
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.quantize import policy_index
 from qvla_jax.kernels.activations import round_activations
-from qvla_jax.methods.job import Job
+from qvla_jax.methods.measurements import Measurements
 from qvla_jax.methods.moments import InputMoments
 from qvla_jax.methods.numerics import effective_group, nearest, padded, uniform_rows
 from qvla_jax.methods.packing import packed_policy
+from qvla_jax.methods.settings import Setting
 from qvla_jax.methods.smoothquant import smoothing_scales
 from qvla_jax.models.surgery import get_module, named_modules, replace_modules
 from qvla_jax.quantization import quantizable_layers
 from qvla_jax.quantization.rows import QuantizedRows
+from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
 
 _EPOCHS: Final = 20
@@ -225,20 +227,21 @@ def learned_rows(weight: Float[Array, "c k"], learned: Learned, grid: Grid) -> Q
     return dataclasses.replace(quantized, input_scale=None if plain else np.asarray(multiplier))
 
 
-def omniquant_policy(job: Job) -> Policy:
+def omniquant_policy(measured: Measurements, setting: Setting) -> Policy:
     """Fits block after block and packs the result."""
-    index = policy_index(job.policy, job.rules)
-    grid = Grid(int(job.setting.bits), job.setting.group, int(job.setting.activation_bits))
+    policy = measured.policy
+    index = policy_index(policy, measured.rules)
+    grid = Grid(int(setting.bits), setting.group, int(setting.activation_bits))
     rows: dict[str, QuantizedRows] = {}
     losses: dict[str, list[float]] = {}
-    stages, calls = _recorded(job, index.paths)
-    linears = quantizable_layers(job.policy.model, job.rules)
+    stages, calls = _recorded(policy, measured.calibration, index.paths)
+    linears = quantizable_layers(policy.model, measured.rules)
     # Full-precision and quantized output of the previous block.
     last: tuple[np.ndarray, np.ndarray] | None = None
     for number, stage in enumerate(stages):
-        job.progress(job.setting.name, number, len(stages))
+        measured.progress(setting.name, number, len(stages))
         args, targets = calls[stage]
-        block: Any = get_module(job.policy.model, stage)
+        block: Any = get_module(policy.model, stage)
         if last is not None and np.array_equal(args[0], last[0]):
             args = (last[1], *args[1:])
         layers = {
@@ -247,7 +250,7 @@ def omniquant_policy(job: Job) -> Policy:
             if path.startswith(f"{stage}.")
         }
         start = {
-            name: _start(weight, job.measured.moments.get(f"{stage}.{name}"), grid)
+            name: _start(weight, measured.moments.get(f"{stage}.{name}"), grid)
             for name, weight in layers.items()
         }
         learned, losses[stage] = fit_block(block, start, args, targets, grid)
@@ -259,16 +262,14 @@ def omniquant_policy(job: Job) -> Policy:
             for i in range(len(targets))
         ]
         last = targets, np.stack(outputs)
-    job.progress(job.setting.name, len(stages), len(stages))
+    measured.progress(setting.name, len(stages), len(stages))
     every = (
         rows.get(path) or nearest(linears[path].kernel[...].T, grid.bits, grid.group)
         for path in index.paths
     )
     ratios = {stage: own[-1] / own[0] for stage, own in losses.items() if own[0] > 0}
-    return packed_policy(
-        job.policy, index, every, job.setting, rules=job.rules,
-        made_with={**job.made_with, "loss of the last epoch over that of the first": ratios},
-    )  # fmt: skip
+    details = {"loss of the last epoch over that of the first": ratios}
+    return packed_policy(measured, setting, every, **details)
 
 
 def _start(weight: Float[Array, "c k"], moments: InputMoments | None, grid: Grid) -> Learned:
@@ -283,7 +284,7 @@ def _start(weight: Float[Array, "c k"], moments: InputMoments | None, grid: Grid
 
 
 def _recorded(
-    job: Job, paths: Sequence[str]
+    policy: Policy, calibration: Calibration, paths: Sequence[str]
 ) -> tuple[list[str], dict[str, tuple[Any, Float[np.ndarray, "n b ..."]]]]:
     """Blocks that hold quantized layers, in the order of their calls, with arguments and outputs.
 
@@ -292,10 +293,10 @@ def _recorded(
     """
     wanted = [
         stage
-        for stage in stage_paths(job.policy.model, job.policy.layout)
+        for stage in stage_paths(policy.model, policy.layout)
         if any(path.startswith(f"{stage}.") for path in paths)
     ]
-    graphdef, state = nnx.split(job.policy.model)
+    graphdef, state = nnx.split(policy.model)
     order: list[str] = []
 
     @jax.jit
@@ -316,11 +317,11 @@ def _recorded(
             model(inputs)
         return seen
 
-    size = min(_BATCH, job.calibration.frames)
-    prepared = [job.policy.prepare(observations) for observations in job.calibration.batches(size)]
+    size = min(_BATCH, calibration.frames)
+    prepared = [policy.prepare(observations) for observations in calibration.batches(size)]
     batches = []
-    for inputs in job.policy.processor.widened(prepared):
-        inputs = job.policy.complete(jax.tree.map(jnp.asarray, inputs))
+    for inputs in policy.processor.widened(prepared):
+        inputs = policy.complete(jax.tree.map(jnp.asarray, inputs))
         if len(jax.tree.leaves(inputs)[0]) == size:
             batches.append(jax.device_get(forward(state, inputs)))
     if not batches:

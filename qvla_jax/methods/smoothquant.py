@@ -16,9 +16,11 @@ from qwix.contrib import smooth_quant
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.unpacking import unpacked
-from qvla_jax.methods.job import Job, layer_by_layer
+from qvla_jax.methods.measurements import Measurements
 from qvla_jax.methods.moments import InputMoments
-from qvla_jax.methods.numerics import nearest, nearest_scaled, qwix_context
+from qvla_jax.methods.numerics import nearest_scaled, qwix_context
+from qvla_jax.methods.packing import layer_by_layer
+from qvla_jax.methods.settings import Setting
 from qvla_jax.quantization.rows import QuantizedRows
 from qvla_jax.sensitivity.batches import FirstFrames
 
@@ -67,34 +69,34 @@ def smoothquant(
     return nearest_scaled(weight, 1 / smoothing_scales(weight, largest, alpha), bits, group)
 
 
-def smoothquant_policy(job: Job) -> Policy:
-    """The policy at the alpha with the smallest squared error of the action."""
-    frames = FirstFrames(job.calibration, min(_FRAMES, job.calibration.frames))
+def smoothquant_policy(measured: Measurements, setting: Setting) -> Policy:
+    """The packed policy at the alpha with the smallest squared error of the action."""
+    calibration = measured.calibration
+    frames = FirstFrames(calibration, min(_FRAMES, calibration.frames))
     batches = list(frames.batches(_BATCH))
 
     def actions(policy: Policy) -> Float[np.ndarray, "b h a"]:
         return np.concatenate([policy.infer_normalized(batch) for batch in batches])
 
-    expected = actions(job.policy)
+    expected = actions(measured.policy)
     best: tuple[float, float, Policy] | None = None
     errors = {}
     for alpha in ALPHAS:
-        packed = _at(job, alpha)
-        found = actions(unpacked(job.policy, packed))
+
+        def rows(
+            weight: Float[Array, "c k"],
+            moments: InputMoments,
+            bits: int,
+            group: int | None,
+            alpha: float = alpha,
+        ) -> QuantizedRows:
+            return smoothquant(weight, moments.largest, alpha, bits, group)
+
+        packed = layer_by_layer(measured, setting, rows)
+        found = actions(unpacked(measured.policy, packed))
         errors[f"{alpha:g}"] = error = float(np.mean((found - expected) ** 2))
         if best is None or error < best[0]:
             best = error, alpha, packed
     assert best is not None
     header = {**(best[2].quantization or {}), "alpha": best[1], "alpha errors": errors}
     return dataclasses.replace(best[2], quantization=header)
-
-
-def _at(job: Job, alpha: float) -> Policy:
-    bits, group = int(job.setting.bits), job.setting.group
-
-    def rows(weight: Float[Array, "c k"], moments: InputMoments | None) -> QuantizedRows:
-        if moments is None:
-            return nearest(weight, bits, group)
-        return smoothquant(weight, moments.largest, alpha, bits, group)
-
-    return layer_by_layer(job, rows, job.measured.moments)

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from qvla_jax.allocation import Allocation
 from qvla_jax.allocation import allocate as solve_table
 from qvla_jax.array_files import read_arrays, write_arrays
 from qvla_jax.errors import BudgetError, InputError
@@ -17,7 +16,8 @@ from qvla_jax.pipeline.configs import AllocateConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import InputStatistics, uniform_bytes
-from qvla_jax.quantization.codes import BITS
+from qvla_jax.quantization.allocation import Allocation
+from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.sensitivity.table import SensitivityTable
 
 KIND = "qvla_jax.allocation"
@@ -28,13 +28,13 @@ class Allocations:
     """All allocations of a run.
 
     Attributes:
-        items: the chosen one first.
-        layers: `path`, `out_features` and `fan_in` of each layer, in channel order.
+        items: the chosen one first; those read from a file have no quantizer.
+        index: the layers and the order of their channels.
         made_from: policy fingerprint and calibration hash.
     """
 
     items: tuple[Allocation, ...]
-    layers: tuple[Mapping[str, Any], ...]
+    index: ChannelIndex
     made_from: Mapping[str, str]
 
     @property
@@ -65,7 +65,8 @@ class Allocations:
         """Writes one file with the bits of every allocation."""
         arrays = {f"bits.{i}": a.bits.astype(np.uint8) for i, a in enumerate(self.items)}
         described = [a.describe() for a in self.items]
-        header = {"allocations": described, "layers": self.layers, "made_from": self.made_from}
+        layers = [dataclasses.asdict(layer) for layer in self.index.layers]
+        header = {"allocations": described, "layers": layers, "made_from": self.made_from}
         write_arrays(path, arrays, header, kind=KIND)
 
     @classmethod
@@ -77,24 +78,22 @@ class Allocations:
         """
         arrays, header = read_arrays(files.needed(path), kind=KIND, required=("bits.0",))
         try:
-            layers = tuple(header["layers"])
-            channels = sum(_checked(layer, _LAYER)["out_features"] for layer in layers)
+            index = ChannelIndex(tuple(LayerInfo(**_checked(n, _LAYER)) for n in header["layers"]))
             items = tuple(
-                Allocation(bits=arrays[f"bits.{i}"].astype(np.int64), **_checked(raw, _ALLOCATION))
+                Allocation(
+                    bits=arrays[f"bits.{i}"].astype(np.int64), index=index, quantizer=None,
+                    **_checked(raw, _ALLOCATION),
+                )
                 for i, raw in enumerate(header["allocations"])
-            )
+            )  # fmt: skip
             made_from = dict(header["made_from"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: damaged allocation file ({error})") from error
-        for item in items:
-            if item.bits.shape != (channels,) or not np.isin(item.bits, BITS).all():
-                raise InputError(
-                    f"{path}: {item.name}: expected {channels} bits out of {BITS}; the file is "
-                    "damaged: run `qvla allocate` again"
-                )
+        except InputError as error:
+            raise InputError(f"{path}: {error}; run `qvla allocate` again") from error
         if not items:
             raise InputError(f"{path}: no allocation in it; run `qvla allocate` again")
-        return cls(items, layers, made_from)
+        return cls(items, index, made_from)
 
 
 @in_32_bits
@@ -135,7 +134,7 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
         with contextlib.suppress(BudgetError):
             items.append(_matched(main, config.solvers[0], uniform, least))
     progress("allocate", total, total)
-    allocations = Allocations(tuple(items), _layers(main), files.made_from(main))
+    allocations = Allocations(tuple(items), main.index, files.made_from(main))
     allocations.save(config.out / files.ALLOCATION)
     return allocations
 
@@ -167,7 +166,11 @@ def _matched(
 
 
 # A file's entries for a layer and for an allocation, as JSON types.
-_LAYER: Final[Mapping[str, Any]] = {"path": str, "out_features": int, "fan_in": int}
+_LAYER: Final[Mapping[str, Any]] = {
+    "path": str,
+    "has_bias": bool,
+    **dict.fromkeys(("out_features", "fan_in", "source_bytes"), int),
+}
 _ALLOCATION: Final[Mapping[str, Any]] = {
     **dict.fromkeys(("sensitivity", "solver"), str),
     **dict.fromkeys(("budget_bytes", "stored_bytes"), int),
@@ -186,10 +189,3 @@ def _checked(raw: Mapping[str, Any], kinds: Mapping[str, Any]) -> Mapping[str, A
         if isinstance(value, int):
             float(value)  # JSON's integers may be too large
     return raw
-
-
-def _layers(table: SensitivityTable) -> tuple[dict[str, Any], ...]:
-    return tuple(
-        {"path": layer.path, "out_features": layer.out_features, "fan_in": layer.fan_in}
-        for layer in table.index.layers
-    )

@@ -5,14 +5,21 @@ from pathlib import Path
 from qvla_jax.data import open_x
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.pipeline import files
-from qvla_jax.pipeline.configs import CalibrateConfig
+from qvla_jax.pipeline.configs import FramesConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 
 
 @in_32_bits
-def calibrate(config: CalibrateConfig, *, progress: Progress = no_progress) -> CalibrationSet:
+def calibrate(
+    config: FramesConfig, *, horizon: int = 8, progress: Progress = no_progress
+) -> CalibrationSet:
     """Draws the calibration set and writes its manifest.
+
+    Args:
+        config: settings.
+        horizon: expert actions with each frame; the policy's.
+        progress: reports progress.
 
     Raises:
         InputError: there is no such mixture or specification.
@@ -27,7 +34,7 @@ def calibrate(config: CalibrateConfig, *, progress: Progress = no_progress) -> C
         frames=config.frames,
         seed=config.seed,
         split=config.split,
-        horizon=config.horizon,
+        horizon=horizon,
         spec=config.spec,
         max_episodes=config.max_episodes,
         balance=config.mixture is not None,

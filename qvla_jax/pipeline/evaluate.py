@@ -98,7 +98,7 @@ def evaluate(
         progress("evaluate", len(entries), total)
         same = allocation.bits.tobytes()
         if same not in known:
-            floats = quantize(policy, allocation.bits, quantizer=table.quantizer, packed=False)
+            floats = quantize(policy, allocation, quantizer=table.quantizer, packed=False)
             known[same] = held.predict(comparable(floats))
         predictions, execution = known[same], "float32"
         if allocation is allocations.chosen:

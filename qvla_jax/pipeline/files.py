@@ -12,31 +12,29 @@ from qvla_jax.sensitivity import SensitivityTable
 CALIBRATION = "calibration.json"
 SENSITIVITY = "sensitivity.safetensors"
 STATISTICS = "statistics.safetensors"
-# Seconds of each method. Not in the tables, which a resumed sweep reproduces byte for byte.
+# Seconds of each estimator. Not in the tables, which a resumed sweep reproduces byte for byte.
 TIMES = "sensitivity_times.json"
 # Where the time of `qvla run` went, stage by stage.
 RUN_TIMES = "run_times.json"
-# Finished items of a sweep, removed once its table is written.
-SWEEP = "sweep"
-VALIDATION = "validation.json"
+# How well the sensitivities rank some channels, of which exact ones are known.
+RANKS = "ranks.json"
 ALLOCATION = "allocation.safetensors"
 POLICY = "policy.qvla"
 # Packed policies of other methods.
 METHODS = "methods"
-# A study's shared measurements, the results of its cells, and its episodes.
-MEASUREMENTS = "measurements"
+# A study: the results of its cells, its episodes, and its tables.
 CELLS = "cells"
 EPISODES = "closed_loop"
-RESULTS = "results.json"
-RESULTS_TABLE = "results.md"
-RESULTS_ERROR_FIGURE = "results_error.png"
-RESULTS_SUCCESS_FIGURE = "results_success.png"
+STUDY = "study.json"
+STUDY_TABLE = "study.md"
+STUDY_ERROR_FIGURE = "study_error.png"
+STUDY_SUCCESS_FIGURE = "study_success.png"
 EVALUATION = "evaluation.json"
 CLOSED_LOOP = "closed_loop.json"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
-STUDY = "study.json"
-STUDY_FIGURE = "study.png"
+VALIDATION = "validation.json"
+VALIDATION_FIGURE = "validation.png"
 
 # Which command writes which file, for messages.
 _WRITERS = {
@@ -44,7 +42,7 @@ _WRITERS = {
     SENSITIVITY: "sensitivity",
     STATISTICS: "sensitivity",
     TIMES: "sensitivity",
-    VALIDATION: "sensitivity",
+    RANKS: "sensitivity",
     ALLOCATION: "allocate",
     POLICY: "quantize",
     EVALUATION: "evaluate",
@@ -53,9 +51,9 @@ _WRITERS = {
 }
 
 
-def sensitivity_file(folder: Path, method: str, *, main: str) -> Path:
-    """Returns the path of a method's table; baselines have the method in their name."""
-    return folder / (SENSITIVITY if method == main else f"sensitivity_{method}.safetensors")
+def sensitivity_file(folder: Path, estimator: str, *, main: str) -> Path:
+    """Returns the path of an estimator's table; baselines have the estimator in their name."""
+    return folder / (SENSITIVITY if estimator == main else f"sensitivity_{estimator}.safetensors")
 
 
 def check_folder(folder: Path) -> None:

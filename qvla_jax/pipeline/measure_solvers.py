@@ -55,6 +55,7 @@ class MeasureSolversConfig(HeldoutConfig):
     eval_batch: int = 32
 
     def __post_init__(self) -> None:
+        HeldoutConfig.__post_init__(self)
         if self.eval_batch < 1:
             raise InputError(f"eval_batch must be at least 1, got {self.eval_batch}")
         unknown = [name for name in self.searches if name not in SEARCHES]

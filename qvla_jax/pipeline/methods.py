@@ -1,4 +1,4 @@
-"""Named methods for comparison: one packed file per method in `RUN/methods`."""
+"""Methods by name: one packed file for each in `RUN/methods`."""
 
 import dataclasses
 import re
@@ -9,8 +9,7 @@ from typing import Any
 from qvla_jax.checkpoints.packed_file import SUFFIX
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy
-from qvla_jax.methods import Measurements, check_setting, quantize_by
-from qvla_jax.methods.registry import METHODS
+from qvla_jax.methods import RECIPES, Measurements, Setting, check_setting, quantize_by
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
@@ -36,7 +35,7 @@ class MethodConfig(StageConfig, ModelOptions):
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)
         if not self.method:
-            raise InputError(f"--method: name at least one of {', '.join(METHODS)}, with its bits")
+            raise InputError(f"--method: name at least one of {', '.join(RECIPES)}, with its bits")
         for name in self.method:
             check_setting(name)
 
@@ -60,14 +59,20 @@ def quantize_by_methods(
     """
     policy = load_policy(config.model, **config.said()) if policy is None else policy
     calibration = load_calibration(config.out)
-    measured = Measurements(policy, calibration, progress=progress)
-    written = {}
-    for setting in map(check_setting, config.method):
-        quantized = quantize_by(policy, calibration, setting.name, measured=measured)
-        written[setting.name] = method_file(config.out, setting.name)
-        written[setting.name].parent.mkdir(parents=True, exist_ok=True)
-        quantized.save(written[setting.name])
-    return written
+    measured = Measurements(policy, calibration, folder=config.out, progress=progress)
+    settings = [check_setting(name) for name in config.method]
+    return {setting.name: write_method(config.out, setting, measured) for setting in settings}
+
+
+def write_method(folder: Path, setting: Setting, measured: Measurements) -> Path:
+    """Quantizes by a method, and returns the file."""
+    quantized = quantize_by(
+        measured.policy, measured.calibration, setting.name, measured=measured
+    )  # fmt: skip
+    path = method_file(folder, setting.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    quantized.save(path)
+    return path
 
 
 def method_file(folder: Path, name: str) -> Path:

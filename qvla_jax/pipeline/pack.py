@@ -6,7 +6,6 @@ before the next one is read, so memory is bounded by the largest layer and not b
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +17,15 @@ from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.checkpoints import public_tensors
 from qvla_jax.checkpoints.packed_file import SUFFIX, write_packed
 from qvla_jax.errors import InputError
-from qvla_jax.families.prismatic.checkpoint.huggingface import is_huggingface
-from qvla_jax.families.prismatic.unread import DROPPED, drop_unread
 from qvla_jax.inference import load_policy
+from qvla_jax.inference.loading import stays_in_files
 from qvla_jax.inference.packing import pack_layer
+from qvla_jax.inference.saving import packed_header
 from qvla_jax.mapping import release_pages
 from qvla_jax.models import named_modules
 from qvla_jax.pipeline.configs import PackConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.provenance import package_versions
 from qvla_jax.quantization import ChannelIndex, option_sizes, quantizable_layers, quantize_rows
 from qvla_jax.quantization.codes import GRID_BITS, PRUNED, SOURCE, Grid
 from qvla_jax.quantization.grid import on_grid
@@ -56,12 +54,12 @@ def pack(config: PackConfig, *, progress: Progress = no_progress) -> None:
     if config.file.suffix != SUFFIX:
         raise InputError(f"{config.file}: a packed policy is one file; its name ends in {SUFFIX}")
     # Our own directories and presets are loaded: they are small, or were imported for loading.
-    policy = load_policy(config.model, mapped=is_huggingface(Path(config.model)), **config.said())
+    policy = load_policy(config.model, mapped=stays_in_files(config.model), **config.said())
     if policy.quantization is not None:
         raise InputError(f"{config.model}: is packed already; pack the full-precision policy")
     fingerprint = policy.fingerprint
     model = nnx.merge(*nnx.split(policy.model))  # separate modules, same arrays
-    drop_unread(model)
+    policy.family.drop_unread(model)
     layers = quantizable_layers(model, policy.layout.rules)
     index = ChannelIndex(tuple(layer_info(path, linear) for path, linear in layers.items()))
     mixed = config.mean_bits is not None
@@ -86,18 +84,16 @@ def pack(config: PackConfig, *, progress: Progress = no_progress) -> None:
             progress=progress,
         ),
         tensors=tensors,
-        tokenizer=policy.processor.tokenizer.to_str(),
-        header={
-            "config": policy.config.to_dict(),
-            "statistics": policy.statistics,
-            "quantization": {
+        files=policy.processor.files(),
+        header=packed_header(
+            policy,
+            {
                 "quantizer": dataclasses.asdict(quantizer),
                 "policy fingerprint": fingerprint,
                 "calibration hash": None,
             },
-            "unread": DROPPED,
-            "packages": package_versions(),
-        },
+            dropped=True,
+        ),
     )
 
 

@@ -9,12 +9,11 @@ the run's own policy.qvla, runs from its packed weights.
 
 import re
 from pathlib import Path
-from typing import Any
 
-from qvla_jax.checkpoints.files import CONFIG_FILE, component_file, read_json
+from qvla_jax.checkpoints.files import CONFIG_FILE, read_json
 from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile
 from qvla_jax.errors import InputError
-from qvla_jax.families.prismatic.checkpoint.huggingface import OWN_KEY, is_huggingface
+from qvla_jax.families.registry import family_of, from_record, public_family
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.quantize import quantize, quantize_uniform
 from qvla_jax.inference.unpacking import unpacked
@@ -55,8 +54,8 @@ def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
         remedy="name the policy that the run was made with",
     )
     table = load_tables(folder)[0]
-    bits = allocations.at(budget).bits if budget else allocations.chosen.bits
-    return quantize(policy, bits, quantizer=table.quantizer, packed=False)
+    allocation = allocations.at(budget) if budget else allocations.chosen
+    return quantize(policy, allocation, quantizer=table.quantizer, packed=False)
 
 
 def model_of(name: str) -> tuple[str, str]:
@@ -70,41 +69,28 @@ def model_of(name: str) -> tuple[str, str]:
 def takes_options(model: str) -> bool:
     """Whether options of public directories apply to a model: it is one, or was made from one.
 
-    Others, such as `libero-mini`, use their images unchanged.
+    Raises:
+        CheckpointError: a file that tells is missing or damaged.
     """
     folder = Path(model)
     if folder.suffix == SUFFIX and folder.is_file():
-        config: Any = PackedFile(folder).header.get("config")
-    elif not (folder / CONFIG_FILE).is_file() or is_huggingface(folder):
+        record = PackedFile(folder).header.get("config")
+    elif not folder.is_dir() or public_family(folder) is not None:
         return folder.is_dir()
     else:
-        config = read_json(folder / CONFIG_FILE)
-    return isinstance(config, dict) and config.get("image_chain") == "openvla"
+        record = read_json(folder / CONFIG_FILE)
+    config = from_record(record, folder)
+    return family_of(config).takes_options(config)
 
 
-def check_crop(model: str, options: ModelOptions) -> None:
-    """Asks whether images are cropped, before a public OpenVLA policy acts in the simulator.
-
-    Its files do not say. Fine-tunes were trained with random crops, and their public evaluation
-    crops; the base model was not. Without the crop a fine-tune silently succeeds less often.
+def check_acting(model: str, options: ModelOptions) -> None:
+    """Checks that everything is said that success in the simulator depends on.
 
     Raises:
-        InputError: the policy decodes action tokens, and neither its files nor the options say.
+        InputError: a public directory does not say it, and neither do the options.
     """
-    folder = Path(model)
-    if options.center_crop is not None or not folder.is_dir() or not is_huggingface(folder):
-        return
-    own = read_json(folder / CONFIG_FILE).get(OWN_KEY)
-    if isinstance(own, dict) and "center_crop" in own:
-        return
-    # OpenVLA-OFT's and UniVLA's are always cropped.
-    if any(component_file(folder, name) for name in ("action_head", "action_decoder")):
-        return
-    raise InputError(
-        f"{model}: its files do not tell whether images are cropped, and success in the simulator "
-        "depends on it: say --center-crop (fine-tunes that were trained with random crops, as "
-        "OpenVLA's on LIBERO) or --no-center-crop (the base model)"
-    )
+    if (family := public_family(Path(model))) is not None:
+        family.check_acting(Path(model), options)
 
 
 def _folder_and_budget(text: str) -> tuple[Path, str]:

@@ -52,7 +52,7 @@ def quantize(
         remedy=remedy,
     )
     files.check_same(config.out / files.ALLOCATION, allocations.made_from, made_from, remedy=remedy)
-    packed = pack_policy(policy, allocations.chosen.bits, quantizer=table.quantizer)
+    packed = pack_policy(policy, allocations.chosen, quantizer=table.quantizer)
     packed.save(config.out / files.POLICY)
     progress("quantize", 1, 1)
     return packed
@@ -66,11 +66,8 @@ def load_packed(path: Path, allocations: Allocations) -> Policy:
     """
     policy = load_policy(files.needed(path))
     found = packed_bits(policy)
-    expected, start = {}, 0
-    for layer in allocations.layers:
-        stop = start + layer["out_features"]
-        expected[layer["path"]] = allocations.chosen.bits[start:stop]
-        start = stop
+    bits = allocations.chosen.bits
+    expected = {layer.path: bits[rows] for layer, rows in allocations.index.items()}
     same = found.keys() == expected.keys() and all(
         np.array_equal(bits, expected[name]) for name, bits in found.items()
     )

@@ -14,7 +14,7 @@ from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.closed_loop import SUMMARY_KIND, VIDEO_FOLDER
 from qvla_jax.pipeline.configs import ReportConfig
 from qvla_jax.pipeline.evaluate import EVALUATION_KIND
-from qvla_jax.pipeline.sensitivity import load_seconds, load_validation
+from qvla_jax.pipeline.sensitivity import load_ranks, load_seconds
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.report import SensitivityMap, render
 from qvla_jax.report.closed_loop import Rollout, choose_rollouts
@@ -38,11 +38,11 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
     allocations = Allocations.load(config.out / files.ALLOCATION)
     tables = load_tables(config.out)
     calibration = load_calibration(config.out)
-    validation = load_validation(config.out)
+    ranks = load_ranks(config.out)
     made_from = {
         files.ALLOCATION: allocations.made_from,
         files.EVALUATION: evaluation["made_from"],
-        **({} if validation is None else {files.VALIDATION: validation["made_from"]}),
+        **({} if ranks is None else {files.RANKS: ranks["made_from"]}),
     }
     remedy = f"run `qvla run --out {config.out}` or the stages after `sensitivity` again"
     for name, found in made_from.items():
@@ -66,7 +66,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         "calibration": calibration.describe(),
         "heldout": evaluation["heldout"],
         "sensitivity": {"method": tables[0].method, "bits": list(tables[0].bits)},
-        "validation": None if validation is None else summarize(validation),
+        "validation": None if ranks is None else summarize(ranks),
         "chosen": chosen.name,
         "methods": methods,
         "sweep": sweep,
@@ -74,7 +74,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> dict[st
         "action_names": evaluation.get("action_names", []),
         "layers": describe_layers(tables[0], chosen, names),
         "seconds": {
-            "sensitivity": load_seconds(config.out, tables[0].method),
+            "sensitivity": load_seconds(config.out).get(tables[0].method),
             "allocate": sum(a.seconds for a in allocations.items),
             "evaluate": evaluation["seconds"],
         },
@@ -134,9 +134,9 @@ def split_methods(
     return here, [e for e in entries if not any(e is h for h in here)]
 
 
-def summarize(validation: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(ranks: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves out the individual samples."""
-    return {key: validation[key] for key in ("channels", "frames", "spearman", "spearman_table")}
+    return {key: ranks[key] for key in ("channels", "frames", "spearman", "spearman_table")}
 
 
 def describe_allocation(allocation: Allocation) -> dict[str, Any]:

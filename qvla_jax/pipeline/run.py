@@ -1,6 +1,5 @@
 """The whole pipeline, stage by stage."""
 
-import dataclasses
 from typing import Any
 
 from qvla_jax.inference import load_policy
@@ -11,7 +10,7 @@ from qvla_jax.pipeline.configs import RunConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, evaluate, heldout_set
 from qvla_jax.pipeline.quantize import quantize
 from qvla_jax.pipeline.report import report, save_times
-from qvla_jax.pipeline.sensitivity import check_budget, check_methods, sensitivity
+from qvla_jax.pipeline.sensitivity import check_budget, check_estimators, sensitivity
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.solvers.registry import get_solver
@@ -48,17 +47,17 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
     files.check_folder(config.out)
     for name in config.solvers:
         get_solver(name)
-    check_methods(config)
+    check_estimators(config)
     with StageTimes(progress, first="load") as times:
         return _run(config, times)
 
 
 def _run(config: RunConfig, times: StageTimes) -> dict[str, Any]:
     policy = load_policy(config.model, **config.said())
-    config = dataclasses.replace(config, horizon=policy.config.action_horizon)
+    horizon = policy.config.action_horizon
     check_budget(policy, config.budget_bits)
-    heldout = heldout_set(config, horizon=config.horizon)
-    calibration = calibrate(config, progress=times)
+    heldout = heldout_set(config, horizon=horizon)
+    calibration = calibrate(config, horizon=horizon, progress=times)
     check_disjoint(calibration, heldout)
     sensitivity(config, policy=policy, calibration=calibration, progress=times)
     allocate(config, progress=times)

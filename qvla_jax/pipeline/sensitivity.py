@@ -1,6 +1,6 @@
 """Stage 2: measure what each output channel costs at each bit-width, and validate it."""
 
-import shutil
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,18 @@ from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.errors import BudgetError, InputError, unknown
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.quantize import policy_index
+from qvla_jax.methods.measurements import Measurements, Sweep
+from qvla_jax.methods.recipes import RUN_OPTIONS, RUN_RECIPE
+from qvla_jax.methods.stages import measure
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.quantization import QuantizerSettings, option_sizes
-from qvla_jax.sensitivity import (
-    METHODS,
-    SensitivityTable,
-    SweepStore,
-    sensitivities,
-    validate,
-)
+from qvla_jax.sensitivity import ESTIMATORS, SensitivityTable, validate
 
-BITS = (0, 2, 4, 8, 16)
-VALIDATION_KIND = "qvla_jax.validation"
+RANKS_KIND = "qvla_jax.ranks"
 TIMES_KIND = "qvla_jax.sensitivity_times"
 
 
@@ -38,11 +34,11 @@ def sensitivity(
     calibration: CalibrationSet | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any] | None:
-    """Measures the sensitivities and those of the baselines, and validates the former.
+    """Measures the sensitivities and those of the baselines, and ranks some channels exactly.
 
-    Finished items are kept in `out`/sweep until the tables are written: called again with the same
-    settings after a kill, it resumes from them. All processes call it with the same arguments; the
-    main one writes.
+    Measurements are kept in the folder, and finished items of a sweep that was killed are, too:
+    called again with the same settings, it takes them from there. All processes call it with the
+    same arguments; the main one writes.
 
     Args:
         config: settings.
@@ -51,61 +47,59 @@ def sensitivity(
         progress: reports progress.
 
     Returns:
-        The content of validation.json; None if it was skipped.
+        The content of ranks.json; None if it was skipped.
 
     Raises:
-        InputError: there is no calibration manifest, or a method's name is unknown.
+        InputError: there is no calibration manifest, or an estimator's name is unknown.
     """
     files.check_folder(config.out)
-    check_methods(config)
+    check_estimators(config)
     calibration = load_calibration(config.out) if calibration is None else calibration
     if policy is None:
         policy = load_policy(config.model, mapped=config.streamed, **config.said())
-    mesh = sharding.sweep_mesh(config.channel_devices)
-    store = SweepStore(config.out / files.SWEEP)
-    tables: dict[str, SensitivityTable] = {}
-    seconds: dict[str, float] = {}
-    for method in dict.fromkeys((config.method, *config.baselines)):
-        started = time.perf_counter()
-        tables[method] = sensitivities(
-            policy,
-            calibration,
-            method=method,
-            bits=BITS,
+    measured = Measurements(
+        policy,
+        calibration,
+        options=RUN_OPTIONS,
+        sweep=Sweep(
             probes=config.probes,
             exact_share=config.exact_share,
             seed=config.seed,
-            # The inputs are the same for every method, so they are measured once.
-            statistics=tables[config.method].statistics if tables else None,
-            mesh=mesh,
+            mesh=sharding.sweep_mesh(config.channel_devices),
             split_weights=config.split_weights,
             streamed=config.streamed,
-            joint=not config.streamed,
-            # Error feedback needs covariances, [k, k] for every layer.
-            quantizer=QuantizerSettings(rounding="nearest" if config.streamed else "feedback"),
-            store=store,
-            progress=prefixed(progress, method),
-        )
-        seconds[method] = time.perf_counter() - started
-    validation = None
-    if config.validate and config.method != "exact":
-        table = tables[config.method]
-        validation = validate(
+        ),
+        folder=config.out,
+    )
+    # Error feedback needs covariances, [k, k] for every layer.
+    quantizer = QuantizerSettings(rounding="nearest" if config.streamed else "feedback")
+    tables: dict[str, SensitivityTable] = {}
+    seconds = load_seconds(config.out)
+    for estimator in dict.fromkeys((config.estimator, *config.baselines)):
+        measured.progress = prefixed(progress, estimator)
+        recipe = dataclasses.replace(RUN_RECIPE, estimator=estimator, joint=not config.streamed)
+        started, taken = time.perf_counter(), len(measured.taken)
+        tables[estimator] = measure(recipe, quantizer, measured)
+        if len(measured.taken) > taken or estimator not in seconds:
+            seconds[estimator] = time.perf_counter() - started
+    ranks = None
+    if config.validate and config.estimator != "exact":
+        ranks = validate(
             policy,
             calibration,
-            table,
+            tables[config.estimator],
             channels=config.validate,
             frames=config.validate_frames,
             seed=config.seed,
             progress=prefixed(progress, "validation"),
         )
     if sharding.is_main_process():
-        _write(config, tables, seconds, validation)
-    return validation
+        _write(config, tables, seconds, ranks)
+    return ranks
 
 
-def check_methods(config: SensitivityConfig) -> None:
-    """Checks the methods' names.
+def check_estimators(config: SensitivityConfig) -> None:
+    """Checks the estimators' names.
 
     Raises:
         InputError: one is unknown; the message suggests close ones.
@@ -115,9 +109,9 @@ def check_methods(config: SensitivityConfig) -> None:
             "a streamed sweep takes neither --validate, --baselines nor --thorough: these need all "
             "weights in memory"
         )
-    for method in (config.method, *config.baselines):
-        if method not in METHODS:
-            raise InputError(unknown("sensitivity method", method, METHODS))
+    for estimator in (config.estimator, *config.baselines):
+        if estimator not in ESTIMATORS:
+            raise InputError(unknown("estimator", estimator, ESTIMATORS))
 
 
 def check_budget(policy: Policy, budget_bits: float) -> None:
@@ -128,7 +122,7 @@ def check_budget(policy: Policy, budget_bits: float) -> None:
         InputError: a weight is not finite.
     """
     index = policy_index(policy)
-    least = int(option_sizes(index, BITS).min(axis=1).sum())
+    least = int(option_sizes(index, RUN_OPTIONS).min(axis=1).sum())
     if least > int(budget_bits * index.num_weights / 8):
         bits = -(-800 * least // index.num_weights) / 100
         raise BudgetError(
@@ -137,35 +131,36 @@ def check_budget(policy: Policy, budget_bits: float) -> None:
         )
 
 
-def load_validation(folder: Path) -> dict[str, Any] | None:
-    """Reads validation.json; None if the validation was skipped."""
-    path = folder / files.VALIDATION
-    return files.read_json(path, kind=VALIDATION_KIND) if path.exists() else None
+def load_ranks(folder: Path) -> dict[str, Any] | None:
+    """Reads ranks.json; None if no channel was probed exactly."""
+    path = folder / files.RANKS
+    return files.read_json(path, kind=RANKS_KIND) if path.exists() else None
 
 
-def load_seconds(folder: Path, method: str) -> float | None:
-    """Reads how long a method took; None if it was not recorded."""
+def load_seconds(folder: Path) -> dict[str, float]:
+    """Reads how long each estimator took, where that was recorded."""
     path = folder / files.TIMES
-    return files.read_json(path, kind=TIMES_KIND)["seconds"].get(method) if path.exists() else None
+    return files.read_json(path, kind=TIMES_KIND)["seconds"] if path.exists() else {}
 
 
 def _write(
     config: SensitivityConfig,
     tables: dict[str, SensitivityTable],
     seconds: dict[str, float],
-    validation: dict[str, Any] | None,
+    ranks: dict[str, Any] | None,
 ) -> None:
     """Replaces all files of this stage, so that none of an earlier run remains."""
-    for old in (*config.out.glob("sensitivity*.safetensors"), config.out / files.VALIDATION):
+    for old in (*config.out.glob("sensitivity*.safetensors"), config.out / files.RANKS):
         old.unlink(missing_ok=True)
-    if (statistics := tables[config.method].statistics) is not None:
-        statistics.save(config.out / files.STATISTICS)
-    for method, table in tables.items():
-        table.save(files.sensitivity_file(config.out, method, main=config.method))
+    main = tables[config.estimator]
+    if main.statistics is not None:
+        main.statistics.save(config.out / files.STATISTICS)
+    for estimator, table in tables.items():
+        table.save(files.sensitivity_file(config.out, estimator, main=config.estimator))
     header = {"format": TIMES_KIND, "version": 1}
-    write_json(config.out / files.TIMES, {**header, "seconds": seconds})
-    if validation is not None:
-        header = {"format": VALIDATION_KIND, "version": 1}
-        made_from = files.made_from(tables[config.method])
-        write_json(config.out / files.VALIDATION, {**header, "made_from": made_from, **validation})
-    shutil.rmtree(config.out / files.SWEEP, ignore_errors=True)
+    taken = {estimator: seconds[estimator] for estimator in tables}
+    write_json(config.out / files.TIMES, {**header, "seconds": taken})
+    if ranks is not None:
+        header = {"format": RANKS_KIND, "version": 1}
+        content = {**header, "made_from": files.made_from(main), **ranks}
+        write_json(config.out / files.RANKS, content)

@@ -28,37 +28,37 @@ from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
 from qvla_jax.inference.quantize import policy_index
 from qvla_jax.inference.unpacking import unpacked
-from qvla_jax.methods import METHODS, Measurements, Setting, check_setting, quantize_by, title
+from qvla_jax.methods import RECIPES, Measurements, Setting, Sweep, check_setting, title
 from qvla_jax.pipeline import closed_loop, files
 from qvla_jax.pipeline.calibrate import calibrate, load_calibration
-from qvla_jax.pipeline.configs import CalibrateConfig, HeldoutConfig
+from qvla_jax.pipeline.configs import FramesConfig, HeldoutConfig
 from qvla_jax.pipeline.evaluate import SOURCE_BITS, check_disjoint, heldout_set
-from qvla_jax.pipeline.methods import load_method, method_file
-from qvla_jax.pipeline.policies import check_crop
+from qvla_jax.pipeline.methods import load_method, method_file, write_method
+from qvla_jax.pipeline.policies import check_acting
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, uniform_bytes
-from qvla_jax.report.results import draw_error, draw_success, markdown
+from qvla_jax.report.study import draw_error, draw_success, markdown
 from qvla_jax.sensitivity.ranks import spearman
 
-KIND: Final = "qvla_jax.results"
+KIND: Final = "qvla_jax.study"
 CELL_KIND: Final = "qvla_jax.cell"
 _ROW: Final = re.compile(r"(?P<method>[a-z-]+?)(?P<group>-g\d+)?")
 _COLUMN: Final = re.compile(r"w(?P<bits>\d+(?:\.\d+)?)(?:a(?P<activation>\d+(?:\.\d+)?))?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudyConfig(CalibrateConfig, HeldoutConfig):
+class StudyConfig(FramesConfig, HeldoutConfig):
     """Builds the table of results: methods against settings, on one policy.
 
-    Writes results.json, results.md and figures. Every cell is kept: repeat the command to resume
+    Writes study.json, study.md and figures. Every cell is kept: repeat the command to resume
     after an interruption, to add rows or columns, or with --sim to add the closed loop. Uses the
     folder's calibration.json if there is one.
     """
 
     # Methods, followed by -gGROUP if groups of inputs have their own scales: rtn-g128.
-    rows: tuple[str, ...] = tuple(METHODS)
+    rows: tuple[str, ...] = tuple(RECIPES)
     # Settings: bits of weights (for methods that allocate, a budget of stored bits), and aBITS of
     # activations. If a method does not support a setting, the cell stays empty.
     columns: tuple[str, ...] = ("w8a16", "w4a16", "w8a8", "w4a4", "w4a5", "w3", "w2.5", "w2")
@@ -79,7 +79,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
     eval_batch: int = 8
 
     def __post_init__(self) -> None:
-        CalibrateConfig.__post_init__(self)
+        FramesConfig.__post_init__(self)
         HeldoutConfig.__post_init__(self)
         for name in ("probes", "eval_batch"):
             if getattr(self, name) < 1:
@@ -110,7 +110,7 @@ class StudyConfig(CalibrateConfig, HeldoutConfig):
         """
         method, bits = _ROW.fullmatch(row), _COLUMN.fullmatch(column)
         assert bits is not None
-        if method is None or method["method"] not in METHODS:
+        if method is None or method["method"] not in RECIPES:
             check_setting(f"{row}-w4")  # Its message suggests close ones.
             raise InputError(f"row {row!r}: expected METHOD or METHOD-gGROUP, such as rtn-g128")
         activation = bits["activation"] or "16"
@@ -158,7 +158,7 @@ def study(
         progress: reports progress.
 
     Returns:
-        The content of results.json.
+        The content of study.json.
 
     Raises:
         InputError: a file in the folder was made from another policy or calibration set, the
@@ -167,12 +167,14 @@ def study(
     files.check_folder(config.out)
     if config.sim is not None:
         closed_loop.check_simulator(make)
-        check_crop(config.model, config)
+        check_acting(config.model, config)
     policy = load_policy(config.model, **config.said()) if policy is None else policy
-    config = dataclasses.replace(config, horizon=policy.config.action_horizon)
-    heldout = heldout_set(config, horizon=config.horizon)
-    known = (config.out / files.CALIBRATION).is_file()
-    calibration = load_calibration(config.out) if known else calibrate(config, progress=progress)
+    horizon = policy.config.action_horizon
+    heldout = heldout_set(config, horizon=horizon)
+    if (config.out / files.CALIBRATION).is_file():
+        calibration = load_calibration(config.out)
+    else:
+        calibration = calibrate(config, horizon=horizon, progress=progress)
     check_disjoint(calibration, heldout)
     work = _Study(config, policy, calibration, heldout, progress)
     settings = {
@@ -202,7 +204,7 @@ def rank_correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Spearman's rank correlation of offline measures with success.
 
     Args:
-        cells: of results.json.
+        cells: of study.json.
 
     Returns:
         `policies`, those whose success is known, and `spearman` by measure. Cells with the same
@@ -255,7 +257,7 @@ class _Study:
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
         self.index: ChannelIndex = policy_index(policy)
         self.measured = Measurements(
-            policy, calibration, probes=config.probes, folder=config.out / files.MEASUREMENTS,
+            policy, calibration, sweep=Sweep(probes=config.probes), folder=config.out,
             progress=progress,
         )  # fmt: skip
         self.made_from = {
@@ -344,9 +346,9 @@ class _Study:
         return found
 
     def write(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
-        """Writes the tables and figures, and returns the content of results.json."""
+        """Writes the tables and figures, and returns the content of study.json."""
         size = uniform_bytes(self.index, SOURCE_BITS)
-        results = {
+        content = {
             "format": KIND,
             "version": 1,
             "made_from": self.made_from,
@@ -365,21 +367,17 @@ class _Study:
             "provenance": provenance(seed=self.config.seed),
         }
         out = self.config.out
-        write_json(out / files.RESULTS, results)
-        write_text(out / files.RESULTS_TABLE, markdown(results))
-        draw_error(results, out / files.RESULTS_ERROR_FIGURE)
+        write_json(out / files.STUDY, content)
+        write_text(out / files.STUDY_TABLE, markdown(content))
+        draw_error(content, out / files.STUDY_ERROR_FIGURE)
         if any("success" in cell for cell in cells):
-            draw_success(results, out / files.RESULTS_SUCCESS_FIGURE)
-        return results
+            draw_success(content, out / files.STUDY_SUCCESS_FIGURE)
+        return content
 
     def _packed(self, setting: Setting) -> Policy:
         path = method_file(self.config.out, setting.name)
         if not path.is_file():
-            made = quantize_by(
-                self.policy, self.calibration, setting.name, measured=self.measured
-            )  # fmt: skip
-            path.parent.mkdir(parents=True, exist_ok=True)
-            made.save(path)
+            write_method(self.config.out, setting, self.measured)
         return load_method(path, self.made_from)
 
     def _predict(self, policy: Policy) -> Predictions:

@@ -1,6 +1,6 @@
 """Can the sensitivities of a run be trusted? Ranks, additivity, stability, sensitive modules.
 
-A study outside the pipeline: it reads the files of `calibrate` and `sensitivity`, and no stage
+It stands outside of the pipeline: it reads the files of `calibrate` and `sensitivity`, and no stage
 reads its result.
 """
 
@@ -23,7 +23,7 @@ from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.layers import LayerRules
-from qvla_jax.report.study import draw
+from qvla_jax.report.validation import draw
 from qvla_jax.sensitivity import SensitivityTable, joint_error, sensitivities, spearman
 from qvla_jax.sensitivity.probes import DEFAULT_PROBES
 from qvla_jax.sensitivity.ranks import top_overlap
@@ -32,17 +32,17 @@ from qvla_jax.sensitivity.trajectories import trajectory_costs
 from qvla_jax.sensitivity.validation import probe_sample, same_frames
 from qvla_jax.solvers import solve
 
-STUDY_KIND = "qvla_jax.study"
+KIND = "qvla_jax.validation"
 # Every linear layer, including those that keep 16 bits by default.
 _ALL_LAYERS = LayerRules(include=(r".",))
 
 
 @in_32_bits
 def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
-    """Studies the sensitivity table in `config.out`, and writes study.json.
+    """Studies the sensitivity table in `config.out`, and writes validation.json.
 
     Returns:
-        JSON object: `ranks` (each method against exact probing on the same frames), `additivity`
+        JSON object: `ranks` (each estimator against exact probing on the same frames), `additivity`
         (predicted against measured joint error), `stability` (tables of other calibration sets
         against this one), `cumulative` (this table against sums along whole trajectories; None if
         it was skipped) and `modules` (mean cost of a channel by module type).
@@ -62,7 +62,7 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dic
     heldout = heldout_set(config, horizon=policy.config.action_horizon)
     check_disjoint(calibration, heldout)
     content = {
-        "format": STUDY_KIND,
+        "format": KIND,
         "version": 1,
         "made_from": files.made_from(table),
         "model_options": config.said(),
@@ -77,8 +77,8 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dic
         "modules": _modules(config, policy, calibration, table, progress),
         "provenance": provenance(seed=config.seed),
     }
-    write_json(config.out / files.STUDY, content)
-    draw(content, config.out / files.STUDY_FIGURE)
+    write_json(config.out / files.VALIDATION, content)
+    draw(content, config.out / files.VALIDATION_FIGURE)
     return content
 
 
@@ -89,22 +89,22 @@ def _ranks(
     table: SensitivityTable,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Each method against exact probing of the same channels on the same frames."""
+    """Each estimator against exact probing of the same channels on the same frames."""
     sample = probe_sample(
         policy, calibration, table, channels=config.channels, frames=config.frames,
         seed=config.seed, progress=progress,
     )  # fmt: skip
-    by_method = {}
-    for method in dict.fromkeys((table.method, *config.methods)):
+    by_estimator = {}
+    for estimator in dict.fromkeys((table.method, *config.estimators)):
         same = same_frames(
-            policy, sample, table, method=method, seed=config.seed,
-            progress=prefixed(progress, method),
+            policy, sample, table, method=estimator, seed=config.seed,
+            progress=prefixed(progress, estimator),
         )  # fmt: skip
-        by_method[method] = sample.ranks(same)
+        by_estimator[estimator] = sample.ranks(same)
     return {
         "channels": len(sample.rows),
         "frames": sample.part.frames,
-        "methods": by_method,
+        "methods": by_estimator,
     }
 
 
@@ -122,11 +122,11 @@ def _additivity(
     for done, budget in enumerate(config.budgets):
         progress("additivity", done, len(config.budgets))
         bits = table.bits_of(solve(table.problem(budget_bits=budget), "greedy:marginal"))
-        quantized = quantize(policy, bits, packed=False)
+        quantized = quantize(policy, bits, quantizer=table.quantizer, packed=False)
         rows.append(
             {
                 "budget_bits": budget,
-                "pruned": float(np.mean(np.asarray(bits) == 0)),
+                "pruned": float(np.mean(bits == 0)),
                 "summed": single.predicted(bits),
                 "predicted": table.predicted(bits),
                 "measured_calibration": joint_error(policy, quantized, calibration),

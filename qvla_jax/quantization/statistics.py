@@ -75,8 +75,13 @@ class InputStatistics:
             raise InputError(f"covariances: {path} needs finite {(size, size)}, got {found}")
         return matrix
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, completely or not at all; covariances in float32."""
+    def save(self, path: str | os.PathLike[str], *, exact: bool = False) -> None:
+        """Writes one safetensors file, completely or not at all.
+
+        Args:
+            path: the file.
+            exact: covariances in float64, not in float32.
+        """
         arrays: dict[str, np.ndarray] = {}
         stored: dict[int, str] = {}
         shared: dict[str, str] = {}
@@ -85,7 +90,7 @@ class InputStatistics:
         for name, matrix in self.covariances.items():
             shared[name] = stored.setdefault(id(matrix), name)
             if shared[name] == name:
-                arrays[_COVARIANCE + name] = np.asarray(matrix, np.float32)
+                arrays[_COVARIANCE + name] = np.asarray(matrix, np.float64 if exact else np.float32)
         header = {
             "made_from": dict(self.made_from), "shared": shared, "weighting": self.weighting
         }  # fmt: skip

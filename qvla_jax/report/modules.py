@@ -16,22 +16,14 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from qvla_jax.checkpoints.files import CONFIG_FILE, read_json
 from qvla_jax.checkpoints.orbax_weights import orbax_dtypes
 from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.checkpoints.weights import Source, check_shapes, public_shapes
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.families.layout import Layout
-from qvla_jax.families.prismatic.checkpoint.directory import PublicTensors
-from qvla_jax.families.prismatic.checkpoint.huggingface import (
-    CONFIG_FILE,
-    is_huggingface,
-    read_config,
-    read_json,
-)
-from qvla_jax.families.prismatic.config import OpenVLAConfig, preset
-from qvla_jax.families.prismatic.layout import layout
-from qvla_jax.families.prismatic.network import abstract_model
-from qvla_jax.inference.policy import ORBAX_FOLDER, WEIGHTS_FILE
+from qvla_jax.families.registry import family_of, from_record, preset, public_family
+from qvla_jax.inference.saving import ORBAX_FOLDER, WEIGHTS_FILE
 from qvla_jax.models.surgery import named_modules
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import LayerRules, quantizable_layers
@@ -63,7 +55,8 @@ class Module:
 class Description:
     """A policy's modules, and its quantizable channels."""
 
-    config: OpenVLAConfig
+    # Of its family.
+    config: Any
     # Description of where shapes and dtypes come from.
     source: str
     modules: tuple[Module, ...]
@@ -85,7 +78,7 @@ def describe(source: str, *, rules: LayerRules | None = None) -> Description:
 
     Args:
         source: a preset (with weights or without), a directory written by `Policy.save` or
-            `import_policy`, or a public OpenVLA, OpenVLA-OFT or UniVLA directory.
+            `import_policy`, or a public directory.
         rules: which layers are quantized; None takes those of the policy's layout.
 
     Raises:
@@ -97,17 +90,15 @@ def describe(source: str, *, rules: LayerRules | None = None) -> Description:
         config = preset(source)
         folder = bundled_policy_path(config.name)
         if not folder.is_dir():
-            model = abstract_model(config)
+            model = family_of(config).abstract_model(config)
             dtypes = dict.fromkeys(public_shapes(model), _PUBLISHED)
             return _described(config, model, dtypes, "a preset without weights, in bfloat16", rules)
-    if is_huggingface(folder):
-        config, _ = read_config(folder, sizes_only=True)
-        model = abstract_model(config)
-        tensors = PublicTensors(folder)
-        dtypes = _dtypes(model, tensors, tensors.file_of)
-        return _described(config, model, dtypes, f"{folder}, public layout", rules)
-    config = OpenVLAConfig.from_dict(read_json(folder / CONFIG_FILE))
-    model = abstract_model(config)
+    if (family := public_family(folder)) is not None:
+        config, stored = family.survey(folder)
+        model = family.abstract_model(config)
+        return _described(config, model, stored, f"{folder}, public layout", rules)
+    config = from_record(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+    model = family_of(config).abstract_model(config)
     if (folder / ORBAX_FOLDER).is_dir():
         dtypes = orbax_dtypes(model, folder / ORBAX_FOLDER)
     else:
@@ -124,13 +115,13 @@ def _dtypes(
 
 
 def _described(
-    config: OpenVLAConfig,
+    config: Any,
     model: nnx.Module,
     dtypes: Mapping[str, np.dtype[Any]],
     source: str,
     rules: LayerRules | None,
 ) -> Description:
-    own = layout(config)
+    own = family_of(config).layout(config)
     layers = quantizable_layers(model, own.rules if rules is None else rules)
     return Description(
         config=config,

@@ -1,197 +1,168 @@
-"""A study as tables and as one picture: ranks, additivity, stability, trajectories, modules."""
+"""The table of results (`qvla study`) as Markdown, and its two Pareto figures."""
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from qvla_jax.atomic import atomic_path
 from qvla_jax.report.svg import number
 
 
-def draw(study: Mapping[str, Any], path: Path) -> None:
-    """Draws a study as PNG.
+def markdown(study: Mapping[str, Any]) -> str:
+    """Tables of action error and, where it was measured, of success; rows are methods."""
+    parts = [
+        "### Action error\n\nSquared error of the normalized action on "
+        f"{study['heldout']['frames']} held-out frames against full precision, and in brackets "
+        "the bits per weight that are really stored.\n",
+        _table(study, _error),
+        "\nThe median over these frames in place of the mean, of which a few frames hold much.\n",
+        _table(study, _median),
+    ]
+    if (full := study["full_precision"]["success"]) is not None:
+        parts += [
+            f"\n### Success\n\n{study['sim']}, full precision {_rate(full)}. Episodes solved, "
+            "success with Wilson's 95 % interval, and in brackets the share of what full precision "
+            "solves of the same episodes.\n",
+            _table(study, _success),
+        ]
+    if found := study["rank_correlation_with_success"]:
+        parts += [
+            "\n### What predicts success\n\nSpearman's rank correlation with success over "
+            f"{found['policies']} policies; bytes should have it positive, errors negative.\n",
+            "| measured offline | rank correlation |\n|---|---|",
+            *(f"| {name} | {value:+.2f} |" for name, value in found["spearman"].items()),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def draw_error(study: Mapping[str, Any], path: Path) -> None:
+    """Draws action error (log) against stored bytes as PNG, one series per row.
+
+    Cells with rounded activations are hollow; a line connects the best of the others.
 
     Args:
-        study: what `pipeline.validate` returns.
+        study: what `pipeline.study` returns.
         path: the picture's file, which is replaced.
     """
-    import matplotlib
+    errors = [(cell, _mse(cell)) for cell in _available(study)]
+    points = [(cell, error, (0.0, 0.0)) for cell, error in errors if error > 0]
+    _draw(study, points, path, label="action MSE (normalized)", log=True)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(3, 2, figsize=(12, 13), layout="constrained")
-    _ranks(panels[0][0], study["ranks"])
-    _additivity(panels[0][1], study["additivity"])
-    _stable_ranks(panels[1][0], study["stability"])
-    _stability(panels[1][1], study["stability"])
-    _cumulative(panels[2][0], study["cumulative"])
-    _modules(panels[2][1], study["modules"])
+def draw_success(study: Mapping[str, Any], path: Path) -> None:
+    """Draws success with its interval against stored bytes as PNG; arguments of `draw_error`."""
+    points = []
+    for cell in _available(study):
+        if "success" in cell:
+            rate, (low, high) = cell["success"]["rate"], cell["success"]["interval_95"]
+            points.append((cell, rate, (rate - low, high - rate)))
+    full = study["full_precision"]["success"]
+    _draw(study, points, path, label="success", line=None if full is None else full["rate"])
+
+
+def _draw(
+    study: Mapping[str, Any],
+    points: Sequence[tuple[Mapping[str, Any], float, tuple[float, float]]],
+    path: Path,
+    *,
+    label: str,
+    log: bool = False,
+    line: float | None = None,
+) -> None:
+    # Without pyplot: no display, no global state.
+    figure_module: Any = importlib.import_module("matplotlib.figure")
+    figure = figure_module.Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(study["rows"]):
+        label_of_row: str | None = row
+        for rounded in (False, True):
+            own = [
+                (cell["stored_bytes"] / 2**20, y, interval)
+                for cell, y, interval in points
+                if cell["row"] == row and (cell["activation_bits"] < 16) == rounded
+            ]
+            if own:
+                axes.errorbar(
+                    [x for x, _, _ in own],
+                    [y for _, y, _ in own],
+                    yerr=None if log else [[e[0] for *_, e in own], [e[1] for *_, e in own]],
+                    marker="os^Dv*<>"[place % 8],
+                    markersize=6,
+                    markerfacecolor="none" if rounded else None,
+                    linestyle="none",
+                    elinewidth=1,
+                    color=f"C{place % 10}",
+                    label=label_of_row,
+                )
+                label_of_row = None
+    axes.plot([], [], "ko", markerfacecolor="none", label="hollow: rounded activations")
+    weights_only = [(c, y) for c, y, _ in points if c["activation_bits"] == 16]
+    front = _front(weights_only, lowest=log)
+    axes.step(
+        [x for x, _ in front], [y for _, y in front], where="post", color="gray", linewidth=1,
+        linestyle=":", label="best of 16-bit activations",
+    )  # fmt: skip
+    if line is not None:
+        axes.axhline(line, color="black", linewidth=1, label="full precision")
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel("stored for the quantized layers (MiB)")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=8, loc="outside right upper")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
 
 
-def study_tables(study: Mapping[str, Any]) -> list[Table]:
-    """The same as tables for a terminal."""
-    bits = [str(b) for b in study["bits"] if b != 16]
-    ranks = _table("Spearman with exact (overlap of the top tenth)", [f"{b} bits" for b in bits])
-    for method, rows in study["ranks"]["methods"].items():
-        ranks.add_row(method, *(f"{row['spearman']:.4f} ({row['top']:.2f})" for row in rows))
-    additivity = _table(
-        "budget", ["pruned", "sum", "with factors", "measured", "held out", "measured / predicted"]
-    )
-    for row in study["additivity"]:
-        additivity.add_row(
-            f"{row['budget_bits']:g} bits",
-            f"{row['pruned']:.1%}",
-            *(
-                number(row[key])
-                for key in ("summed", "predicted", "measured_calibration", "measured_heldout")
-            ),
-            number(row["measured_calibration"] / row["predicted"]) if row["predicted"] else "-",
-        )
-    budgets = list(study["stability"][0]["regret"]) if study["stability"] else []
-    stability = _table(
-        "other calibration set",
-        [*(f"Spearman, {b} bits" for b in bits), *(f"regret, {b} bits" for b in budgets)],
-    )
-    for row in study["stability"]:
-        stability.add_row(
-            f"{row['frames']} frames, seed {row['seed']}",
-            *(f"{row['spearman'][b]:.3f}" for b in bits),
-            *(f"{row['regret'][b]:.1%}" for b in budgets),
-        )
-    tables = [ranks, additivity, stability]
-    if (cumulative := study["cumulative"]) is not None:
-        table = _table(
-            f"along {cumulative['trajectories']} trajectories", [f"{b} bits" for b in bits]
-        )
-        for label, key in (("Spearman with single steps", "spearman"), ("top tenth shared", "top")):
-            table.add_row(label, *(f"{cumulative[key][b]:.3f}" for b in bits))
-        table.add_row(
-            "Spearman of one trajectory",
-            *("{:.3f} to {:.3f}".format(*cumulative["single"][b][::2]) for b in bits),
-        )
-        tables.append(table)
-    modules = _table("squared error for 1,000 weights", ["channels", *(f"{b} bits" for b in bits)])
-    for row in sorted(study["modules"], key=lambda row: -row["cost_of_thousand_weights"]["4"]):
-        modules.add_row(
-            row["module"] + (" (kept)" if row["kept"] else ""),
-            f"{row['channels']:,}",
-            *(number(row["cost_of_thousand_weights"][b]) for b in bits),
-        )
-    return [*tables, modules]
-
-
-def _table(title: str, headings: list[str]) -> Table:
-    table = Table(title, box=None, padding=(0, 1))
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _ranks(panel: Any, ranks: Mapping[str, Any]) -> None:
-    for method, rows in ranks["methods"].items():
-        panel.plot(
-            [f"{row['bits']} bits" for row in rows],
-            [row["spearman"] for row in rows],
-            marker="o",
-            label=method,
-        )
-    panel.set(
-        title=f"Rank correlation with exact probing\n{ranks['channels']} channels, "
-        f"{ranks['frames']} frames",
-        ylabel="Spearman",
-    )
-    panel.legend()
-
-
-def _additivity(panel: Any, rows: list[Mapping[str, Any]]) -> None:
-    budgets = [row["budget_bits"] for row in rows]
-    for key, label, style in (
-        ("summed", "sum of single errors", "o:"),
-        ("predicted", "with joint factors", "o--"),
-        ("measured_calibration", "measured, calibration", "s-"),
-        ("measured_heldout", "measured, held out", "^-"),
+def _front(
+    points: Sequence[tuple[Mapping[str, Any], float]], *, lowest: bool
+) -> list[tuple[float, float]]:
+    """MiB and value of the cells that are better than all cells of the same size or smaller."""
+    front: list[tuple[float, float]] = []
+    for cell, value in sorted(
+        points, key=lambda p: (p[0]["stored_bytes"], p[1] if lowest else -p[1])
     ):
-        panel.plot(budgets, [row[key] for row in rows], style, label=label)
-    panel.set(
-        title="Do single errors add up?",
-        xlabel="bits per weight",
-        ylabel="squared error of the chunk",
-        yscale="log",
-    )
-    panel.legend()
+        if not front or (value < front[-1][1] if lowest else value > front[-1][1]):
+            front.append((cell["stored_bytes"] / 2**20, value))
+    return front
 
 
-def _stable_ranks(panel: Any, rows: list[Mapping[str, Any]]) -> None:
-    frames = sorted({row["frames"] for row in rows})
-    for bits in rows[0]["spearman"] if rows else ():
-        worst = [
-            min(row["spearman"][bits] for row in rows if row["frames"] == count) for count in frames
-        ]
-        panel.plot(frames, worst, marker="o", label=f"{bits} bits")
-    panel.set(
-        title="Ranks of another calibration set",
-        xlabel="frames",
-        ylabel="Spearman with the table (worst seed)",
-        xscale="log",
-    )
-    if rows:
-        panel.legend()
+def _table(study: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str]) -> str:
+    columns = study["columns"]
+    cells = {(cell["row"], cell["column"]): cell for cell in study["cells"]}
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in study["rows"]:
+        found = [cells.get((row, column)) for column in columns]
+        texts = ["-" if c is None or "unavailable" in c else text(c) for c in found]
+        lines.append(f"| `{row}` | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
 
-def _cumulative(panel: Any, cumulative: Mapping[str, Any] | None) -> None:
-    panel.set_title("Single steps against sums along trajectories")
-    if cumulative is None:
-        panel.text(0.5, 0.5, "not measured", ha="center", transform=panel.transAxes)
-        return
-    place = range(len(cumulative["spearman"]))
-    least, median, most = zip(*cumulative["single"].values(), strict=True)
-    below = [m - low for m, low in zip(median, least, strict=True)]
-    above = [high - m for m, high in zip(median, most, strict=True)]
-    panel.errorbar(place, median, (below, above), fmt="o", capsize=4, label="one trajectory")
-    panel.plot(
-        place,
-        list(cumulative["spearman"].values()),
-        "s",
-        label=f"mean of {cumulative['trajectories']}",
-    )
-    panel.set_xticks(place, [f"{bits} bits" for bits in cumulative["spearman"]])
-    panel.set_ylabel("Spearman with the table")
-    panel.legend()
+def _available(study: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [cell for cell in study["cells"] if "unavailable" not in cell]
 
 
-def _stability(panel: Any, rows: list[Mapping[str, Any]]) -> None:
-    for budget in rows[0]["regret"] if rows else ():
-        frames = sorted({row["frames"] for row in rows})
-        worst = [
-            max(row["regret"][budget] for row in rows if row["frames"] == count) for count in frames
-        ]
-        panel.plot(frames, [100 * value for value in worst], marker="o", label=f"{budget} bits")
-    panel.set(
-        title="What another calibration set would cost",
-        xlabel="frames",
-        ylabel="regret, % of the cost (worst seed)",
-        xscale="log",
-        yscale="symlog",
-    )
-    if rows:
-        panel.set_ylim(bottom=0)
-        panel.legend()
+def _mse(cell: Mapping[str, Any]) -> float:
+    return cell["versus_full_precision"]["action_mse_normalized"]
 
 
-def _modules(panel: Any, rows: list[Mapping[str, Any]]) -> None:
-    ordered = sorted(rows, key=lambda row: row["cost_of_thousand_weights"]["4"])
-    panel.barh(
-        [row["module"] + (" (kept)" if row["kept"] else "") for row in ordered],
-        [row["cost_of_thousand_weights"]["4"] for row in ordered],
-        color=["tab:gray" if row["kept"] else "tab:blue" for row in ordered],
-    )
-    panel.set(
-        title="Who is sensitive", xlabel="squared error for 1,000 weights at 4 bits", xscale="log"
-    )
-    panel.tick_params(axis="y", labelsize=7)
+def _error(cell: Mapping[str, Any]) -> str:
+    return f"{number(_mse(cell))} ({cell['stored_bits_per_weight']:.2f})"
+
+
+def _median(cell: Mapping[str, Any]) -> str:
+    return number(cell["versus_full_precision"]["action_mse_median_normalized"])
+
+
+def _rate(success: Mapping[str, Any]) -> str:
+    low, high = success["interval_95"]
+    counts = f"{success['successes']} of {success['episodes']}"
+    return f"{counts}, {success['rate']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _success(cell: Mapping[str, Any]) -> str:
+    if "success" not in cell:
+        return "-"
+    share = cell["share_of_full_precision"]
+    return _rate(cell["success"]) + ("" if share is None else f" ({share:.1%})")

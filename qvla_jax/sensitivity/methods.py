@@ -36,7 +36,7 @@ from qvla_jax.sensitivity.sweep import DEFAULT_MEMORY, Sweep
 from qvla_jax.sensitivity.table import SensitivityTable
 from qvla_jax.sharding import sweep_mesh
 
-METHODS: Final = ("jacobian", "refined", "exact", "taylor", "input_hessian")
+ESTIMATORS: Final = ("jacobian", "refined", "exact", "taylor", "input_hessian")
 DEFAULT_BITS: Final = (0, 2, 4, 8, 16)
 DEFAULT_SHARE: Final = 0.01
 DEFAULT_QUANTIZER: Final = QuantizerSettings()
@@ -118,8 +118,8 @@ def sensitivities(
         InputError: unknown method or option, unusable weights or probes, a weight or an activation
             that is NaN or infinite (weights are named by layer and channel), an empty set.
     """
-    if method not in METHODS:
-        raise InputError(unknown("sensitivity method", method, METHODS))
+    if method not in ESTIMATORS:
+        raise InputError(unknown("estimator", method, ESTIMATORS))
     bits = _check_bits(bits)
     check_probes(probes)
     weights = _check_weights(action_weights, policy)
@@ -218,7 +218,7 @@ def _check_streamed(policy: Policy, method: str, quantizer: QuantizerSettings, j
     """Checks what a streamed sweep supports, before anything is measured."""
     if method not in CONTRACTIONS:
         raise InputError(f"streamed sweeps know {' and '.join(CONTRACTIONS)}, not {method}")
-    if policy.config.decoding != "l1":
+    if policy.decodes:
         raise InputError(
             f"streamed sweeps serve policies with a regression head; {policy.config.name} decodes "
             "tokens, for which its weights have to be in memory"

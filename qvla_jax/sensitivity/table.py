@@ -30,22 +30,6 @@ class Chosen(Protocol):
         ...
 
 
-class ChannelBits(np.ndarray):
-    """Bits [C] of every channel, with the quantizer that they were chosen for.
-
-    An ordinary integer array otherwise; arrays of the same shape that are made from it keep the
-    quantizer.
-    """
-
-    settings: QuantizerSettings | None = None
-    # None if the table was loaded without the statistics that the quantizer needs.
-    quantizer: Quantizer | None = None
-
-    def __array_finalize__(self, source: Any) -> None:
-        if isinstance(source, ChannelBits) and source.shape == self.shape:
-            self.settings, self.quantizer = source.settings, source.quantizer
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SensitivityTable:
     """Costs and sizes of C channels under n options.
@@ -111,6 +95,11 @@ class SensitivityTable:
             InputError: the table was loaded without the statistics that it needs.
         """
         return Quantizer(self.settings, self.statistics)
+
+    @property
+    def can_quantize(self) -> bool:
+        """Whether the table has what its `quantizer` needs."""
+        return self.statistics is not None or not self.settings.needs_statistics
 
     @property
     def joint_costs(self) -> Float[np.ndarray, "C n"]:
@@ -179,18 +168,14 @@ class SensitivityTable:
         return minimums
 
     def bits_of(self, solution: Chosen) -> Int[np.ndarray, " C"]:
-        """Bits of every channel in a solution of `problem`, as `quantize` takes them."""
+        """Bits of every channel in a solution of `problem`; `quantizer` rounds to them."""
         choice = np.asarray(solution.choice)
         if choice.shape != (len(self.index),):
             raise InputError(
                 f"the solution chooses for {choice.shape} channels, the table has "
                 f"{len(self.index)}; solve this table's own problem"
             )
-        bits = np.asarray(self.bits, np.int64)[choice].view(ChannelBits)
-        bits.settings = self.settings
-        if self.statistics is not None or not self.settings.needs_statistics:
-            bits.quantizer = self.quantizer
-        return bits
+        return np.asarray(self.bits, np.int64)[choice]
 
     def predicted(self, bits: Int[np.ndarray, " C"]) -> float:
         """Expected joint error of an allocation: the sum of its costs, times the joint factors."""

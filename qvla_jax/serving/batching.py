@@ -12,13 +12,13 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from qvla_jax import sharding
-from qvla_jax.array_typing import Float
+from qvla_jax.array_typing import Float, Float32
 from qvla_jax.errors import PolicyError
-from qvla_jax.families.prismatic.network import ModelInputs
 from qvla_jax.inference import Policy
 from qvla_jax.progress import Progress, no_progress, track
 
@@ -46,7 +46,8 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class _Waiting:
-    inputs: ModelInputs
+    inputs: Any
+    state: Float32[np.ndarray, "1 p"] | None
     # Has the statistics that un-normalize the actions.
     policy: Policy
     since: float
@@ -104,14 +105,13 @@ class Batcher:
         Raises:
             PolicyError: it already returns NaN or infinite actions.
         """
-        inputs = self._policy.prepare(
-            {
-                key: [value] if isinstance(value, str) else value[None]
-                for key, value in self._policy.fake_observation().items()
-            }
-        )
+        observation = {
+            key: [value] if isinstance(value, str) else value[None]
+            for key, value in self._policy.fake_observation().items()
+        }
+        inputs, state = self._policy.prepare(observation), observation.get("state")
         for size in track(self.sizes, len(self.sizes), "compile", progress):
-            batch = [(inputs, self._policy)] * size
+            batch = [(inputs, state, self._policy)] * size
             actions, _ = self._thread.submit(self._call, batch).result()
             if not all(np.isfinite(chunk).all() for chunk in actions):
                 raise PolicyError("the policy returns NaN or infinite actions; nothing to serve")
@@ -120,11 +120,18 @@ class Batcher:
         """Starts answering, on the running event loop."""
         self._loop = asyncio.create_task(self._answer_all())
 
-    async def __call__(self, inputs: ModelInputs, policy: Policy | None = None) -> Answer:
+    async def __call__(
+        self,
+        inputs: Any,
+        policy: Policy | None = None,
+        *,
+        state: Float32[np.ndarray, "1 p"] | None = None,
+    ) -> Answer:
         """Answers one prepared observation (a batch of one).
 
         Args:
             inputs: what the network takes.
+            state: that of the observation, for policies whose actions are relative to it.
             policy: the same network with the statistics that un-normalize the actions; by default
                 that of the batcher.
 
@@ -132,7 +139,8 @@ class Batcher:
             PolicyError: the policy failed, or its actions are not finite.
         """
         answer = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(_Waiting(inputs, policy or self._policy, time.monotonic(), answer))
+        used = policy or self._policy
+        self._queue.put_nowait(_Waiting(inputs, state, used, time.monotonic(), answer))
         return await answer
 
     async def stop(self) -> None:
@@ -178,7 +186,7 @@ class Batcher:
         self.busy_since = start = time.monotonic()
         try:
             actions, histories = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._call, [(waiting.inputs, waiting.policy) for waiting in batch]
+                self._thread, self._call, [(w.inputs, w.state, w.policy) for w in batch]
             )
         finally:
             self.busy_since = None
@@ -200,20 +208,20 @@ class Batcher:
                 self._observe(answer)
 
     def _call(
-        self, batch: Sequence[tuple[ModelInputs, Policy]]
+        self, batch: Sequence[tuple[Any, Float32[np.ndarray, "1 p"] | None, Policy]]
     ) -> tuple[list[Float[np.ndarray, "h a"]], Sequence[str | None]]:
         """Runs the policy on a padded batch, in its thread."""
         size = next(size for size in self.sizes if size >= len(batch))
-        stacked = self._policy.processor.join([inputs for inputs, _ in batch])
+        stacked = self._policy.processor.join([inputs for inputs, _, _ in batch])
         padded, count = sharding.pad_batch(stacked, size)
         histories: Sequence[str | None] = [None] * count
-        if self._policy.config.latent_action is not None:
+        if self._policy.observation.has_history:
             padded = self._policy.complete(padded)
             histories = self._policy.processor.history(padded)[:count]
         chunks = self._policy.run(padded)[:count]
         actions = [
-            policy.unnormalize_actions(chunk)
-            for chunk, (_, policy) in zip(chunks, batch, strict=True)
+            policy.unnormalize_actions(chunk[None], state)[0]
+            for chunk, (_, state, policy) in zip(chunks, batch, strict=True)
         ]
         return actions, histories
 

@@ -6,9 +6,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from qvla_jax.array_typing import UInt8
+from qvla_jax.array_typing import Float32, UInt8
 from qvla_jax.errors import InputError
-from qvla_jax.families.prismatic.network import ModelInputs
 from qvla_jax.inference import Policy
 
 # Our names, and those of openpi's LIBERO example, of OpenVLA and of OpenVLA-OFT.
@@ -31,11 +30,13 @@ class Observation:
 
     Attributes:
         inputs: a batch of one.
+        state: `state` of the observation [1, p]; None if the policy takes none.
         policy: the served policy with the statistics that the client requested, which scaled its
             state and un-normalize its actions.
     """
 
-    inputs: ModelInputs
+    inputs: Any
+    state: Float32[np.ndarray, "1 p"] | None
     policy: Policy
 
 
@@ -55,32 +56,34 @@ class ObservationReader:
         # By the statistics that requests name, each made on first use.
         self._policies: dict[str, Policy] = {}
         self._max_image_side = max_image_side
-        self._cameras = policy.config.camera_keys
+        self._spec = policy.observation
 
     def __call__(self, message: Mapping[str, Any]) -> Observation:
         """One observation -> model inputs with a batch of one, and the policy with its statistics.
 
         Args:
-            message: `image` and, for two cameras, `wrist_image` u8[H, W, 3]; `state`, p finite
-                numbers, if the policy takes them; `instruction`; each under one of its `NAMES`.
-                `unnorm_key` names statistics of the policy; without it, its own apply. Other
-                entries are ignored.
+            message: what `Policy.observation` lists: images u8[H, W, 3], such as `image`; `state`,
+                p finite numbers; `instruction`; each under one of its `NAMES`. `unnorm_key` names
+                statistics of the policy; without it, its own apply. Other entries are ignored.
 
         Raises:
             InputError: an entry is missing, has the wrong type, shape or dtype, or is too large; or
                 the policy has no statistics of this name.
         """
-        config = self._policy.config
+        spec = self._spec
         policy = self._with_statistics(message.get("unnorm_key"))
+        needed = {*spec.cameras, *spec.texts} - spec.optional
         batch: dict[str, Any] = {
-            camera: self._image(camera, _entry(message, camera))[None] for camera in self._cameras
+            camera: self._image(camera, _entry(message, camera))[None]
+            for camera in spec.cameras
+            if camera in needed or _found(message, camera)
         }
-        if config.proprio_dim:
+        if spec.state_dim:
             batch["state"] = _state(_entry(message, "state"))[None]
-        batch["instruction"] = [_text("instruction", _entry(message, "instruction"))]
-        if config.latent_action is not None and "history" in message:
-            batch["history"] = [_text("history", message["history"])]
-        return Observation(policy.prepare(batch), policy)
+        for name in spec.texts:
+            if name in needed or _found(message, name):
+                batch[name] = [_text(name, _entry(message, name))]
+        return Observation(policy.prepare(batch), batch.get("state"), policy)
 
     def _with_statistics(self, key: Any) -> Policy:
         """The policy with the statistics that a client requests."""
@@ -121,13 +124,19 @@ class ObservationReader:
         return image
 
 
+def _found(message: Mapping[str, Any], name: str) -> list[str]:
+    """Which of an entry's names a message has."""
+    return [alias for alias in NAMES.get(name, (name,)) if alias in message]
+
+
 def _entry(message: Mapping[str, Any], name: str) -> Any:
-    found = [alias for alias in NAMES[name] if alias in message]
+    found = _found(message, name)
     if len(found) > 1:
         raise InputError(f"observation has {' and '.join(found)}, which mean the same")
     if not found:
         held = ", ".join(sorted(message)[:16]) or "nothing"
-        raise InputError(f"observation has no {' or '.join(NAMES[name])}; it holds: {held[:300]}")
+        names = " or ".join(NAMES.get(name, (name,)))
+        raise InputError(f"observation has no {names}; it holds: {held[:300]}")
     return message[found[0]]
 
 

@@ -77,7 +77,7 @@ class Service:
             seen = await asyncio.get_running_loop().run_in_executor(
                 self._threads, lambda: self._read(decode(message))
             )
-            answer = await self.batcher(seen.inputs, seen.policy)
+            answer = await self.batcher(seen.inputs, seen.policy, state=seen.state)
         except InputError:
             self.counters.refused += 1
             raise
@@ -101,16 +101,15 @@ class Service:
 
     def metadata(self) -> dict[str, Any]:
         """What clients learn on connecting: what to send, and what they get."""
-        config = self.policy.config
-        cameras = list(config.camera_keys)
+        config, spec = self.policy.config, self.policy.observation
         return {
             "server": f"qvla_jax {__version__}",
             "policy": config.name,
             "quantized": self.policy.quantization is not None,
             "unnorm_key": self._read.unnorm_key,
             "unnorm_keys": list(self.policy.statistics),
-            "images": cameras,
-            "state_dim": config.proprio_dim,
+            "images": list(spec.cameras),
+            "state_dim": spec.state_dim,
             "gripper": self.config.gripper,
             "action_horizon": config.action_horizon,
             "action_dim": config.action_dim,

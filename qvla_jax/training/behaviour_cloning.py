@@ -21,10 +21,10 @@ from qvla_jax.checkpoints.checksums import check_checksums, write_checksums
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.statistics import dataset_statistics
 from qvla_jax.errors import InputError
-from qvla_jax.families.prismatic.config import preset
-from qvla_jax.families.prismatic.network import ModelInputs, Prismatic, make_model
-from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
-from qvla_jax.inference.policy import Policy, load_policy, make_policy
+from qvla_jax.families.family import Family
+from qvla_jax.families.registry import family_of, preset
+from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.policy import make_policy
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
@@ -37,30 +37,30 @@ POLICY_FOLDER = "policy"
 LOG_FILE = "log.jsonl"
 
 
-def l1_loss(
-    model: Prismatic, inputs: ModelInputs, chunks: Float[Array, "b h a"]
-) -> Float[Array, ""]:
+def l1_loss(model: Any, inputs: Any, chunks: Float[Array, "b h a"]) -> Float[Array, ""]:
     """Mean absolute error per action entry, in normalized space."""
     return jnp.mean(jnp.abs(model(inputs) - chunks))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def _train_step(
-    graphdef: nnx.GraphDef[Prismatic],
+    graphdef: nnx.GraphDef[Any],
     config: TrainConfig,
+    family: Family,
     params: nnx.State,
     opt_state: optax.OptState,
     step: Array,
-    inputs: ModelInputs,
+    inputs: Any,
     chunks: Float[Array, "b h a"],
 ) -> tuple[nnx.State, optax.OptState, Float[Array, ""]]:
     shift_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
-    inputs = dataclasses.replace(
-        inputs, images=random_shift(shift_key, inputs.images, pixels=config.shift_pixels)
-    )
-    if inputs.proprio is not None:
-        noisy = proprio_noise(noise_key, inputs.proprio, scale=config.proprio_noise)
-        inputs = dataclasses.replace(inputs, proprio=noisy)
+    if (name := family.input_images) is not None:
+        shifted = random_shift(shift_key, getattr(inputs, name), pixels=config.shift_pixels)
+        inputs = dataclasses.replace(inputs, **{name: shifted})
+    name = family.input_state
+    if name is not None and (state := getattr(inputs, name)) is not None:
+        noisy = proprio_noise(noise_key, state, scale=config.proprio_noise)
+        inputs = dataclasses.replace(inputs, **{name: noisy})
     loss, grads = jax.value_and_grad(lambda p: l1_loss(nnx.merge(graphdef, p), inputs, chunks))(
         params
     )
@@ -103,21 +103,27 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     recipe = portable(config, initial_fingerprint=initial and initial.fingerprint)
     claim_folder(config, recipe, fingerprints)
     statistics = dataset_statistics(config.data, config.train_split, spec=config.spec)
-    model = make_model(architecture, rngs=nnx.Rngs(config.seed))
+    family = family_of(architecture)
+    model = family.make_model(architecture, rngs=nnx.Rngs(config.seed))
     if initial is not None:
         model = initial.model
-    policy = make_policy(
-        architecture, model, word_tokenizer(), statistics.to_json(), source=str(config.data)
+    _, files = family.random_parts(architecture)
+    policy = make_policy(architecture, model, files, statistics.to_json(), source=str(config.data))
+    load = functools.partial(
+        load_frames,
+        processor=policy.processor,
+        horizon=architecture.action_horizon,
+        progress=progress,
     )
-    frames = load_frames(train_sets, policy.processor, stage="load", progress=progress)
-    heldout = load_frames([heldout_set], policy.processor, stage="load held-out", progress=progress)
+    frames = load(train_sets, stage="load")
+    heldout = load([heldout_set], stage="load held-out")
 
     trained = _run(config, policy, frames, heldout, progress)
     folder = config.out / POLICY_FOLDER
     trained.save(folder, dtype=jnp.bfloat16)
     # Validated as shipped: after rounding to bfloat16 and reading back.
     shipped = heldout_l1(load_policy(folder), heldout)
-    units = policy.processor.actions.units
+    units = policy.processor.action_units
     write_json(
         folder / "training.json",
         {
@@ -178,6 +184,7 @@ def _run(
             params, opt_state, loss = _train_step(
                 graphdef,
                 of_a_step(config),
+                policy.family,
                 params,
                 opt_state,
                 jnp.asarray(step),

@@ -5,14 +5,14 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from qvla_jax.array_typing import Float
 from qvla_jax.data.episode import next_steps
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import DatasetError
-from qvla_jax.families.prismatic.network import ModelInputs
-from qvla_jax.families.prismatic.processor import Processor
+from qvla_jax.families.family import Processor
 from qvla_jax.progress import Progress, no_progress, track
 
 
@@ -20,7 +20,8 @@ from qvla_jax.progress import Progress, no_progress, track
 class Frames:
     """All frames of some splits: model inputs and the expert's chunks, in normalized space."""
 
-    inputs: ModelInputs
+    # A pytree of arrays [b, ...].
+    inputs: Any
     chunks: Float[np.ndarray, "b h a"]
 
     def __len__(self) -> int:
@@ -28,21 +29,16 @@ class Frames:
 
     def take(self, rows: np.ndarray) -> "Frames":
         """The frames at `rows`."""
-        inputs = dataclasses.replace(
-            self.inputs,
-            **{
-                field.name: getattr(self.inputs, field.name)[rows]
-                for field in dataclasses.fields(self.inputs)
-                if getattr(self.inputs, field.name) is not None
-            },
+        return Frames(
+            inputs=jax.tree.map(lambda leaf: leaf[rows], self.inputs), chunks=self.chunks[rows]
         )
-        return Frames(inputs=inputs, chunks=self.chunks[rows])
 
 
 def load_frames(
     datasets: Sequence[RldsDataset],
     processor: Processor,
     *,
+    horizon: int,
     stage: str,
     progress: Progress = no_progress,
 ) -> Frames:
@@ -56,15 +52,15 @@ def load_frames(
     Args:
         datasets: opened RLDS splits.
         processor: the processor of the policy to train.
+        horizon: actions of its chunks.
         stage: name of the progress bar.
         progress: reports one item per episode.
 
     Raises:
         DatasetError: a set cannot be read, or no episode has an instruction.
     """
-    inputs: list[ModelInputs] = []
+    inputs: list[Any] = []
     chunks = []
-    horizon = processor.config.action_horizon
     episodes = itertools.chain.from_iterable(dataset.episodes() for dataset in datasets)
     for episode in track(episodes, sum(map(len, datasets)), stage, progress):
         if not episode.labeled:
@@ -81,13 +77,9 @@ def load_frames(
             )
         )
         rows = next_steps(np.arange(steps), steps, horizon)
-        chunks.append(processor.actions.normalize(episode.action[rows]))
+        chunks.append(processor.normalize_actions(episode.action[rows], episode.state))
     if not inputs:
         names = ", ".join(f"{dataset.path} ({dataset.split})" for dataset in datasets)
         raise DatasetError(f"{names}: no episode has an instruction")
-    joined: dict[str, Any] = {
-        field.name: np.concatenate([getattr(part, field.name) for part in inputs])
-        for field in dataclasses.fields(ModelInputs)
-        if getattr(inputs[0], field.name) is not None
-    }
-    return Frames(inputs=ModelInputs(**joined), chunks=np.concatenate(chunks))
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *inputs)
+    return Frames(inputs=joined, chunks=np.concatenate(chunks))

@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +14,12 @@ from qvla_jax.errors import InputError, QvlaError
 from qvla_jax.evaluation.closed_loop import decide, run_episodes
 from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
 from qvla_jax.evaluation.video import film
-from qvla_jax.evaluation.workers import Replay, Worker, serve
+from qvla_jax.evaluation.workers import Replay
 from qvla_jax.families.prismatic.config import preset
 from qvla_jax.pipeline import closed_loop as stage
 from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
+
+from ..simulators import start_thread
 
 
 class Count:
@@ -69,28 +69,8 @@ class Constant:
         self.batches.append(batch)
         return np.full((len(batch["instruction"]), 4, 7), self.step / 2, np.float32)
 
-    def unnormalize_actions(self, actions):
+    def unnormalize_actions(self, actions, state=None):
         return 2 * actions
-
-
-class _Thread:
-    exitcode = None
-
-    def __init__(self, thread):
-        self.thread = thread
-
-    def terminate(self):
-        pass  # The closed connection ends it.
-
-    def join(self, timeout):
-        self.thread.join(timeout)
-
-
-def start_thread(make):
-    ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=serve, args=(theirs, make), daemon=True)
-    thread.start()
-    return Worker(_Thread(thread), ours)
 
 
 def episode(task=0, state=0, policy="p", **changes):
@@ -224,7 +204,7 @@ class Policy:
     def infer_normalized(self, batch):
         assert set(batch["instruction"]) == {"none"}, "a simulator process imported JAX"
         return np.zeros((len(batch["instruction"]), 1, 7))
-    def unnormalize_actions(self, actions):
+    def unnormalize_actions(self, actions, state=None):
         return actions
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -147,26 +145,8 @@ class _Stepper:
     def infer_normalized(self, batch: Any) -> np.ndarray:
         return np.full((len(batch["instruction"]), 4, 7), self.step, np.float32)
 
-    def unnormalize_actions(self, actions: np.ndarray) -> np.ndarray:
+    def unnormalize_actions(self, actions: np.ndarray, state: Any = None) -> np.ndarray:
         return actions
-
-
-class _Thread:
-    """Stands for a worker process: a killed run must leave no simulators behind."""
-
-    exitcode = None
-
-    def __init__(self, thread: threading.Thread):
-        self.terminate, self.join = (lambda: None), thread.join
-
-
-def _start_thread(make: Any) -> Any:
-    from qvla_jax.evaluation.workers import Worker, serve
-
-    ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=serve, args=(theirs, make), daemon=True)
-    thread.start()
-    return Worker(_Thread(thread), ours)
 
 
 def evaluation() -> Stage:
@@ -174,10 +154,12 @@ def evaluation() -> Stage:
     from qvla_jax.pipeline import closed_loop as stage
     from qvla_jax.pipeline import files
 
+    from ..simulators import start_thread
+
     run_episodes = stage.run_episodes
 
     def run(folder: Path) -> None:
-        stage.run_episodes = lambda *a, **k: run_episodes(*a, **k, start=_start_thread)
+        stage.run_episodes = lambda *a, **k: run_episodes(*a, **k, start=start_thread)
         policies: Any = {"one": _Stepper(0.05, "a"), "two": _Stepper(0.1, "b")}
         config = stage.ClosedLoopConfig(
             sim="libero_spatial", out=folder, policy=tuple(policies), tasks=(0, 1),
@@ -284,11 +266,11 @@ def study() -> Stage:
             json.loads(path.read_text())
 
     def result(folder: Path) -> Any:
-        results = json.loads((folder / files.RESULTS).read_text())
+        results = json.loads((folder / files.STUDY).read_text())
         del results["provenance"]
         made = {p.name: _digest(p) for p in cells(folder) if p.suffix == ".qvla"}
         assert len(made) == 4
-        return results, made, (folder / files.RESULTS_TABLE).read_text()
+        return results, made, (folder / files.STUDY_TABLE).read_text()
 
     def done(folder: Path) -> dict[str, str]:
         return {path.name: f"{path.stat().st_mtime_ns}" for path in cells(folder)}

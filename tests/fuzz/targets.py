@@ -25,12 +25,13 @@ from qvla_jax.data.open_x.specs import get, load
 from qvla_jax.data.records import SplitRecords
 from qvla_jax.data.samples import bundled_path
 from qvla_jax.errors import DatasetError
+from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint import huggingface
-from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint.settings import public_settings
 from qvla_jax.families.prismatic.config import OpenVLAConfig, preset
-from qvla_jax.pipeline.allocate import Allocation, Allocations
+from qvla_jax.pipeline.allocate import Allocations
 from qvla_jax.quantization import InputStatistics, QuantizerSettings
+from qvla_jax.quantization.allocation import Allocation
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layout import option_sizes
 from qvla_jax.sensitivity import SensitivityTable
@@ -227,14 +228,12 @@ def _statistics(folder: Path) -> Target:
 def _allocations(folder: Path) -> Target:
     path = folder / "allocation.safetensors"
     item = Allocation(
-        bits=np.array([4, 4, 2, 0, 16]), sensitivity="jacobian", baseline=False, solver="core",
+        bits=np.array([4, 4, 2, 0, 16]), index=INDEX, quantizer=None, sensitivity="jacobian",
+        baseline=False, solver="core",
         budget_bits=6.0, budget_bytes=100, stored_bytes=90, predicted_sse_normalized=0.1,
         lower_bound=0.1, seconds=0.1,
     )  # fmt: skip
-    layers = tuple(
-        {"path": n.path, "out_features": n.out_features, "fan_in": n.fan_in} for n in INDEX.layers
-    )
-    Allocations((item,), layers, {"policy fingerprint": "p", "calibration hash": "c"}).save(path)
+    Allocations((item,), INDEX, {"policy fingerprint": "p", "calibration hash": "c"}).save(path)
 
     def read(path: Path) -> None:
         found = Allocations.load(path)

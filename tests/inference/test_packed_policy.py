@@ -21,6 +21,7 @@ from qvla_jax.inference.quantize import policy_index, policy_layers, quantize, q
 from qvla_jax.kernels import dispatch
 from qvla_jax.models import get_module, named_modules
 from qvla_jax.quantization import (
+    NEAREST_UNCORRECTED,
     InputStatistics,
     Quantizer,
     QuantizerSettings,
@@ -135,7 +136,7 @@ def test_save_and_load_give_the_same_policy(packed, path, tmp_path):
 
 def test_what_cannot_be_done_with_a_quantized_policy(packed, in_float, policy, index, tmp_path):
     with pytest.raises(InputError, match="quantized already"):
-        quantize(packed, np.full(len(index), 4))
+        quantize(packed, np.full(len(index), 4), quantizer=Quantizer(NEAREST_UNCORRECTED))
     with pytest.raises(InputError, match=r"name ending in \.qvla"):
         packed.save(tmp_path / "folder")
     with pytest.raises(InputError, match="no layer of the policy is packed"):

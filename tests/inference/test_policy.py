@@ -120,8 +120,10 @@ def test_what_is_not_there_is_named(tmp_path, name, message):
     ("file", "text", "message"),
     [
         ("config.json", "{", "config.json: not valid JSON"),
-        ("config.json", '{"name": "x", "typo": 1}', "config: unknown key 'typo'"),
-        ("config.json", '{"name": 3}', "config.name: expected str, got 3"),
+        ("config.json", '{"name": "x"}', "config.json: .* names no 'family' .*prismatic, openpi"),
+        ("config.json", '{"family": "prismatik"}', "unknown family .* mean prismatic"),
+        ("config.json", '{"family": "prismatic", "typo": 1}', "config: unknown key 'typo'"),
+        ("config.json", '{"family": "prismatic", "name": 3}', "config.name: expected str, got 3"),
         ("dataset_statistics.json", "{}", "unknown statistics 'libero_spatial'; there are: none"),
         ("tokenizer.json", "[]", "tokenizer.json: not a tokenizers file"),
     ],

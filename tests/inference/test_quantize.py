@@ -1,5 +1,7 @@
 """Quantizing whole policies."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ from qvla_jax.inference import random_policy
 from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
 from qvla_jax.models import get_module
 from qvla_jax.quantization import (
+    NEAREST_UNCORRECTED,
+    Allocation,
+    ChannelIndex,
     InputStatistics,
     LayerRules,
     Quantizer,
@@ -20,6 +25,7 @@ from qvla_jax.quantization.grid import on_grid
 
 LLAMA = "language_model.model.layers.1.mlp.up_proj"
 VISION = "vision_backbone.featurizer.blocks.0.attn.qkv"
+PLAIN = Quantizer(NEAREST_UNCORRECTED)
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +124,14 @@ def broken(policy, value, channel=3):
 @pytest.mark.parametrize(("value", "word"), [(np.nan, "NaN"), (np.inf, "infinite")])
 def test_weights_that_are_not_finite_name_layer_and_channel(policy, index, value, word):
     with pytest.raises(InputError, match=rf"{LLAMA}.*channel 3 hold {word}"):
-        quantize(broken(policy, value), np.full(len(index), 4))
+        quantize(broken(policy, value), np.full(len(index), 4), quantizer=PLAIN)
 
 
 def test_bad_bits_and_means_are_refused(policy, index, means):
     with pytest.raises(InputError, match=f"expected {len(index)} integers"):
-        quantize(policy, np.full(len(index) - 1, 4))
+        quantize(policy, np.full(len(index) - 1, 4), quantizer=PLAIN)
     with pytest.raises(InputError, match="have none of"):
-        quantize(policy, np.full(len(index), 5))
+        quantize(policy, np.full(len(index), 5), quantizer=PLAIN)
     with pytest.raises(InputError, match="pass statistics"):
         Quantizer(QuantizerSettings(rounding="nearest"))
     wrong = InputStatistics({**means, LLAMA: np.zeros(3)})
@@ -136,7 +142,46 @@ def test_bad_bits_and_means_are_refused(policy, index, means):
     with pytest.raises(InputError, match=r"covariances: .* has none"):
         quantize(policy, np.full(len(index), 4), quantizer=quantizer)
     with pytest.raises(InputError, match="quantized already"):
-        quantize(quantize_uniform(policy, 8), np.full(len(index), 4))
+        quantize(quantize_uniform(policy, 8), np.full(len(index), 4), quantizer=PLAIN)
+
+
+def allocation_of(index, bits, quantizer):
+    return Allocation(
+        bits=bits, index=index, quantizer=quantizer, sensitivity="jacobian", solver="core",
+        budget_bits=16.0, budget_bytes=1, stored_bytes=1, predicted_sse_normalized=0.0,
+        lower_bound=0.0, seconds=0.0,
+    )  # fmt: skip
+
+
+def test_an_allocation_is_rounded_by_its_own_quantizer(policy, index, nearest):
+    bits = np.random.default_rng(2).choice([0, 2, 4, 8, 16], size=len(index))
+    own = quantize(policy, allocation_of(index, bits, nearest), packed=False)
+    same = quantize(policy, bits, quantizer=nearest, packed=False)
+    assert own.quantization == same.quantization
+    assert own.fingerprint == same.fingerprint
+
+
+def test_bits_that_do_not_say_how_to_round_are_refused(policy, index):
+    bits = np.full(len(index), 4)
+    with pytest.raises(InputError, match="plain bits do not say how rows are rounded"):
+        quantize(policy, bits)
+    with pytest.raises(InputError, match="without the input statistics"):
+        quantize(policy, allocation_of(index, bits, None))
+
+
+def test_an_allocation_for_other_layers_is_refused(policy, index):
+    first, *others = index.layers
+    fewer = ChannelIndex(tuple(others[::-1]))
+    wider = ChannelIndex((dataclasses.replace(first, fan_in=first.fan_in + 1), *others))
+    for other, message in ((fewer, "another policy"), (wider, rf"\[.*{first.fan_in + 1}\]")):
+        allocation = allocation_of(other, np.full(len(other), 4), PLAIN)
+        with pytest.raises(InputError, match=message):
+            quantize(policy, allocation)
+    part = ChannelIndex(tuple(index.layers[:-1]))
+    with pytest.raises(InputError, match="the policy has"):
+        quantize(policy, allocation_of(part, np.full(len(part), 4), PLAIN))
+    with pytest.raises(InputError, match="have none of"):
+        allocation_of(index, np.full(len(index), 5), PLAIN)
 
 
 def test_rules_choose_layers_by_path(policy):

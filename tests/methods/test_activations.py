@@ -10,7 +10,7 @@ from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.quantize import policy_index, quantize
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.methods.activations import allocate_activations
-from qvla_jax.quantization import LayerRules
+from qvla_jax.quantization import NEAREST_UNCORRECTED, LayerRules, Quantizer
 
 ATTENTION = "language_model.model.layers.0.self_attn."
 QKV = tuple(f"{ATTENTION}{name}_proj" for name in "qkv")
@@ -24,7 +24,7 @@ OPTIONS = (16, 8, 4)
 @pytest.fixture(scope="module")
 def packed(policy):
     bits = np.random.default_rng(0).choice([0, 2, 4, 8], len(policy_index(policy, RULES)))
-    return quantize(policy, bits, rules=RULES)
+    return quantize(policy, bits, quantizer=Quantizer(NEAREST_UNCORRECTED), rules=RULES)
 
 
 @pytest.fixture(scope="module")

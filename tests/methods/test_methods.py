@@ -13,14 +13,14 @@ from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.quantize import policy_index
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.methods import (
-    METHODS,
+    RECIPES,
     InputMoments,
     Measurements,
+    Sweep,
     check_setting,
     input_moments,
     quantize_by,
 )
-from qvla_jax.methods.action import RECIPES
 from qvla_jax.models.surgery import get_module
 from qvla_jax.quantization import InputStatistics, LayerRules, option_sizes, row_bytes, stored_bytes
 from qvla_jax.quantization.quantizer import UNIFORM_BASELINE
@@ -55,7 +55,8 @@ ONE = LayerRules(include=(r"vision_backbone\.featurizer\.blocks\.0\.attn\.proj",
 
 
 def test_there_is_a_row_of_every_method():
-    assert {check_setting(name).method for name in ROWS} | set(RECIPES) == set(METHODS)
+    ours = {name for name, recipe in RECIPES.items() if not callable(recipe.quantizer)}
+    assert {check_setting(name).method for name in ROWS} | ours == set(RECIPES)
 
 
 def test_moments_are_those_of_the_inputs(policy, calibration):
@@ -109,7 +110,7 @@ def drawn(policy, calibration, rules):
         found[layer.path] = InputMoments(x.T @ x, np.abs(x).mean(axis=0), np.abs(x).max(axis=0))
         means[layer.path], covariances[layer.path] = x.mean(axis=0), np.cov(x.T, bias=True)
     each = np.exp(2 * rng.normal(size=len(index)))
-    result = Measurements(policy, calibration, rules=rules, moments=found, probes=2)
+    result = Measurements(policy, calibration, rules=rules, moments=found, sweep=Sweep(probes=2))
     real = result.table
 
     def statistics(weighting):
@@ -134,26 +135,26 @@ def drawn(policy, calibration, rules):
 
 def test_what_was_measured_is_kept(policy, calibration, tmp_path, monkeypatch):
     args = "jacobian", UNIFORM_BASELINE, (0, 2, 4, 8, 16), False
-    first = Measurements(policy, calibration, rules=RULES, probes=2, folder=tmp_path)
+    first = Measurements(policy, calibration, rules=RULES, sweep=Sweep(probes=2), folder=tmp_path)
     drawn_statistics = drawn(policy, calibration, RULES).statistics("action")
     module = Measurements.__module__
     monkeypatch.setattr(f"{module}.input_statistics", lambda *_, **__: drawn_statistics)
     costs, means = first.table(*args).costs, first.statistics("action").means
     for name in ("sensitivities", "input_statistics"):
         monkeypatch.setattr(f"{module}.{name}", lambda *_, **__: pytest.fail("measured again"))
-    again = Measurements(policy, calibration, rules=RULES, probes=2, folder=tmp_path)
+    again = Measurements(policy, calibration, rules=RULES, sweep=Sweep(probes=2), folder=tmp_path)
     np.testing.assert_array_equal(again.table(*args).costs, costs)
     for path, mean in again.statistics("action").means.items():
         np.testing.assert_array_equal(mean, means[path])
         np.testing.assert_allclose(mean, drawn_statistics.means[path])
-    other = Measurements(policy, calibration, rules=RULES, probes=3, folder=tmp_path)
+    other = Measurements(policy, calibration, rules=RULES, sweep=Sweep(probes=3), folder=tmp_path)
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        other.statistics("action")
+        other.table(*args)
 
 
 def counted_bytes(loaded, index, setting):
     """By the rules of allocations, and 2 bytes for each input's factor."""
-    if METHODS[setting.method].allocates:
+    if RECIPES[setting.method].allocates:
         layers = packed_layers(loaded.model)
         bits = np.concatenate([layers[path].weight.bits() for path in index.paths])
         assert len(set(bits.tolist())) > 1
@@ -201,7 +202,7 @@ def test_a_row_stores_what_is_counted_and_its_layers_are_those_in_float(
     layers = packed_layers(loaded.model)
     assert set(layers) == set(index.paths)
     rounded = {layer.inputs.activation_bits for layer in layers.values()}
-    if METHODS[setting.method].allocates_activations:
+    if RECIPES[setting.method].activations == "allocated":
         assert rounded <= {4, 8, 16}
         assert min(rounded) < setting.activation_bits
     else:
@@ -236,7 +237,7 @@ def test_allocations_take_the_recipe_s_options_within_the_budget(policy, calibra
     index = policy_index(policy, ONE)
     bits = [layers[path].weight.bits() for path in index.paths]
     assert {int(b) for own in bits for b in own} <= set(recipe.options)
-    assert (len(set(bits[0].tolist())) == 1) == recipe.by_layer
+    assert (len(set(bits[0].tolist())) == 1) == (recipe.unit == "layer")
     corrected = recipe.quantizer.bias_correction
     size = stored_bytes(index, np.concatenate(bits), bias_correction=corrected)
     assert size <= 9 * index.num_weights / 8

@@ -10,7 +10,7 @@ from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.quantize import policy_index, quantize
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.methods.tuning import tune
-from qvla_jax.quantization import LayerRules
+from qvla_jax.quantization import NEAREST_UNCORRECTED, LayerRules, Quantizer
 
 RULES = LayerRules(
     include=(
@@ -25,7 +25,7 @@ def packed(policy):
     """All widths; activations of 8 bits in one layer."""
     index = policy_index(policy, RULES)
     bits = np.random.default_rng(0).choice([0, 2, 3, 4, 16], len(index))
-    made = quantize(policy, bits, rules=RULES)
+    made = quantize(policy, bits, quantizer=Quantizer(NEAREST_UNCORRECTED), rules=RULES)
     next(iter(packed_layers(made.model).values())).activation_bits = 8
     return dataclasses.replace(made, quantization={"method": "drawn"})
 

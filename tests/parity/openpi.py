@@ -21,9 +21,9 @@ from qvla_jax.families.openpi.network import (
     gemma,
     siglip,
 )
-from qvla_jax.families.openpi.policy import OpenpiPolicy, load_policy
 from qvla_jax.families.openpi.processor import Processor, make_processor
 from qvla_jax.families.openpi.robots import SLOTS
+from qvla_jax.inference import Policy, load_policy
 from qvla_jax.models.linear import Linear
 
 from .reference import recording
@@ -63,7 +63,7 @@ class OpenpiReference:
     tokenizer_cases: list[dict]
 
     @functools.cached_property
-    def policy(self) -> OpenpiPolicy:
+    def policy(self) -> Policy:
         """The policy, through the public entry."""
         return load_policy(
             self.folder, tokenizer=self.tokenizer_file, preset=PRESETS[self.folder.name]
@@ -73,7 +73,8 @@ class OpenpiReference:
         """The policy's processor under another configuration."""
         policy = self.policy
         config = dataclasses.replace(policy.config, **changes)
-        return make_processor(config, policy.statistics, self.tokenizer_file, source="reference")
+        files = policy.processor.files()
+        return make_processor(config, policy.statistics, files, source="reference")
 
     @property
     def tokenizer_file(self) -> Path:

@@ -16,13 +16,13 @@ from qvla_jax.families.prismatic.network import (
     ModelInputs,
     UniVLA,
     action_decoder,
+    action_head,
     llama,
     projector,
     vision,
 )
 from qvla_jax.families.prismatic.network.openvla import Autoregressive
 from qvla_jax.inference import Policy, load_policy
-from qvla_jax.models import action_head
 from qvla_jax.models.linear import Linear
 from qvla_jax.models.surgery import named_modules
 

@@ -24,6 +24,10 @@ def images():
         return {name: file[name] for name in file.files}
 
 
+def _statistics(folder, asset_id: str) -> dict:
+    return read_statistics(folder, asset_id)[asset_id]
+
+
 def _observation(reference) -> dict:
     arrays = reference.arrays
     return {
@@ -74,7 +78,7 @@ def test_model_inputs_are_those_of_openpi(openpi_references, name):
     reference = openpi_references(name)
     arrays, policy = reference.arrays, reference.policy
     observation = {key: [value] for key, value in _observation(reference).items()}
-    inputs = policy.processor(observation, arrays["policy_noise"][:1])
+    inputs = policy.prepare(observation | {"noise": arrays["policy_noise"][:1]})
     # The camera that LIBERO lacks is left out: masked in the record, read by nothing.
     np.testing.assert_array_equal(arrays["policy_in0_image_mask"], [True, True, False])
     assert inputs.image_mask.tolist() == [[True, True]]
@@ -101,7 +105,7 @@ def test_the_state_stands_in_the_prompt_where_the_policy_reads_it_there(openpi_r
         "state": np.stack([arrays["policy_obs0_state"], arrays["policy_obs1_state"]]),
         "instruction": reference.meta["prompts"],
     }
-    inputs = processor(batch, arrays["policy_noise"])
+    inputs = processor(batch)
     for sample in range(2):
         expected = arrays[f"policy_in{sample}_tokenized_prompt"]
         np.testing.assert_array_equal(inputs.tokens[sample], expected)
@@ -118,10 +122,10 @@ def test_infer_gives_the_actions_of_openpis_policy(openpi_references, name):
 
 
 def test_the_seed_alone_decides_on_the_noise(openpi_references):
-    policy = openpi_references("pi0_tiny").policy
-    first, again, other = (policy.noise(2, seed) for seed in (3, 3, 4))
+    noise = openpi_references("pi0_tiny").policy.processor.noise
+    (first, again), (_, other) = noise([3, 3]), noise([0, 4])
     np.testing.assert_array_equal(first, again)
-    assert first.shape == (2, 10, 32)
+    assert first.shape == (10, 32)
     assert np.abs(first - other).max() > 1.0
     assert 0.8 < first.std() < 1.2
 
@@ -132,7 +136,7 @@ def test_the_seed_alone_decides_on_the_noise(openpi_references):
 def test_units_are_those_of_openpi(openpi_references, name, statistics, kind):
     reference = openpi_references(name)
     arrays, folder = reference.arrays, reference.folder
-    content = read_statistics(folder, _STATISTICS[statistics])
+    content = _statistics(folder, _STATISTICS[statistics])
     normalizers = read_normalizers(content, kind, where="statistics")
     for sample in range(2):
         state = arrays[f"policy_obs{sample}_state"]
@@ -146,7 +150,7 @@ def test_units_are_those_of_openpi(openpi_references, name, statistics, kind):
                 actions=normalizers["actions"],
             )
             chunk = arrays[f"policy_model_actions{sample}"][None]
-            actions = processor.robot_actions(chunk, state[None])[0]
+            actions = processor.unnormalize_actions(chunk, state[None])[0]
             # What is added there is the network's state, un-normalized; it was normalized as the
             # policy does, whatever the way back.
             state = normalizers["state"].unnormalize(arrays[f"policy_in{sample}_state"])[:8]
@@ -155,7 +159,7 @@ def test_units_are_those_of_openpi(openpi_references, name, statistics, kind):
 
 
 def test_statistics_that_are_too_short_leave_the_rest_as_it_is(openpi_references):
-    content = read_statistics(openpi_references("pi0_tiny").folder, _STATISTICS["libero"])
+    content = _statistics(openpi_references("pi0_tiny").folder, _STATISTICS["libero"])
     for kind in ("zscore", "quantile"):
         actions = read_normalizers(content, kind, where="x")["actions"]
         values = np.linspace(-2.0, 2.0, 32)
@@ -226,7 +230,7 @@ def test_droids_state_is_seven_joints_and_the_gripper(openpi_references):
 def test_a_camera_that_aloha_may_lack_is_masked(openpi_references):
     reference = openpi_references("pi0_tiny")
     policy = reference.policy
-    statistics = read_statistics(reference.folder, "padded_stats")
+    statistics = _statistics(reference.folder, "padded_stats")
     processor = dataclasses.replace(
         policy.processor,
         config=dataclasses.replace(policy.config, robot="aloha", default_prompt="Transfer cube"),
@@ -238,7 +242,7 @@ def test_a_camera_that_aloha_may_lack_is_masked(openpi_references):
     }
     observation = robots.ROBOTS["aloha"].from_client(client)
     batch = {key: np.asarray(value)[None] for key, value in observation.items()}
-    inputs = processor(batch, reference.arrays["policy_noise"][:1])
+    inputs = processor(batch)
     expected = reference.meta["robots"]["aloha_missing_camera_masks"]
     assert inputs.image_mask[0].tolist() == [expected[slot] for slot in robots.SLOTS]
     assert inputs.images[0, 0].max() == 200
@@ -259,16 +263,16 @@ def test_a_camera_that_aloha_may_lack_is_masked(openpi_references):
         ({"state": np.full((1, 8), np.nan)}, "state: holds NaN or inf"),
         ({"instruction": ["a", "b"]}, "entries differ in length: .*'instruction': 2"),
         ({"noise": np.zeros((1, 9, 32), np.float32)}, r"noise: expected shape \(1, 10, 32\)"),
+        ({"seed": np.zeros(2, int)}, r"seed: expected 1 whole numbers, got int64 \[2\]"),
+        ({"seed": np.zeros(1)}, r"seed: expected 1 whole numbers, got float64 \[1\]"),
     ],
 )
 def test_a_wrong_observation_is_refused(openpi_references, change, message):
     reference = openpi_references("pi0_tiny")
     batch = {key: [value] for key, value in _observation(reference).items()}
-    batch |= {"noise": reference.arrays["policy_noise"][:1], **change}
-    batch = {key: value for key, value in batch.items() if value is not None}
-    noise = batch.pop("noise")
+    batch = {key: value for key, value in (batch | change).items() if value is not None}
     with pytest.raises(InputError, match=message):
-        reference.policy.processor(batch, noise)
+        reference.policy.prepare(batch)
 
 
 def test_a_missing_tokenizer_says_where_to_get_it(openpi_references, tmp_path):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qvla_jax.families.openpi.checkpoint import load_model
+from qvla_jax.checkpoints.weights import assign_tensors
+from qvla_jax.families.openpi.checkpoint import NamedTensors, open_tensors
 from qvla_jax.families.openpi.names import parameters
+from qvla_jax.families.openpi.network import abstract_model
 
 from .openpi import integrate
 from .trim_openpi import NAMES
@@ -115,7 +117,9 @@ def test_bfloat16_is_as_far_off_as_openpis(openpi_references):
     """Weights and arithmetic as in openpi's policy server."""
     reference = openpi_references("pi0_tiny")
     config = dataclasses.replace(reference.policy.config, dtype="bfloat16")
-    model = load_model(reference.folder, config, dtype=jnp.bfloat16)
+    model = abstract_model(config, dtype=jnp.bfloat16)
+    tensors = NamedTensors(model, open_tensors(reference.folder, model))
+    assign_tensors(model, tensors, source="reference")
     assert {v.dtype.name for _, v in parameters(model)} == {"bfloat16"}
     graphdef, state = nnx.split(model)
     actions = jax.jit(lambda state, x: nnx.merge(graphdef, state).actions(x))(

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
-import threading
 
 import numpy as np
 import pytest
@@ -12,10 +10,11 @@ from qvla_jax import data
 from qvla_jax.data.libero.recorded import Recording, save_recording
 from qvla_jax.errors import DatasetError, InputError, QvlaError
 from qvla_jax.evaluation.libero import ExpertPolicy, expert_hash, noise_of
-from qvla_jax.evaluation.workers import Worker, serve
 from qvla_jax.families.prismatic.config import preset
 from qvla_jax.pipeline import collect as stage
 from qvla_jax.pipeline.collect import CollectConfig
+
+from ..simulators import start_thread
 
 # TensorFlow and Beam warn about their own dependencies.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -56,7 +55,7 @@ class Still:
     def infer_normalized(self, batch):
         return np.zeros((len(batch["instruction"]), 4, 7), np.float32)
 
-    def unnormalize_actions(self, actions):
+    def unnormalize_actions(self, actions, state=None):
         return actions
 
 
@@ -72,26 +71,6 @@ def keep(environment, episode, actions, path):
         recording.executed.append(np.float32(action))
     recording.success = len(actions) == 3
     save_recording(path, recording)
-
-
-class _Thread:
-    exitcode = None
-
-    def __init__(self, thread):
-        self.thread = thread
-
-    def terminate(self):
-        pass  # The closed connection ends it.
-
-    def join(self, timeout):
-        self.thread.join(timeout)
-
-
-def start_thread(make):
-    ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=serve, args=(theirs, make), daemon=True)
-    thread.start()
-    return Worker(_Thread(thread), ours)
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ def test_a_select_is_what_quantize_makes(policy, frames, table, objective, start
     for choice, error in zip((start, other), errors, strict=False):
         solution = dataclasses.replace(solve(table.problem(budget_bits=9.0)), choice=choice)
         bits = table.bits_of(solution)
-        chunks = predict(quantize(policy, bits, packed=False), frames, batch_size=6).chunks
+        changed = quantize(policy, bits, quantizer=table.quantizer, packed=False)
+        chunks = predict(changed, frames, batch_size=6).chunks
         expected = action_errors(chunks, reference).action_sse_normalized
         assert error == pytest.approx(expected, rel=1e-3)
     assert errors[2] == 0

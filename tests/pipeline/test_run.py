@@ -10,8 +10,10 @@ import pytest
 from qvla_jax import pipeline
 from qvla_jax.errors import InputError
 from qvla_jax.inference import load_policy, random_policy
+from qvla_jax.methods import measurements
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
+from qvla_jax.pipeline.methods import MethodConfig
 from qvla_jax.pipeline.quantize import packed_bits
 from qvla_jax.report.page import stage_rows
 
@@ -30,7 +32,8 @@ def test_every_file_is_there_and_nothing_half_written(content, config, written):
         files.TIMES,
         files.RUN_TIMES,
         "sensitivity_input_hessian.safetensors",
-        files.VALIDATION,
+        files.RANKS,
+        measurements.MEASUREMENTS,
         files.ALLOCATION,
         files.POLICY,
         files.EVALUATION,
@@ -183,6 +186,21 @@ def test_stages_one_by_one_give_the_same_as_run(content, config, tmp_path):
 def copy_of(config, folder):
     shutil.copytree(config.out, folder)
     return dataclasses.replace(config, out=folder)
+
+
+def test_what_a_run_measured_is_not_measured_again(content, config, tmp_path, monkeypatch):
+    config = dataclasses.replace(copy_of(config, tmp_path / "copy"), thorough=False, validate=0)
+    for name in ("input_statistics", "sensitivities", "joint_factors"):
+        monkeypatch.setattr(measurements, name, lambda *_, **__: pytest.fail("measured again"))
+    before, seconds = (config.out / name for name in (files.SENSITIVITY, files.TIMES))
+    before, seconds = before.read_bytes(), seconds.read_bytes()
+    pipeline.sensitivity(config)
+    assert (config.out / files.SENSITIVITY).read_bytes() == before
+    assert (config.out / files.TIMES).read_bytes() == seconds
+    names = ("feedback-w4",)
+    pipeline.quantize_by_methods(MethodConfig(out=config.out, model=config.model, method=names))
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        pipeline.sensitivity(dataclasses.replace(config, seed=1))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import multiprocessing
-import threading
 
 import numpy as np
 import pytest
@@ -12,15 +10,16 @@ import pytest
 from qvla_jax import pipeline
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.evaluation.workers import Worker, serve
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.quantize import quantize_uniform
-from qvla_jax.methods import Measurements
+from qvla_jax.methods import RECIPES, Measurements, Recipe
 from qvla_jax.methods.packing import described
-from qvla_jax.methods.registry import METHODS, Method
 from qvla_jax.pipeline import StudyConfig, closed_loop, files
+from qvla_jax.pipeline import methods as methods_stage
 from qvla_jax.pipeline.methods import method_file
 from qvla_jax.quantization import LayerRules
+
+from ..simulators import start_thread
 
 # What the module looks up; the package's name of it is the function.
 STUDY = pipeline.study.__wrapped__.__globals__
@@ -28,11 +27,11 @@ STUDY = pipeline.study.__wrapped__.__globals__
 ROWS, COLUMNS = ("rtn", "rtn-g16", "budget"), ("w4a16", "w9", "w0.5")
 
 
-def within_budget(job):
-    if job.setting.bits < 1:
+def within_budget(measured, setting):
+    if setting.bits < 1:
         raise BudgetError("give at least 1 bit")
-    packed = quantize_uniform(job.policy, 3, rules=job.rules)
-    return dataclasses.replace(packed, quantization=described(job.policy, job.setting, {}))
+    packed = quantize_uniform(measured.policy, 3, rules=measured.rules)
+    return dataclasses.replace(packed, quantization=described(measured, setting))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +40,8 @@ def _few_layers_and_a_stub():
     few = functools.partial(Measurements, rules=rules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STUDY, "Measurements", few)
-        patch.setitem(METHODS, "budget", Method(title="stub", make=within_budget, allocates=True))
+        stub = Recipe(title="stub", quantizer=within_budget, options=(3,))
+        patch.setitem(RECIPES, "budget", stub)
         yield
 
 
@@ -68,26 +68,6 @@ class Count:
 
     def close(self):
         pass
-
-
-class InThread:
-    exitcode = None
-
-    def __init__(self, thread):
-        self.thread = thread
-
-    def terminate(self):
-        pass
-
-    def join(self, timeout):
-        self.thread.join(timeout)
-
-
-def start_thread(make):
-    ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=serve, args=(theirs, make), daemon=True)
-    thread.start()
-    return Worker(InThread(thread), ours)
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +98,14 @@ def test_cells_hold_stored_bytes_and_errors(results, config):
             size = PackedFile(method_file(config.out, cell["method"])).packed_bytes
             assert cell["stored_bytes"] == size
             assert cell["versus_full_precision"]["action_mse_normalized"] > 0
-    assert json.loads((config.out / files.RESULTS).read_text()) == results
-    lines = (config.out / files.RESULTS_TABLE).read_text().splitlines()
+    assert json.loads((config.out / files.STUDY).read_text()) == results
+    lines = (config.out / files.STUDY_TABLE).read_text().splitlines()
     row = next(line for line in lines if line.startswith("| `rtn-g16`"))
     bits = cell_of(results, "rtn-g16", "w4a16")["stored_bits_per_weight"]
     assert f"({bits:.2f})" in row
     assert row.endswith("| - | - |")
-    assert (config.out / files.RESULTS_ERROR_FIGURE).read_bytes().startswith(b"\x89PNG")
-    assert not (config.out / files.RESULTS_SUCCESS_FIGURE).exists()
+    assert (config.out / files.STUDY_ERROR_FIGURE).read_bytes().startswith(b"\x89PNG")
+    assert not (config.out / files.STUDY_SUCCESS_FIGURE).exists()
 
 
 def test_a_study_goes_on_where_it_stopped(results, config, monkeypatch):
@@ -133,9 +113,9 @@ def test_a_study_goes_on_where_it_stopped(results, config, monkeypatch):
     made = lost.read_bytes()
     lost.unlink()
     calls = []
-    quantize_by = STUDY["quantize_by"]
-    monkeypatch.setitem(
-        STUDY,
+    quantize_by = methods_stage.quantize_by
+    monkeypatch.setattr(
+        methods_stage,
         "quantize_by",
         lambda *args, **options: calls.append(args[2]) or quantize_by(*args, **options),
     )
@@ -162,9 +142,9 @@ def test_closed_loop_is_paired_with_full_precision(results, config, monkeypatch)
     assert (cell["success"]["successes"], cell["success"]["episodes"]) == (1, 2)
     assert cell["share_of_full_precision"] == 1
     assert (cell["paired"]["both"], cell["paired"]["neither"]) == (1, 1)
-    table = (config.out / files.RESULTS_TABLE).read_text()
+    table = (config.out / files.STUDY_TABLE).read_text()
     assert "50.0% [9.5%, 90.5%] (100.0%)" in table
-    assert (config.out / files.RESULTS_SUCCESS_FIGURE).read_bytes().startswith(b"\x89PNG")
+    assert (config.out / files.STUDY_SUCCESS_FIGURE).read_bytes().startswith(b"\x89PNG")
     episodes = config.out / "closed_loop" / closed_loop.EPISODES_FILE
     before = episodes.read_bytes()
     pipeline.study(simulated, make=Count)

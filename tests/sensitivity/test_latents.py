@@ -9,7 +9,7 @@ from flax import nnx
 from qvla_jax.data.calibration import calibration_set
 from qvla_jax.families.prismatic.config import LatentActionConfig, preset
 from qvla_jax.families.prismatic.network import make_model
-from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
+from qvla_jax.families.prismatic.word_tokenizer import word_files
 from qvla_jax.inference.policy import make_policy
 from qvla_jax.quantization import LayerRules
 from qvla_jax.sensitivity import sensitivities, validate
@@ -29,7 +29,7 @@ def policy():
     action = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
     statistics = {"x": {"action": action}}
     model = make_model(config, rngs=nnx.Rngs(0))
-    return make_policy(config, model, word_tokenizer(), statistics, source="x")
+    return make_policy(config, model, word_files(), statistics, source="x")
 
 
 def test_jacobian_ranks_as_exact_probing_in_all_layers(policy):

@@ -8,14 +8,14 @@ import pytest
 import scipy.stats
 from flax import nnx
 
+from qvla_jax.allocation import allocate
 from qvla_jax.errors import InputError
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.models import get_module
-from qvla_jax.sensitivity import METHODS, joint_error, sensitivities, spearman, validate
+from qvla_jax.sensitivity import ESTIMATORS, joint_error, sensitivities, spearman, validate
 from qvla_jax.sensitivity.batches import FirstFrames
 from qvla_jax.sensitivity.joint import alternate
 from qvla_jax.sensitivity.validation import sample_channels
-from qvla_jax.solvers import solve
 
 from .toys import LLM, ToyFrames, toy_policy
 
@@ -29,7 +29,7 @@ def table(policy, frames):
     return sensitivities(policy, frames, probes="full", batch=4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ESTIMATORS)
 def test_every_method_fills_the_same_table(policy, frames, index, method):
     seen = []
     table = sensitivities(
@@ -104,11 +104,10 @@ def test_alternation_takes_the_allocation_with_the_smallest_measured_error(polic
 
 
 def test_the_walk_from_table_to_quantized_policy(policy, frames, table):
-    solution = solve(table.problem(budget_bits=12.0), "greedy:marginal")
-    bits = table.bits_of(solution)
-    quantized = quantize(policy, bits, packed=False)
+    allocation = allocate(table, budget_bits=12.0)
+    quantized = quantize(policy, allocation, packed=False)
     assert quantized.quantization["quantizer"]["bias_correction"]
-    measured, predicted = joint_error(policy, quantized, frames), table.predicted(bits)
+    measured, predicted = joint_error(policy, quantized, frames), table.predicted(allocation.bits)
     assert 0.25 < measured / predicted < 4
 
 
@@ -140,7 +139,7 @@ def test_a_table_of_other_layers_is_not_validated(frames, table):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "hessian"}, "unknown sensitivity method 'hessian'"),
+        ({"method": "hessian"}, "unknown estimator 'hessian'"),
         ({"bits": (0, 5)}, "distinct options"),
         ({"bits": (4, 4)}, "distinct options"),
         ({"bits": (16,)}, "distinct options"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from qvla_jax.allocation import allocate
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.quantization import InputStatistics, QuantizerSettings
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
@@ -71,10 +72,7 @@ def test_problem_and_bits(table):
     bits = table.bits_of(solution)
     np.testing.assert_array_equal(bits, np.asarray(BITS)[solution.choice])
     assert table.predicted(bits) == pytest.approx(solution.cost)
-    # The quantizer travels with the bits, and with arrays of the same shape made from them.
-    assert bits.quantizer is table.quantizer
-    assert np.full_like(bits, 4).quantizer is table.quantizer
-    assert bits[:2].quantizer is None
+    assert type(bits) is np.ndarray
 
 
 def test_least_bits_of_layers_bind_the_solution(table):
@@ -98,11 +96,18 @@ def test_least_bits_of_layers_bind_the_solution(table):
             table.problem(budget_bits=9.0, minimum_bits={pattern: bits})
 
 
-def test_bits_of_a_table_without_its_statistics_name_what_is_missing(table):
+def test_an_allocation_brings_the_quantizer_of_its_table(table):
+    allocation = allocate(table, budget_bits=4.0)
+    assert allocation.quantizer is table.quantizer
+    assert allocation.index is table.index
+    assert allocation.budget_bytes == table.problem(budget_bits=4.0).budget
+    assert table.predicted(allocation.bits) == pytest.approx(allocation.predicted_sse_normalized)
+
+
+def test_a_table_without_its_statistics_allocates_but_names_what_rounding_needs(table):
     bare = dataclasses.replace(table, statistics=None)
-    bits = bare.bits_of(solve(bare.problem(budget_bits=4.0), "greedy:marginal"))
-    assert bits.quantizer is None
-    assert bits.settings == NEAREST
+    assert not bare.can_quantize
+    assert allocate(bare, budget_bits=4.0).quantizer is None
     with pytest.raises(InputError, match="pass statistics"):
         bare.quantizer  # noqa: B018
 

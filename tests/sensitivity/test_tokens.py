@@ -10,7 +10,7 @@ from flax import nnx
 from qvla_jax.data.calibration import calibration_set
 from qvla_jax.families.prismatic.config import preset
 from qvla_jax.families.prismatic.network import make_model
-from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
+from qvla_jax.families.prismatic.word_tokenizer import word_files
 from qvla_jax.inference.policy import make_policy
 from qvla_jax.sensitivity import sensitivities, validate
 
@@ -33,7 +33,7 @@ def policy():
     head = model.language_model.lm_head.kernel
     head[...] = head[...] * 4.0
     action = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
-    return make_policy(config, model, word_tokenizer(), {"x": {"action": action}}, source="x")
+    return make_policy(config, model, word_files(), {"x": {"action": action}}, source="x")
 
 
 @pytest.fixture(scope="module")

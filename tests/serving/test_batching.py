@@ -11,7 +11,7 @@ from flax import nnx
 from qvla_jax.errors import PolicyError
 from qvla_jax.families.prismatic.config import LatentActionConfig, preset
 from qvla_jax.families.prismatic.network import make_model
-from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
+from qvla_jax.families.prismatic.word_tokenizer import word_files
 from qvla_jax.inference import Policy
 from qvla_jax.inference import policy as policy_module
 from qvla_jax.inference.policy import make_policy
@@ -164,7 +164,7 @@ def test_latent_tokens_come_back_as_the_history_of_the_next_call():
     )
     statistics = {"x": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
     model = make_model(config, rngs=nnx.Rngs(0))
-    univla = make_policy(config, model, word_tokenizer(), statistics, source="x")
+    univla = make_policy(config, model, word_files(), statistics, source="x")
     found = answers(univla, [0, 1], max_batch=2)
     both = jax.tree.map(
         lambda *leaves: np.concatenate(leaves), *(inputs_of(univla, seed) for seed in (0, 1))

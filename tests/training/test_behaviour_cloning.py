@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from qvla_jax.checkpoints import public_tensors
 from qvla_jax.data import bundled_path
+from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import CheckpointError, DatasetError, InputError
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.training import TrainConfig, train
@@ -21,9 +23,32 @@ def _optax_promotes_dtypes():
         yield
 
 
-def small(out):
+EPISODES = {"calibration": 4, "heldout": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The bundled set with its first episodes alone."""
+    folder = tmp_path_factory.mktemp("data") / "1.0.0"
+    folder.mkdir()
+    info = json.loads((bundled_path() / "dataset_info.json").read_text())
+    for split in info["splits"]:
+        count = EPISODES[split["name"]]
+        (whole,) = bundled_path().glob(f"*-{split['name']}.array_record-*")
+        reader = ArrayRecordReader(str(whole))
+        writer = ArrayRecordWriter(str(folder / whole.name), "group_size:1")
+        for record in reader.read(list(range(count))):
+            writer.write(record)
+        writer.close()
+        split["shardLengths"] = [str(count)]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    shutil.copy(bundled_path() / "features.json", folder)
+    return folder
+
+
+def small(data, out):
     return TrainConfig(
-        data=bundled_path(),
+        data=data,
         out=out,
         model="tiny-test",
         train_split="calibration",
@@ -37,14 +62,14 @@ def small(out):
 
 
 @pytest.fixture
-def config(tmp_path):
-    return small(tmp_path / "run")
+def config(data, tmp_path):
+    return small(data, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(data, tmp_path_factory):
     """A run that was not cut."""
-    config = small(tmp_path_factory.mktemp("training") / "whole")
+    config = small(data, tmp_path_factory.mktemp("training") / "whole")
     with jax.numpy_dtype_promotion("standard"):
         train(config)
     return config
@@ -97,7 +122,9 @@ def test_a_changed_byte_of_a_checkpoint_is_found(config, whole):
 
 
 def test_training_fits_and_says_what_it_reached(config):
-    config = dataclasses.replace(config, steps=40, evaluate_every=10, peak_learning_rate=3e-3)
+    config = dataclasses.replace(
+        config, steps=40, evaluate_every=10, checkpoint_every=40, peak_learning_rate=3e-3
+    )
     folder = train(config)
     log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["train_l1"] < 0.7 * log[0]["train_l1"]
@@ -110,7 +137,7 @@ def test_training_fits_and_says_what_it_reached(config):
     by_dimension = np.multiply(record["heldout_l1_normalized_by_dimension"], half)
     np.testing.assert_allclose(record["heldout_l1_by_dimension"], by_dimension, rtol=1e-5)
     assert record["heldout_l1"] == pytest.approx(by_dimension.mean())
-    assert record["train_episodes"] == 20
+    assert record["train_episodes"] == EPISODES["calibration"]
     assert "data" not in record["config"]
 
 
@@ -156,11 +183,12 @@ def test_training_goes_on_from_another_policy(config, tmp_path):
         train(dataclasses.replace(start, model="libero-mini", out=tmp_path / "other"))
 
 
-def test_sets_are_trained_on_together(config):
-    config = dataclasses.replace(config, more_data=(bundled_path(),))
+def test_sets_are_trained_on_together(config, data):
+    frames = sum(RldsDataset(data, config.train_split).lengths.values())
+    config = dataclasses.replace(config, more_data=(data,))
     record = json.loads((train(config) / "training.json").read_text())
-    assert [data["episodes"] for data in record["train_sets"]] == [20, 20]
-    assert record["train_episodes"] == 40
-    assert record["train_frames"] == 2 * 1834
+    assert [data["episodes"] for data in record["train_sets"]] == [4, 4]
+    assert record["train_episodes"] == 8
+    assert record["train_frames"] == 2 * frames
     with pytest.raises(InputError, match=r"holds a run with data = \['.*', '.*'\], asked for"):
         train(dataclasses.replace(config, more_data=()))

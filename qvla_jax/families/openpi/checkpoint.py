@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qvla_jax.atomic import write_json
+from qvla_jax.checkpoints.files import check_empty, read_json
+from qvla_jax.checkpoints.weights import flax_leaves
 from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.families import family
 from qvla_jax.families.openpi import torch_file
 from qvla_jax.families.openpi.config import (
     GEMMA,
@@ -35,12 +36,10 @@ from qvla_jax.families.openpi.config import (
     preset,
 )
 from qvla_jax.families.openpi.lora import Adapters
-from qvla_jax.families.openpi.names import Slot, parameters, public_shapes, slots
+from qvla_jax.families.openpi.names import Slot, public_shapes, slots
 from qvla_jax.families.openpi.network import FlowMatching, abstract_model
 from qvla_jax.families.openpi.orbax_tree import Parts, StoredTree, write_tree
-from qvla_jax.families.prismatic.checkpoint.export import check_empty
-from qvla_jax.families.prismatic.checkpoint.huggingface import read_json
-from qvla_jax.plain import from_plain, to_plain
+from qvla_jax.plain import finite, from_plain, to_plain
 
 PARAMS: Final = "params"
 ASSETS: Final = "assets"
@@ -87,6 +86,18 @@ def _steps(folder: Path) -> list[Path]:
         return []
     found = [p for p in folder.iterdir() if p.name.isdigit() and (p / PARAMS).is_dir()]
     return sorted(found, key=lambda p: int(p.name))
+
+
+def sizes_of(folder: Path) -> OpenpiConfig:
+    """A configuration with the sizes of a directory; everything else about it is made up.
+
+    Raises:
+        CheckpointError: a file is damaged, or the weights are of neither pi0 nor pi0.5.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        return read_config(folder)
+    config = dataclasses.replace(preset(f"{_variant(folder)}_base"), name=folder.resolve().name)
+    return _with_sizes(config, folder)
 
 
 def read_config(folder: Path, *, preset_name: str | None = None) -> OpenpiConfig:
@@ -224,22 +235,28 @@ def public_sizes(config: OpenpiConfig) -> dict[str, Any] | None:
 
 
 def read_statistics(folder: Path, asset_id: str | None) -> dict[str, Any]:
-    """The statistics of an asset, as in its file.
+    """The statistics of all assets by their ids, each as in its file.
+
+    Args:
+        folder: as `step_folder` returns it.
+        asset_id: the one that is needed.
 
     Raises:
         CheckpointError: there is no such asset; the message lists the available ones.
     """
     assets = folder / ASSETS
-    path = None if asset_id is None else assets / asset_id / STATISTICS_FILE
-    if path is None or not path.is_file():
-        there = sorted(str(p.parent.relative_to(assets)) for p in assets.rglob(STATISTICS_FILE))
+    there = {str(p.parent.relative_to(assets)): p for p in sorted(assets.rglob(STATISTICS_FILE))}
+    if asset_id not in there:
         what = (
-            "which statistics are used is told by no file" if path is None else f"{path}: missing"
+            "which statistics are used is told by no file"
+            if asset_id is None
+            else f"{assets / asset_id / STATISTICS_FILE}: missing"
         )
         raise CheckpointError(
-            f"{folder}: {what}; name one with asset_id=..., there are: {', '.join(there) or 'none'}"
+            f"{folder}: {what}; name one with unnorm_key=..., there are: "
+            f"{', '.join(there) or 'none'}"
         )
-    return read_json(path)
+    return {name: finite(read_json(path)) for name, path in there.items()}
 
 
 class PublicTensors(Mapping[str, np.ndarray]):
@@ -311,40 +328,48 @@ class PublicTensors(Mapping[str, np.ndarray]):
                 )
 
 
-def open_tensors(folder: Path, model: FlowMatching) -> Mapping[str, np.ndarray]:
+def open_tensors(folder: Path, model: FlowMatching) -> PublicTensors | torch_file.TorchTensors:
     """The weights of a directory in either format; see `PublicTensors` and `TorchTensors`."""
     if (folder / PARAMS).is_dir():
         return PublicTensors(folder, model)
     return torch_file.TorchTensors(folder / torch_file.FILE, model)
 
 
-def load_weights(
-    model: FlowMatching,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    sharding: jax.sharding.Sharding | None = None,
-) -> None:
-    """Fills the parameters of a model, in place, one at a time and in their dtypes.
+class NamedTensors(family.PublicTensors):
+    """Parameters by our paths, in Flax's layout, under the names and in the layouts of files."""
 
-    Args:
-        model: arrays or, from `abstract_model`, shapes and dtypes.
-        tensors: from `open_tensors`.
-        sharding: of every parameter; None puts it on the default device.
-    """
-    variables = dict(parameters(model))
-    for path, value in tensors.items():
-        # Not an assignment into an array: an abstract model has none yet.
-        value = jnp.asarray(value.astype(variables[path].dtype))
-        variables[path].set_value(jax.device_put(value, sharding))
+    def __init__(
+        self, model: FlowMatching, tensors: Mapping[str, np.ndarray], *, file: Path | str = ""
+    ):
+        """Wraps a mapping.
 
+        Args:
+            model: whose parameters they are; may be abstract.
+            tensors: path of each parameter -> value.
+            file: where they are, for errors.
+        """
+        names = {path: name for path, (name, _) in flax_leaves(model).items()}
+        self._paths = {names[path]: path for path in tensors}
+        self._tensors, self._file = tensors, file
 
-def load_model(
-    folder: Path, config: OpenpiConfig, *, dtype: Any = None, sharding: Any = None
-) -> FlowMatching:
-    """The network of a directory; `dtype` is that of the weights in memory, float32 if left out."""
-    model = abstract_model(config, dtype=dtype)
-    load_weights(model, open_tensors(folder, model), sharding=sharding)
-    return model
+    def file_of(self, name: str) -> str:
+        """The directory."""
+        return str(self._file)
+
+    def path_of(self, name: str) -> str:
+        """Our path of a tensor."""
+        return self._paths[name]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        path = self._paths[name]
+        value = self._tensors[path]
+        return value.T if path.endswith(".kernel") else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def export(
@@ -361,16 +386,17 @@ def export(
         config: of the policy.
         tensors: path of each parameter -> value, in Flax's layout; requested once, one leaf's worth
             at a time, in the order of leaves.
-        statistics: the content of `norm_stats.json`.
+        statistics: asset id -> the content of its `norm_stats.json`.
         out: an empty or new folder.
         value_keys: name leaves as openpi's trainer does.
 
     Raises:
-        InputError: `out` holds files already, or the configuration names no asset.
+        InputError: `out` holds files already, or an asset id is no path below a folder.
         CheckpointError: the parameters are not those of the configuration.
     """
-    if config.asset_id is None:
-        raise InputError(f"{config.name}: no asset_id, below which statistics would be written")
+    for asset in statistics:
+        if Path(asset).is_absolute() or ".." in Path(asset).parts:
+            raise InputError(f"{config.name}: {asset!r}: statistics are written below {ASSETS}/")
     model = abstract_model(config)
     places = slots(model)
     for path in places:
@@ -390,7 +416,8 @@ def export(
             {leaf: _parts(shapes[leaf], found, tensors) for leaf, found in members.items()},
             value_keys=value_keys,
         )
-        write_json(out / ASSETS / config.asset_id / STATISTICS_FILE, statistics)
+        for asset, content in statistics.items():
+            write_json(out / ASSETS / asset / STATISTICS_FILE, content)
         if (sizes := public_sizes(config)) is not None:
             write_json(out / SIZES_FILE, sizes)
         write_json(out / CONFIG_FILE, config.to_dict())

@@ -7,7 +7,7 @@ normalized: openpi keeps these in code, under the name of a training configurati
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.plain import from_plain
@@ -49,6 +49,8 @@ _SHARED: Final = ("depth", "num_heads", "num_kv_heads", "head_dim")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenpiConfig:
     """A flow-matching policy of openpi: SigLIP, PaliGemma's Gemma, and an action expert."""
+
+    family: ClassVar[str] = "openpi"
 
     name: str
     # pi0 has a state token and mixes time into the action tokens; pi0.5 reads the state from the
@@ -109,9 +111,18 @@ class OpenpiConfig:
         """Side of the square images that the tower takes, in pixels."""
         return self.vision.image_size
 
+    @property
+    def unnorm_key(self) -> str | None:
+        """The statistics that are used: `asset_id`."""
+        return self.asset_id
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """`to_dict`; part of a fingerprint."""
+        return self.to_dict()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OpenpiConfig":

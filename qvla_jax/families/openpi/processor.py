@@ -7,13 +7,17 @@ robot's entries -> (ALOHA: its own units).
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from qvla_jax.array_typing import Float, Float64, UInt8
-from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.array_typing import Float, Float32, Float64, UInt8
+from qvla_jax.checkpoints.files import STATISTICS_FILE
+from qvla_jax.checkpoints.weights import Source, file_named
+from qvla_jax.errors import CheckpointError, InputError, unknown
+from qvla_jax.families import family
 from qvla_jax.families.openpi.config import OpenpiConfig
 from qvla_jax.families.openpi.images import parse_image, resize_with_pad
 from qvla_jax.families.openpi.network import Pi0Inputs
@@ -21,21 +25,24 @@ from qvla_jax.families.openpi.normalization import Normalizer, read_normalizers
 from qvla_jax.families.openpi.robots import (
     ROBOTS,
     Robot,
+    aloha_actions,
     aloha_commands,
     aloha_state,
     relative_to,
 )
-from qvla_jax.families.openpi.tokenizer import PromptTokenizer
+from qvla_jax.families.openpi.tokenizer import FILES, MODEL_FILE, SOURCES, PromptTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Processor:
+class Processor(family.Processor):
     """Host-side pre- and postprocessing of one policy."""
 
     config: OpenpiConfig
     tokenizer: PromptTokenizer
     state: Normalizer
     actions: Normalizer
+    # The tokenizer's file: one of `FILES` -> its content.
+    stored: Mapping[str, bytes]
 
     @property
     def robot(self) -> Robot:
@@ -43,15 +50,16 @@ class Processor:
         assert self.config.robot is not None  # what `make_processor` checks
         return ROBOTS[self.config.robot]
 
-    def __call__(self, batch: Mapping[str, Any], noise: Float[np.ndarray, "b h a"]) -> Pi0Inputs:
+    def __call__(self, batch: Mapping[str, Any], *, preprocessed: bool = False) -> Pi0Inputs:
         """A batch of observations -> model inputs (numpy).
 
         Args:
             batch: b images under each of the robot's cameras (those that may be missing are
                 missing in all), u8 or float in [0, 1], [H, W, 3] or [3, H, W] of any sizes;
-                `state` [b, p] in the robot's units; `instruction`, b strings. Other keys are
-                ignored.
-            noise: starting point of the Euler steps.
+                `state` [b, p] in the robot's units; `instruction`, b strings; optionally `noise`
+                f32[b, h, a], which the Euler steps start from, or `seed` i[b], from which each
+                observation's is drawn (see `noise`; 0 without either). Other keys are ignored.
+            preprocessed: makes no difference: an image of the tower's size is left as it is.
 
         Raises:
             InputError: a key is missing or has the wrong shape or dtype.
@@ -67,6 +75,7 @@ class Processor:
             )
             seen.append(np.full(count, there))
         instructions = self._instructions(batch, count)
+        noise = self._noise(batch, count)
         sizes = {"state": count, "instruction": len(instructions), "noise": len(noise)}
         sizes |= {key: len(value) for key, value in zip(robot.cameras, images, strict=True)}
         if len(set(sizes.values())) != 1:
@@ -83,7 +92,7 @@ class Processor:
             "image_mask": np.stack(seen, axis=1),
             "tokens": np.stack([ids for ids, _ in prompts]),
             "token_mask": np.stack([mask for _, mask in prompts]),
-            "noise": np.asarray(noise, np.float32),
+            "noise": noise,
             "state": None,
         }
         if config.variant == "pi0":
@@ -101,29 +110,77 @@ class Processor:
             raise InputError("state: holds NaN or inf")
         return self.state.normalize(self._trained_state(states))
 
-    def robot_actions(
-        self, chunks: Float[np.ndarray, "b h a"], states: Float[np.ndarray, "b p"]
-    ) -> Float64[np.ndarray, "b h r"]:
+    def noise(self, seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:
+        """What the Euler steps start from: normal numbers, those of an observation from its seed.
+
+        Args:
+            seeds: of each observation.
+        """
+        shape = (self.config.action_horizon, self.config.action_dim)
+        drawn = [jax.random.normal(jax.random.key(s), shape, jnp.float32) for s in seeds]
+        return np.stack([np.asarray(values) for values in drawn])
+
+    def normalize_actions(
+        self, actions: Float[np.ndarray, "*b h r"], state: Any = None
+    ) -> Float32[np.ndarray, "*b h a"]:
+        """Actions in the robot's units -> the network's: normalized, and padded with zeros."""
+        config, robot = self.config, self.robot
+        values = np.asarray(actions, np.float64)
+        if self._adapts:
+            values = aloha_actions(values)
+        if config.delta_actions:
+            values = values - self._offset(state, robot.action_dim)
+        values = self.actions.normalize(values)
+        padding = [(0, 0)] * (values.ndim - 1) + [(0, config.action_dim - robot.action_dim)]
+        return np.pad(values, padding).astype(np.float32)
+
+    def unnormalize_actions(
+        self, actions: Float[np.ndarray, "*b h a"], state: Any = None
+    ) -> Float64[np.ndarray, "*b h r"]:
         """Normalized chunks -> actions in the robot's units.
 
         Args:
-            chunks: what the network returns.
-            states: of the observations, in the robot's units.
+            actions: what the network returns.
+            state: of the observations, in the robot's units.
+
+        Raises:
+            InputError: actions are relative to the state, and there is none.
         """
-        robot = self.robot
-        actions = self.actions.unnormalize(chunks)
+        values = self.actions.unnormalize(actions)
         if self.config.delta_actions:
-            state = self._trained_state(np.asarray(states, np.float64))
-            actions = actions + relative_to(state, robot.relative, actions.shape[-1])
-        actions = actions[..., : robot.action_dim]
-        if self.config.robot == "aloha" and self.config.adapt_to_pi:
-            return aloha_commands(actions)
-        return actions
+            values = values + self._offset(state, values.shape[-1])
+        values = values[..., : self.robot.action_dim]
+        return aloha_commands(values) if self._adapts else values
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer."""
+        return dict(self.stored)
+
+    def _offset(self, state: Any, action_dim: int) -> Float64[np.ndarray, "*b 1 a"]:
+        if state is None:
+            raise InputError(
+                f"{self.config.name}: its actions are relative to the state; give the observation's"
+            )
+        trained = self._trained_state(np.asarray(state, np.float64))
+        return relative_to(trained, self.robot.relative, action_dim)
+
+    @property
+    def _adapts(self) -> bool:
+        """Whether units are converted to those that the policy was trained in."""
+        return self.config.robot == "aloha" and self.config.adapt_to_pi
 
     def _trained_state(self, states: Float64[np.ndarray, "b p"]) -> Float64[np.ndarray, "b p"]:
-        if self.config.robot == "aloha" and self.config.adapt_to_pi:
-            return aloha_state(states)
-        return states
+        return aloha_state(states) if self._adapts else states
+
+    def _noise(self, batch: Mapping[str, Any], count: int) -> Float32[np.ndarray, "b h a"]:
+        if "noise" in batch:
+            return np.asarray(batch["noise"], np.float32)
+        seeds = np.asarray(batch.get("seed", np.zeros(count, np.int64)))
+        if seeds.shape != (count,) or seeds.dtype.kind not in "iu":
+            raise InputError(
+                f"seed: expected {count} whole numbers, got {seeds.dtype} {list(seeds.shape)}"
+            )
+        return self.noise(seeds.tolist())
 
     def _images(
         self, key: str, images: Sequence[np.ndarray] | np.ndarray
@@ -144,42 +201,57 @@ class Processor:
 
 
 def make_processor(
-    config: OpenpiConfig, statistics: Mapping[str, Any], tokenizer: Path, *, source: str
+    config: OpenpiConfig,
+    statistics: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    *,
+    source: Source,
 ) -> Processor:
     """Assembles a processor.
 
     Args:
         config: of the policy.
-        statistics: the content of norm_stats.json.
-        tokenizer: the user's file.
-        source: file of the statistics, named in errors.
+        statistics: asset id -> the content of its norm_stats.json.
+        files: the tokenizer: one of `FILES` -> its content.
+        source: file named in errors, or a function from a file's name.
 
     Raises:
         InputError: the configuration names no robot.
-        CheckpointError: the statistics are not usable or too short, or the tokenizer is missing,
-            damaged or of another vocabulary.
+        CheckpointError: the statistics are missing, not usable or too short, or the tokenizer is
+            missing, damaged or of another vocabulary.
     """
     if config.robot is None:
         raise InputError(
             f"{config.name}: serves several robots and names none; name a preset of the same "
             "weights that does, such as pi0_aloha"
         )
-    normalizers = read_normalizers(statistics, config.normalization, where=source)
+    where = file_named(source, STATISTICS_FILE)
+    if config.asset_id not in statistics:
+        raise CheckpointError(f"{where}: {unknown('statistics', config.asset_id, statistics)}")
+    where = f"{where}: {config.asset_id}"
+    normalizers = read_normalizers(statistics[config.asset_id], config.normalization, where=where)
     robot = ROBOTS[config.robot]
     for block, size in (("state", robot.state_dim), ("actions", robot.action_dim)):
         if (found := len(normalizers[block].offset)) < size:
             raise CheckpointError(
-                f"{source}: norm_stats.{block} has {found} entries, {config.robot} has {size}"
+                f"{where}: norm_stats.{block} has {found} entries, {config.robot} has {size}"
             )
     if config.action_dim < max(robot.state_dim, robot.action_dim):
         raise InputError(
             f"{config.name}: action_dim is {config.action_dim}, but {config.robot} has states of "
             f"{robot.state_dim} and actions of {robot.action_dim} entries"
         )
-    loaded = PromptTokenizer.from_file(tokenizer, max_tokens=config.max_prompt_tokens)
-    if loaded.vocab_size > config.vocab_size:
+    name = next((name for name in FILES if name in files), None)
+    if name is None:
+        where = file_named(source, MODEL_FILE)
+        raise CheckpointError(f"{where}: missing; the tokenizer is {SOURCES}")
+    where = file_named(source, name)
+    tokenizer = PromptTokenizer.from_content(
+        name, files[name], where=where, max_tokens=config.max_prompt_tokens
+    )
+    if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{tokenizer}: has {loaded.vocab_size} tokens, but the policy embeds "
-            f"{config.vocab_size}"
+            f"{where}: has {tokenizer.vocab_size} tokens, but the policy embeds {config.vocab_size}"
         )
-    return Processor(config, loaded, normalizers["state"], normalizers["actions"])
+    stored = {name: files[name]}
+    return Processor(config, tokenizer, normalizers["state"], normalizers["actions"], stored)

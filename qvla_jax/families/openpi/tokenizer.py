@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 
 from qvla_jax.array_typing import Bool, Float, Int
+from qvla_jax.checkpoints.files import TOKENIZER_FILE
 from qvla_jax.errors import CheckpointError, InputError
 
 # Where openpi gets it from, and the same as a tokenizers file.
@@ -17,6 +18,9 @@ SOURCES: Final = (
     "~/.cache/openpi/big_vision/paligemma_tokenizer.model, or tokenizer.json of "
     "google/paligemma-3b-pt-224"
 )
+# Its names in directories and files of ours: a SentencePiece model, or a tokenizers file.
+MODEL_FILE: Final = "tokenizer.model"
+FILES: Final = (MODEL_FILE, TOKENIZER_FILE)
 # Lower edges of the 256 bins of a normalized state; one below the first is bin -1, as there.
 _BINS: Final = np.linspace(-1.0, 1.0, 257)[:-1]
 _PAD: Final = 0
@@ -48,22 +52,24 @@ class PromptTokenizer:
             CheckpointError: the file is missing or damaged; the message says where to get it.
             InputError: SentencePiece is not installed.
         """
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; the tokenizer is {SOURCES}")
-        if path.suffix == ".json":
-            return cls._from_json(path, max_tokens)
-        encoder = _sentencepiece(path)
-        return cls(encoder, encoder.bos, max_tokens, encoder.vocab_size)
+        name, content = read_file(path)
+        return cls.from_content(name, content, where=str(path), max_tokens=max_tokens)
 
     @classmethod
-    def _from_json(cls, path: Path, max_tokens: int) -> "PromptTokenizer":
+    def from_content(
+        cls, name: str, content: bytes, *, where: str, max_tokens: int
+    ) -> "PromptTokenizer":
+        """As `from_file`, with the content of one of `FILES`; errors name `where`."""
+        if name == MODEL_FILE:
+            encoder = _sentencepiece(content, where)
+            return cls(encoder, encoder.bos, max_tokens, encoder.vocab_size)
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path}: not a tokenizers file ({error})") from error
+            raise CheckpointError(f"{where}: not a tokenizers file ({error})") from error
         bos = tokenizer.token_to_id("<bos>")
         if bos is None:
-            raise CheckpointError(f"{path}: has no token '<bos>'; the tokenizer is {SOURCES}")
+            raise CheckpointError(f"{where}: has no token '<bos>'; the tokenizer is {SOURCES}")
         # Tokens added after those of text, such as `<image>`, have no row in the embeddings.
         return cls(_Tokenizers(tokenizer), bos, max_tokens, tokenizer.get_vocab_size(False))
 
@@ -115,18 +121,29 @@ class _SentencePiece:
         return self.processor.encode(text)
 
 
-def _sentencepiece(path: Path) -> _SentencePiece:
+def read_file(path: Path) -> tuple[str, bytes]:
+    """Which of `FILES` a tokenizer is, and its content.
+
+    Raises:
+        CheckpointError: it is missing; the message says where to get it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; the tokenizer is {SOURCES}")
+    return TOKENIZER_FILE if path.suffix == ".json" else MODEL_FILE, path.read_bytes()
+
+
+def _sentencepiece(content: bytes, where: str) -> _SentencePiece:
     try:
         import sentencepiece
     except ImportError:
         raise InputError(
-            f"{path}: a SentencePiece model needs the package sentencepiece: pip install "
+            f"{where}: a SentencePiece model needs the package sentencepiece: pip install "
             "'qvla-jax[openpi]'; or give the tokenizer.json of google/paligemma-3b-pt-224"
         ) from None
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (RuntimeError, OSError) as error:
         raise CheckpointError(
-            f"{path}: not a SentencePiece model ({error}); the tokenizer is {SOURCES}"
+            f"{where}: not a SentencePiece model ({error}); the tokenizer is {SOURCES}"
         ) from error
     return _SentencePiece(processor, processor.bos_id(), processor.vocab_size())

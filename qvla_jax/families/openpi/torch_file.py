@@ -8,7 +8,7 @@ both names of the token embeddings, which are tied to PaliGemma's output layer.
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -145,6 +145,10 @@ class TorchTensors(Mapping[str, np.ndarray]):
         self._stored = {n.removeprefix(_PREFIX) if prefixed else n: n for n in self._file}
         self._names = {own: torch_name(own) for own in self._slots}
         self._check(model.config.variant)
+
+    def dtype(self, path: str) -> np.dtype[Any]:
+        """Of a parameter, as stored."""
+        return self._file.spec(self._stored[self._names[path]])[0]
 
     def __getitem__(self, path: str) -> np.ndarray:
         name = self._names[path]

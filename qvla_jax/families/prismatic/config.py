@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.plain import from_plain
@@ -82,6 +82,8 @@ class LatentActionConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenVLAConfig:
     """A Prismatic VLA: two towers, a projector, Llama, and a way to decode actions."""
+
+    family: ClassVar[str] = "prismatic"
 
     name: str
     # featurizer (DINOv2), then fused_featurizer (SigLIP)

@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tokenizers
 
-from qvla_jax.array_typing import Int, UInt8
-from qvla_jax.errors import InputError
+from qvla_jax.array_typing import Float, Int, UInt8
+from qvla_jax.checkpoints.files import TOKENIZER_FILE
+from qvla_jax.errors import CheckpointError, InputError, unknown
+from qvla_jax.families import family
+from qvla_jax.families.prismatic.checkpoint.statistics import check_entry
 from qvla_jax.families.prismatic.config import OpenVLAConfig
 from qvla_jax.families.prismatic.images import reference_chain, resize_bicubic
 from qvla_jax.families.prismatic.network import ModelInputs
@@ -17,7 +19,7 @@ from qvla_jax.families.prismatic.normalization import Normalizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Processor:
+class Processor(family.Processor):
     """Host-side preprocessing of one policy."""
 
     config: OpenVLAConfig
@@ -71,6 +73,27 @@ class Processor:
             "proprio": proprio,
         }
         return ModelInputs(**arrays)
+
+    def normalize_actions(
+        self, actions: Float[np.ndarray, "*b h a"], state: Any = None
+    ) -> Float[np.ndarray, "*b h a"]:
+        """Actions in the robot's units -> the normalized action space."""
+        return self.actions.normalize(actions)
+
+    def unnormalize_actions(
+        self, actions: Float[np.ndarray, "*b h a"], state: Any = None
+    ) -> Float[np.ndarray, "*b h a"]:
+        """Normalized actions -> the robot's units."""
+        return self.actions.unnormalize(actions)
+
+    @property
+    def action_units(self) -> Float[np.ndarray, " a"]:
+        """The robot's units in one unit of each entry of a normalized action."""
+        return self.actions.units
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer."""
+        return {TOKENIZER_FILE: self.tokenizer.to_str().encode()}
 
     def tokenize(
         self, instructions: Sequence[str], histories: Sequence[str] | None = None
@@ -130,10 +153,6 @@ class Processor:
             dataclasses.replace(batch, input_ids=pad(np.asarray(batch.input_ids)))
             for batch in batches
         ]
-
-    def join(self, batches: Sequence[ModelInputs]) -> ModelInputs:
-        """Several prepared batches as one."""
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *self.widened(batches))
 
     def history(self, inputs: ModelInputs) -> list[str]:
         """The `history` of the next observations, from inputs that `Policy.complete` completed.
@@ -195,3 +214,76 @@ def _texts(key: str, values: Any) -> list[str]:
         except UnicodeEncodeError as error:
             raise InputError(f"{key}: holds half a character ({error.reason})") from error
     return [str(value) for value in values]
+
+
+def make_processor(
+    config: OpenVLAConfig,
+    statistics: Mapping[str, Any],
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    source: str,
+) -> Processor:
+    """Assembles a processor.
+
+    Args:
+        config: architecture.
+        statistics: data set name -> public statistics.
+        tokenizer: its tokenizer.
+        source: file of the statistics, named in errors.
+
+    Raises:
+        CheckpointError: the statistics lack the policy's data set, or do not fit it.
+    """
+    key = config.unnorm_key
+    if key is None and len(statistics) == 1:
+        key = next(iter(statistics))
+    if key is None or key not in statistics:
+        raise CheckpointError(f"{source}: {unknown('statistics', key, statistics)}")
+    check_entry(statistics, key, source)
+    entry = statistics[key]
+    blocks = {"action": config.action_dim}
+    if config.proprio_dim:
+        blocks["proprio"] = config.proprio_dim
+    normalizers = {}
+    for block, size in blocks.items():
+        where = f"{source}: {key}.{block}"
+        if block not in entry:
+            raise CheckpointError(f"{where}: missing")
+        normalizer = Normalizer.from_statistics(
+            entry[block],
+            where=where,
+            kind=config.action_normalization,
+            clip_unscaled=block == "proprio",
+        )
+        if len(normalizer.low) != size:
+            raise CheckpointError(f"{where}: {len(normalizer.low)} entries, the policy has {size}")
+        normalizers[block] = normalizer
+    return Processor(
+        config=config,
+        tokenizer=tokenizer,
+        actions=normalizers["action"],
+        proprio=normalizers.get("proprio"),
+    )
+
+
+def read_tokenizer(content: bytes | None, where: str) -> tokenizers.Tokenizer:
+    """A tokenizer from the content of `TOKENIZER_FILE`.
+
+    Truncation and padding that the file may ask for are disabled, as in transformers.
+
+    Args:
+        content: None if the file is missing.
+        where: the file, for errors.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    if content is None:
+        raise CheckpointError(f"{where}: missing")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{where}: not a tokenizers file ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,15 +1,16 @@
-"""A policy's inputs, without a policy: shapes of model inputs, and a synthetic observation."""
+"""A policy's inputs, without a policy: shapes of model inputs, and entries of observations."""
 
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from qvla_jax.families.observations import ObservationSpec
 from qvla_jax.families.prismatic.config import OpenVLAConfig
 from qvla_jax.families.prismatic.network import ModelInputs
 
-# Side of a camera image in LIBERO, the input of the reference's image pipeline.
+# Side of the pictures that OpenVLA-OFT's evaluation in LIBERO takes; small policies are trained on
+# pictures of their towers' size.
 _CAMERA_PIXELS: Final = 256
 
 
@@ -38,18 +39,13 @@ def inputs_spec(config: OpenVLAConfig, *, batch_size: int = 1) -> ModelInputs:
     )
 
 
-def fake_observation(config: OpenVLAConfig, *, seed: int = 0) -> dict[str, Any]:
-    """An observation of noise with exactly the entries that `Policy.infer` requires.
-
-    Args:
-        config: the policy's architecture.
-        seed: of the noise.
-    """
-    rng = np.random.default_rng(seed)
-    side = _CAMERA_PIXELS if config.image_chain == "openvla" else config.image_size
-    observation: dict[str, Any] = {
-        camera: rng.integers(0, 256, (side, side, 3), np.uint8) for camera in config.camera_keys
-    }
-    if config.proprio_dim:
-        observation["state"] = rng.uniform(-1.0, 1.0, config.proprio_dim).astype(np.float32)
-    return {**observation, "instruction": "pick up the black bowl and place it on the plate"}
+def observation_spec(config: OpenVLAConfig) -> ObservationSpec:
+    """What an observation of the policy holds."""
+    texts = ("instruction",) if config.latent_action is None else ("instruction", "history")
+    return ObservationSpec(
+        cameras=config.camera_keys,
+        state_dim=config.proprio_dim,
+        texts=texts,
+        optional=frozenset({"history"}),
+        image_size=_CAMERA_PIXELS if config.image_chain == "openvla" else config.image_size,
+    )

@@ -1,13 +1,10 @@
 """Weights that the public checkpoints hold and inference never reads."""
 
-from typing import Any, Final
+from typing import Any
 
 from flax import nnx
 
 from qvla_jax.families.prismatic.network.openvla import Prismatic
-
-# Value of the key `unread` in the header of a packed file without these weights.
-DROPPED: Final = "dropped"
 
 
 def drop_unread(model: Prismatic) -> None:

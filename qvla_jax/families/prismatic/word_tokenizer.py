@@ -6,6 +6,8 @@ It knows the words of the instructions of every LIBERO suite; others become `<un
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from qvla_jax.checkpoints.files import TOKENIZER_FILE
+
 # Ids 0 to 4. The last one represents Llama's lone word-boundary piece, OpenVLA's "empty token".
 SPECIAL_TOKENS = ("<PAD>", "<s>", "</s>", "<unk>", "\u2581")
 
@@ -30,3 +32,8 @@ def word_tokenizer(words: tuple[str, ...] = LIBERO_WORDS) -> tokenizers.Tokenize
         single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
     )
     return tokenizer
+
+
+def word_files() -> dict[str, bytes]:
+    """The files of a policy with this tokenizer: name -> content."""
+    return {TOKENIZER_FILE: word_tokenizer().to_str().encode()}

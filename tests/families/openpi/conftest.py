@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from qvla_jax.families.openpi.checkpoint import load_weights
+from qvla_jax.checkpoints.weights import assign_tensors
+from qvla_jax.families.openpi.checkpoint import NamedTensors
 from qvla_jax.families.openpi.config import GemmaConfig, OpenpiConfig, SiglipConfig, preset
 from qvla_jax.families.openpi.names import parameters
 from qvla_jax.families.openpi.network import FlowMatching, abstract_model
@@ -51,6 +52,7 @@ def models(configs, tensors) -> dict[str, FlowMatching]:
     made = {}
     for variant, config in configs.items():
         model = abstract_model(dataclasses.replace(config, num_steps=3))
-        load_weights(model, {path: 0.4 * value for path, value in tensors[variant].items()})
+        moderate = {path: 0.4 * value for path, value in tensors[variant].items()}
+        assign_tensors(model, NamedTensors(model, moderate), source=variant)
         made[variant] = model
     return made

@@ -11,9 +11,16 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
+from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.openpi import checkpoint, torch_file
-from qvla_jax.families.openpi.checkpoint import PublicTensors, export, read_config, step_folder
+from qvla_jax.families.openpi.checkpoint import (
+    NamedTensors,
+    PublicTensors,
+    export,
+    read_config,
+    step_folder,
+)
 from qvla_jax.families.openpi.names import parameters, public_shapes, slots
 from qvla_jax.families.openpi.network import abstract_model
 from qvla_jax.families.openpi.orbax_tree import StoredTree
@@ -24,6 +31,8 @@ STATISTICS = {
         for key, size in (("state", 8), ("actions", 7))
     }
 }
+# By asset id.
+ENTRIES = {"physical-intelligence/libero": STATISTICS}
 VARIANTS = ("pi0", "pi05")
 
 
@@ -51,6 +60,13 @@ def _write(folder, tree, *, suffix=(), dtype=None):
         node[last] = jnp.asarray(value, dtype)
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder, {"params": nested})
+
+
+def _load_model(folder, config):
+    model = abstract_model(config)
+    tensors = NamedTensors(model, checkpoint.open_tensors(folder, model))
+    assign_tensors(model, tensors, source=str(folder))
+    return model
 
 
 def _restore(folder):
@@ -82,10 +98,10 @@ def test_a_published_directory_is_read(published, configs, tensors, variant):
     folder = step_folder(published[variant])
     config = read_config(folder, preset_name=f"{variant}_libero")
     assert config == configs[variant]
-    model = checkpoint.load_model(folder, config)
+    model = _load_model(folder, config)
     for path, variable in parameters(model):
         np.testing.assert_array_equal(variable[...], tensors[variant][path], err_msg=path)
-    assert checkpoint.read_statistics(folder, config.asset_id) == STATISTICS
+    assert checkpoint.read_statistics(folder, config.asset_id) == ENTRIES
 
 
 def test_the_trainers_layout_is_read_in_bfloat16(trees, configs, tensors, tmp_path):
@@ -110,7 +126,7 @@ def test_the_trainers_layout_is_read_in_bfloat16(trees, configs, tensors, tmp_pa
 def test_what_is_exported_is_the_tree_bit_for_bit(published, configs, trees, tmp_path, value_keys):
     config, source = configs["pi0"], published["pi0"]
     found = PublicTensors(source, abstract_model(config))
-    export(config, found, STATISTICS, tmp_path / "out", value_keys=value_keys)
+    export(config, found, ENTRIES, tmp_path / "out", value_keys=value_keys)
     restored = _restore(tmp_path / "out" / "params")
     end = "/value" if value_keys else ""
     assert restored.keys() == {f"params/{leaf}{end}" for leaf in trees["pi0"]}
@@ -119,14 +135,14 @@ def test_what_is_exported_is_the_tree_bit_for_bit(published, configs, trees, tmp
     # Our own file tells the rest, so no preset is needed any more.
     again = read_config(tmp_path / "out")
     assert again == config
-    assert checkpoint.read_statistics(tmp_path / "out", config.asset_id) == STATISTICS
+    assert checkpoint.read_statistics(tmp_path / "out", config.asset_id) == ENTRIES
     with pytest.raises(InputError, match="holds files already"):
-        export(config, found, STATISTICS, tmp_path / "out")
+        export(config, found, ENTRIES, tmp_path / "out")
 
 
 def test_exported_bfloat16_stays_bfloat16(configs, tensors, tmp_path):
     rounded = {path: v.astype(ml_dtypes.bfloat16) for path, v in tensors["pi05"].items()}
-    export(configs["pi05"], rounded, STATISTICS, tmp_path / "out")
+    export(configs["pi05"], rounded, ENTRIES, tmp_path / "out")
     found = PublicTensors(tmp_path / "out", abstract_model(configs["pi05"]))
     for path, value in found.items():
         assert value.dtype == ml_dtypes.bfloat16
@@ -137,16 +153,16 @@ def test_an_export_that_fails_leaves_nothing(configs, tensors, tmp_path):
     short = dict(tensors["pi0"])
     short["state_proj.kernel"] = np.zeros((2, 2), np.float32)
     with pytest.raises(CheckpointError, match=r"'state_proj.kernel' has shape \(2, 2\)"):
-        export(configs["pi0"], short, STATISTICS, tmp_path / "out")
+        export(configs["pi0"], short, ENTRIES, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     short["state_proj.kernel"] = tensors["pi0"]["state_proj.kernel"]
     up = "PaliGemma.llm.layers.1.mlp.up.kernel"
     mixed = short | {up: short[up].astype(ml_dtypes.bfloat16)}
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up\.kernel' has dtype bfloat16"):
-        export(configs["pi0"], mixed, STATISTICS, tmp_path / "out")
+        export(configs["pi0"], mixed, ENTRIES, tmp_path / "out")
     del short["state_proj.kernel"]
     with pytest.raises(CheckpointError, match=r"'state_proj.kernel' is missing"):
-        export(configs["pi0"], short, STATISTICS, tmp_path / "out")
+        export(configs["pi0"], short, ENTRIES, tmp_path / "out")
 
 
 def test_what_is_stored_by_layers_is_read_by_layers(trees, configs, tensors, tmp_path):
@@ -157,7 +173,7 @@ def test_what_is_stored_by_layers_is_read_by_layers(trees, configs, tensors, tmp
     name = tmp_path / "params" / f"params.{leaf.replace('/', '.')}"
     # The same array again, in a folder of its own and in chunks of one layer.
     plain = tmp_path / "plain"
-    export(configs["pi0"], tensors["pi0"], STATISTICS, plain)
+    export(configs["pi0"], tensors["pi0"], ENTRIES, plain)
     name = plain / "params" / f"params.{leaf.replace('/', '.')}"
     shutil.rmtree(name)
     spec = {
@@ -419,7 +435,7 @@ def test_pytorch_weights_are_read(configs, tensors, published, tmp_path, variant
     shutil.copy(published[variant] / "tiny_archs.json", tmp_path)
     assert step_folder(tmp_path) == tmp_path
     assert read_config(tmp_path, preset_name=f"{variant}_libero") == config
-    model = checkpoint.load_model(tmp_path, config)
+    model = _load_model(tmp_path, config)
     for path, variable in parameters(model):
         np.testing.assert_array_equal(variable[...], tensors[variant][path], err_msg=path)
 
@@ -446,4 +462,4 @@ def test_pytorch_weights_that_do_not_fit_are_refused(configs, tensors, tmp_path,
     change(state)
     safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.load_model(tmp_path, configs["pi0"])
+        _load_model(tmp_path, configs["pi0"])

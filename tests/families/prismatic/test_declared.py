@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from qvla_jax.checkpoints.declared import Follow, Ignore, Only, shown
 from qvla_jax.errors import CheckpointError
+from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint import keys
 from qvla_jax.families.prismatic.checkpoint.huggingface import check_tokenizer, read_config
 from qvla_jax.families.prismatic.checkpoint.lora import merge_adapter
-from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
 from qvla_jax.families.prismatic.network import make_model
 from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
 from qvla_jax.inference import load_policy
@@ -245,7 +245,7 @@ def test_other_data_sets_may_declare_anything(folder, contents):
 
 
 def test_the_page_lists_every_key():
-    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text()
     for place, rules in LISTS.items():
         lacking = [
             k for k, rule in rules.items() if not isinstance(rule, Follow) and f"`{k}`" not in page

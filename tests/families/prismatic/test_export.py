@@ -100,7 +100,7 @@ def test_reexport_is_bit_exact(folder, tmp_path):
         assert tensor.tobytes() == after[name].tobytes(), name
 
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "parity" / "fixtures"
 
 
 @pytest.fixture(

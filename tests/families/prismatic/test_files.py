@@ -18,8 +18,8 @@ from qvla_jax.families.prismatic.network import make_model
 from qvla_jax.inference import import_policy, load_policy
 from qvla_jax.report.modules import describe
 
+from ...checkpoints.torch_files import save
 from .test_huggingface import architecture, write_directory
-from .torch_files import save
 
 INDEX = "model.safetensors.index.json"
 HEAD, PROJECTOR = "action_head--7_checkpoint.pt", "proprio_projector--7_checkpoint.pt"

@@ -19,11 +19,11 @@ from qvla_jax.families.prismatic.config import (
     VisionTowerConfig,
 )
 from qvla_jax.families.prismatic.network import make_model
-from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
+from qvla_jax.families.prismatic.word_tokenizer import word_files, word_tokenizer
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.policy import make_policy
 
-from .torch_files import save
+from ...checkpoints.torch_files import save
 
 STATISTICS = {
     "libero_x": {
@@ -177,7 +177,7 @@ def test_a_directory_acts_as_the_model_that_it_was_written_from(tmp_path, decodi
     assert loaded.config == config
     for name, tensor in public_tensors(model).items():
         np.testing.assert_array_equal(public_tensors(loaded.model)[name], tensor, err_msg=name)
-    original = make_policy(config, model, word_tokenizer(), STATISTICS, source="test")
+    original = make_policy(config, model, word_files(), STATISTICS, source="test")
     chunk = loaded.infer(observation())
     assert chunk.shape == (config.action_horizon, 7)
     np.testing.assert_array_equal(chunk, original.infer(observation()))

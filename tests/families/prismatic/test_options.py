@@ -11,11 +11,11 @@ from flax import nnx
 
 from qvla_jax.checkpoints import public_tensors
 from qvla_jax.errors import CheckpointError, CheckpointWarning, InputError
+from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint.export import reexport
 from qvla_jax.families.prismatic.checkpoint.huggingface import read_config
-from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
 from qvla_jax.families.prismatic.network import make_model
-from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
+from qvla_jax.families.prismatic.word_tokenizer import word_files
 from qvla_jax.inference import import_policy, load_policy, random_policy
 from qvla_jax.inference.policy import make_policy
 from qvla_jax.report.modules import describe
@@ -208,7 +208,7 @@ def test_statistics_are_changed_without_another_network(tmp_path):
     entries["b"]["action"]["q99"] = [3.0] * 7
     config = dataclasses.replace(random_policy("tiny-test").config, unnorm_key="a")
     model = make_model(config, rngs=nnx.Rngs(0))
-    policy = make_policy(config, model, word_tokenizer(), entries, source="test")
+    policy = make_policy(config, model, word_files(), entries, source="test")
     other = policy.with_unnorm_key("b")
     assert other.model is policy.model
     assert other.config.unnorm_key == "b"

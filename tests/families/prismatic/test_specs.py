@@ -10,8 +10,8 @@ from flax import nnx
 from qvla_jax.errors import InputError
 from qvla_jax.families.prismatic.config import OpenVLAConfig, preset
 from qvla_jax.families.prismatic.network import abstract_model, make_model
-from qvla_jax.families.prismatic.specs import fake_observation, inputs_spec
-from qvla_jax.families.prismatic.word_tokenizer import word_tokenizer
+from qvla_jax.families.prismatic.specs import inputs_spec, observation_spec
+from qvla_jax.families.prismatic.word_tokenizer import word_files
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.policy import Policy, make_policy
 
@@ -26,7 +26,7 @@ UNIT = {
 def _policy(**changes) -> Policy:
     config = dataclasses.replace(preset("tiny-test"), unnorm_key="x", **changes)
     model = make_model(config, rngs=nnx.Rngs(0))
-    return make_policy(config, model, word_tokenizer(), UNIT, source="test")
+    return make_policy(config, model, word_files(), UNIT, source="test")
 
 
 def _tokens() -> dict:
@@ -96,7 +96,7 @@ def test_presets_run_abstractly_on_the_spec(name, horizon):
 
 def test_noise_follows_the_seed():
     config = preset("openvla-oft-7b")
-    first, again, other = (fake_observation(config, seed=s) for s in (0, 0, 1))
+    first, again, other = (observation_spec(config).fake(s) for s in (0, 0, 1))
     np.testing.assert_array_equal(first["image"], again["image"])
     assert (first["image"] != other["image"]).any()
     assert first["image"].shape == (256, 256, 3)

@@ -22,10 +22,10 @@ from qvla_jax.inference import load_policy
 from qvla_jax.quantization import LayerRules
 from qvla_jax.report.modules import describe
 
+from ...checkpoints.torch_files import save
 from .test_huggingface import architecture, write_directory
-from .torch_files import save
 
-FIXTURE = Path(__file__).parents[1] / "parity" / "fixtures" / "univla_tiny.zip"
+FIXTURE = Path(__file__).parents[2] / "parity" / "fixtures" / "univla_tiny.zip"
 DECODER = "action_decoder-7.pt"
 
 

@@ -17,8 +17,8 @@ from qvla_jax.families.prismatic.network import make_model
 from qvla_jax.inference import import_policy, load_policy
 from qvla_jax.report.modules import describe
 
+from ...checkpoints.torch_files import save
 from .test_huggingface import architecture, write_directory
-from .torch_files import save
 
 # Component -> (a tensor as its file names it, prefix under which errors name it).
 WEIGHTS = {

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from qvla_jax.array_typing import AnyArray, Array, Bool, Float, Float32, Int, UInt8
+from qvla_jax.families.family import Network
 from qvla_jax.families.openpi.config import OpenpiConfig
 from qvla_jax.families.openpi.network.gemma import Gemma, KeysValues, Modulations
 from qvla_jax.families.openpi.network.siglip import Siglip
@@ -95,7 +96,7 @@ class PaliGemma(nnx.Module):
         )
 
 
-class FlowMatching(nnx.Module):
+class FlowMatching(Network):
     """What pi0 and pi0.5 share."""
 
     def __init__(self, config: OpenpiConfig, *, rngs: nnx.Rngs):
@@ -134,10 +135,6 @@ class FlowMatching(nnx.Module):
             return self.step(x, prefix, steps.at(number)), None
 
         return jax.lax.scan(step, inputs.noise, jnp.arange(self.config.num_steps))[0]
-
-    def complete(self, inputs: Pi0Inputs) -> Pi0Inputs:
-        """The inputs: a call computes nothing that it does not differentiate."""
-        return inputs
 
     @property
     def times(self) -> Float32[np.ndarray, " n"]:

@@ -19,13 +19,14 @@ from qvla_jax.checkpoints.files import (
 from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.errors import CheckpointError, CheckpointWarning
+from qvla_jax.families import family
 from qvla_jax.families.prismatic.checkpoint.lora import merge_adapter, merge_inline
 
 # Buffers that older versions of the public code stored; it recomputes and ignores them.
 _IGNORED: Final = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$")
 
 
-class PublicTensors(Mapping[str, np.ndarray]):
+class PublicTensors(family.PublicTensors):
     """The tensors of a directory under the names of `qvla_jax.models`.
 
     Weights are mapped on request, components (`.pt`) immediately. Adapters inside a component are

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from qvla_jax.atomic import write_json
+from qvla_jax.checkpoints.files import CONFIG_FILE, STATISTICS_FILE, check_empty, read_json
 from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors, write_shards
 from qvla_jax.checkpoints.torch_writer import write_torch_zip
 from qvla_jax.checkpoints.weights import (
@@ -28,17 +29,11 @@ from qvla_jax.checkpoints.weights import (
 )
 from qvla_jax.errors import InputError
 from qvla_jax.families.prismatic.checkpoint.directory import PublicTensors
-from qvla_jax.families.prismatic.checkpoint.huggingface import (
-    CONFIG_FILE,
-    OWN_KEY,
-    STATISTICS_FILE,
-    read_config,
-    read_json,
-)
+from qvla_jax.families.prismatic.checkpoint.huggingface import OWN_KEY, read_config
 from qvla_jax.families.prismatic.checkpoint.settings import public_settings
-from qvla_jax.families.prismatic.checkpoint.statistics import finite
 from qvla_jax.families.prismatic.config import OpenVLAConfig
 from qvla_jax.families.prismatic.network.assembly import abstract_model
+from qvla_jax.plain import finite
 
 # Random values are drawn once and reused: a full-size directory is written at the disk's speed.
 _BLOCK: Final = 1 << 22
@@ -261,9 +256,3 @@ class _Random(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._shapes)
-
-
-def check_empty(out: Path) -> None:
-    """Raises an `InputError` if a folder already holds files."""
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out}: holds files already; name an empty or a new folder")

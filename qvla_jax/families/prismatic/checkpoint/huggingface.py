@@ -39,11 +39,11 @@ from qvla_jax.checkpoints.files import (
     read_json,
 )
 from qvla_jax.errors import CheckpointError, InputError, unknown
+from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint import keys
 from qvla_jax.families.prismatic.checkpoint.directory import component_names, component_shape
-from qvla_jax.families.prismatic.checkpoint.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint.platforms import PLATFORMS, platform_of
-from qvla_jax.families.prismatic.checkpoint.statistics import check_entry, finite
+from qvla_jax.families.prismatic.checkpoint.statistics import check_entry
 from qvla_jax.families.prismatic.checkpoint.univla import decoder_sizes
 from qvla_jax.families.prismatic.config import (
     PRESETS,
@@ -51,6 +51,7 @@ from qvla_jax.families.prismatic.config import (
     OpenVLAConfig,
     VisionTowerConfig,
 )
+from qvla_jax.plain import finite
 
 # Key of config.json under which our export keeps what the public layout cannot express.
 OWN_KEY: Final = "qvla_jax"

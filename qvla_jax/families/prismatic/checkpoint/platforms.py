@@ -8,7 +8,7 @@ entries agree.
 import dataclasses
 from typing import Final
 
-from qvla_jax.families.prismatic.checkpoint.options import ActionNormalization
+from qvla_jax.families.options import ActionNormalization
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

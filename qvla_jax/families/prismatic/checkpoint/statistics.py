@@ -1,25 +1,11 @@
-"""Statistics of data sets: read, converted to strict JSON, and checked where used."""
+"""Statistics of data sets: checked where used."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from qvla_jax.checkpoints.declared import check_declared, shown
 from qvla_jax.errors import CheckpointError
 from qvla_jax.families.prismatic.checkpoint.keys import BLOCK, STATISTICS
-
-
-def finite(value: Any) -> Any:
-    """A JSON value with null in place of every number that is NaN or infinite.
-
-    Fine-tunes write such numbers where nothing was recorded, and they are not valid JSON. The
-    statistics that a policy uses are checked to be numbers.
-    """
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_entry(statistics: Mapping[str, Any], key: str, source: str) -> None:

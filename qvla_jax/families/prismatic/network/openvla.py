@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvla_jax.array_typing import Array, Bool, Float, Int, UInt8
+from qvla_jax.families.family import Network
 from qvla_jax.families.prismatic.config import OpenVLAConfig
 from qvla_jax.families.prismatic.network import action_bins
 from qvla_jax.families.prismatic.network.action_head import L1RegressionActionHead
@@ -47,7 +48,7 @@ class ModelInputs:
     action_tokens: Int[Array, "b n"] | None = None
 
 
-class Prismatic(nnx.Module):
+class Prismatic(Network):
     """What all policies share: towers, projector and language model."""
 
     def __init__(self, config: OpenVLAConfig, *, rngs: nnx.Rngs):
@@ -59,18 +60,6 @@ class Prismatic(nnx.Module):
         )
         self.projector = PrismaticProjector(vision_dim, llm_dim, rngs=rngs)
         self.language_model = LlamaForCausalLM(config.text, rngs=rngs)
-
-    def __call__(self, inputs: ModelInputs) -> Float[Array, "b h a"]:
-        """Normalized action chunk of each observation; differentiable."""
-        raise NotImplementedError
-
-    def actions(self, inputs: ModelInputs) -> Float[Array, "b h a"]:
-        """The normalized chunk that the robot executes."""
-        return self(inputs)
-
-    def complete(self, inputs: ModelInputs) -> ModelInputs:
-        """Adds everything that a call would compute first, so that the call is one pass."""
-        return inputs
 
 
 class OpenVLAOFT(Prismatic):
@@ -233,7 +222,7 @@ class OpenVLA(Autoregressive):
         logits = self.language_model.lm_head(self.states(inputs)[1])
         return action_bins.expectation(logits, self.config.action_vocab_size)[:, None]
 
-    def actions(self, inputs: ModelInputs) -> Float[Array, "b 1 a"]:
+    def actions(self, inputs: ModelInputs, conditioning: None = None) -> Float[Array, "b 1 a"]:
         """Normalized action of the greedily decoded tokens: what the robot executes."""
         return action_bins.decode(self.decode(inputs), self.config.action_vocab_size)[:, None]
 

@@ -4,7 +4,7 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from qvla_jax.report.results import draw_error, draw_success
+from qvla_jax.report.study import draw_error, draw_success
 
 MIB = 2**20
 

@@ -1,0 +1,181 @@
+"""pi0 and pi0.5, and small policies of their kind."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from flax import nnx
+
+from qvla_jax.atomic import write_bytes
+from qvla_jax.checkpoints.weights import Source
+from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.families.family import Family, Parts
+from qvla_jax.families.layout import Layout
+from qvla_jax.families.observations import ObservationSpec
+from qvla_jax.families.openpi.checkpoint import (
+    ASSETS,
+    PARAMS,
+    NamedTensors,
+    export,
+    is_openpi,
+    open_tensors,
+    read_config,
+    read_statistics,
+    sizes_of,
+    step_folder,
+)
+from qvla_jax.families.openpi.config import PRESETS, OpenpiConfig
+from qvla_jax.families.openpi.layout import layout
+from qvla_jax.families.openpi.names import parameters
+from qvla_jax.families.openpi.network import Conditioning, FlowMatching, make_model
+from qvla_jax.families.openpi.processor import Processor, make_processor
+from qvla_jax.families.openpi.robots import ROBOTS
+from qvla_jax.families.openpi.tokenizer import FILES, SOURCES, read_file
+from qvla_jax.families.options import LoadOptions
+
+
+class OpenpiFamily(Family):
+    """See `Family` for all methods."""
+
+    name = "openpi"
+    kinds = "pi0 and pi0.5"
+    options = frozenset({"preset", "tokenizer", "unnorm_key"})
+    files = FILES
+    input_images = "images"
+    input_state = "state"
+
+    @property
+    def presets(self) -> Mapping[str, OpenpiConfig]:
+        return PRESETS
+
+    def config(self, values: Mapping[str, Any]) -> OpenpiConfig:
+        return OpenpiConfig.from_dict(values)
+
+    def with_statistics(self, config: OpenpiConfig, unnorm_key: str) -> OpenpiConfig:
+        return dataclasses.replace(config, asset_id=unnorm_key)
+
+    def adjusted(
+        self, config: OpenpiConfig, options: LoadOptions, source: str | Path
+    ) -> OpenpiConfig:
+        if options.tokenizer is not None:
+            raise InputError(f"{source}: tokenizer: only public directories come without one")
+        if options.preset not in (None, config.name):
+            raise InputError(
+                f"{source}: preset={options.preset!r} contradicts the recorded {config.name!r}"
+            )
+        return super().adjusted(config, dataclasses.replace(options, preset=None), source)
+
+    def make_model(self, config: OpenpiConfig, *, rngs: nnx.Rngs) -> FlowMatching:
+        return make_model(config, rngs=rngs)
+
+    def layout(self, config: OpenpiConfig) -> Layout:
+        return layout(config)
+
+    def conditioning(self, model: FlowMatching) -> Conditioning:
+        return model.conditioning(model.times[None])
+
+    def observation(self, config: OpenpiConfig) -> ObservationSpec:
+        if config.robot is None:
+            raise InputError(f"{config.name}: serves several robots and names none")
+        robot = ROBOTS[config.robot]
+        has_prompt = config.default_prompt is not None
+        return ObservationSpec(
+            cameras=robot.cameras,
+            state_dim=robot.state_dim,
+            optional=frozenset((*robot.optional, *(["instruction"] if has_prompt else []))),
+            image_size=config.image_size,
+            sampled=True,
+        )
+
+    def make_processor(
+        self,
+        config: OpenpiConfig,
+        statistics: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        *,
+        source: Source,
+    ) -> Processor:
+        return make_processor(config, statistics, files, source=source)
+
+    def recognizes(self, folder: Path) -> bool:
+        return is_openpi(folder)
+
+    def read(self, folder: Path, options: LoadOptions) -> Parts:
+        self.check_options(options, folder)
+        folder, config = _config(folder, options)
+        statistics = read_statistics(folder, config.asset_id)
+        path = _tokenizer_file(folder, options)
+        name, content = read_file(path)
+
+        def source(file: str) -> str:
+            return str(path if file == name else folder / ASSETS)
+
+        processor = make_processor(config, statistics, {name: content}, source=source)
+        return Parts(config, processor, statistics)
+
+    def tensors(self, folder: Path, config: OpenpiConfig, options: LoadOptions) -> NamedTensors:
+        folder = step_folder(folder)
+        model = self.abstract_model(config)
+        return NamedTensors(model, open_tensors(folder, model), file=folder)
+
+    def stays_in_files(self, folder: Path) -> bool:
+        return not (step_folder(folder) / PARAMS).is_dir()
+
+    def survey(self, folder: Path) -> tuple[OpenpiConfig, Mapping[str, np.dtype[Any]]]:
+        folder = step_folder(folder)
+        config = sizes_of(folder)
+        model = self.abstract_model(config)
+        stored = open_tensors(folder, model)
+        named = NamedTensors(model, stored, file=folder)
+        return config, {name: stored.dtype(named.path_of(name)) for name in named}
+
+    def export(
+        self,
+        config: OpenpiConfig,
+        model: FlowMatching,
+        statistics: Mapping[str, Any],
+        out: Path,
+        *,
+        dtype: Any = None,
+    ) -> None:
+        tensors = {path: np.asarray(v[...]) for path, v in parameters(model)}
+        if dtype is not None:
+            tensors = {path: value.astype(dtype) for path, value in tensors.items()}
+        export(config, tensors, statistics, out)
+
+    def reexport(self, folder: Path, out: Path, options: LoadOptions) -> bool:
+        self.check_options(options, folder)
+        folder, config = _config(folder, options)
+        statistics = read_statistics(folder, config.asset_id)
+        export(config, open_tensors(folder, self.abstract_model(config)), statistics, out)
+        if options.tokenizer is not None:
+            name, content = read_file(Path(options.tokenizer))
+            write_bytes(out / name, content)
+        return True
+
+
+def _config(folder: Path, options: LoadOptions) -> tuple[Path, OpenpiConfig]:
+    """The folder of the weights, and its configuration."""
+    folder = step_folder(folder)
+    config = read_config(folder, preset_name=options.preset)
+    if options.unnorm_key is not None:
+        config = dataclasses.replace(config, asset_id=options.unnorm_key)
+    return folder, config
+
+
+def _tokenizer_file(folder: Path, options: LoadOptions) -> Path:
+    """The user's, or one beside the weights."""
+    if options.tokenizer is not None:
+        return Path(options.tokenizer)
+    beside = [path for name in FILES if (path := folder / name).is_file()]
+    if not beside:
+        raise CheckpointError(
+            f"{folder}: checkpoints of openpi come without their tokenizer; name its file with "
+            f"tokenizer=..., {SOURCES}"
+        )
+    return beside[0]
+
+
+FAMILY: Final = OpenpiFamily()
