@@ -305,6 +305,8 @@ def _recorded(
         order.clear()
 
         def call(path: str, inner: Any, *args: Any) -> Array:
+            if path in seen:
+                raise InputError(f"{path}: runs several times in a call; omniquant trains it once")
             order.append(path)
             seen[path] = args, inner(*args)
             return seen[path][1]

@@ -19,7 +19,7 @@ from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.evaluation import ActionErrors, Predictions, action_errors
+from qvla_jax.evaluation import ActionErrors, Predictions
 from qvla_jax.evaluation.episodes import EpisodeLog
 from qvla_jax.evaluation.libero import make_libero
 from qvla_jax.evaluation.offline import PreparedFrames
@@ -297,10 +297,8 @@ class _Study:
             "title": title(setting),
             "stored_bytes": size,
             "stored_bits_per_weight": 8 * size / self.index.num_weights,
-            "versus_full_precision": to_plain(
-                action_errors(found.chunks, self._reference.chunks)
-            ),
-        }  # fmt: skip
+            "versus_full_precision": to_plain(found.errors(self._reference.chunks)),
+        }
         content = {"format": CELL_KIND, "version": 1, "made_from": made_from, "cell": cell}
         write_json(path, content)
         return cell
