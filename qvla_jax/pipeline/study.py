@@ -19,10 +19,11 @@ from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.evaluation import ActionErrors, Predictions, action_errors
+from qvla_jax.evaluation import ActionErrors, Predictions
 from qvla_jax.evaluation.episodes import EpisodeLog
 from qvla_jax.evaluation.libero import make_libero
 from qvla_jax.evaluation.offline import PreparedFrames
+from qvla_jax.evaluation.success import compare_policies, policy_success
 from qvla_jax.evaluation.workers import MakeEnvironment
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
@@ -32,13 +33,15 @@ from qvla_jax.methods import RECIPES, Measurements, Setting, Sweep, check_settin
 from qvla_jax.pipeline import closed_loop, files
 from qvla_jax.pipeline.calibrate import calibrate, load_calibration
 from qvla_jax.pipeline.configs import FramesConfig, HeldoutConfig
-from qvla_jax.pipeline.evaluate import SOURCE_BITS, check_disjoint, heldout_set
+from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
 from qvla_jax.pipeline.methods import load_method, method_file, write_method
 from qvla_jax.pipeline.policies import check_acting
+from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, uniform_bytes
+from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.report.study import draw_error, draw_success, markdown
 from qvla_jax.sensitivity.ranks import spearman
 
@@ -294,10 +297,8 @@ class _Study:
             "title": title(setting),
             "stored_bytes": size,
             "stored_bits_per_weight": 8 * size / self.index.num_weights,
-            "versus_full_precision": action_errors(
-                found.chunks, self._reference.chunks
-            ).to_dict(),
-        }  # fmt: skip
+            "versus_full_precision": to_plain(found.errors(self._reference.chunks)),
+        }
         content = {"format": CELL_KIND, "version": 1, "made_from": made_from, "cell": cell}
         write_json(path, content)
         return cell
@@ -332,24 +333,23 @@ class _Study:
         }
         if self.config.model not in results:
             return {self.config.model: None}
-        content = closed_loop.summarize(results)
-        full, *others = (entry["overall"] for entry in content["policies"])
-        found = {self.config.model: full}
-        for entry, compared in zip(others, content["comparisons"], strict=True):
-            paired = compared["overall"]
+        full, *others = (policy_success(name, one).overall for name, one in results.items())
+        found = {self.config.model: to_plain(full)}
+        for entry, compared in zip(others, compare_policies(results), strict=True):
+            paired = compared.overall
             # Only episodes that both have run.
-            own = paired["both"] + paired["candidate_only"]
-            of_full = paired["both"] + paired["reference_only"]
-            found[compared["candidate"]] = {
-                "success": entry,
+            own = paired.both + paired.candidate_only
+            of_full = paired.both + paired.reference_only
+            found[compared.candidate] = {
+                "success": to_plain(entry),
                 "share_of_full_precision": own / of_full if of_full else None,
-                "paired": paired,
+                "paired": to_plain(paired),
             }
         return found
 
     def write(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes the tables and figures, and returns the content of study.json."""
-        size = uniform_bytes(self.index, SOURCE_BITS)
+        size = uniform_bytes(self.index, SOURCE)
         content = {
             "format": KIND,
             "version": 1,
