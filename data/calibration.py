@@ -83,10 +83,10 @@ class CalibrationSet:
 
         A batch is what `Policy.infer_normalized` takes: image and wrist_image u8[b, H, W, 3] (a
         list of u8[H, W, 3] where data sets differ in size), state f32[b, p], instruction (list of
-        str), and seed i64[b], of the noise that policies start from that sample their actions; and
-        also actions f32[b, h, a] (standardized, not normalized), episode i64[b], step i64[b]. A
-        mixture has wrist_image and state only if all its data sets have them, and state
-        only if all have the same length.
+        str), seed i64[b], which policies that sample draw each frame's noise from; and also actions
+        f32[b, h, a] (standardized, not normalized), episode i64[b], step i64[b]. A mixture has
+        wrist_image and state only if all its data sets have them, and state only if all have the
+        same length.
         """
         if size < 1:
             raise InputError(f"batch size must be at least 1, got {size}")
