@@ -6,27 +6,55 @@ import json
 import numpy as np
 import pytest
 
+from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.cli import main
 from qvla_jax.data import calibration_set
 from qvla_jax.errors import InputError
+from qvla_jax.families.openpi.checkpoint import NamedTensors
+from qvla_jax.families.openpi.config import GemmaConfig, SiglipConfig
+from qvla_jax.families.openpi.names import parameters
+from qvla_jax.families.openpi.network import abstract_model
 from qvla_jax.inference import load_policy
+from qvla_jax.inference.policy import make_policy
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.pipeline.calibrate import check_frames, load_calibration
 
+from .conftest import STATISTICS
+
+# One shape of weights, which takes little time to compile.
+_WIDTH = 8
+_GEMMA = GemmaConfig(
+    width=_WIDTH, depth=2, mlp_dim=_WIDTH, num_heads=2, num_kv_heads=2, head_dim=_WIDTH // 2
+)
+_TOWER = SiglipConfig(width=_WIDTH, depth=1, mlp_dim=_WIDTH, num_heads=2, image_size=28)
+
 
 @pytest.fixture(scope="module")
-def walked(published, tokenizer, tmp_path_factory):
+def walked(configs, tokenizer, tmp_path_factory):
     """The folder of a run, and the policy that it began with."""
-    variant, out = "pi05", tmp_path_factory.mktemp("run")
+    source, out = (tmp_path_factory.mktemp(name) for name in ("published", "run"))
+    config = dataclasses.replace(
+        configs["pi05"], vision=_TOWER, language=_GEMMA, action_expert=_GEMMA, num_steps=10
+    )
+    model = abstract_model(config)
+    rng = np.random.default_rng(0)
+    random = {
+        path: 0.4 * rng.normal(size=variable.shape).astype(np.float32)
+        for path, variable in parameters(model)
+    }
+    assign_tensors(model, NamedTensors(model, random), source="test")
+    files = {"tokenizer.json": tokenizer.read_bytes()}
+    statistics = {config.asset_id: STATISTICS}
+    make_policy(config, model, files, statistics, source="test").export(source / "policy")
     options = dict(preset="pi05_libero", tokenizer=str(tokenizer))
     given = {
-        **options, "model": published[variant], "out": out, "frames": 3, "probes": 1,
+        **options, "model": source / "policy", "out": out, "frames": 3, "probes": 1,
         "budget-bits": 12, "solvers": "greedy:marginal", "eval-frames": 2, "latency-calls": 0,
     }  # fmt: skip
     arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     nothing_beside = ["--sweep", "--match-uniform", "--uniform-bits"]
     assert main(["run", *arguments, *nothing_beside]) == 0
-    return out, load_policy(published[variant], **options)
+    return out, load_policy(source / "policy", **options)
 
 
 def test_the_packed_file_acts_as_its_values_do(walked):
