@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from qvla_jax.allocation import allocate
 from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.cli import main
 from qvla_jax.data import calibration_set
@@ -17,6 +18,7 @@ from qvla_jax.families.openpi.network import abstract_model
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.policy import make_policy
 from qvla_jax.inference.unpacking import unpacked
+from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.calibrate import check_frames, load_calibration
 
 from .conftest import STATISTICS
@@ -49,7 +51,7 @@ def walked(configs, tokenizer, tmp_path_factory):
     options = dict(preset="pi05_libero", tokenizer=str(tokenizer))
     given = {
         **options, "model": source / "policy", "out": out, "frames": 3, "probes": 1,
-        "budget-bits": 12, "solvers": "greedy:marginal", "eval-frames": 2, "latency-calls": 0,
+        "budget-bits": 14, "budget-read": 12, "eval-frames": 2, "latency-calls": 0,
     }  # fmt: skip
     arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     nothing_beside = ["--sweep", "--match-uniform", "--uniform-bits"]
@@ -77,6 +79,32 @@ def test_costs_are_of_the_entries_that_the_robot_executes(walked):
         if entry["family"] == "ours"
     ]
     assert len(result["versus_full_precision"]["mse_by_dimension"]) == 7 < policy.config.action_dim
+
+
+def test_both_budgets_are_kept(walked):
+    out, policy = walked
+    table, allocations = load_tables(out)[0], Allocations.load(out / "allocation.safetensors")
+    chosen = allocations.chosen
+    assert chosen.name.endswith("lagrangian@14,read12")
+    steps = {
+        path: times for path, times in zip(table.index.paths, table.reads, strict=True) if times > 1
+    }
+    assert set(steps.values()) == {policy.config.num_steps}
+    assert all("_1" in path for path in steps)
+    widths = [table.bits.index(b) for b in chosen.bits]
+    sizes = table.sizes[np.arange(len(widths)), widths]
+    assert chosen.read_bytes == int(sizes @ table.reads_of_channels)
+    assert chosen.stored_bytes == sizes.sum() <= 14 * table.index.num_weights / 8
+    assert chosen.read_bytes <= 12 * table.weights_read / 8
+    alone = allocate(table, budget_bits=14)
+    assert alone.read_bytes > chosen.read_bytes
+    assert alone.predicted_sse_normalized <= chosen.predicted_sse_normalized
+    # Along the front, fewer bytes are read and more are stored.
+    line = [p for p in allocations.front if p.budget_bits == 14]
+    assert len(line) > 3
+    assert line[-1].read_bytes < line[0].read_bytes
+    assert line[-1].stored_bytes > line[0].stored_bytes
+    assert "Bytes read against bytes stored" in (out / "report.html").read_text()
 
 
 def test_the_manifest_tells_the_noise(walked):
