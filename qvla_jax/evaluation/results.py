@@ -118,6 +118,8 @@ class Evaluation:
     methods: tuple[MethodResult, ...]
     # Path of a quantized layer -> its name in narrow places.
     short_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # What the entries of an action mean; empty if nobody says.
+    action_names: tuple[str, ...] = ()
     # Wall-clock time of the stage.
     seconds: float
     provenance: Mapping[str, Any]

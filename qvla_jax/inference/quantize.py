@@ -60,6 +60,7 @@ def quantize(
     """A copy of the policy with every channel at its bit-width; the source is not changed.
 
     >>> import qvla_jax
+    >>> from qvla_jax.quantization import NEAREST_UNCORRECTED, Quantizer
     >>> policy = qvla_jax.random_policy("tiny-test")
     >>> bits = np.resize([8, 4, 2, 4], len(policy_index(policy)))  # or an `Allocation`
     >>> packed = qvla_jax.quantize(policy, bits, quantizer=Quantizer(NEAREST_UNCORRECTED))

@@ -12,7 +12,7 @@ from qvla_jax.atomic import write_json
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.errors import InputError
-from qvla_jax.evaluation import Predictions, action_errors
+from qvla_jax.evaluation import Predictions
 from qvla_jax.evaluation.latency import WARM_UP, Latency, chunk_seconds, summarize_seconds
 from qvla_jax.evaluation.offline import PreparedFrames
 from qvla_jax.evaluation.results import (
@@ -140,6 +140,7 @@ def evaluate(
         chosen=allocations.chosen.name,
         methods=tuple(entries),
         short_names={path: policy.layout.short_name(path) for path in index.paths},
+        action_names=policy.layout.action_names,
         seconds=time.perf_counter() - started,
         provenance=provenance(seed=config.seed),
     )
@@ -345,6 +346,6 @@ def _measured(
     """Fields of a `MethodResult`: how it ran, and its errors."""
     return {
         "execution": execution,
-        "versus_full_precision": action_errors(candidate.chunks, reference.chunks),
-        "versus_expert": action_errors(candidate.chunks, reference.expert),
+        "versus_full_precision": candidate.errors(reference.chunks),
+        "versus_expert": candidate.errors(reference.expert),
     }

@@ -85,6 +85,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> Report:
         methods=tuple(methods),
         sweep=tuple(sweep),
         allocations=tuple(map(describe_allocation, allocations.items)),
+        action_names=evaluation.action_names,
         layers=describe_layers(tables[0], chosen, names),
         seconds=StageSummary(
             sensitivity=load_seconds(config.out).get(tables[0].method),

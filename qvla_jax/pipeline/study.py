@@ -18,7 +18,7 @@ from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import BudgetError, InputError
-from qvla_jax.evaluation import ActionErrors, Predictions, action_errors
+from qvla_jax.evaluation import ActionErrors, Predictions
 from qvla_jax.evaluation.episodes import EpisodeLog
 from qvla_jax.evaluation.libero import make_libero
 from qvla_jax.evaluation.offline import PreparedFrames
@@ -314,7 +314,7 @@ class _Study:
         errors = CellErrors(
             stored_bytes=size,
             stored_bits_per_weight=8 * size / self.index.num_weights,
-            versus_full_precision=action_errors(found.chunks, self._reference.chunks),
+            versus_full_precision=found.errors(self._reference.chunks),
         )
         kept = MethodErrors(method=setting.name, title=title(setting), errors=errors)
         write_json(path, to_plain(SavedCell(made_from=made_from, cell=kept)))

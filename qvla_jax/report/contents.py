@@ -120,6 +120,8 @@ class Report:
     methods: tuple[MethodResult, ...]
     sweep: tuple[MethodResult, ...]
     allocations: tuple[AllocationRecord, ...]
+    # What the entries of an action mean; empty if nobody says.
+    action_names: tuple[str, ...]
     layers: tuple[LayerFacts, ...]
     seconds: StageSummary
     # None where the stages ran one by one.

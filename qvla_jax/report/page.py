@@ -19,8 +19,6 @@ from qvla_jax.report.heatmap import cost_bounds, heatmap
 from qvla_jax.report.svg import number
 from qvla_jax.stage_times import StageSeconds
 
-DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-
 
 @dataclasses.dataclass(frozen=True)
 class SensitivityMap:
@@ -165,7 +163,8 @@ def _methods(report: Report) -> str:
     )  # fmt: skip
     styles, chosen = _styles(report), report.ours
     rows = "".join(
-        _method_row(entry, styles[entry.series], best=entry is chosen) for entry in report.methods
+        _method_row(entry, styles[entry.series], report.action_names, best=entry is chosen)
+        for entry in report.methods
     )
     return (
         "<h2>Methods</h2>"
@@ -175,11 +174,10 @@ def _methods(report: Report) -> str:
     )
 
 
-def _method_row(entry: MethodResult, style: str, *, best: bool) -> str:
+def _method_row(entry: MethodResult, style: str, names: Sequence[str], *, best: bool) -> str:
     errors, expert = entry.versus_full_precision, entry.versus_expert
     worst = int(np.argmax(errors.worst_by_dimension))
-    names = DIMENSIONS if len(errors.worst_by_dimension) == len(DIMENSIONS) else None
-    where = names[worst] if names else str(worst)
+    where = names[worst] if worst < len(names) else str(worst)
     full = entry.family == "full"
     cells = [
         f'<i class="dot {style}"></i>{escape(entry.label)}',

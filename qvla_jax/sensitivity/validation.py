@@ -21,6 +21,7 @@ from qvla_jax.sensitivity.methods import DEFAULT_SHARE, sensitivities
 from qvla_jax.sensitivity.probes import Probes
 from qvla_jax.sensitivity.ranks import spearman, top_overlap
 from qvla_jax.sensitivity.strata import module_types
+from qvla_jax.sensitivity.sweep import Sweep
 from qvla_jax.sensitivity.table import SensitivityTable
 
 RANKS_KIND = "qvla_jax.ranks"
@@ -126,9 +127,15 @@ def probe_sample(
     part = FirstFrames(calibration, min(frames, calibration.frames))
     rows = sample_channels(table.index, channels, seed=seed)
     bits = tuple(b for b in table.bits if b != SOURCE)
-    costs, _ = exact_costs(
-        policy, part, layers, table.index, table.quantizer, bits=bits, rows=rows, progress=progress
+    sweep = Sweep(
+        policy=policy,
+        calibration=part,
+        index=table.index,
+        quantizer=table.quantizer,
+        bits=bits,
+        progress=progress,
     )
+    costs, _ = exact_costs(sweep, rows=rows)
     names, numbers = module_types(table.index, policy.layout)
     return ExactSample(part, rows, bits, costs, tuple(names[number] for number in numbers[rows]))
 
@@ -204,9 +211,15 @@ def validate(
         InputError: the table belongs to other layers, or nothing can be sampled.
     """
     sample = probe_sample(
-        policy, calibration, table, channels=channels, frames=frames, seed=seed, rules=rules,
+        policy,
+        calibration,
+        table,
+        channels=channels,
+        frames=frames,
+        seed=seed,
+        rules=rules,
         progress=progress,
-    )  # fmt: skip
+    )
     same = same_frames(policy, sample, table, seed=seed, rules=rules, progress=progress)
     return Ranking(
         channels=len(sample.rows),

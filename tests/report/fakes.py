@@ -167,6 +167,7 @@ def fake_report():
         methods=tuple(methods),
         sweep=tuple(sweep),
         allocations=(),
+        action_names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
         layers=tuple(
             LayerFacts(
                 path=path, name=path, out_features=n, fan_in=64, average_bits=3.4, sensitivity_by_bits={},

@@ -9,17 +9,16 @@ from typing import Final
 
 import numpy as np
 
-from qvla_jax.checkpoints.files import (
-    ADAPTER_FOLDER,
-    COMPONENTS,
-    adapter_folders,
-    check_tensor_files,
-    component_file,
-)
+from qvla_jax.checkpoints.files import ADAPTER_FOLDER, adapter_folders
 from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.errors import CheckpointError, CheckpointWarning
 from qvla_jax.families import family
+from qvla_jax.families.prismatic.checkpoint.components import (
+    COMPONENTS,
+    check_tensor_files,
+    component_file,
+)
 from qvla_jax.families.prismatic.checkpoint.lora import merge_adapter, merge_inline
 
 # Buffers that older versions of the public code stored; it recomputes and ignores them.
