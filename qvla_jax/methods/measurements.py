@@ -45,7 +45,7 @@ Measured = TypeVar("Measured", InputStatistics, SensitivityTable)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep:
+class SweepSettings:
     """How sensitivities are swept, as `sensitivities` takes it."""
 
     probes: int = 8
@@ -70,7 +70,7 @@ class Measurements:
         *,
         rules: LayerRules | None = None,
         options: tuple[int, ...] = OPTIONS,
-        sweep: Sweep | None = None,
+        sweep: SweepSettings | None = None,
         moments: Moments | None = None,
         folder: Path | None = None,
         progress: Progress = no_progress,
@@ -91,7 +91,7 @@ class Measurements:
         self.rules = policy.layout.rules if rules is None else rules
         self.progress = progress
         self._options, self._folder = options, folder
-        self._sweep = Sweep() if sweep is None else sweep
+        self._sweep = SweepSettings() if sweep is None else sweep
         if moments is not None:
             self.moments = moments
         # What was measured here, in place of being read.

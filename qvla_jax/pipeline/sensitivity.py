@@ -10,7 +10,7 @@ from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.errors import BudgetError, InputError, unknown
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.quantize import policy_index
-from qvla_jax.methods.measurements import Measurements, Sweep
+from qvla_jax.methods.measurements import Measurements, SweepSettings
 from qvla_jax.methods.recipes import RUN_OPTIONS, RUN_RECIPE
 from qvla_jax.methods.stages import measure
 from qvla_jax.pipeline import files
@@ -65,7 +65,7 @@ def sensitivity(
         policy,
         calibration,
         options=RUN_OPTIONS,
-        sweep=Sweep(
+        sweep=SweepSettings(
             probes=config.probes,
             exact_share=config.exact_share,
             seed=config.seed,

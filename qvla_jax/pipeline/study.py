@@ -40,7 +40,7 @@ from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
 from qvla_jax.inference.quantize import policy_index
 from qvla_jax.inference.unpacking import unpacked
-from qvla_jax.methods import RECIPES, Measurements, Setting, Sweep, check_setting, title
+from qvla_jax.methods import RECIPES, Measurements, Setting, SweepSettings, check_setting, title
 from qvla_jax.pipeline import closed_loop, files
 from qvla_jax.pipeline.calibrate import calibrate, load_calibration
 from qvla_jax.pipeline.configs import FramesConfig, HeldoutConfig
@@ -261,7 +261,7 @@ class _Study:
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
         self.index: ChannelIndex = policy_index(policy)
         self.measured = Measurements(
-            policy, calibration, sweep=Sweep(probes=config.probes), folder=config.out,
+            policy, calibration, sweep=SweepSettings(probes=config.probes), folder=config.out,
             progress=progress,
         )  # fmt: skip
         self.made_from = {

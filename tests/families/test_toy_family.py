@@ -31,13 +31,12 @@ class ToyNetwork(Network):
     """Two layers on a state vector."""
 
     def __init__(self, config, *, rngs):
-        self.config = config
         self.first = Linear(8, 24, rngs=rngs)
-        self.second = Linear(24, config.action_horizon * config.action_dim, rngs=rngs)
+        self.second = Linear(24, 8 * 7, rngs=rngs)
 
     def __call__(self, state):
         actions = self.second(jnp.tanh(self.first(state[:, None])))  # one token
-        return actions.reshape(-1, self.config.action_horizon, self.config.action_dim)
+        return actions.reshape(-1, 8, 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,7 @@ def test_the_toy_family_walks_the_whole_street(tmp_path):
         latency_calls=1,
     )  # fmt: skip
     report = qvla_jax.run(config)
-    assert [layer["path"] for layer in report["layers"]] == ["first"]
+    assert [layer.path for layer in report.layers] == ["first"]
     packed = qvla_jax.load_policy(config.out / "policy.qvla")
     assert packed.family.name == "toy"
     assert np.abs(packed.infer(state := policy.fake_observation()) - policy.infer(state)).max() > 0

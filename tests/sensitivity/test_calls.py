@@ -60,21 +60,19 @@ class Stepping(nnx.Module):
             x = self.expert(x)
         return self.head(x.reshape(len(x), -1)).reshape(-1, HORIZON, ACTIONS)
 
-    def actions(self, inputs):
+    def actions(self, inputs, conditioning=None):
         return self(inputs)
 
 
 class SteppingPolicy(ToyPolicy):
-    @property
-    def layout(self):
-        return dataclasses.replace(
-            LAYOUT,
-            rules=LayerRules(include=(r"prefix\.", r"expert\.")),
-            kept=("head",),
-            stages=("prefix", "expert"),
-            parts=(),
-            same_input=(("gate", "up"),),
-        )
+    layout = dataclasses.replace(
+        LAYOUT,
+        rules=LayerRules(include=(r"prefix\.", r"expert\.")),
+        kept=("head",),
+        stages=("prefix", "expert"),
+        parts=(),
+        same_input=(("gate", "up"),),
+    )
 
 
 @pytest.fixture(scope="module")
