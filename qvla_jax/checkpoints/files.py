@@ -1,4 +1,4 @@
-"""The files of a public directory: which hold the policy, and the errors if one is missing."""
+"""Files of a policy's directory: names that families share, and errors if one is unreadable."""
 
 import json
 from pathlib import Path
@@ -9,68 +9,7 @@ from qvla_jax.errors import CheckpointError, InputError
 CONFIG_FILE: Final = "config.json"
 STATISTICS_FILE: Final = "dataset_statistics.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
-ADAPTER_FOLDER: Final = "lora_adapter"
-ADAPTER_CONFIG: Final = "adapter_config.json"
-ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
-_OTHER_FORMATS: Final = ("*.gguf", "*.bin", "*.h5", "*.msgpack", "*.pth", "*.ckpt", "*.onnx")
-
-
-def adapter_folders(folder: Path) -> list[Path]:
-    """Folders in a directory that hold an adapter of PEFT."""
-    found = {path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")}
-    if (folder / ADAPTER_FOLDER).is_dir():
-        found.add(folder / ADAPTER_FOLDER)
-    return sorted(found)
-
-
-def is_adapter_only(folder: Path) -> bool:
-    """Whether a directory holds an adapter, and no weights that it could adapt."""
-    adapters = adapter_folders(folder) or (folder / ADAPTER_CONFIG).is_file()
-    weights = [path for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS]
-    return bool(adapters) and not weights and not any(folder.glob("pytorch_model*.bin"))
-
-
-def check_not_adapter_only(folder: Path) -> None:
-    """Raises a `CheckpointError` that says what to do with an adapter without its base."""
-    if not folder.is_dir() or not is_adapter_only(folder):
-        return
-    adapter = next(iter(adapter_folders(folder)), folder)
-    try:
-        base = json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        base = None
-    named = f", {base!r:.200}" if isinstance(base, str) and base else ""
-    raise CheckpointError(
-        f"{folder}: a run with an adapter only ({adapter / ADAPTER_CONFIG}); merge it into its "
-        f"base{named}, with vla-scripts/merge_lora_weights_and_save.py of OpenVLA-OFT, or put the "
-        "base's weights and config.json beside it and load with merge_adapter=True"
-    )
-
-
-def missing_weights(folder: Path, index: Path) -> CheckpointError:
-    """The error for missing weights; names what the directory has instead."""
-    check_not_adapter_only(folder)
-    shards = sorted(path.name for path in folder.glob("model*.safetensors"))
-    if shards:
-        return CheckpointError(
-            f"{index}: missing; the shards are there ({shards[0]}"
-            f"{f' and {len(shards) - 1} more' if len(shards) > 1 else ''}): fetch the index again"
-        )
-    for pattern in _OTHER_FORMATS:
-        others = sorted(
-            p.name for p in folder.glob(pattern) if pattern != "*.bin" or "model" in p.name
-        )
-        if others:
-            return CheckpointError(
-                f"{folder}: the weights are {others[0]}"
-                f"{f' and {len(others) - 1} more' if len(others) > 1 else ''}, which are not read; "
-                "convert them to safetensors (model.safetensors, or shards with "
-                f"{index.name})"
-            )
-    return CheckpointError(
-        f"{folder / 'model.safetensors'}: missing, and so is {index.name}: there are no weights"
-    )
 
 
 def check_fetched(path: Path) -> None:

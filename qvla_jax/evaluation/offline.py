@@ -98,13 +98,6 @@ class ActionErrors:
     gripper_flip_rate: float
     frames: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON types."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedFrames:

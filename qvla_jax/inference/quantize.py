@@ -122,10 +122,11 @@ def _quantize(
         raise InputError("the policy is quantized already; quantize the full-precision one")
     rules = policy.layout.rules if rules is None else rules
     channels = policy_index(policy, rules)
-    bits = allocation
     if isinstance(allocation, Allocation):
         allocation.check(channels)
         bits = allocation.bits
+    else:
+        bits = allocation
     chosen = channels.check_bits(bits, BITS)
     quantizer.check(channels)
     # A copy with its own Variables; arrays that do not change are shared.

@@ -23,22 +23,25 @@ from qvla_jax.evaluation import ActionErrors, Predictions
 from qvla_jax.evaluation.episodes import EpisodeLog
 from qvla_jax.evaluation.libero import make_libero
 from qvla_jax.evaluation.offline import PreparedFrames
+from qvla_jax.evaluation.success import compare_policies, policy_success
 from qvla_jax.evaluation.workers import MakeEnvironment
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
 from qvla_jax.inference.quantize import policy_index
 from qvla_jax.inference.unpacking import unpacked
-from qvla_jax.methods import RECIPES, Measurements, Setting, Sweep, check_setting, title
+from qvla_jax.methods import RECIPES, Measurements, Setting, SweepSettings, check_setting, title
 from qvla_jax.pipeline import closed_loop, files
 from qvla_jax.pipeline.calibrate import calibrate, load_calibration
 from qvla_jax.pipeline.configs import FramesConfig, HeldoutConfig
-from qvla_jax.pipeline.evaluate import SOURCE_BITS, check_disjoint, heldout_set
+from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
 from qvla_jax.pipeline.methods import load_method, method_file, write_method
 from qvla_jax.pipeline.policies import check_acting
+from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, uniform_bytes
+from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.report.study import draw_error, draw_success, markdown
 from qvla_jax.sensitivity.ranks import spearman
 
@@ -257,7 +260,7 @@ class _Study:
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
         self.index: ChannelIndex = policy_index(policy)
         self.measured = Measurements(
-            policy, calibration, sweep=Sweep(probes=config.probes), folder=config.out,
+            policy, calibration, sweep=SweepSettings(probes=config.probes), folder=config.out,
             progress=progress,
         )  # fmt: skip
         self.made_from = {
@@ -294,7 +297,7 @@ class _Study:
             "title": title(setting),
             "stored_bytes": size,
             "stored_bits_per_weight": 8 * size / self.index.num_weights,
-            "versus_full_precision": found.errors(self._reference.chunks).to_dict(),
+            "versus_full_precision": to_plain(found.errors(self._reference.chunks)),
         }
         content = {"format": CELL_KIND, "version": 1, "made_from": made_from, "cell": cell}
         write_json(path, content)
@@ -330,24 +333,23 @@ class _Study:
         }
         if self.config.model not in results:
             return {self.config.model: None}
-        content = closed_loop.summarize(results)
-        full, *others = (entry["overall"] for entry in content["policies"])
-        found = {self.config.model: full}
-        for entry, compared in zip(others, content["comparisons"], strict=True):
-            paired = compared["overall"]
+        full, *others = (policy_success(name, one).overall for name, one in results.items())
+        found = {self.config.model: to_plain(full)}
+        for entry, compared in zip(others, compare_policies(results), strict=True):
+            paired = compared.overall
             # Only episodes that both have run.
-            own = paired["both"] + paired["candidate_only"]
-            of_full = paired["both"] + paired["reference_only"]
-            found[compared["candidate"]] = {
-                "success": entry,
+            own = paired.both + paired.candidate_only
+            of_full = paired.both + paired.reference_only
+            found[compared.candidate] = {
+                "success": to_plain(entry),
                 "share_of_full_precision": own / of_full if of_full else None,
-                "paired": paired,
+                "paired": to_plain(paired),
             }
         return found
 
     def write(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes the tables and figures, and returns the content of study.json."""
-        size = uniform_bytes(self.index, SOURCE_BITS)
+        size = uniform_bytes(self.index, SOURCE)
         content = {
             "format": KIND,
             "version": 1,

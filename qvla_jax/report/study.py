@@ -1,11 +1,10 @@
 """The table of results (`qvla study`) as Markdown, and its two Pareto figures."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvla_jax.atomic import atomic_path
+from qvla_jax.report.png import new_figure, save_png
 from qvla_jax.report.svg import number
 
 
@@ -70,9 +69,7 @@ def _draw(
     log: bool = False,
     line: float | None = None,
 ) -> None:
-    # Without pyplot: no display, no global state.
-    figure_module: Any = importlib.import_module("matplotlib.figure")
-    figure = figure_module.Figure(figsize=(11, 6), layout="constrained")
+    figure = new_figure(11, 6)
     axes = figure.subplots()
     for place, row in enumerate(study["rows"]):
         label_of_row: str | None = row
@@ -111,8 +108,7 @@ def _draw(
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_png(figure, path)
 
 
 def _front(

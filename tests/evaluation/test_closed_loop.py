@@ -18,6 +18,7 @@ from qvla_jax.evaluation.workers import Replay
 from qvla_jax.families.prismatic.config import preset
 from qvla_jax.pipeline import closed_loop as stage
 from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
+from qvla_jax.plain import to_plain
 
 from ..simulators import start_thread
 
@@ -289,7 +290,7 @@ def simulate(out, policies, **changes):
     config = ClosedLoopConfig(
         sim="libero_spatial", out=out, policy=tuple(policies), **{**settings, **changes}
     )
-    return stage.closed_loop(config, policies=policies, make=Count)
+    return to_plain(stage.closed_loop(config, policies=policies, make=Count))
 
 
 def test_interrupted_run_goes_on_and_ends_in_the_same_tables(tmp_path, in_threads):

@@ -56,7 +56,7 @@ def packing() -> Stage:
     def write(path: Path, version: int) -> None:
         write_packed(
             path, layers=((name, weight, plain) for name in names), tensors=tensors,
-            tokenizer="{}", header={"config": {}, "number": version},
+            files={"tokenizer.json": b"{}"}, header={"config": {}, "number": version},
         )  # fmt: skip
 
     def run(folder: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qvla_jax.errors import InputError
-from qvla_jax.inference import images
+from qvla_jax.families.prismatic import images
 from qvla_jax.serving.observations import NAMES, ObservationReader
 
 from .checks import CHECKS
@@ -57,8 +57,8 @@ IMAGE = np.zeros((32, 32, 3), np.uint8)
             "image: expected uint8 .H, W, 3., got float",
         ),
         ({"image": np.zeros((3, 32, 32), np.uint8)}, r"image: expected uint8 .* \[3, 32, 32\]"),
-        ({"image": np.zeros((65, 32, 3), np.uint8)}, "image: 65 x 32 pixels, expected 1 to 64"),
-        ({"image": np.zeros((0, 32, 3), np.uint8)}, "image: 0 x 32 pixels"),
+        ({"image": np.zeros((65, 32, 3), np.uint8)}, "image: 65 x 32 pixels, expected at most 64"),
+        ({"image": np.zeros((0, 32, 3), np.uint8)}, "image: an image of .0, 32, 3. has no pixels"),
         ({"wrist_image": None}, "observation has no wrist_image or observation/wrist_image"),
         ({"state": None}, "observation has no state"),
         ({"state": np.zeros(7)}, r"state: expected \[b, 8\], got \[1, 7\]"),

@@ -5,8 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from qvla_jax.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FOLDER, is_adapter_only
 from qvla_jax.errors import CheckpointError
+from qvla_jax.families.prismatic.checkpoint.weight_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    is_adapter_only,
+)
 
 # Parts that may have their own file, which then replaces them in the weights, and the file's name.
 # The public code requires the part's name and "checkpoint" in it.

@@ -29,12 +29,7 @@ from typing import Any, Final
 import tokenizers
 
 from qvla_jax.checkpoints.declared import check_declared, shown
-from qvla_jax.checkpoints.files import (
-    CONFIG_FILE,
-    STATISTICS_FILE,
-    check_not_adapter_only,
-    read_json,
-)
+from qvla_jax.checkpoints.files import CONFIG_FILE, STATISTICS_FILE, read_json
 from qvla_jax.errors import CheckpointError, InputError, unknown
 from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint import keys
@@ -47,6 +42,9 @@ from qvla_jax.families.prismatic.checkpoint.directory import component_names, co
 from qvla_jax.families.prismatic.checkpoint.platforms import PLATFORMS, platform_of
 from qvla_jax.families.prismatic.checkpoint.statistics import check_entry
 from qvla_jax.families.prismatic.checkpoint.univla import decoder_sizes
+from qvla_jax.families.prismatic.checkpoint.weight_files import (
+    check_not_adapter_only,
+)
 from qvla_jax.families.prismatic.config import (
     PRESETS,
     LlamaConfig,
