@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qvla_jax.errors import InputError
-from qvla_jax.inference import images
+from qvla_jax.families.prismatic import images
 from qvla_jax.serving.observations import NAMES, ObservationReader
 
 from .checks import CHECKS

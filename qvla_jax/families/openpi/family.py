@@ -1,6 +1,7 @@
 """pi0 and pi0.5, and small policies of their kind."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +32,7 @@ from qvla_jax.families.openpi.layout import layout
 from qvla_jax.families.openpi.names import parameters
 from qvla_jax.families.openpi.network import Conditioning, FlowMatching, make_model
 from qvla_jax.families.openpi.processor import Processor, make_processor
-from qvla_jax.families.openpi.robots import ROBOTS
+from qvla_jax.families.openpi.robots import ROBOTS, from_client
 from qvla_jax.families.openpi.tokenizer import FILES, SOURCES, read_file
 from qvla_jax.families.options import LoadOptions
 
@@ -87,6 +88,9 @@ class OpenpiFamily(Family):
             optional=frozenset((*robot.optional, *(["instruction"] if has_prompt else []))),
             image_size=config.image_size,
             sampled=True,
+            state_dtype=np.float64,
+            from_client=functools.partial(from_client, robot),
+            metadata={} if config.reset_pose is None else {"reset_pose": list(config.reset_pose)},
         )
 
     def make_processor(
