@@ -225,6 +225,12 @@ PRESETS: Final[Mapping[str, OpenpiConfig]] = {
 }
 
 
+# Short names of variants, where nothing depends on the robot.
+SHORT_NAMES: Final[Mapping[str, OpenpiConfig]] = {
+    variant: PRESETS[f"{variant}_libero"] for variant in ("pi0", "pi05")
+}
+
+
 def preset(name: str) -> OpenpiConfig:
     """Returns the configuration called `name`.
 

@@ -15,9 +15,9 @@ from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family, Parts
 from qvla_jax.families.layout import Layout
 from qvla_jax.families.observations import ObservationSpec
+from qvla_jax.families.openpi import unread
 from qvla_jax.families.openpi.checkpoint import (
     ASSETS,
-    PARAMS,
     NamedTensors,
     export,
     is_openpi,
@@ -27,12 +27,13 @@ from qvla_jax.families.openpi.checkpoint import (
     sizes_of,
     step_folder,
 )
-from qvla_jax.families.openpi.config import PRESETS, OpenpiConfig
+from qvla_jax.families.openpi.config import PRESETS, SHORT_NAMES, OpenpiConfig
 from qvla_jax.families.openpi.layout import layout
 from qvla_jax.families.openpi.names import parameters
 from qvla_jax.families.openpi.network import Conditioning, FlowMatching, make_model
 from qvla_jax.families.openpi.processor import Processor, make_processor
 from qvla_jax.families.openpi.robots import ROBOTS, from_client
+from qvla_jax.families.openpi.synthetic import synthesize
 from qvla_jax.families.openpi.tokenizer import FILES, SOURCES, read_file
 from qvla_jax.families.options import LoadOptions
 
@@ -49,7 +50,7 @@ class OpenpiFamily(Family):
 
     @property
     def presets(self) -> Mapping[str, OpenpiConfig]:
-        return PRESETS
+        return {**PRESETS, **SHORT_NAMES}
 
     def config(self, values: Mapping[str, Any]) -> OpenpiConfig:
         return OpenpiConfig.from_dict(values)
@@ -76,6 +77,12 @@ class OpenpiFamily(Family):
 
     def conditioning(self, model: FlowMatching) -> Conditioning:
         return model.conditioning(model.times[None])
+
+    def drop_unread(self, model: FlowMatching) -> None:
+        unread.drop_unread(model)
+
+    def is_dropped(self, model: FlowMatching) -> bool:
+        return unread.is_dropped(model)
 
     def observation(self, config: OpenpiConfig) -> ObservationSpec:
         if config.robot is None:
@@ -125,7 +132,7 @@ class OpenpiFamily(Family):
         return NamedTensors(model, open_tensors(folder, model), file=folder)
 
     def stays_in_files(self, folder: Path) -> bool:
-        return not (step_folder(folder) / PARAMS).is_dir()
+        return True
 
     def survey(self, folder: Path) -> tuple[OpenpiConfig, Mapping[str, np.dtype[Any]]]:
         folder = step_folder(folder)
@@ -158,6 +165,9 @@ class OpenpiFamily(Family):
             name, content = read_file(Path(options.tokenizer))
             write_bytes(out / name, content)
         return True
+
+    def synthesize(self, config: OpenpiConfig, out: Path, *, seed: int = 0) -> None:
+        synthesize(config, out, seed=seed)
 
 
 def _config(folder: Path, options: LoadOptions) -> tuple[Path, OpenpiConfig]:
