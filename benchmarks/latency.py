@@ -43,9 +43,7 @@ def main() -> None:
     print(f"kernel {cpu.instruction_set()}, load {os.getloadavg()[0]:.1f}")
     for name, values in seconds.items():
         found = summarize_seconds(values)
-        print(
-            f"{name}: median {found['median_ms']:.1f} ms, 95th percentile {found['p95_ms']:.1f} ms"
-        )
+        print(f"{name}: median {found.median_ms:.1f} ms, 95th percentile {found.p95_ms:.1f} ms")
     print(f"largest difference of a normalized action between the first two: {difference:.2g}")
     together, alone = (np.asarray(seconds[name]) for name in list(seconds)[1:])
     print(f"time of packed over packed, layers apart: median {np.median(together / alone):.3f}")

@@ -48,6 +48,7 @@ from qvla_jax.sensitivity.input_hessian import inverse_factor_diagonal, proxy_co
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.replay import ReplaySpec, record
 from qvla_jax.sensitivity.stages import downstream, part_paths
+from qvla_jax.sensitivity.sweep import Sweep
 from qvla_jax.sharding import one_device_mesh
 
 BITS = (0, 2, 4, 8)
@@ -121,8 +122,8 @@ def forward_operations(policy: Any, layers: dict[str, Any], inputs: Any) -> tupl
     def run(state: Any, inputs: Any) -> None:
         trace = record(spec, state, inputs)
         order.extend(trace.order)
-        for path, x in trace.inputs.items():
-            each[path] = x.size * layers[path].kernel[...].shape[1]
+        for path, calls in trace.inputs.items():
+            each[path] = sum(x.size for x in calls) * layers[path].kernel[...].shape[1]
 
     jax.eval_shape(run, state, inputs)
     again = [
@@ -169,7 +170,8 @@ def main() -> None:
 
     def first_order(of: Any, probes: Any) -> None:
         constants = layer_constants(layers, quantizer, BITS)
-        mean_over_frames(frame_costs(policy, of, index, constants, probes=probes))
+        sweep = Sweep(policy=policy, calibration=of, index=index)
+        mean_over_frames(frame_costs(sweep, constants, probes=probes))
 
     # Neighbours, as in a whole sweep: what perturbs one layer is replayed together.
     run_length = 15
@@ -177,7 +179,8 @@ def main() -> None:
     rows = np.unique(starts[:, None] + np.arange(run_length)[None])
 
     def exact(of: Any) -> None:
-        exact_costs(policy, of, layers, index, prepared, bits=BITS, rows=rows)
+        sweep = Sweep(policy=policy, calibration=of, index=index, quantizer=prepared, bits=BITS)
+        exact_costs(sweep, rows=rows)
 
     turns = np.linspace(0, len(index) - 1, arguments.turns).astype(int)
     changed = {}

@@ -35,8 +35,9 @@ from qvla_jax.quantization.layers import channel_index
 from qvla_jax.sensitivity.accumulate import FrameMean
 from qvla_jax.sensitivity.instrument import hooked_call
 from qvla_jax.sensitivity.jacobian import CONTRACTIONS, streamed_frame_costs
-from qvla_jax.sensitivity.reverse import ReverseSpec, reverse_sweep
+from qvla_jax.sensitivity.reverse import Probed, ReverseSpec, reverse_sweep
 from qvla_jax.sensitivity.statistics import streamed_means
+from qvla_jax.sensitivity.sweep import Sweep
 from qvla_jax.sharding import one_device_mesh
 
 BITS = (0, 2, 4, 8)
@@ -88,7 +89,8 @@ def operations(policy: Policy, index: ChannelIndex, inputs: Any, probes: int) ->
     frames = jax.ShapeDtypeStruct((len(jax.tree.leaves(inputs)[0]),), np.int32)
 
     def sweep(state: Any, constants: Any, inputs: Any, frames: Any) -> Any:
-        return reverse_sweep(spec, state, constants, inputs, frames, jax.random.key(0), None)
+        probed = Probed(inputs, frames, jax.random.key(0))
+        return reverse_sweep(spec, state, constants, probed)
 
     once = product_operations(forward, state, inputs)
     return once, once + product_operations(sweep, state, constants, inputs, frames)
@@ -128,12 +130,15 @@ def main() -> None:
     mean, started = FrameMean(), time.perf_counter()
     settings = QuantizerSettings(grid=arguments.grid, rounding="nearest")
     quantizer = TimedQuantizer(settings, statistics)
-    for number, costs in enumerate(
-        streamed_frame_costs(
-            policy, frames, layers, index, quantizer, bits=BITS, probes=arguments.probes,
-            batch=arguments.batch,
-        )
-    ):  # fmt: skip
+    sweep = Sweep(
+        policy=policy,
+        calibration=frames,
+        index=index,
+        quantizer=quantizer,
+        bits=BITS,
+        batch=arguments.batch,
+    )
+    for number, costs in enumerate(streamed_frame_costs(sweep, probes=arguments.probes)):
         took = time.perf_counter() - started
         if number == 0:
             took -= quantizer.search

@@ -45,9 +45,9 @@ from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.families.prismatic.network import abstract_model
 from qvla_jax.families.prismatic.specs import inputs_spec
 from qvla_jax.quantization.layers import quantizable_layers
-from qvla_jax.sensitivity.instrument import per_frame
+from qvla_jax.sensitivity.instrument import side_by_side
 from qvla_jax.sensitivity.jacobian import CONTRACTIONS, constant_specs
-from qvla_jax.sensitivity.reverse import ReverseSpec, reverse_sweep, sum_in_blocks
+from qvla_jax.sensitivity.reverse import Probed, ReverseSpec, reverse_sweep, sum_in_blocks
 from qvla_jax.sensitivity.stages import stage_paths, wrap_stages
 from qvla_jax.sensitivity.streaming import StaticStage, pull_back_stage, split_stage
 
@@ -253,9 +253,11 @@ def trace_stage(kind: Kind, mesh: Mesh, options: int, frames: int, probes: int) 
         )
         costs = {}
         for name, x in seen.items():
-            of_cotangent = CONTRACTIONS["jacobian"](per_frame(x, frames), constants[name])
+            of_cotangent = CONTRACTIONS["jacobian"](side_by_side(x, frames), constants[name])
             costs[name] = sum_in_blocks(
-                lambda g, of=of_cotangent: of(per_frame(g, frames)), at_outputs[name], probes
+                lambda calls, of=of_cotangent: of(side_by_side(calls, frames)),
+                at_outputs[name],
+                probes,
             )
         return costs, at_inputs
 
@@ -318,10 +320,13 @@ def compile_step(target: Target, name: str, frames: int, probes: int) -> Step:
         spec,
         jax.tree.map(lambda leaf: placed(leaf, sharding.largest_axis(mesh, leaf.shape)), state),
         constants,
-        jax.tree.map(lambda leaf: placed(leaf, split), inputs_spec(preset(name), batch_size=batch)),
-        placed(jax.ShapeDtypeStruct((batch,), jnp.int32), split),
-        placed(jax.eval_shape(lambda: jax.random.key(0)), PartitionSpec()),
-        None,
+        Probed(
+            inputs=jax.tree.map(
+                lambda leaf: placed(leaf, split), inputs_spec(preset(name), batch_size=batch)
+            ),
+            frames=placed(jax.ShapeDtypeStruct((batch,), jnp.int32), split),
+            key=placed(jax.eval_shape(lambda: jax.random.key(0)), PartitionSpec()),
+        ),
     ).compile()
     memory = compiled.memory_analysis()
     return Step(

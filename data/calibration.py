@@ -82,8 +82,9 @@ class CalibrationSet:
         A batch is what `Policy.infer_normalized` takes: image and wrist_image u8[b, H, W, 3] (a
         list of u8[H, W, 3] where data sets differ in size), state f32[b, p], instruction (list of
         str); and also actions f32[b, h, a] (standardized, not normalized), episode i64[b], step
-        i64[b]. A mixture has wrist_image and state only if all its data sets have them, and state
-        only if all have the same length.
+        i64[b], and seed i64[b], which policies that sample draw each frame's noise from. A mixture
+        has wrist_image and state only if all its data sets have them, and state only if all have
+        the same length.
         """
         if size < 1:
             raise InputError(f"batch size must be at least 1, got {size}")
@@ -195,7 +196,13 @@ class CalibrationSet:
         batch["actions"] = np.stack([self._actions(e.episode.action, t) for e, t in found])
         batch["episode"] = np.asarray([episode for (_, episode), _ in pairs], np.int64)
         batch["step"] = np.asarray([step for _, step in pairs], np.int64)
+        batch["seed"] = np.asarray([self._seed(*key, step) for key, step in pairs], np.int64)
         return batch
+
+    def _seed(self, dataset: int, episode: int, step: int) -> int:
+        """The seed of what a policy samples for a frame: the same in every batch and order."""
+        sequence = np.random.SeedSequence([self.manifest["seed"], dataset, episode, step])
+        return int(sequence.generate_state(1)[0] >> 1)
 
     @property
     def _cameras(self) -> list[str]:

@@ -4,21 +4,29 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from qvla_jax.errors import InputError, unknown
+
+_KEYS: Final = "keys"
+# Metadata of a field whose default is None: it has no key in the JSON object while it is None.
+ABSENT_IF_NONE: Final[Mapping[str, str]] = {_KEYS: "absent"}
+# The same, and otherwise the keys of its dataclass stand in the JSON object of its owner.
+INLINED: Final[Mapping[str, str]] = {_KEYS: "inlined"}
 
 
 def to_plain(value: Any) -> Any:
     """Turns a dataclass of paths, tuples, mappings and scalars into JSON types.
 
+    Properties that a class names in `DERIVED_KEYS` have keys as well, which `from_plain` ignores.
+
     Args:
         value: a dataclass, or a value of one of its fields.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dict(_items(value))
     if isinstance(value, Mapping):
         return {str(key): to_plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -52,10 +60,12 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, where)
+    if kind is Any:
+        return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         return _tuple(arguments, value, where)
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: expected an object, got {value!r}")
         return {key: from_plain(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
@@ -78,10 +88,24 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(value):
+        own, keys = getattr(value, field.name), field.metadata.get(_KEYS)
+        if own is None and keys is not None:
+            continue
+        if keys == "inlined":
+            yield from _items(own)
+        else:
+            yield field.name, to_plain(own)
+    for name in getattr(value, "DERIVED_KEYS", ()):
+        yield name, to_plain(getattr(value, name))
+
+
 def _dataclass(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: expected an object, got {type(value).__name__}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
+    value = _nested(kind, value)
     if extra := sorted(set(value) - set(fields)):
         raise InputError(f"{where}: {unknown('key', extra[0], fields)}")
     hints = typing.get_type_hints(kind)
@@ -90,6 +114,20 @@ def _dataclass(kind: type, value: Any, where: str) -> Any:
     if missing:
         raise InputError(f"{where}: missing key {missing[0]!r}")
     return kind(**built)
+
+
+def _nested(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The object without derived keys, and those of inlined dataclasses in objects of their own."""
+    derived = getattr(kind, "DERIVED_KEYS", ())
+    nested = {key: entry for key, entry in value.items() if key not in derived}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.metadata.get(_KEYS) == "inlined":
+            (inner,) = (a for a in typing.get_args(hints[field.name]) if a is not type(None))
+            names = {f.name for f in dataclasses.fields(inner)}
+            if own := {key: nested.pop(key) for key in list(nested) if key in names}:
+                nested[field.name] = own
+    return nested
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

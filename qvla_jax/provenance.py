@@ -73,7 +73,8 @@ def package_versions() -> dict[str, str]:
 def source_digest() -> str:
     """Returns a hash of this package's Python files, which tells any change of the code."""
     specs = (importlib.util.find_spec(f"qvla_jax{name}") for name in ("", ".data", ".solvers"))
-    folders = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations]
+    places = (spec.submodule_search_locations or () for spec in specs if spec)
+    folders = [Path(place) for found in places for place in found]
     digest = hashlib.sha256()
     for path in sorted({path for folder in folders for path in folder.rglob("*.py")}):
         digest.update(path.read_bytes())

@@ -85,10 +85,10 @@ class StageTimes:
         """All stages in the order in which they began, up to now while the clocks run."""
         return list(self._stages.values())
 
-    def describe(self) -> list[dict[str, Any]]:
-        """The stages as JSON types, read now."""
+    def until_now(self) -> list[StageSeconds]:
+        """Copies of the stages, read now."""
         self._read()
-        return [dataclasses.asdict(stage) for stage in self.stages]
+        return [dataclasses.replace(stage) for stage in self.stages]
 
     def _read(self) -> None:
         wall, cpu = _clocks()

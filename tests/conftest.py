@@ -117,44 +117,49 @@ def _compiled_programs_stay_few() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def closed_loop_summary() -> dict:
-    """A closed_loop.json: two policies on 20 episodes of two tasks."""
-    from qvla_jax.evaluation.paired import Comparison, Success
+def closed_loop_summary() -> Any:
+    """A `ClosedLoop`: two policies on 20 episodes of two tasks."""
+    from qvla_jax.evaluation import success as results
+    from qvla_jax.evaluation.drift import Drift
+    from qvla_jax.evaluation.paired import Comparison
 
     names = ("libero-mini", "libero-mini@runs/x:3")
 
-    def success(solved, episodes):
-        return Success(solved, episodes).to_dict()
+    def policy(name: str, solved: int) -> results.PolicySuccess:
+        tasks = tuple(
+            results.TaskSuccess(
+                solved // 2, 10, mean_steps_of_successes=90.0, task=t, task_name=f"task_{t}_of_two"
+            )
+            for t in range(2)
+        )
+        overall = results.EpisodesSuccess(solved, 20, mean_steps_of_successes=90.0)
+        return results.PolicySuccess(policy=name, policy_hash=name, overall=overall, tasks=tasks)
 
-    drift = {
-        "seconds": [0.0, 0.4, 0.8],
-        "distance_median": [0.0, 0.01, 0.02],
-        "distance_upper": [0.0, 0.02, 0.05],
-        "deviation_mean": [0.0, 0.1, 0.3],
-        "deviation_total": 0.3,
-        "deviation_episodes": 20,
-    }
-    return {
-        "format": "qvla_jax.closed_loop",
-        "version": 1,
-        "suite": "libero_spatial",
-        "settings": {"open_loop_steps": 8},
-        "policies": [
-            {
-                "policy": name,
-                "overall": success(solved, 20),
-                "tasks": [{"task": t, "task_name": f"task_{t}_of_two"} for t in range(2)],
-            }
-            for name, solved in zip(names, (18, 15), strict=True)
-        ],
-        "comparisons": [
-            {
-                "candidate": names[1],
-                "reference": names[0],
-                "overall": Comparison(
-                    both=14, candidate_only=1, reference_only=4, neither=1
-                ).to_dict(),
-                "drift": drift,
-            }
-        ],
-    }
+    return results.ClosedLoop(
+        suite="libero_spatial",
+        model_options={},
+        settings=results.EpisodeSettings(
+            max_steps=220, open_loop_steps=8, size=128, rendering="fast", simulator="none"
+        ),
+        policies=(policy(names[0], 18), policy(names[1], 15)),
+        comparisons=(
+            results.PolicyComparison(
+                candidate=names[1],
+                reference=names[0],
+                overall=Comparison(both=14, candidate_only=1, reference_only=4, neither=1),
+                drift=Drift(
+                    seconds=(0.0, 0.4, 0.8),
+                    pairs=(20, 20, 19),
+                    distance_median=(0.0, 0.01, 0.02),
+                    distance_upper=(0.0, 0.02, 0.05),
+                    deviation_episodes=20,
+                    deviation_mean=(0.0, 0.1, 0.3),
+                    deviation_total=0.3,
+                    deviation_standard_error=0.05,
+                    tells_failures=None,
+                ),
+                tasks=(),
+            ),
+        ),
+        provenance={},
+    )

@@ -16,7 +16,7 @@ from qvla_jax import cli, data, output, pipeline
 from qvla_jax.commands import doctor as doctor_command
 from qvla_jax.commands import pack, quantize_method, sensitivity
 from qvla_jax.inference import random_policy
-from qvla_jax.plain import from_plain
+from qvla_jax.plain import from_plain, to_plain
 from qvla_jax.repeating import read_settings, write_settings
 
 from .report.fakes import fake_report
@@ -411,8 +411,8 @@ def test_a_report_is_printed_and_is_whole_in_json(name, tmp_path, monkeypatch, c
     arguments = [name, "--out", str(tmp_path)]
     assert cli.main(arguments) == cli.DONE
     printed = capsys.readouterr().out
-    assert all(entry["label"] in printed for entry in content["methods"])
+    assert all(entry.label in printed for entry in content.methods)
     assert str(tmp_path / "report.html") in printed
     assert cli.main([*arguments, "--json"]) == cli.DONE
     result = printed_json(capsys)["result"]
-    assert result == json.loads(json.dumps(content))
+    assert result == json.loads(json.dumps(to_plain(content)))

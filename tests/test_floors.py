@@ -84,9 +84,6 @@ _MODULES = re.compile(
     r"|_einsum|MlpBlock|MultiHeadDotProduct|Dense_0"
 )
 
-# What they still know of public directories belongs to the family.
-_PUBLIC = ("checkpoints/files.py",)
-
 
 def _written(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, text) of every name and string but docstrings."""
@@ -110,8 +107,23 @@ def test_families_alone_name_the_modules_of_networks():
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text}"
         for room, path in rooms()
-        if room != "families" and not str(path).endswith(_PUBLIC)
+        if room != "families"
         for line, text in _written(ast.parse(path.read_text("utf-8")))
         if _MODULES.search(text)
     ]
+    assert not found
+
+
+_MOST_PARAMETERS = 7
+
+
+def test_no_function_takes_more_positional_arguments_than_one_can_remember():
+    found = []
+    for _, path in rooms():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+                count = len(names) - (names[:1] in (["self"], ["cls"]))
+                if count > _MOST_PARAMETERS:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {count}")
     assert not found

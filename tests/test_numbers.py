@@ -15,6 +15,7 @@ from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.quantize import policy_index, quantize
 from qvla_jax.kernels import cpu
+from qvla_jax.models import get_module
 from qvla_jax.quantization import NEAREST_UNCORRECTED, Quantizer
 from qvla_jax.quantization.codes import GRID_BITS
 from qvla_jax.quantization.grid import dequantize_rows, quantize_rows
@@ -102,10 +103,8 @@ def test_layers_of_pruned_and_of_zero_channels_run_and_come_back(tmp_path):
     policy = random_policy("tiny-test", seed=0)
     index = policy_index(policy)
     pruned, zero = index.layers[0].path, index.layers[1].path
-    layer = policy.model
-    for name in zero.split("."):
-        layer = layer[int(name)] if name.isdigit() else getattr(layer, name)
-    layer.kernel.set_value(jnp.zeros_like(layer.kernel[...]))
+    kernel = get_module(policy.model, zero).kernel
+    kernel.set_value(jnp.zeros_like(kernel[...]))
     bits = np.full(len(index), 4)
     bits[: index.layers[0].out_features] = 0
     packed = quantize(policy, bits, quantizer=Quantizer(NEAREST_UNCORRECTED))
@@ -114,8 +113,12 @@ def test_layers_of_pruned_and_of_zero_channels_run_and_come_back(tmp_path):
     observation = policy.fake_observation(0)
     assert np.isfinite(loaded.infer(observation)).all()
     assert loaded.fingerprint == packed.fingerprint
-    assert not np.asarray(kernels.dequantize(packed_layers(loaded.model)[pruned].weight)).any()
-    assert not np.asarray(kernels.dequantize(packed_layers(loaded.model)[zero].weight)).any()
+    for path in (pruned, zero):
+        source, layer = get_module(policy.model, path), packed_layers(loaded.model)[path]
+        x = jnp.linspace(-3.0, 5.0, 2 * source.in_features).reshape(2, -1)
+        bias = 0.0 if source.bias is None else np.asarray(source.bias[...], np.float32)
+        expected = np.broadcast_to(bias, (2, source.out_features))
+        np.testing.assert_array_equal(np.asarray(layer(x), np.float32), expected)
 
 
 SIZES = np.array([[0, 4, 8, 16], [0, 2, 4, 8], [0, 4, 8, 16]])

@@ -1,6 +1,6 @@
 """The LIBERO suites, and OpenVLA-OFT's limit on the length of their episodes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,6 +24,17 @@ class Suite:
     tasks: int
     max_steps: int
     initial_states: int = 50
+
+    def chosen(self, tasks: Sequence[int]) -> tuple[int, ...]:
+        """Tasks by number, each once; without any, all of the suite.
+
+        Raises:
+            InputError: the suite has no task of this number.
+        """
+        wrong = [task for task in tasks if not 0 <= task < self.tasks]
+        if wrong:
+            raise InputError(f"{self.name} has tasks 0 to {self.tasks - 1}, got {wrong[0]}")
+        return tuple(dict.fromkeys(tasks)) or tuple(range(self.tasks))
 
 
 SUITES: Final[Mapping[str, Suite]] = {

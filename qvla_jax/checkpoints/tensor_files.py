@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 
 from qvla_jax.atomic import atomic_path, write_json
-from qvla_jax.checkpoints.files import check_fetched, missing_weights
+from qvla_jax.checkpoints.files import check_fetched
 from qvla_jax.errors import CheckpointError
 from qvla_jax.mapping import Region, map_file
 
@@ -129,7 +129,9 @@ class ShardedTensors(Mapping[str, np.ndarray]):
         elif single.is_file():
             files = [SINGLE_FILE]
         else:
-            raise missing_weights(folder, index)
+            raise CheckpointError(
+                f"{single}: missing, and so is {INDEX_FILE}: there are no weights"
+            )
         self._files: dict[str, TensorFile] = {}
         for name in files:
             path = folder / name

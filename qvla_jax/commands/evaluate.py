@@ -4,6 +4,7 @@ from qvla_jax import pipeline
 from qvla_jax.output import Result
 from qvla_jax.pipeline import EvaluateConfig as Config
 from qvla_jax.pipeline import files
+from qvla_jax.plain import to_plain
 from qvla_jax.progress import ProgressBars
 from qvla_jax.report.terminal import methods_table
 
@@ -11,6 +12,6 @@ from qvla_jax.report.terminal import methods_table
 def main(config: Config) -> Result:
     """Evaluates; returns the table of methods."""
     with ProgressBars() as progress:
-        content = pipeline.evaluate(config, progress=progress)
+        evaluation = pipeline.evaluate(config, progress=progress)
     place = f"Evaluation: {config.out / files.EVALUATION}"
-    return Result(content, (methods_table(content["methods"]), place))
+    return Result(to_plain(evaluation), (methods_table(evaluation.methods), place))

@@ -2,15 +2,15 @@
 
 import collections
 import resource
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.output import Result
 from qvla_jax.pipeline import files
+from qvla_jax.plain import to_plain
+from qvla_jax.report.contents import Report
 from qvla_jax.report.page import size_text
 from qvla_jax.report.terminal import methods_table, spearman_line, sweep_table, times_table
 
@@ -82,19 +82,18 @@ def packed(path: Path, *, layers: bool = False) -> Result:
     return Result(content, (table, *lines) if layers else lines)
 
 
-def report(content: Mapping[str, Any], folder: Path) -> Result:
+def report(content: Report, folder: Path) -> Result:
     """A report's validation and its table of methods."""
-    validation = content["validation"]
     lines: list[str | Table] = []
-    if validation is not None:
-        lines.append(spearman_line(validation, content["sensitivity"]["method"]))
+    if content.validation is not None:
+        lines.append(spearman_line(content.validation, content.sensitivity.method))
     lines += [
-        methods_table(content["methods"]),
+        methods_table(content.methods),
         "",
-        sweep_table([*content["methods"], *content["sweep"]]),
-        content["packed"]["note"],
+        sweep_table([*content.methods, *content.sweep]),
+        content.packed.note,
     ]
-    if content["stages"] is not None:
-        lines += ["", times_table(content["stages"]), ""]
+    if content.stages is not None:
+        lines += ["", times_table(content.stages), ""]
     lines.append(f"Report: {folder / files.REPORT_HTML}")
-    return Result(content, tuple(lines))
+    return Result(to_plain(content), tuple(lines))

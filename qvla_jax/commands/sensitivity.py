@@ -5,6 +5,7 @@ import dataclasses
 from qvla_jax import devices, pipeline, sharding
 from qvla_jax.output import Result
 from qvla_jax.pipeline import files
+from qvla_jax.plain import to_plain
 from qvla_jax.progress import ProgressBars
 from qvla_jax.report.terminal import spearman_line
 
@@ -33,7 +34,7 @@ def main(config: Config) -> Result:
     with ProgressBars() as progress:
         ranks = pipeline.sensitivity(config, progress=progress)
     path = config.out / files.SENSITIVITY
-    content = {"estimator": config.estimator, "file": str(path), "ranks": ranks}
+    content = {"estimator": config.estimator, "file": str(path), "ranks": to_plain(ranks)}
     if not sharding.is_main_process():
         return Result(content, ())
     lines = () if ranks is None else (spearman_line(ranks, config.estimator),)

@@ -4,6 +4,7 @@ from qvla_jax import pipeline
 from qvla_jax.output import Result
 from qvla_jax.pipeline import ValidateConfig as Config
 from qvla_jax.pipeline import files
+from qvla_jax.plain import to_plain
 from qvla_jax.progress import ProgressBars
 from qvla_jax.report.validation import validation_tables
 
@@ -14,4 +15,4 @@ def main(config: Config) -> Result:
         validation = pipeline.validate(config, progress=progress)
     tables = [line for table in validation_tables(validation) for line in (table, "")]
     place = f"{config.out / files.VALIDATION}, {config.out / files.VALIDATION_FIGURE}"
-    return Result(validation, (*tables, place))
+    return Result(to_plain(validation), (*tables, place))

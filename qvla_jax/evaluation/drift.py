@@ -62,9 +62,46 @@ def action_deviation(
     return float(np.square(difference[:executed]).sum())
 
 
-def summarize_drift(
-    candidate: Iterable[Result], reference: Iterable[Result]
-) -> dict[str, Any] | None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FailurePrediction:
+    """How well a number tells the candidate's failures, among episodes that the reference solves.
+
+    Areas under the curve: 1 is perfect, 1/2 chance.
+    """
+
+    # The deviation that the episode accumulates.
+    deviation: float
+    # The steps that the reference takes.
+    steps: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Drift and accumulated deviation over the episodes that have them.
+
+    The sequences have an entry for each moment at which the policies decide.
+    """
+
+    # Since the start of the episode.
+    seconds: tuple[float, ...]
+    # Pairs of episodes where both still run.
+    pairs: tuple[int, ...]
+    # Between the end effectors of these pairs, in m; `upper` is the quantile `UPPER_QUANTILE`.
+    distance_median: tuple[float, ...]
+    distance_upper: tuple[float, ...]
+    # The reference's episodes on which the candidate was queried.
+    deviation_episodes: int
+    # Mean over these of the deviation accumulated so far, in squared normalized action. Episodes
+    # that have ended keep theirs. Empty if there are none.
+    deviation_mean: tuple[float, ...]
+    # Mean over whole episodes, and its standard error; None with no, or fewer than two, episodes.
+    deviation_total: float | None
+    deviation_standard_error: float | None
+    # None if the candidate fails or solves all.
+    tells_failures: FailurePrediction | None
+
+
+def summarize_drift(candidate: Iterable[Result], reference: Iterable[Result]) -> Drift | None:
     """Drift and accumulated deviation of a policy over the episodes that have them.
 
     Args:
@@ -72,15 +109,7 @@ def summarize_drift(
         reference: finished episodes of the reference.
 
     Returns:
-        None if the two have no time steps in common. Otherwise, for each moment at which the
-        policies decide: `seconds`, `pairs` (of episodes where both still run), `distance_median`
-        and `distance_upper` (m, the quantile `UPPER_QUANTILE`), and, over the reference's episodes
-        on which the candidate was queried, `deviation_mean`: the mean deviation accumulated so far
-        (episodes that have ended keep theirs); `deviation_episodes`, `deviation_total` and its
-        `deviation_standard_error` are those of whole episodes. `tells_failures` says how well
-        failures of the candidate, among the episodes that the reference solves, are predicted by
-        the `deviation` that the episode accumulates and by the `steps` that the reference takes:
-        areas under the curve (1 perfect, 1/2 chance); None if it fails or solves all.
+        None if the two have no time steps in common.
     """
     candidates = {result.episode.pair: result for result in candidate}
     pairs = [
@@ -97,24 +126,14 @@ def summarize_drift(
     median = np.nanmedian(matrix, axis=0)
     upper = np.nanquantile(matrix, UPPER_QUANTILE, axis=0)
     step = pairs[0][0].episode.open_loop_steps / _RATE
-    content: dict[str, Any] = {
-        "seconds": [step * k for k in range(matrix.shape[1])],
-        "pairs": np.isfinite(matrix).sum(axis=0).tolist(),
-        "distance_median": median.tolist(),
-        "distance_upper": upper.tolist(),
-        "deviation_episodes": len(asked),
-        "deviation_mean": [],
-        "deviation_total": None,
-        "deviation_standard_error": None,
-        "tells_failures": None,
-    }
+    mean: list[float] = []
+    total = error = tells_failures = None
     if asked:
         totals = np.array([row[-1] for row in asked])
-        content["deviation_mean"] = _padded(asked, mode="edge").mean(axis=0).tolist()
-        content["deviation_total"] = float(totals.mean())
+        mean = _padded(asked, mode="edge").mean(axis=0).tolist()
+        total = float(totals.mean())
         if len(totals) > 1:
-            error = totals.std(ddof=1) / np.sqrt(len(totals))
-            content["deviation_standard_error"] = float(error)
+            error = float(totals.std(ddof=1) / np.sqrt(len(totals)))
         solved = [
             (own.success, base, row[-1])
             for (own, base), row in zip(deviating, asked, strict=True)
@@ -122,11 +141,23 @@ def summarize_drift(
         ]
         failed = np.array([not success for success, _, _ in solved], bool)
         if 0 < failed.sum() < failed.size:
-            content["tells_failures"] = {
-                "deviation": _area_under_curve(np.array([total for *_, total in solved]), failed),
-                "steps": _area_under_curve(np.array([base.steps for _, base, _ in solved]), failed),
-            }
-    return content
+            deviations = np.array([deviation for *_, deviation in solved])
+            steps = np.array([base.steps for _, base, _ in solved])
+            tells_failures = FailurePrediction(
+                deviation=_area_under_curve(deviations, failed),
+                steps=_area_under_curve(steps, failed),
+            )
+    return Drift(
+        seconds=tuple(step * k for k in range(matrix.shape[1])),
+        pairs=tuple(np.isfinite(matrix).sum(axis=0).tolist()),
+        distance_median=tuple(median.tolist()),
+        distance_upper=tuple(upper.tolist()),
+        deviation_episodes=len(asked),
+        deviation_mean=tuple(mean),
+        deviation_total=total,
+        deviation_standard_error=error,
+        tells_failures=tells_failures,
+    )
 
 
 def _area_under_curve(values: NpArray, positive: NpArray) -> float:

@@ -1,5 +1,6 @@
 """The time a policy takes for one action chunk."""
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,8 +39,28 @@ def chunk_seconds(
     return seconds
 
 
-def summarize_seconds(seconds: Iterable[float]) -> dict[str, Any]:
-    """Number of calls, and median and 95th percentile of their times in milliseconds."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkTimes:
+    """Wall-clock times of a policy's calls, in milliseconds."""
+
+    calls: int
+    median_ms: float
+    # 95th percentile.
+    p95_ms: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latency:
+    """One chunk of the full and of the packed policy, alternating call by call."""
+
+    full: ChunkTimes
+    packed: ChunkTimes
+    # Median over the calls of full / packed.
+    speed_up: float
+
+
+def summarize_seconds(seconds: Iterable[float]) -> ChunkTimes:
+    """Median and 95th percentile of the times of calls, given in seconds."""
     values = 1e3 * np.asarray(list(seconds), np.float64)
     median, high = np.percentile(values, [50, 95])
-    return {"calls": len(values), "median_ms": float(median), "p95_ms": float(high)}
+    return ChunkTimes(calls=len(values), median_ms=float(median), p95_ms=float(high))

@@ -5,7 +5,7 @@ say so. Sums are in float64.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from qvla_jax import sharding
 from qvla_jax.array_typing import Float, NpArray
 from qvla_jax.errors import InputError
+from qvla_jax.families.layout import Layout
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, track
 
@@ -25,7 +26,10 @@ GRIPPER_THRESHOLD = 0.5
 
 
 class _Policy(Protocol):
-    """The two methods of `inference.Policy` that are used here."""
+    """The part of `inference.Policy` that is used here."""
+
+    @property
+    def layout(self) -> Layout: ...
 
     def infer_normalized(self, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]: ...
 
@@ -50,10 +54,16 @@ class Predictions:
     Attributes:
         chunks: `[N, h, a]`, normalized.
         expert: `[N, h, a]`, the demonstrator's actions from each frame on, normalized.
+        grippers: entries of an action that open and close grippers.
     """
 
     chunks: Float[NpArray, "N h a"]
     expert: Float[NpArray, "N h a"]
+    grippers: tuple[int, ...]
+
+    def errors(self, reference: Float[NpArray, "N h a"]) -> "ActionErrors":
+        """The chunks against other ones, such as the expert's; see `action_errors`."""
+        return action_errors(self.chunks, reference, grippers=self.grippers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,13 +97,6 @@ class ActionErrors:
     gripper_flips: int
     gripper_flip_rate: float
     frames: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON types."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,17 +141,21 @@ class PreparedFrames:
             InputError: a prediction is not finite.
         """
         chunks = np.concatenate(policy.run_all(self.inputs))[: len(self.expert)]
-        return Predictions(_checked(chunks), self.expert)
+        return Predictions(_checked(chunks), self.expert, policy.layout.grippers)
 
 
 def action_errors(
-    candidate: Float[NpArray, "N h a"], reference: Float[NpArray, "N h a"]
+    candidate: Float[NpArray, "N h a"],
+    reference: Float[NpArray, "N h a"],
+    *,
+    grippers: Sequence[int] = (-1,),
 ) -> ActionErrors:
     """Compares chunks with reference chunks.
 
     Args:
-        candidate: normalized chunks, the gripper in the last action entry.
+        candidate: normalized chunks.
         reference: chunks of the same shape: those of full precision, or the expert's.
+        grippers: entries of an action that open and close grippers (`Layout.grippers`).
 
     Raises:
         InputError: the shapes differ, there are no frames, or a value is not finite.
@@ -156,7 +163,8 @@ def action_errors(
     _check(candidate, reference)
     error = candidate.astype(np.float64) - reference.astype(np.float64)
     square, absolute = np.square(error), np.abs(error)
-    flips = gripper_flips(candidate, reference)
+    flips = gripper_flips(candidate, reference, grippers)
+    commands = error.shape[0] * error.shape[1] * len(grippers)
     return ActionErrors(
         action_sse_normalized=float(square.sum(axis=(1, 2)).mean()),
         action_mse_normalized=float(square.mean()),
@@ -166,7 +174,7 @@ def action_errors(
         l1_by_dimension=tuple(absolute.mean(axis=(0, 1)).tolist()),
         worst_by_dimension=tuple(absolute.max(axis=(0, 1)).tolist()),
         gripper_flips=flips,
-        gripper_flip_rate=flips / (error.shape[0] * error.shape[1]),
+        gripper_flip_rate=flips / commands if commands else 0.0,
         frames=error.shape[0],
     )
 
@@ -205,14 +213,17 @@ def evaluate(
     if not isinstance(reference, Predictions):
         reference = predict(reference, frames, batch_size=batch_size, progress=progress)
     candidate = predict(policy, frames, batch_size=batch_size, progress=progress)
-    return action_errors(candidate.chunks, reference.chunks)
+    return candidate.errors(reference.chunks)
 
 
-def gripper_flips(candidate: Float[NpArray, "N h a"], reference: Float[NpArray, "N h a"]) -> int:
-    """Counts gripper commands (last entries) on the other side of the threshold."""
-    return int(
-        np.sum((candidate[..., -1] > GRIPPER_THRESHOLD) != (reference[..., -1] > GRIPPER_THRESHOLD))
-    )
+def gripper_flips(
+    candidate: Float[NpArray, "N h a"],
+    reference: Float[NpArray, "N h a"],
+    grippers: Sequence[int] = (-1,),
+) -> int:
+    """Counts gripper commands on the other side of the threshold."""
+    ours, theirs = (chunks[..., list(grippers)] for chunks in (candidate, reference))
+    return int(np.sum((ours > GRIPPER_THRESHOLD) != (theirs > GRIPPER_THRESHOLD)))
 
 
 def predict(
@@ -242,7 +253,7 @@ def predict(
         chunks.append(_checked(np.asarray(policy.infer_normalized(batch))))
     if not chunks:
         raise InputError(_NO_FRAMES)
-    return Predictions(np.concatenate(chunks), np.concatenate(expert))
+    return Predictions(np.concatenate(chunks), np.concatenate(expert), policy.layout.grippers)
 
 
 def _expert(policy: _Policy, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]:

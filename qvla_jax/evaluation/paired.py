@@ -7,7 +7,7 @@ that one solves and the other does not distinguish them.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import ClassVar, TypeVar
 
 from scipy import stats
 
@@ -27,6 +27,8 @@ class Success:
         episodes: episodes run.
     """
 
+    DERIVED_KEYS: ClassVar[tuple[str, ...]] = ("rate", "interval_95")
+
     successes: int
     episodes: int
 
@@ -36,13 +38,9 @@ class Success:
         return self.successes / self.episodes
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def interval_95(self) -> tuple[float, float]:
         """Wilson's score interval at 95 %."""
         return wilson_interval(self.successes, self.episodes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON types."""
-        return {**dataclasses.asdict(self), "rate": self.rate, "interval_95": list(self.interval)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +53,13 @@ class Comparison:
         reference_only: episodes that only the reference solves.
         neither: episodes that neither solves.
     """
+
+    DERIVED_KEYS: ClassVar[tuple[str, ...]] = (
+        "episodes",
+        "difference",
+        "interval_95",
+        "mcnemar_exact_p",
+    )
 
     both: int
     candidate_only: int
@@ -72,24 +77,14 @@ class Comparison:
         return (self.candidate_only - self.reference_only) / self.episodes
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def interval_95(self) -> tuple[float, float]:
         """Newcombe's interval of the difference at 95 %."""
         return newcombe_interval(self)
 
     @property
-    def p_value(self) -> float:
-        """Of McNemar's exact test."""
+    def mcnemar_exact_p(self) -> float:
+        """The p-value of McNemar's exact test."""
         return mcnemar_exact(self.candidate_only, self.reference_only)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON types."""
-        return {
-            **dataclasses.asdict(self),
-            "episodes": self.episodes,
-            "difference": self.difference,
-            "interval_95": list(self.interval),
-            "mcnemar_exact_p": self.p_value,
-        }
 
 
 def compare(candidate: Mapping[Key, bool], reference: Mapping[Key, bool]) -> Comparison:

@@ -31,6 +31,7 @@ from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import Calibration
 from qvla_jax.sensitivity.jacobian import LayerConstants, frame_costs
 from qvla_jax.sensitivity.probes import Probes
+from qvla_jax.sensitivity.sweep import Sweep
 from qvla_jax.solvers import AllocationProblem, SearchResult, solve
 from qvla_jax.solvers.blackbox import Search
 
@@ -153,9 +154,11 @@ def move_costs(
         constants[layer.path] = LayerConstants(
             changes=jnp.swapaxes(moved, 1, 2), mean=jnp.asarray(mean, jnp.float32)
         )
-    policy = objective.policy.replace(model=objective.model(choice))
-    index = objective.table.index
-    square, _ = mean_over_frames(
-        frame_costs(policy, frames, index, constants, probes=probes, seed=seed)
+    sweep = Sweep(
+        policy=objective.policy.replace(model=objective.model(choice)),
+        calibration=frames,
+        index=objective.table.index,
+        seed=seed,
     )
+    square, _ = mean_over_frames(frame_costs(sweep, constants, probes=probes))
     return square

@@ -46,9 +46,11 @@ class Layout:
     short_names: tuple[tuple[str, str], ...] = ()
     # What tables group modules by: the text that the first matching pattern matches.
     groups: tuple[str, ...] = (r"[^.]+",)
-    # Entries of the normalized action that the robot executes, and the grippers among them.
+    # Entries of the normalized action that the robot executes, the grippers among them, and names
+    # for tables; empty where entries have none.
     action_entries: tuple[int, ...]
     grippers: tuple[int, ...] = ()
+    action_names: tuple[str, ...] = ()
 
     def module_type(self, path: str) -> str:
         """The module type of a layer."""

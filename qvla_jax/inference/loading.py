@@ -262,7 +262,7 @@ def _keep_dtypes(model: Any, tensors: Mapping[str, np.ndarray]) -> None:
     """
     for path, embed in named_modules(model, Embed).items():
         if (stored := tensors.get(f"{path}.weight")) is not None:
-            table = embed.embedding
+            table: Any = embed.embedding  # whose type promises an array
             table.set_value(jax.ShapeDtypeStruct(table.shape, stored.dtype))
 
 

@@ -247,15 +247,14 @@ def _kernel(
     windows: Any,
     refs: dict[str, Any],
     y: Any,
-    sums: Any,
-    scales: Any,
-    *,
+    *scratch: Any,
     codes: Mapping[int, CodeMap],
     step: int | None,
     blocks: int,
     runs: int,
 ) -> None:
     """A step of the grid: one block of words for one block of rows."""
+    sums, scales = scratch
     g = pl.program_id(1)
     lanes = refs["words"].shape[2]
     here = pl.ds(pl.multiple_of(tile[g] * lanes, _LANES), lanes)

@@ -5,7 +5,7 @@ policy and calibration frames in, a policy that runs from packed weights out, wh
 counted as for allocations (docs/methods.md).
 """
 
-from qvla_jax.methods.measurements import Measurements, Sweep
+from qvla_jax.methods.measurements import Measurements, SweepSettings
 from qvla_jax.methods.moments import InputMoments, input_moments
 from qvla_jax.methods.recipe import Recipe
 from qvla_jax.methods.recipes import RECIPES, check_setting, title
@@ -18,7 +18,7 @@ __all__ = [
     "Measurements",
     "Recipe",
     "Setting",
-    "Sweep",
+    "SweepSettings",
     "check_setting",
     "input_moments",
     "quantize_by",

@@ -5,6 +5,7 @@ of everything that they depend on, this package's code included: they are measur
 anything differs. Finished items of a sweep that was killed are in `sweep/` until its table is kept.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -44,7 +45,7 @@ Measured = TypeVar("Measured", InputStatistics, SensitivityTable)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep:
+class SweepSettings:
     """How sensitivities are swept, as `sensitivities` takes it."""
 
     probes: int = 8
@@ -69,7 +70,7 @@ class Measurements:
         *,
         rules: LayerRules | None = None,
         options: tuple[int, ...] = OPTIONS,
-        sweep: Sweep | None = None,
+        sweep: SweepSettings | None = None,
         moments: Moments | None = None,
         folder: Path | None = None,
         progress: Progress = no_progress,
@@ -90,7 +91,7 @@ class Measurements:
         self.rules = policy.layout.rules if rules is None else rules
         self.progress = progress
         self._options, self._folder = options, folder
-        self._sweep = Sweep() if sweep is None else sweep
+        self._sweep = SweepSettings() if sweep is None else sweep
         if moments is not None:
             self.moments = moments
         # What was measured here, in place of being read.
@@ -142,7 +143,10 @@ class Measurements:
         self, estimator: str, quantizer: QuantizerSettings, weights: tuple[float, ...] | None
     ) -> SensitivityTable:
         statistics = self.statistics(quantizer.weighting) if quantizer.needs_statistics else None
-        store = None if self._folder is None else SweepStore(self._folder / _SWEEP)
+        name, of = f"sensitivity_{estimator}", self._of(quantizer, weights, self._options)
+        store = None
+        if self._folder is not None:
+            store = SweepStore(self._folder / _SWEEP / self._file(name, of).stem)
 
         def measure() -> SensitivityTable:
             return sensitivities(
@@ -153,10 +157,11 @@ class Measurements:
             )  # fmt: skip
 
         load = functools.partial(SensitivityTable.load, statistics=statistics)
-        of = self._of(quantizer, weights, self._options)
-        table = self._kept(f"sensitivity_{estimator}", of, measure, load, SensitivityTable.save)
+        table = self._kept(name, of, measure, load, SensitivityTable.save)
         if store is not None and sharding.is_main_process():
             shutil.rmtree(store.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # there are other sweeps
+                store.folder.parent.rmdir()
         return table
 
     def _table(
@@ -206,6 +211,10 @@ class Measurements:
             "sweep": self._sweep.to_json(),
         }
 
+    def _file(self, name: str, of: Mapping[str, Any]) -> Path:
+        made_from = json.dumps({**self._made_from, **of}, sort_keys=True).encode()
+        return Path(f"{name}_{hashlib.sha256(made_from).hexdigest()[:16]}.safetensors")
+
     def _kept(
         self,
         name: str,
@@ -217,9 +226,7 @@ class Measurements:
         """The measurement kept in the folder, taken first if it is missing."""
         if self._folder is None:
             return measure()
-        made_from = json.dumps({**self._made_from, **of}, sort_keys=True).encode()
-        digest = hashlib.sha256(made_from).hexdigest()[:16]
-        path = self._folder / MEASUREMENTS / f"{name}_{digest}.safetensors"
+        path = self._folder / MEASUREMENTS / self._file(name, of)
         # Processes that sweep together each have a folder, and must take the same steps.
         if jax.process_count() == 1 and path.is_file():
             try:

@@ -93,7 +93,8 @@ def input_moments(
         progress: called with the frames done.
 
     Raises:
-        InputError: the set is empty, or an input is NaN or infinite.
+        InputError: the set is empty, a layer runs several times in a call, or an input is NaN or
+            infinite.
     """
     paths = "|".join(re.escape(path.replace(".", "/")) for path in index.paths)
     # The width is not used, but a rule without one matches nothing.
@@ -112,6 +113,11 @@ def input_moments(
         with qwix_context():
             found = jax.device_get(_step(graphdef, state, inputs))
         for path, own in found.items():
+            if own["count"] > 1:  # qwix adds up where a maximum is wanted
+                raise InputError(
+                    f"{path}: runs several times in a call of the policy; methods that read input "
+                    "moments know layers that run once: exclude it"
+                )
             hessian = np.asarray(own["sum_of_hessian"], np.float64)
             sums[path] = sums.get(path, 0.0) + hessian
             means[path] = means.get(path, 0.0) + count * np.asarray(own["sum_of_mean"], np.float64)

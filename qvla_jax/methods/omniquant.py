@@ -269,7 +269,7 @@ def omniquant_policy(measured: Measurements, setting: Setting) -> Policy:
     )
     ratios = {stage: own[-1] / own[0] for stage, own in losses.items() if own[0] > 0}
     details = {"loss of the last epoch over that of the first": ratios}
-    return packed_policy(measured, setting, every, **details)
+    return packed_policy(measured, setting, every, details=details)
 
 
 def _start(weight: Float[Array, "c k"], moments: InputMoments | None, grid: Grid) -> Learned:
@@ -305,6 +305,8 @@ def _recorded(
         order.clear()
 
         def call(path: str, inner: Any, *args: Any) -> Array:
+            if path in seen:
+                raise InputError(f"{path}: runs several times in a call; omniquant trains it once")
             order.append(path)
             seen[path] = args, inner(*args)
             return seen[path][1]

@@ -1,7 +1,7 @@
 """Builds a policy that runs from packed weights out of the rows that a published method rounded."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from flax import nnx
@@ -58,7 +58,7 @@ def packed_policy(
     rows: Iterable[QuantizedRows],
     *,
     calibrated: bool = True,
-    **details: Any,
+    details: Mapping[str, Any] | None = None,
 ) -> Policy:
     """A copy of the policy whose quantized layers hold these codes and scales.
 
@@ -67,7 +67,7 @@ def packed_policy(
         setting: the method and its bits; its activation bits apply to every layer.
         rows: those of each layer, in the order of `policy_index`.
         calibrated: whether the rows depend on the calibration set.
-        **details: further entries of the file's header.
+        details: further entries of the file's header.
     """
     policy = measured.policy
     index = policy_index(policy, measured.rules)
@@ -80,17 +80,16 @@ def packed_policy(
         weights[layer.path] = pack_layer(layer, own, weight_rows(linear), bias, index=False)
         inputs[layer.path] = kernels.LayerInputs(int(setting.activation_bits), own.input_scale)
     replace_by_packed(model, weights.items(), inputs, same_input=policy.layout.same_input)
-    header = described(measured, setting, calibrated=calibrated, **details)
+    header = described(measured, setting, calibrated=calibrated) | dict(details or {})
     return dataclasses.replace(policy, model=model, quantization=header)
 
 
 def described(
-    measured: Measurements, setting: Setting, *, calibrated: bool = True, **details: Any
+    measured: Measurements, setting: Setting, *, calibrated: bool = True
 ) -> dict[str, Any]:
     """What the file's header says about the quantization."""
     return {
         "method": setting.name,
         "policy fingerprint": measured.policy.fingerprint,
         "calibration hash": measured.calibration.manifest["sha256"] if calibrated else None,
-        **details,
     }

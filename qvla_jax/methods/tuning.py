@@ -124,10 +124,9 @@ def _step(
     tuned: Any,
     memory: Any,
     fixed: Mapping[str, Fixed],
-    inputs: Any,
-    target: Float[Array, "b h a"],
+    batch: tuple[Any, Float[Array, "b h a"]],
 ) -> tuple[Any, Any]:
-    gradient = jax.grad(lambda own: _error(graphdef, state, own, fixed, inputs, target))(tuned)
+    gradient = jax.grad(lambda own: _error(graphdef, state, own, fixed, *batch))(tuned)
     updates, memory = optimizer.update(gradient, memory, tuned)
     return optax.apply_updates(tuned, updates), memory
 
@@ -181,7 +180,7 @@ def tune(
             # Optax mixes Python numbers and integers.
             with jax.numpy_dtype_promotion("standard"):
                 tuned, memory = _step(
-                    optimizer, graphdef, state, tuned, memory, fixed, *used[number]
+                    optimizer, graphdef, state, tuned, memory, fixed, used[number]
                 )
         errors.append(error(tuned))
         if errors[-1] <= min(errors):

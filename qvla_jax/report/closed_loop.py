@@ -2,11 +2,11 @@
 
 import base64
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
+from qvla_jax.evaluation.success import ClosedLoop, PolicyComparison, PolicySuccess
 from qvla_jax.report.figures import MORE_STYLES, margin_of
 from qvla_jax.report.svg import Axis, element, figure, label, number, span
 
@@ -24,7 +24,7 @@ class Rollout:
     caption: str
 
 
-def closed_loop_section(summary: Mapping[str, Any], rollouts: Sequence[Rollout] = ()) -> str:
+def closed_loop_section(summary: ClosedLoop, rollouts: Sequence[Rollout] = ()) -> str:
     """Returns the section for a closed_loop.json (see docs/closed_loop.md).
 
     Args:
@@ -32,25 +32,24 @@ def closed_loop_section(summary: Mapping[str, Any], rollouts: Sequence[Rollout] 
         rollouts: videos, the most informative first; those that would make the page too large are
             left out.
     """
-    settings = summary["settings"]
-    episodes = summary["policies"][0]["overall"]["episodes"]
+    episodes = summary.policies[0].overall.episodes
     parts = [
         "<h2>Success in closed loop</h2>",
-        f'<p class="note">{escape(summary["suite"])} in the simulator, {episodes} episodes of the '
-        f"reference from official initial states, {settings['open_loop_steps']} actions executed "
-        "before the policy is asked again; every policy on the same episodes.</p>",
-        f'<figure><div class="scroll">{_success_chart(summary["policies"])}</div>'
+        f'<p class="note">{escape(summary.suite)} in the simulator, {episodes} episodes of the '
+        f"reference from official initial states, {summary.settings.open_loop_steps} actions "
+        "executed before the policy is asked again; every policy on the same episodes.</p>",
+        f'<figure><div class="scroll">{_success_chart(summary.policies)}</div>'
         f'<div class="scroll">{_success_table(summary)}</div><figcaption>Share of solved episodes '
         "with Wilson&#39;s 95 % interval; the paired difference to the first policy with "
         "Newcombe&#39;s interval, and the p-value of McNemar&#39;s exact test.</figcaption>"
         "</figure>",
-        _drift(summary["comparisons"]),
+        _drift(summary.comparisons),
         _videos(rollouts),
     ]
     return "".join(parts) + "\n"
 
 
-def choose_rollouts(folder: Path, summary: Mapping[str, Any]) -> list[Rollout]:
+def choose_rollouts(folder: Path, summary: ClosedLoop) -> list[Rollout]:
     """The videos of a simulation's folder, failures first, the reference's last.
 
     Args:
@@ -59,22 +58,19 @@ def choose_rollouts(folder: Path, summary: Mapping[str, Any]) -> list[Rollout]:
     """
     if not folder.is_dir():
         return []
-    tasks = {
-        entry["task"]: entry["task_name"].replace("_", " ")
-        for entry in summary["policies"][0]["tasks"]
-    }
+    tasks = {entry.task: entry.task_name.replace("_", " ") for entry in summary.policies[0].tasks}
     found: list[tuple[tuple[bool, int], Rollout]] = []
     for path in sorted(folder.glob("*.mp4")):
-        policy, _, rest = path.stem.partition(f"_{summary['suite']}_")
+        policy, _, rest = path.stem.partition(f"_{summary.suite}_")
         task, outcome, state = rest.split("_")
         caption = f"{policy}, {outcome}: {tasks.get(int(task), task)} (initial state {int(state)})"
         found.append(((outcome == "success", int(task)), Rollout(path, caption)))
     return [rollout for _, rollout in sorted(found, key=lambda pair: pair[0])]
 
 
-def _success_chart(policies: Sequence[Mapping[str, Any]]) -> str:
+def _success_chart(policies: Sequence[PolicySuccess]) -> str:
     row, width, top = 26, 940, 8
-    left = margin_of(_short(entry["policy"]) for entry in policies)
+    left = margin_of(_short(entry.policy) for entry in policies)
     height = top + row * len(policies) + 24
     x = Axis(0, 1, left, width - 60)
     parts = []
@@ -83,43 +79,39 @@ def _success_chart(policies: Sequence[Mapping[str, Any]]) -> str:
         parts.append(element("line", x1=at, y1=top, x2=at, y2=height - 24, class_="grid"))
         parts.append(label(f"{share:.0%}", at, height - 8, class_="middle"))
     for place, entry in enumerate(policies):
-        found, y = entry["overall"], top + row * place + row / 2
-        low, high = found["interval_95"]
+        found, y = entry.overall, top + row * place + row / 2
+        low, high = found.interval_95
         style = _colour(place)
-        tip = element(
-            "title", escape(f"{entry['policy']}: {found['successes']} of {found['episodes']}")
-        )
-        parts.append(label(_short(entry["policy"]), left - 10, y + 4, class_="end mono"))
+        tip = element("title", escape(f"{entry.policy}: {found.successes} of {found.episodes}"))
+        parts.append(label(_short(entry.policy), left - 10, y + 4, class_="end mono"))
         parts.append(element("line", x1=x(low), y1=y, x2=x(high), y2=y, class_=f"series {style}"))
-        parts.append(
-            element("circle", tip, cx=x(found["rate"]), cy=y, r=5, class_=f"point {style}")
-        )
-        parts.append(label(f"{found['rate']:.1%}", width - 4, y + 4, class_="end strong"))
+        parts.append(element("circle", tip, cx=x(found.rate), cy=y, r=5, class_=f"point {style}"))
+        parts.append(label(f"{found.rate:.1%}", width - 4, y + 4, class_="end strong"))
     return figure(width, height, parts, title="Success of each policy")
 
 
-def _success_table(summary: Mapping[str, Any]) -> str:
-    compared = {entry["candidate"]: entry for entry in summary["comparisons"]}
+def _success_table(summary: ClosedLoop) -> str:
+    compared = {entry.candidate: entry for entry in summary.comparisons}
     rows = []
-    for place, entry in enumerate(summary["policies"]):
-        found = entry["overall"]
-        low, high = found["interval_95"]
+    for place, entry in enumerate(summary.policies):
+        found = entry.overall
+        low, high = found.interval_95
         cells = [
-            f'<i class="dot {_colour(place)}"></i>{escape(entry["policy"])}',
-            f"{found['successes']} of {found['episodes']}",
+            f'<i class="dot {_colour(place)}"></i>{escape(entry.policy)}',
+            f"{found.successes} of {found.episodes}",
             f"{low:.0%} to {high:.0%}",
         ]
-        pair = compared.get(entry["policy"])
+        pair = compared.get(entry.policy)
         if pair is None:
             cells += ["–"] * 3
         else:
-            against = pair["overall"]
-            low, high = against["interval_95"]
-            total = (pair["drift"] or {}).get("deviation_total")
-            points = 100 * against["difference"]
+            against = pair.overall
+            low, high = against.interval_95
+            total = None if pair.drift is None else pair.drift.deviation_total
+            points = 100 * against.difference
             cells += [
                 f"{points:+.1f} points ({_whole(low)} to {_whole(high)})",
-                number(against["mcnemar_exact_p"]),
+                number(against.mcnemar_exact_p),
                 "–" if total is None else number(total),
             ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
@@ -131,22 +123,26 @@ def _success_table(summary: Mapping[str, Any]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _drift(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    drifts = [(place, c) for place, c in enumerate(comparisons, start=1) if c["drift"]]
+def _drift(comparisons: Sequence[PolicyComparison]) -> str:
+    drifts = [
+        (place, c.candidate, c.drift)
+        for place, c in enumerate(comparisons, start=1)
+        if c.drift is not None
+    ]
     if not drifts:
         return ""
     distance = [
-        (place, c["drift"]["seconds"], [100 * v for v in c["drift"]["distance_median"]])
-        for place, c in drifts
+        (place, drift.seconds, [100 * v for v in drift.distance_median])
+        for place, _, drift in drifts
     ]
     deviation = [
-        (place, c["drift"]["seconds"], c["drift"]["deviation_mean"])
-        for place, c in drifts
-        if any(value > 0 for value in c["drift"]["deviation_mean"])
+        (place, drift.seconds, drift.deviation_mean)
+        for place, _, drift in drifts
+        if any(value > 0 for value in drift.deviation_mean)
     ]
     legend = "".join(
-        f'<span><i class="dot {_colour(place)}"></i>{escape(c["candidate"])}</span>'
-        for place, c in drifts
+        f'<span><i class="dot {_colour(place)}"></i>{escape(candidate)}</span>'
+        for place, candidate, _ in drifts
     )
     parts = [
         f'<div class="legend">{legend}</div><div class="columns"><figure>',

@@ -1,32 +1,29 @@
 """The figure of closed-loop drift, as a PNG file."""
 
-import importlib
 import os
 from collections.abc import Mapping
-from typing import Any
 
-from qvla_jax.atomic import atomic_path
+from qvla_jax.evaluation.drift import Drift
+from qvla_jax.report.png import new_figure, save_png
 
 
-def save_drift(drifts: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+def save_drift(drifts: Mapping[str, Drift], path: str | os.PathLike[str]) -> None:
     """Draws the end effectors' distance and the accumulated action deviation over time.
 
     Args:
-        drifts: name of a policy -> its result of `evaluation.drift.summarize_drift`.
+        drifts: name of a policy -> its drift from the reference.
         path: the file; its name ends in `.png`.
     """
-    # Without pyplot: no display, no global state.
-    figure_module: Any = importlib.import_module("matplotlib.figure")
-    figure = figure_module.Figure(figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(11, 4.2)
     distance, deviation = figure.subplots(1, 2)
     for number, (name, drift) in enumerate(drifts.items()):
         color = f"C{number % 10}"
-        seconds = drift["seconds"]
-        median = [100 * value for value in drift["distance_median"]]
-        upper = [100 * value for value in drift["distance_upper"]]
+        seconds = drift.seconds
+        median = [100 * value for value in drift.distance_median]
+        upper = [100 * value for value in drift.distance_upper]
         distance.plot(seconds, median, color=color, label=name)
         distance.fill_between(seconds, median, upper, color=color, alpha=0.12, linewidth=0)
-        means = drift["deviation_mean"]
+        means = drift.deviation_mean
         if means:
             step = seconds[1] if len(seconds) > 1 else 1.0
             deviation.plot([step * k for k in range(len(means))], means, color=color, label=name)
@@ -39,5 +36,4 @@ def save_drift(drifts: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[
         axes.set_xlabel("time (s)")
         axes.grid(alpha=0.3)
     distance.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_png(figure, path)

@@ -1,9 +1,11 @@
 """The figures of the report, as SVG that takes its colors from the page."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
+from qvla_jax.evaluation.results import Family, MethodResult
+from qvla_jax.report.contents import LayerFacts
 from qvla_jax.report.svg import Axis, element, figure, label, number, span
 
 # CSS class of the first series of each family of methods.
@@ -18,18 +20,28 @@ STYLES = {
 MORE_STYLES = ("violet", "gold", "rose", "teal", "brown")
 
 
-def styles_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+@dataclasses.dataclass(frozen=True)
+class AdditivityPoint:
+    """An allocation's summed sensitivities and its measured joint error, both positive."""
+
+    series: str
+    label: str
+    predicted: float
+    measured: float
+
+
+def styles_of(families: Iterable[tuple[str, Family]]) -> dict[str, str]:
     """Series -> CSS class: that of its family for the first one, another for those after it.
 
     Args:
-        entries: with `series` and `family`.
+        families: the series and family of each entry.
     """
     styles: dict[str, str] = {}
     more = itertools.cycle(MORE_STYLES)
-    for entry in entries:
-        if entry["series"] not in styles:
-            own = STYLES[entry["family"]]
-            styles[entry["series"]] = next(more) if own in styles.values() else own
+    for series, family in families:
+        if series not in styles:
+            own = STYLES[family]
+            styles[series] = next(more) if own in styles.values() else own
     return styles
 
 
@@ -39,7 +51,7 @@ def margin_of(names: Iterable[str]) -> float:
 
 
 def error_against_bytes(
-    entries: Sequence[Mapping[str, Any]], styles: Mapping[str, str], *, mebibytes: bool = False
+    entries: Sequence[MethodResult], styles: Mapping[str, str], *, mebibytes: bool = False
 ) -> str:
     """Draws measured action error (log) against the bytes actually stored, one line per series.
 
@@ -50,16 +62,16 @@ def error_against_bytes(
     """
     unit, name = (2**20, "MiB") if mebibytes else (2**10, "KiB")
     points = [
-        (e["stored_bytes"] / unit, e["versus_full_precision"]["action_sse_normalized"], e)
+        (e.stored_bytes / unit, e.versus_full_precision.action_sse_normalized, e)
         for e in entries
-        if e["versus_full_precision"]["action_sse_normalized"] > 0
+        if e.versus_full_precision.action_sse_normalized > 0
     ]
     width, height, left, bottom = 940, 400, 62, 46
     x = Axis(*span([p[0] for p in points], margin=0.04), left, width - 14)
     y = Axis(*span([p[1] for p in points], log=True), height - bottom, 12, log=True)
     parts = _frame(x, y, width, height, bottom, f"bytes stored for the quantized layers ({name})")
-    for series in dict.fromkeys(p[2]["series"] for p in points):
-        line = sorted((p[0], p[1], p[2]["label"]) for p in points if p[2]["series"] == series)
+    for series in dict.fromkeys(p[2].series for p in points):
+        line = sorted((p[0], p[1], p[2].label) for p in points if p[2].series == series)
         style = styles[series]
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b, _ in line)
         parts.append(element("polyline", points=path, class_=f"series {style}"))
@@ -71,18 +83,16 @@ def error_against_bytes(
     return figure(width, height, parts, title="Action error against stored bytes")
 
 
-def predicted_against_measured(
-    points: Sequence[Mapping[str, Any]], styles: Mapping[str, str]
-) -> str:
+def predicted_against_measured(points: Sequence[AdditivityPoint], styles: Mapping[str, str]) -> str:
     """Draws the summed sensitivities of each allocation against its measured joint error.
 
     Args:
-        points: `series`, `label`, and positive `predicted` and `measured` errors.
+        points: at least one.
         styles: CSS class of each series.
     """
     width, height, left, bottom = 460, 380, 60, 46
     bounds = span(
-        [p["predicted"] for p in points] + [p["measured"] for p in points], log=True, margin=0.08
+        [p.predicted for p in points] + [p.measured for p in points], log=True, margin=0.08
     )
     x = Axis(*bounds, left, width - 14, log=True)
     y = Axis(*bounds, height - bottom, 12, log=True)
@@ -101,14 +111,14 @@ def predicted_against_measured(
             )
         )
     for p in points:
-        tip = element("title", f"{p['label']}: {number(p['predicted'])} → {number(p['measured'])}")
-        style = styles[p["series"]]
+        tip = element("title", f"{p.label}: {number(p.predicted)} → {number(p.measured)}")
+        style = styles[p.series]
         parts.append(
             element(
                 "circle",
                 tip,
-                cx=x(p["predicted"]),
-                cy=y(p["measured"]),
+                cx=x(p.predicted),
+                cy=y(p.measured),
                 r=5,
                 class_=f"point {style}",
             )
@@ -116,15 +126,10 @@ def predicted_against_measured(
     return figure(width, height, parts, title="Predicted and measured joint error")
 
 
-def bit_histogram(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Draws one bar for each layer: the share of its channels at each bit-width.
-
-    Args:
-        layers: `path`, `name` (short, for the margin), `channels_by_bits` (bits as text ->
-            channels) and `average_bits`.
-    """
+def bit_histogram(layers: Sequence[LayerFacts]) -> str:
+    """Draws one bar for each layer: the share of its channels at each bit-width."""
     row, width, right, top = 14, 940, 54, 22
-    left = margin_of(layer["name"] for layer in layers)
+    left = margin_of(layer.name for layer in layers)
     height = top + row * len(layers) + 4
     x = Axis(0, 1, left, width - right)
     parts = [
@@ -133,14 +138,12 @@ def bit_histogram(layers: Sequence[Mapping[str, Any]]) -> str:
     parts.append(label("bits", width - 4, 12, class_="end"))
     for number_, layer in enumerate(layers):
         y = top + row * number_
-        total = sum(layer["channels_by_bits"].values())
-        parts.append(label(layer["name"], left - 8, y + 9.5, class_="end mono"))
+        total = sum(layer.channels_by_bits.values())
+        parts.append(label(layer.name, left - 8, y + 9.5, class_="end mono"))
         done = 0
-        for bits, count in sorted(layer["channels_by_bits"].items(), key=lambda kv: int(kv[0])):
+        for bits, count in sorted(layer.channels_by_bits.items(), key=lambda kv: int(kv[0])):
             if count:
-                tip = element(
-                    "title", f"{layer['path']}: {count} of {total} channels at {bits} bits"
-                )
+                tip = element("title", f"{layer.path}: {count} of {total} channels at {bits} bits")
                 begin, end = x(done / total), x((done + count) / total)
                 parts.append(
                     element(
@@ -154,7 +157,7 @@ def bit_histogram(layers: Sequence[Mapping[str, Any]]) -> str:
                     )
                 )
             done += count
-        parts.append(label(f"{layer['average_bits']:.2f}", width - 4, y + 9.5, class_="end mono"))
+        parts.append(label(f"{layer.average_bits:.2f}", width - 4, y + 9.5, class_="end mono"))
     return figure(width, height, parts, title="Bits chosen in each layer")
 
 

@@ -1,12 +1,10 @@
 """The Pareto figure of a comparison of solvers, as a PNG file."""
 
-import importlib
 import os
-from typing import Any
 
 import numpy as np
 
-from qvla_jax.atomic import atomic_path
+from qvla_jax.report.png import new_figure, save_png
 from qvla_jax.solvers import Pareto
 
 
@@ -20,10 +18,8 @@ def save_pareto(
         path: the file; its name ends in `.png`.
         weights: quantized weights, to label the horizontal axis in bits per weight.
     """
-    # Without pyplot: no display, no global state.
-    figure_module: Any = importlib.import_module("matplotlib.figure")
     unit, name = (weights / 8, "bits per weight") if weights else (2**20, "MiB")
-    figure = figure_module.Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     shown = pareto.lower_bound > 0
     axes.plot(
@@ -44,5 +40,4 @@ def save_pareto(
     axes.set_ylabel("summed cost")
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_png(figure, path)

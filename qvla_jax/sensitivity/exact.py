@@ -4,39 +4,30 @@
 
 A_{l,c}^{(n)} is the action chunk when only channel c of layer l is quantized. Quantizing a row
 changes one output channel by dY[t] = (x_t - E[x]) . (w_hat - w), which is added to the layer's
-output, so no weight matrix is copied. A block of perturbations is vmapped over a batch of frames,
-in the order in which the network calls their layers, so that only what follows the first of them is
-replayed.
+output in each of its calls, so no weight matrix is copied. A block of perturbations is vmapped over
+a batch of frames, in the order in which the network first calls their layers, so that only what
+follows the first of them is replayed.
 
 Which perturbations share a block, and the shapes that a device works on, do not depend on the mesh:
 every device along `channel` takes its own block, every device along `data` its own batch. The
 sweep's result is therefore bit-for-bit identical on every mesh.
 """
 
+import collections
 import functools
 import itertools
-from collections.abc import Collection, Mapping
-from typing import Final
+from collections.abc import Collection
+from typing import Any, Final
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Float, Int
-from qvla_jax.families.layout import Layout
-from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.quantization.quantizer import Quantizer
 from qvla_jax.sensitivity.accumulate import FrameMean
-from qvla_jax.sensitivity.batches import (
-    Calibration,
-    FrameBatch,
-    ModelPolicy,
-    batch_size,
-    frame_batches,
-)
+from qvla_jax.sensitivity.batches import FrameBatch
+from qvla_jax.sensitivity.instrument import Calls
 from qvla_jax.sensitivity.replay import (
     BY_CHANNEL,
     SPLIT_PERTURBATIONS,
@@ -47,9 +38,9 @@ from qvla_jax.sensitivity.replay import (
     unperturbed,
 )
 from qvla_jax.sensitivity.stages import downstream, part_paths
-from qvla_jax.sensitivity.store import NOTHING_KEPT, SweepStore, digest_of
+from qvla_jax.sensitivity.store import NOTHING_KEPT, digest_of
+from qvla_jax.sensitivity.sweep import Sweep
 
-DEFAULT_MEMORY: Final = 2**30
 # Multiples of a part's largest output: inputs, outputs and temporaries of the widest layer or
 # attention.
 _ALIVE: Final = 8
@@ -60,70 +51,39 @@ _BLOCKS: Final = 32
 
 
 def exact_costs(
-    policy: ModelPolicy,
-    calibration: Calibration,
-    layers: Mapping[str, nnx.Linear],
-    index: ChannelIndex,
-    quantizer: Quantizer,
-    *,
-    bits: tuple[int, ...],
-    rows: Int[np.ndarray, " m"] | None = None,
-    batch: int = 4,
-    block: int | None = None,
-    memory: int = DEFAULT_MEMORY,
-    weights: np.ndarray | None = None,
-    mesh: Mesh | None = None,
-    store: SweepStore | None = None,
-    progress: Progress = no_progress,
+    sweep: Sweep, *, rows: Int[np.ndarray, " m"] | None = None, block: int | None = None
 ) -> tuple[Float[np.ndarray, "m n"], Float[np.ndarray, "m n"]]:
     """Measured sensitivities of some channels, and their standard errors over frames.
 
     Args:
-        policy: the full-precision policy.
-        calibration: frames x.
-        layers: path -> layer in the order of `index`.
-        index: the channels.
-        quantizer: the quantizer whose changes are measured.
-        bits: options, without 16.
+        sweep: what to work with; its policy is in full precision.
         rows: rows of the table to measure; None measures all.
-        batch: frames at a time on each device.
         block: perturbations at a time on each device, one of which is the zero perturbation; None
-            takes as many as fit in `memory`, within bounds.
-        memory: bytes that the activations of a block may take on each device.
-        weights: weight of each action dimension.
-        mesh: from `sharding.sweep_mesh`, which is also the default.
-        store: keeps finished items.
-        progress: called with the perturbations done.
+            takes as many as fit in the sweep's `memory`, within bounds.
 
     Raises:
-        InputError: the set is empty, or an action is not finite.
+        InputError: the set is empty, an action is not finite, or a layer serves all frames of a
+            batch together.
     """
-    rows = np.arange(len(index)) if rows is None else np.asarray(rows)
-    mesh = sharding.sweep_mesh() if mesh is None else mesh
-    size = batch_size(calibration.frames, batch, mesh)
+    rows = np.arange(len(sweep.index)) if rows is None else np.asarray(rows)
+    mesh, size, bits = sweep.mesh, sweep.batch_size, sweep.bits
+    policy, paths = sweep.policy, sweep.index.paths
     graphdef, state = nnx.split(policy.model)
-    parts = part_paths(policy.model, policy.layout, tuple(layers))
-    spec = ReplaySpec(graphdef, tuple(layers), parts, mesh)
+    spec = ReplaySpec(graphdef, paths, part_paths(policy.model, policy.layout, paths), mesh)
     state = sharding.replicate(mesh, state)
-    batches = frame_batches(policy, calibration, size, mesh)
+    batches = sweep.batches()
     first = next(batches)
     if block is None:
         share = size // mesh.shape[sharding.DATA_AXIS]
-        block = _block_size(spec, state, first, share, memory)
-    prober = _Prober(
-        spec, state, layers, index, quantizer, bits, rows, max(block, 2), policy.layout
-    )
+        block = _block_size(spec, state, first, share, sweep.memory)
+    prober = _Prober(sweep, spec, state, rows, max(block, 2))
     items = NOTHING_KEPT
-    if store is not None:
-        items = store.sweep(
-            method="exact", calibration=calibration.manifest["sha256"], frames=calibration.frames,
-            bits=list(bits), rows=digest_of(rows), batch=size, block=block,
-            weights=None if weights is None else weights.tolist(),
-        )  # fmt: skip
-    root = 1.0 if weights is None else np.sqrt(np.asarray(weights, np.float64))
+    if sweep.store is not None:
+        items = sweep.items(method="exact", bits=list(bits), rows=digest_of(rows), block=block)
+    root = 1.0 if sweep.weights is None else np.sqrt(np.asarray(sweep.weights, np.float64))
     result, each = FrameMean(), len(rows) * len(bits)
-    total = each * -(-calibration.frames // size)
-    progress("exact", 0, total)
+    total = each * -(-sweep.calibration.frames // size)
+    sweep.progress("exact", 0, total)
     for number, frames in enumerate(itertools.chain([first], batches)):
         done, batch_costs = number * each, np.zeros((frames.count, each))
         base = _Unperturbed(spec, state, frames)
@@ -131,10 +91,10 @@ def exact_costs(
             measure = functools.partial(prober.squares, base, samples, root)
             batch_costs[:, samples] = items.get(f"batch{number:06d}-part{part:06d}", measure)
             done += len(samples)
-            progress("exact", done, total)
+            sweep.progress("exact", done, total)
         result.add(batch_costs.reshape(frames.count, len(rows), len(bits)))
         # Channels that no action reads are not probed.
-        progress("exact", (number + 1) * each, total)
+        sweep.progress("exact", (number + 1) * each, total)
     return result.mean, result.standard_error
 
 
@@ -146,7 +106,7 @@ def _block_size(
     Assumes that live arrays take a fixed multiple of a part's largest output.
     """
     outputs, _ = jax.eval_shape(functools.partial(unperturbed, spec), state, batch.inputs)
-    largest = max(x.size * x.dtype.itemsize for x in outputs.values()) / len(batch.frames)
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(outputs)) / len(batch.frames)
     return int(np.clip(memory // (_ALIVE * largest * frames), 2, _LARGEST_BLOCK))
 
 
@@ -159,18 +119,19 @@ class _Unperturbed:
         self._last: tuple[str, np.ndarray] | None = None
 
     @functools.cached_property
-    def _arrays(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def _arrays(self) -> tuple[dict[str, Calls], dict[str, jax.Array]]:
         return unperturbed(self._spec, self._state, self.batch.inputs)
 
     @property
-    def outputs(self) -> dict[str, jax.Array]:
+    def outputs(self) -> dict[str, Calls]:
         """Of the parts."""
         return self._arrays[0]
 
     @property
     def tokens(self) -> int:
-        """The maximum number of tokens per frame of any layer."""
-        return max(x.shape[1] for x in self._arrays[1].values())
+        """The maximum number of tokens per frame of any layer that is called once."""
+        once = [x.shape[1] for path, x in self._arrays[1].items() if len(self.outputs[path]) == 1]
+        return max(once, default=0)
 
     def input(self, path: str) -> Float[np.ndarray, "b T k"]:
         """Input of a layer; layers are requested one after another."""
@@ -187,23 +148,19 @@ class _Prober:
 
     def __init__(
         self,
+        sweep: Sweep,
         spec: ReplaySpec,
         state: nnx.State,
-        layers: Mapping[str, nnx.Linear],
-        index: ChannelIndex,
-        quantizer: Quantizer,
-        bits: tuple[int, ...],
         rows: Int[np.ndarray, " m"],
         block: int,
-        layout: Layout,
     ):
         self.spec, self.state, self.block = spec, state, block
-        self.layers, self.index, self.quantizer = layers, index, quantizer
-        self.bits, self.rows = bits, rows
+        self.layers, self.index, self.quantizer = sweep.layers, sweep.index, sweep.quantizer
+        self.bits, self.rows, self.layout = sweep.bits, rows, sweep.policy.layout
         self.order: list[str] | None = None
-        self.layout = layout
-        self.behind: dict[str, frozenset[str]] = {}
         self.changes: dict[str, np.ndarray] = {}
+        # Layer -> the parts that run again behind it.
+        self.behind: dict[str, frozenset[str]] = {}
 
     def parts(self, batch: FrameBatch) -> list[Int[np.ndarray, " p"]]:
         """Perturbations of all reached layers in the order of execution, one item at a time."""
@@ -211,7 +168,7 @@ class _Prober:
         layer_of = np.repeat(self.index.layer_of[self.rows], len(self.bits))
         ordered = [
             np.flatnonzero(layer_of == numbers[path])
-            for path in self._order(batch)
+            for path in dict.fromkeys(self._order(batch))
             if path in numbers
         ]
         whole = np.concatenate([np.zeros(0, np.int64), *ordered])
@@ -282,18 +239,33 @@ class _Prober:
         layer = np.zeros(self.block, np.int32)
         channel = np.full(self.block, -1, np.int32)
         change = np.zeros((self.block, len(base.batch.frames), base.tokens), np.float32)
+        row = np.zeros((self.block, self._widest(base.batch)), np.float32)
+        bias = np.zeros(self.block, np.float32)
         rows = self._row(block)
         layer[1 : len(rows) + 1] = self.index.layer_of[rows]
         channel[1 : len(rows) + 1] = self.index.channel[rows]
         for number in dict.fromkeys(layer[1 : len(rows) + 1].tolist()):
             path = self.spec.paths[number]
-            x = base.input(path)
-            if (mean := self.quantizer.mean(path)) is not None:
-                x = x - mean.astype(np.float32)
             slots = 1 + np.flatnonzero(layer[1 : len(rows) + 1] == number)
-            dy = x @ self._changes(path, block[slots - 1]).T
+            changes = self._changes(path, block[slots - 1])
+            mean = self.quantizer.mean(path)
+            if len(base.outputs[path]) > 1:
+                row[slots, : changes.shape[1]] = changes
+                bias[slots] = 0 if mean is None else -changes @ mean.astype(np.float32)
+                continue
+            x = base.input(path)
+            if mean is not None:
+                x = x - mean.astype(np.float32)
+            dy = x @ changes.T
             change[slots, :, : dy.shape[1]] = np.moveaxis(dy, -1, 0)
-        return Perturbations(layer=layer, channel=channel, change=change)  # type: ignore[arg-type]
+        arrays: Any = dict(layer=layer, channel=channel, change=change, row=row, bias=bias)
+        return Perturbations(**arrays)
+
+    def _widest(self, batch: FrameBatch) -> int:
+        """The largest fan-in of the layers that are called several times."""
+        calls = collections.Counter(self._order(batch))
+        fan_in = {layer.path: layer.fan_in for layer in self.index.layers}
+        return max((fan_in[path] for path in self.spec.paths if calls[path] > 1), default=0)
 
     def _row(self, samples: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
         return self.rows[samples // len(self.bits)]
@@ -310,7 +282,7 @@ class _Prober:
         return self.changes[path][samples % len(self.bits), place]
 
     def _order(self, batch: FrameBatch) -> list[str]:
-        """All parts that the forward pass reaches, as it enters them."""
+        """All parts that the forward pass reaches, as it enters them, once for each call."""
         if self.order is None:
             order: list[str] = []
 

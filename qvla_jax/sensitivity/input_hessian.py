@@ -13,24 +13,20 @@ costs do not have the unit of the action error.
 """
 
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from flax import nnx
-from jax.sharding import Mesh
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
-from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.codes import PRUNED, SOURCE
-from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.layers import weight_rows
-from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
 from qvla_jax.sensitivity.replay import ReplaySpec, unperturbed
-from qvla_jax.sharding import replicate, sweep_mesh, to_host
+from qvla_jax.sensitivity.sweep import Sweep
+from qvla_jax.sharding import replicate, to_host
 
 _DAMPING = 0.01
 _SCALE_FLOOR = 1e-6
@@ -50,15 +46,7 @@ def _grams(
     return grams
 
 
-def input_hessians(
-    policy: ModelPolicy,
-    calibration: Calibration,
-    layers: Mapping[str, nnx.Linear],
-    *,
-    batch: int = 8,
-    mesh: Mesh | None = None,
-    progress: Progress = no_progress,
-) -> dict[str, Float[np.ndarray, "k k"]]:
+def input_hessians(sweep: Sweep) -> dict[str, Float[np.ndarray, "k k"]]:
     """H of each layer, float64; zeros for layers that no forward pass reaches.
 
     N counts frames. The release feeds one image at a time; a vision tower that sees v cameras
@@ -67,19 +55,19 @@ def input_hessians(
     Raises:
         InputError: the set is empty, or an input is NaN or infinite.
     """
-    mesh = sweep_mesh() if mesh is None else mesh
-    graphdef, state = nnx.split(policy.model)
+    mesh, paths = sweep.mesh, sweep.index.paths
+    graphdef, state = nnx.split(sweep.policy.model)
     state = replicate(mesh, state)
-    spec = ReplaySpec(graphdef, tuple(layers), tuple(layers), mesh)
-    sums = {p: np.zeros((layer.kernel.shape[0],) * 2) for p, layer in layers.items()}
-    size, done = batch_size(calibration.frames, batch, mesh), 0
-    progress("input covariance", 0, calibration.frames)
-    for item in frame_batches(policy, calibration, size, mesh):
-        real = np.arange(size) < item.count
+    spec = ReplaySpec(graphdef, paths, paths, mesh)
+    sums = {layer.path: np.zeros((layer.fan_in,) * 2) for layer in sweep.index.layers}
+    done, frames = 0, sweep.calibration.frames
+    sweep.progress("input covariance", 0, frames)
+    for item in sweep.batches():
+        real = np.arange(len(item.frames)) < item.count
         for path, gram in _grams(spec, state, item.inputs, real).items():
             sums[path] += to_host(gram).astype(np.float64)
         done += item.count
-        progress("input covariance", done, calibration.frames)
+        sweep.progress("input covariance", done, frames)
     for path, total in sums.items():
         if not np.isfinite(total).all():
             raise InputError(f"{path}: its inputs are NaN or infinite on the calibration set")
@@ -122,23 +110,11 @@ def proxy_costs(
     return np.stack([e**2 @ inverse for e in errors], axis=1)
 
 
-def input_hessian_costs(
-    policy: ModelPolicy,
-    calibration: Calibration,
-    layers: Mapping[str, nnx.Linear],
-    index: ChannelIndex,
-    *,
-    bits: tuple[int, ...],
-    batch: int = 8,
-    mesh: Mesh | None = None,
-    progress: Progress = no_progress,
-) -> Float[np.ndarray, "C n"]:
-    """The proxy of all channels. Arguments as in `exact_costs`."""
-    hessians = input_hessians(
-        policy, calibration, layers, batch=batch, mesh=mesh, progress=progress
-    )
-    costs = np.zeros((len(index), len(bits)))
-    for layer, rows in index.items():
+def input_hessian_costs(sweep: Sweep) -> Float[np.ndarray, "C n"]:
+    """The proxy of all channels; the sweep's quantizer is not used."""
+    hessians = input_hessians(sweep)
+    costs = np.zeros((len(sweep.index), len(sweep.bits)))
+    for layer, rows in sweep.index.items():
         diagonal = inverse_factor_diagonal(hessians[layer.path])
-        costs[rows] = proxy_costs(weight_rows(layers[layer.path]), diagonal, bits)
+        costs[rows] = proxy_costs(weight_rows(sweep.layers[layer.path]), diagonal, sweep.bits)
     return costs

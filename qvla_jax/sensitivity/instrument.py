@@ -3,6 +3,10 @@
 A layer is instrumented by module surgery on a merged copy of the model: a wrapper takes its place
 and passes the layer's input and output to a function, whose result goes on through the network. The
 model's own code is unaware of it, and the policy's model is never modified.
+
+A forward pass may call a layer several times, as flow matching calls its expert once in every step.
+The layer's weights are the same in all calls, so a change of a row changes all of them, and their
+tokens count side by side.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,11 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvla_jax.array_typing import Array, Float
+from qvla_jax.errors import InputError
 from qvla_jax.models.surgery import get_module, replace_modules
 
 # (path, input [B, t, k], output [B, t, c]) -> output [B, t, c]. B is the batch for the language
 # model and batch times cameras (batch outermost) for the vision towers.
 Hook: TypeAlias = Callable[[str, Array, Array], Array]
+# An array of each of a layer's calls, in the order in which the forward pass makes them.
+Calls: TypeAlias = tuple[Array, ...]
 
 
 class HookedLinear(nnx.Module):
@@ -34,20 +41,8 @@ class HookedLinear(nnx.Module):
 
 
 def hook_layers(model: nnx.Module, paths: Iterable[str], hook: Hook) -> None:
-    """Puts a `HookedLinear` in place of each of these layers, in place.
-
-    The hook raises a ValueError if the forward pass calls a layer twice: its rows would then have
-    two inputs, and the methods here assume one.
-    """
-    seen: set[str] = set()
-
-    def once(path: str, x: Array, y: Array) -> Array:
-        if path in seen:
-            raise ValueError(f"{path} is called twice in one forward pass, which is not supported")
-        seen.add(path)
-        return hook(path, x, y)
-
-    replace_modules(model, {p: HookedLinear(get_module(model, p), p, once) for p in paths})
+    """Puts a `HookedLinear` in place of each of these layers, in place."""
+    replace_modules(model, {p: HookedLinear(get_module(model, p), p, hook) for p in paths})
 
 
 def hooked_call(
@@ -64,7 +59,7 @@ def hooked_call(
         state: from the same split.
         args: what the module takes.
         paths: dotted paths of linear layers.
-        hook: called once for each of these layers that the forward pass reaches.
+        hook: called at each call of these layers, in the order of execution.
     """
     module: Any = nnx.merge(graphdef, state)
     hook_layers(module, paths, hook)
@@ -73,45 +68,48 @@ def hooked_call(
 
 
 def perturbed_call(
-    graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...], perturbations: dict[str, Array]
-) -> tuple[Float[Array, "b ..."], dict[str, Array]]:
+    graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...], perturbations: dict[str, Calls]
+) -> tuple[Float[Array, "b ..."], dict[str, Calls]]:
     """A module's output with perturbed layer outputs, and those layers' inputs; traceable.
 
     Args:
         graphdef: see `hooked_call`.
         state: see there.
         args: what the module takes.
-        perturbations: path -> array to add to the layer's output, such as `no_perturbations`.
+        perturbations: path -> arrays to add to the layer's outputs, such as `no_perturbations`.
     """
-    seen: dict[str, Array] = {}
+    seen: dict[str, Calls] = {}
 
     def hook(path: str, x: Array, y: Array) -> Array:
-        seen[path] = x
-        return y + perturbations[path]
+        before = seen.get(path, ())
+        seen[path] = (*before, x)
+        return y + perturbations[path][len(before)]
 
     return hooked_call(graphdef, state, args, tuple(perturbations), hook), seen
 
 
 def no_perturbations(
     graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...], paths: Iterable[str]
-) -> dict[str, Array]:
+) -> dict[str, Calls]:
     """Zeros for `perturbed_call`, for each of these layers that the forward pass reaches."""
-    shapes = layer_outputs(graphdef, state, args, paths)
-    return {path: jnp.zeros(shape.shape, shape.dtype) for path, shape in shapes.items()}
+    return {
+        path: tuple(jnp.zeros(shape.shape, shape.dtype) for shape in calls)
+        for path, calls in layer_outputs(graphdef, state, args, paths).items()
+    }
 
 
 def layer_outputs(
     graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...], paths: Iterable[str]
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of each layer's output, without computing anything.
+) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
+    """Shape and dtype of each layer's output in each call, without computing anything.
 
     Layers that the forward pass never reaches (the public towers have a last block that no policy
     reads) are absent: their channels cannot change an action.
     """
-    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    shapes: dict[str, tuple[jax.ShapeDtypeStruct, ...]] = {}
 
     def record(path: str, x: Array, y: Array) -> Array:
-        shapes[path] = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        shapes[path] = (*shapes.get(path, ()), jax.ShapeDtypeStruct(y.shape, y.dtype))
         return y
 
     jax.eval_shape(lambda s, a: hooked_call(graphdef, s, a, paths, record), state, args)
@@ -121,3 +119,22 @@ def layer_outputs(
 def per_frame(x: Float[Array, "B t c"], frames: int) -> Float[Array, "b T c"]:
     """Tokens of all cameras of a frame side by side: [b v, t, c] -> [b, v t, c]."""
     return x.reshape(frames, -1, x.shape[-1])
+
+
+def side_by_side(calls: Calls, frames: int) -> Float[Array, "b T c"]:
+    """Tokens of all calls and all cameras of a frame, side by side."""
+    tokens = [per_frame(x, frames) for x in calls]
+    return tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens, axis=1)
+
+
+def check_frames(path: str, calls: Calls, frames: int) -> None:
+    """Checks that a layer's tokens belong to single frames.
+
+    Raises:
+        InputError: one call serves all frames of a batch together.
+    """
+    if any(x.shape[0] % frames for x in calls):
+        raise InputError(
+            f"{path}: one call of this layer serves all {frames} frames of a batch, whose costs it "
+            "does not tell apart; exclude the layer, or take one frame at a time"
+        )

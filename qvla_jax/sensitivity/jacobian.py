@@ -14,6 +14,7 @@ basis vectors as probes the expectation over v is exact.
 sum_t g[t, c]^2 || w_hat - w ||^2, which ignores the inputs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, TypedDict
@@ -27,21 +28,20 @@ from jax.sharding import Mesh, PartitionSpec
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.mapping import release_pages
-from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.quantizer import Quantizer
-from qvla_jax.sensitivity.batches import (
-    Calibration,
-    FrameBatch,
-    ModelPolicy,
-    batch_size,
-    frame_batches,
+from qvla_jax.sensitivity.batches import FrameBatch
+from qvla_jax.sensitivity.probes import DEFAULT_PROBES, Probes, check_probes
+from qvla_jax.sensitivity.reverse import (
+    Contraction,
+    FromCotangent,
+    Probed,
+    ReverseSpec,
+    reverse_sweep,
 )
-from qvla_jax.sensitivity.probes import Probes, check_probes
-from qvla_jax.sensitivity.reverse import Contraction, FromCotangent, ReverseSpec, reverse_sweep
 from qvla_jax.sensitivity.stages import stage_paths
-from qvla_jax.sensitivity.store import NOTHING_KEPT, Items, SweepStore, digest_of
+from qvla_jax.sensitivity.store import Items, digest_of
 from qvla_jax.sensitivity.streaming import streamed_sweep
+from qvla_jax.sensitivity.sweep import Sweep
 
 # Tokens summed in one step on CPUs.
 _TOKENS: Final = 8
@@ -124,83 +124,50 @@ def layer_constants(
 
 
 def frame_costs(
-    policy: ModelPolicy,
-    calibration: Calibration,
-    index: ChannelIndex,
+    sweep: Sweep,
     constants: Mapping[str, LayerConstants],
     *,
     method: str = "jacobian",
-    probes: Probes = 8,
-    seed: int = 0,
-    batch: int = 4,
-    weights: np.ndarray | None = None,
-    mesh: Mesh | None = None,
-    split_weights: bool = False,
-    store: SweepStore | None = None,
-    progress: Progress = no_progress,
+    probes: Probes = DEFAULT_PROBES,
 ) -> Iterator[Float[np.ndarray, "b C n"]]:
     """The cost of given changes of every row at each frame, batch by batch in the set's order.
 
     `accumulate.mean_over_frames` turns them into sensitivities.
 
     Args:
-        policy: where the derivatives are taken; it may be quantized already.
-        calibration: frames x.
-        index: the channels.
-        constants: path -> changes of the rows and mean input, in the order of `index`, from
+        sweep: what to work with; its policy, at which the derivatives are taken, may be quantized
+            already.
+        constants: path -> changes of the rows and mean input, in the order of the index, from
             `layer_constants` or for moves between options.
         method: "jacobian" or "taylor".
         probes: number of Rademacher vectors, or "full".
-        seed: of the probes.
-        batch: frames at a time on each device; memory grows with it.
-        weights: weight of each action dimension.
-        mesh: from `sharding.sweep_mesh`, which is also the default.
-        split_weights: split the policy's weights over the mesh's `channel` axis, too, if they do
-            not fit on one device.
-        store: keeps finished items.
-        progress: called with the frames done.
 
     Returns:
         Costs, batch by batch, which may be NaN; zero for layers that no action reads.
 
     Raises:
-        InputError: `probes` is unusable, or the set is empty.
+        InputError: `probes` is unusable, the set is empty, or a layer serves all frames of a batch
+            together.
     """
     check_probes(probes)
-    mesh = sharding.sweep_mesh() if mesh is None else mesh
-    graphdef, state = nnx.split(policy.model)
+    mesh = sweep.mesh
+    graphdef, state = nnx.split(sweep.policy.model)
     spec = ReverseSpec(graphdef, tuple(constants), CONTRACTIONS[method], probes, mesh)
-    size = batch_size(calibration.frames, batch, mesh)
-    made_with = {} if store is None else {
-        "changes": digest_of(*(np.asarray(c["changes"]) for c in constants.values())),
-        "mesh": dict(mesh.shape), "split": split_weights,
-    }  # fmt: skip
-    items = _items(store, calibration, method, probes, seed, size, weights, **made_with)
+    made_with: dict[str, Any] = {}
+    if sweep.store is not None:
+        changes = digest_of(*(np.asarray(c["changes"]) for c in constants.values()))
+        made_with = {"changes": changes, "mesh": dict(mesh.shape), "split": sweep.split_weights}
+    items = sweep.items(method=method, probes=probes, seed=sweep.seed, **made_with)
     options = len(next(iter(constants.values()))["changes"])
-    place = sharding.split_weights if split_weights else sharding.replicate
+    place = sharding.split_weights if sweep.split_weights else sharding.replicate
     state = place(mesh, state)
     constants = {path: _put(mesh, arrays) for path, arrays in constants.items()}
-    sweep = functools.partial(reverse_sweep, spec, state, constants)
-    yield from _over_batches(
-        sweep, policy, calibration, index, options, size, mesh, seed, weights, items, progress
-    )
+    pull_back = functools.partial(reverse_sweep, spec, state, constants)
+    yield from _over_batches(sweep, pull_back, options, items)
 
 
 def streamed_frame_costs(
-    policy: ModelPolicy,
-    calibration: Calibration,
-    layers: Mapping[str, nnx.Linear],
-    index: ChannelIndex,
-    quantizer: Quantizer,
-    *,
-    bits: tuple[int, ...],
-    method: str = "jacobian",
-    probes: Probes = 8,
-    seed: int = 0,
-    batch: int = 1,
-    weights: np.ndarray | None = None,
-    store: SweepStore | None = None,
-    progress: Progress = no_progress,
+    sweep: Sweep, *, method: str = "jacobian", probes: Probes = DEFAULT_PROBES
 ) -> Iterator[Float[np.ndarray, "b C n"]]:
     """Like `frame_costs` of a quantizer, but moves weights to one device a stage at a time.
 
@@ -208,57 +175,26 @@ def streamed_frame_costs(
     (one number per row and option) is kept.
 
     Args:
-        policy: its weights may be on the host or in files.
-        calibration: frames x.
-        layers: the policy's, by path, in the order of `index`.
-        index: the channels.
-        quantizer: the quantizer to cost.
-        bits: options below 16.
+        sweep: what to work with; the policy's weights may be on the host or in files, and the
+            inputs of all stages are kept for the frames of a batch. Its mesh is not used.
         method: "jacobian" or "taylor".
         probes: number of Rademacher vectors, or "full".
-        seed: of the probes.
-        batch: frames at a time; the inputs of all stages are kept for them.
-        weights: weight of each action dimension.
-        store: keeps finished items; depends on the policy and quantizer.
-        progress: called with the frames done.
 
     Raises:
         InputError: see `frame_costs`; or a layer is part of no stage.
     """
     check_probes(probes)
-    mesh = sharding.one_device_mesh()
+    sweep = dataclasses.replace(sweep, mesh=sharding.one_device_mesh())
+    policy, bits = sweep.policy, sweep.bits
     graphdef, state = nnx.split(policy.model)
-    spec = ReverseSpec(graphdef, tuple(layers), CONTRACTIONS[method], probes, mesh)
-    size = batch_size(calibration.frames, batch, mesh)
-    items = _items(
-        store, calibration, method, probes, seed, size, weights, streamed=True, bits=bits
+    spec = ReverseSpec(graphdef, sweep.index.paths, CONTRACTIONS[method], probes, sweep.mesh)
+    items = sweep.items(
+        method=method, probes=probes, seed=sweep.seed, streamed=True, bits=sweep.bits
     )
     stages = stage_paths(policy.model, policy.layout)
-    constants = _OnDemand(layers, quantizer, bits)
-    sweep = functools.partial(streamed_sweep, spec, stages, state, constants)
-    yield from _over_batches(
-        sweep, policy, calibration, index, len(bits), size, mesh, seed, weights, items, progress
-    )
-
-
-def _items(
-    store: SweepStore | None,
-    calibration: Calibration,
-    method: str,
-    probes: Probes,
-    seed: int,
-    batch: int,
-    weights: np.ndarray | None,
-    **made_with: Any,
-) -> Items:
-    """The store of a sweep's finished batches."""
-    if store is None:
-        return NOTHING_KEPT
-    return store.sweep(
-        method=method, calibration=calibration.manifest["sha256"], frames=calibration.frames,
-        probes=probes, seed=seed, batch=batch,
-        weights=None if weights is None else weights.tolist(), **made_with,
-    )  # fmt: skip
+    constants = _OnDemand(sweep.layers, sweep.quantizer, bits)
+    pull_back = functools.partial(streamed_sweep, spec, stages, state, constants)
+    yield from _over_batches(sweep, pull_back, len(bits), items)
 
 
 class _OnDemand(Mapping[str, LayerConstants]):
@@ -287,29 +223,19 @@ class _OnDemand(Mapping[str, LayerConstants]):
 
 
 def _over_batches(
-    sweep: Callable[..., dict[str, Array]],
-    policy: ModelPolicy,
-    calibration: Calibration,
-    index: ChannelIndex,
-    options: int,
-    size: int,
-    mesh: Mesh,
-    seed: int,
-    weights: np.ndarray | None,
-    items: Items,
-    progress: Progress,
+    sweep: Sweep, pull_back: Callable[[Probed], dict[str, Array]], options: int, items: Items
 ) -> Iterator[Float[np.ndarray, "b C n"]]:
     """A sweep's results, batch by batch in channel order; finished items are kept."""
-    key = jax.random.key(seed)
-    action_weights = None if weights is None else jnp.asarray(weights, jnp.float32)
+    key = jax.random.key(sweep.seed)
+    weights = None if sweep.weights is None else jnp.asarray(sweep.weights, jnp.float32)
     done = 0
-    progress("sensitivity", 0, calibration.frames)
-    for number, item in enumerate(frame_batches(policy, calibration, size, mesh)):
+    sweep.progress("sensitivity", 0, sweep.calibration.frames)
+    for number, item in enumerate(sweep.batches()):
 
         def costs(item: FrameBatch = item) -> Float[np.ndarray, "b C n"]:
-            found = sweep(item.inputs, item.frames, key, action_weights)
-            frames = np.zeros((item.count, len(index), options), np.float32)
-            for layer, rows in index.items():
+            found = pull_back(Probed(item.inputs, item.frames, key, weights))
+            frames = np.zeros((item.count, len(sweep.index), options), np.float32)
+            for layer, rows in sweep.index.items():
                 if layer.path in found:
                     of_layer = sharding.to_host(found[layer.path])[: item.count]
                     frames[:, rows] = np.swapaxes(of_layer, 1, 2)
@@ -317,7 +243,7 @@ def _over_batches(
 
         yield items.get(f"batch{number:06d}", costs)
         done += item.count
-        progress("sensitivity", done, calibration.frames)
+        sweep.progress("sensitivity", done, sweep.calibration.frames)
 
 
 def _put(mesh: Mesh, constants: LayerConstants) -> LayerConstants:

@@ -59,7 +59,10 @@ def joint_factors(
     """
     single = dataclasses.replace(table, joint=None)
     bits = single.bits_of(solve(_reference(single), "greedy:marginal"))
-    return _JointErrors(policy, calibration, table, frames, batch, rules, progress).factors(bits)
+    measured = _JointErrors(
+        policy, calibration, table, frames=frames, batch=batch, rules=rules, progress=progress
+    )
+    return measured.factors(bits)
 
 
 def alternate(
@@ -90,7 +93,9 @@ def alternate(
     Returns:
         The allocation with the smallest measured error of the action.
     """
-    measured = _JointErrors(policy, calibration, table, frames, batch, rules, progress)
+    measured = _JointErrors(
+        policy, calibration, table, frames=frames, batch=batch, rules=rules, progress=progress
+    )
     bits = allocate(table)
     best, least = bits, measured.error(bits)
     for _ in range(rounds):
@@ -111,6 +116,7 @@ class _JointErrors:
         policy: Policy,
         calibration: Calibration,
         table: SensitivityTable,
+        *,
         frames: int,
         batch: int,
         rules: LayerRules | None,

@@ -1,28 +1,25 @@
 """`sensitivities`: all methods behind one signature."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.inference.policy import Policy
-from qvla_jax.inference.quantize import policy_layers
+from qvla_jax.inference.quantize import policy_index
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization.codes import BITS, SOURCE
-from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.quantization.layers import LayerRules, channel_index
+from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.quantization.layout import option_sizes
 from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
 from qvla_jax.quantization.statistics import InputStatistics
 from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.batches import Calibration
-from qvla_jax.sensitivity.exact import DEFAULT_MEMORY, exact_costs
+from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.input_hessian import input_hessian_costs
 from qvla_jax.sensitivity.jacobian import (
     CONTRACTIONS,
@@ -35,7 +32,9 @@ from qvla_jax.sensitivity.probes import Probes, check_probes
 from qvla_jax.sensitivity.refined import refined_costs
 from qvla_jax.sensitivity.statistics import input_statistics, streamed_means
 from qvla_jax.sensitivity.store import SweepStore, digest_of
+from qvla_jax.sensitivity.sweep import DEFAULT_MEMORY, Sweep
 from qvla_jax.sensitivity.table import SensitivityTable
+from qvla_jax.sharding import sweep_mesh
 
 ESTIMATORS: Final = ("jacobian", "refined", "exact", "taylor", "input_hessian")
 DEFAULT_BITS: Final = (0, 2, 4, 8, 16)
@@ -124,8 +123,7 @@ def sensitivities(
     bits = _check_bits(bits)
     check_probes(probes)
     weights = _check_weights(action_weights, policy)
-    layers = policy_layers(policy, rules)
-    index = channel_index(layers)
+    index = policy_index(policy, rules)
     if streamed:
         _check_streamed(policy, method, quantizer, joint)
     if statistics is None and quantizer.needs_statistics:
@@ -135,9 +133,14 @@ def sensitivities(
             )
         else:
             statistics = input_statistics(
-                policy, calibration, index, weighting=quantizer.weighting, seed=seed, mesh=mesh,
+                policy,
+                calibration,
+                index,
+                weighting=quantizer.weighting,
+                seed=seed,
+                mesh=mesh,
                 progress=progress,
-            )  # fmt: skip
+            )
     bound = Quantizer(quantizer, statistics)
     bound.check(index)
     options = tuple(b for b in bits if b != SOURCE)
@@ -146,10 +149,22 @@ def sensitivities(
         store = store.knowing(
             **made_with, quantizer=dataclasses.asdict(quantizer), statistics=_digest(statistics)
         )
-    costs, error = _costs(
-        policy, calibration, layers, index, bound, method, options, probes, exact_share, seed,
-        batch, memory, weights, mesh, split_weights, streamed, store, progress,
-    )  # fmt: skip
+    sweep = Sweep(
+        policy=policy,
+        calibration=calibration,
+        index=index,
+        quantizer=bound,
+        bits=options,
+        seed=seed,
+        batch=batch or (1 if streamed else 4),
+        memory=memory,
+        weights=weights,
+        mesh=sweep_mesh() if mesh is None else mesh,
+        split_weights=split_weights,
+        store=store,
+        progress=progress,
+    )
+    costs, error = _costs(sweep, method, probes=probes, share=exact_share, streamed=streamed)
     columns = [options.index(b) if b != SOURCE else len(options) for b in bits]
 
     def with_source(values: np.ndarray) -> np.ndarray:
@@ -183,61 +198,20 @@ def sensitivities(
 
 
 def _costs(
-    policy: Policy,
-    calibration: Calibration,
-    layers: Mapping[str, nnx.Linear],
-    index: ChannelIndex,
-    quantizer: Quantizer,
-    method: str,
-    bits: tuple[int, ...],
-    probes: Probes,
-    exact_share: float,
-    seed: int,
-    batch: int | None,
-    memory: int,
-    weights: np.ndarray | None,
-    mesh: Mesh | None,
-    split_weights: bool,
-    streamed: bool,
-    store: SweepStore | None,
-    progress: Progress,
+    sweep: Sweep, method: str, *, probes: Probes, share: float, streamed: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     if streamed:
-        return mean_over_frames(
-            streamed_frame_costs(
-                policy, calibration, layers, index, quantizer, bits=bits, method=method,
-                probes=probes, seed=seed, batch=batch or 1, weights=weights, store=store,
-                progress=progress,
-            )
-        )  # fmt: skip
-    size = batch or 4
+        return mean_over_frames(streamed_frame_costs(sweep, method=method, probes=probes))
     if method == "input_hessian":
-        costs = input_hessian_costs(
-            policy, calibration, layers, index, bits=bits, batch=size, mesh=mesh,
-            progress=progress,
-        )  # fmt: skip
-        return costs, None
+        return input_hessian_costs(sweep), None
     if method == "exact":
-        return exact_costs(
-            policy, calibration, layers, index, quantizer, bits=bits, batch=size, memory=memory,
-            weights=weights, mesh=mesh, store=store, progress=progress,
-        )  # fmt: skip
+        return exact_costs(sweep)
     if method == "refined":
-        return refined_costs(
-            policy, calibration, layers, index, quantizer, bits=bits, probes=probes,
-            share=exact_share, seed=seed, batch=size, memory=memory, weights=weights, mesh=mesh,
-            split_weights=split_weights, store=store, progress=progress,
-        )  # fmt: skip
-    progress("rounded rows", 0, 1)
-    constants = layer_constants(layers, quantizer, bits)
-    progress("rounded rows", 1, 1)
-    return mean_over_frames(
-        frame_costs(
-            policy, calibration, index, constants, method=method, probes=probes, seed=seed,
-            batch=size, weights=weights, mesh=mesh, split_weights=split_weights, store=store,
-            progress=progress,
-        )
-    )  # fmt: skip
+        return refined_costs(sweep, probes=probes, share=share)
+    sweep.progress("rounded rows", 0, 1)
+    constants = layer_constants(sweep.layers, sweep.quantizer, sweep.bits)
+    sweep.progress("rounded rows", 1, 1)
+    return mean_over_frames(frame_costs(sweep, constants, method=method, probes=probes))
 
 
 def _check_streamed(policy: Policy, method: str, quantizer: QuantizerSettings, joint: bool) -> None:

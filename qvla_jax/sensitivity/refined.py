@@ -14,25 +14,20 @@ same frames, so the frames' peculiarities cancel: eight frames suffice for a set
 uses all h a probes and has no noise.
 """
 
-from collections.abc import Mapping
+import dataclasses
 from typing import Final
 
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
 from qvla_jax.array_typing import Bool, Float, Int
 from qvla_jax.errors import InputError
-from qvla_jax.progress import Progress, no_progress
-from qvla_jax.quantization.index import ChannelIndex
-from qvla_jax.quantization.quantizer import Quantizer
 from qvla_jax.sensitivity.accumulate import mean_over_frames
-from qvla_jax.sensitivity.batches import Calibration, FirstFrames, ModelPolicy
-from qvla_jax.sensitivity.exact import DEFAULT_MEMORY, exact_costs
+from qvla_jax.sensitivity.batches import FirstFrames
+from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.probes import Probes
-from qvla_jax.sensitivity.store import SweepStore
 from qvla_jax.sensitivity.strata import module_types
+from qvla_jax.sensitivity.sweep import Sweep
 
 # Pairs of each module type and bit-width that are probed before anything is decided.
 _PILOT: Final = 8
@@ -43,82 +38,45 @@ _LARGEST_LOG_RATIO: Final = 3.0
 
 
 def refined_costs(
-    policy: ModelPolicy,
-    calibration: Calibration,
-    layers: Mapping[str, nnx.Linear],
-    index: ChannelIndex,
-    quantizer: Quantizer,
-    *,
-    bits: tuple[int, ...],
-    probes: Probes,
-    share: float,
-    frames: int = 8,
-    seed: int = 0,
-    batch: int = 4,
-    memory: int = DEFAULT_MEMORY,
-    weights: np.ndarray | None = None,
-    mesh: Mesh | None = None,
-    split_weights: bool = False,
-    store: SweepStore | None = None,
-    progress: Progress = no_progress,
+    sweep: Sweep, *, probes: Probes, share: float, frames: int = 8
 ) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
     """Refined sensitivities of every channel, and their standard errors over frames.
 
     Args:
-        policy: the full-precision policy.
-        calibration: frames x.
-        layers: path -> layer in the order of `index`.
-        index: the channels.
-        quantizer: the one whose changes are costed.
-        bits: options, without 16.
+        sweep: what to work with; its policy is in full precision.
         probes: of the first-order pass over the whole set.
         share: the budget: forward passes as a share of those of exact probing, C n per frame of the
             whole set.
         frames: frames of the exact probing.
-        seed: of the probes and of the pilot.
-        batch: frames at a time on each device.
-        memory: of the exact probing, as in `exact.exact_costs`.
-        weights: weight of each action dimension.
-        mesh: from `sharding.sweep_mesh`, which is also the default.
-        split_weights: of the first-order passes, as in `jacobian.frame_costs`.
-        store: keeps finished items.
-        progress: reports progress.
 
     Raises:
         InputError: the share is not in (0, 1], the set is empty, or a cost is not finite.
     """
     check_share(share)
+    calibration, bits, index = sweep.calibration, sweep.bits, sweep.index
     part = FirstFrames(calibration, min(frames, calibration.frames))
-    constants = layer_constants(layers, quantizer, bits)
+    few = dataclasses.replace(sweep, calibration=part)
+    constants = layer_constants(sweep.layers, sweep.quantizer, bits)
 
     def first_order(
-        of: Calibration, of_probes: Probes
+        of: Sweep, of_probes: Probes
     ) -> tuple[Float[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
-        return mean_over_frames(
-            frame_costs(
-                policy, of, index, constants, probes=of_probes, seed=seed, batch=batch,
-                weights=weights, mesh=mesh, split_weights=split_weights, store=store,
-                progress=progress,
-            )
-        )  # fmt: skip
+        return mean_over_frames(frame_costs(of, constants, probes=of_probes))
 
-    costs, error = first_order(calibration, probes)
-    reference, _ = first_order(part, "full")
+    costs, error = first_order(sweep, probes)
+    reference, _ = first_order(few, "full")
     exact = np.full(costs.shape, np.nan)
 
     def probe(pairs: Bool[np.ndarray, "C n"]) -> None:
         for column, b in enumerate(bits):
             rows = np.flatnonzero(pairs[:, column])
             if rows.size:
-                measured, _ = exact_costs(
-                    policy, part, layers, index, quantizer, bits=(b,), rows=rows, batch=batch,
-                    memory=memory, weights=weights, mesh=mesh, store=store, progress=progress,
-                )  # fmt: skip
+                measured, _ = exact_costs(dataclasses.replace(few, bits=(b,)), rows=rows)
                 exact[rows, column] = measured[:, 0]
 
     budget = int(share * costs.size * calibration.frames / part.frames)
-    _, types = module_types(index, policy.layout)
-    rng = np.random.default_rng(seed)
+    _, types = module_types(index, sweep.policy.layout)
+    rng = np.random.default_rng(sweep.seed)
     pilot = _pilot(types, reference > 0, budget, rng)
     probe(pilot)
     _, scatter = _by_type(types, _log_ratios(exact, reference))

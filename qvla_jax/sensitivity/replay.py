@@ -1,5 +1,6 @@
 """The compiled halves of exact probing: the unperturbed pass, and the replay of perturbations."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax.array_typing import Array, Bool, Float, Int
-from qvla_jax.sensitivity.instrument import per_frame
+from qvla_jax.sensitivity.instrument import Calls, check_frames, side_by_side
 from qvla_jax.sensitivity.stages import run_or_reuse, wrap_stages
 from qvla_jax.sharding import CHANNEL_AXIS, DATA_AXIS
 
@@ -43,38 +44,40 @@ class Perturbations:
     channel: Int[Array, " p"]
     # Added to the channel's output over the tokens of each frame, padded on the right.
     change: Float[Array, "p b T"]
+    # Of layers that are called several times instead: the change of the channel's row, padded on
+    # the right, and of its bias. A call's change alters the inputs of later ones.
+    row: Float[Array, "p K"]
+    bias: Float[Array, " p"]
 
 
-SPLIT_PERTURBATIONS = Perturbations(layer=BY_CHANNEL, channel=BY_CHANNEL, change=_BY_BOTH)
+SPLIT_PERTURBATIONS = Perturbations(
+    layer=BY_CHANNEL, channel=BY_CHANNEL, change=_BY_BOTH, row=BY_CHANNEL, bias=BY_CHANNEL
+)
 
 
 @dataclasses.dataclass
 class Trace:
     """A pass's record: the parts in the order in which they are entered, and arrays."""
 
+    # A part stands there once for each of its calls.
     order: list[str] = dataclasses.field(default_factory=list)
     # Of all parts.
-    outputs: dict[str, Array] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, Calls] = dataclasses.field(default_factory=dict)
     # Of the layers.
-    inputs: dict[str, Array] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, Calls] = dataclasses.field(default_factory=dict)
 
 
 def record(spec: ReplaySpec, state: Any, inputs: Any) -> Trace:
-    """Runs the unperturbed model; traceable.
-
-    Raises:
-        ValueError: the forward pass calls a part twice, which would then have two outputs.
-    """
+    """Runs the unperturbed model; traceable."""
     trace, model, layers = Trace(), nnx.merge(spec.graphdef, state), frozenset(spec.paths)
 
     def call(path: str, inner: Any, *args: Any) -> Array:
-        if path in trace.order:
-            raise ValueError(f"{path} is called twice in one forward pass, which is not supported")
         trace.order.append(path)
         if path in layers:
-            (trace.inputs[path],) = args
-        trace.outputs[path] = inner(*args)
-        return trace.outputs[path]
+            trace.inputs[path] = (*trace.inputs.get(path, ()), *args)
+        y = inner(*args)
+        trace.outputs[path] = (*trace.outputs.get(path, ()), y)
+        return y
 
     wrap_stages(model, spec.parts, call)
     with jax.default_matmul_precision("float32"):
@@ -85,13 +88,19 @@ def record(spec: ReplaySpec, state: Any, inputs: Any) -> Trace:
 @functools.partial(jax.jit, static_argnums=0)
 def unperturbed(
     spec: ReplaySpec, state: Any, inputs: Any
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Outputs of the parts, and inputs [b, T, k] of the layers, by path."""
+) -> tuple[dict[str, Calls], dict[str, Array]]:
+    """Outputs of the parts' calls, and inputs [b, T, k] of the layers, by path.
 
-    def run(state: Any, inputs: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+    Raises:
+        InputError: a layer serves all frames of a batch together.
+    """
+
+    def run(state: Any, inputs: Any) -> tuple[dict[str, Calls], dict[str, Array]]:
         trace = record(spec, state, inputs)
         count = len(jax.tree.leaves(inputs)[0])
-        return trace.outputs, {p: per_frame(x, count) for p, x in trace.inputs.items()}
+        for path, calls in trace.inputs.items():
+            check_frames(path, calls, count)
+        return trace.outputs, {p: side_by_side(x, count) for p, x in trace.inputs.items()}
 
     return jax.shard_map(
         run, mesh=spec.mesh, in_specs=(_EVERYWHERE, _SPLIT), out_specs=_SPLIT, check_vma=False
@@ -103,7 +112,7 @@ def replay(
     spec: ReplaySpec,
     state: Any,
     inputs: Any,
-    outputs: Mapping[str, Array],
+    outputs: Mapping[str, Calls],
     run: Bool[Array, "d m"],
     hit: Bool[Array, "d l"],
     perturbations: Perturbations,
@@ -114,7 +123,7 @@ def replay(
         spec: static description.
         state: the model's arrays.
         inputs: model inputs.
-        outputs: outputs of the unperturbed parts.
+        outputs: outputs of the unperturbed parts' calls.
         run: which of `spec.parts` must run for the perturbations of each device along `channel`.
         hit: which of `spec.paths` these perturb.
         perturbations: the changes; no weight is copied for them.
@@ -132,7 +141,7 @@ def _replay(
     spec: ReplaySpec,
     state: Any,
     inputs: Any,
-    outputs: Mapping[str, Array],
+    outputs: Mapping[str, Calls],
     run: Bool[Array, "1 m"],
     hit: Bool[Array, "1 l"],
     perturbations: Perturbations,
@@ -142,18 +151,29 @@ def _replay(
     count = len(jax.tree.leaves(inputs)[0])
 
     def one(item: Perturbations) -> Float[Array, "b h a"]:
-        def change(path: str, y: Array) -> Array:
-            tokens = y.shape[0] * y.shape[1] // count
-            added = item.change[:, :tokens].reshape(y.shape[:2]).astype(y.dtype)
+        made: collections.Counter[str] = collections.Counter()
+
+        def change(path: str, x: Array, y: Array) -> Array:
+            if len(outputs[path]) == 1:
+                added = item.change[:, : y.size // y.shape[-1] // count]
+            else:
+                row = item.row[: x.shape[-1]]
+                x = x.astype(row.dtype)
+                added = jnp.matmul(x, row, precision=jax.lax.Precision.HIGHEST) + item.bias
+            added = added.reshape(y.shape[:-1]).astype(y.dtype)
             channel = jnp.where(item.layer == number[path], item.channel, -1)
-            at = jnp.arange(y.shape[-1])[None, None] == channel
+            at = jnp.arange(y.shape[-1]).reshape((1,) * (y.ndim - 1) + (-1,)) == channel
             return y + jnp.where(at, added[..., None], 0)
 
         def call(path: str, inner: Any, *args: Any) -> Array:
-            y = run_or_reuse(run[0, part[path]], inner, args, outputs[path])
+            here = made[path]
+            made[path] += 1
+            y = run_or_reuse(run[0, part[path]], inner, args, outputs[path][here])
             if path not in number:
                 return y
-            return jax.lax.cond(hit[0, number[path]], lambda y: change(path, y), lambda y: y, y)
+            return jax.lax.cond(
+                hit[0, number[path]], functools.partial(change, path), lambda x, y: y, *args, y
+            )
 
         model = nnx.merge(spec.graphdef, state)
         wrap_stages(model, spec.parts, call)

@@ -16,7 +16,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax.array_typing import Array, Float, Int
-from qvla_jax.sensitivity.instrument import no_perturbations, per_frame, perturbed_call
+from qvla_jax.sensitivity.instrument import (
+    check_frames,
+    no_perturbations,
+    perturbed_call,
+    side_by_side,
+)
 from qvla_jax.sensitivity.probes import Probes, probe_vectors
 from qvla_jax.sharding import DATA_AXIS
 
@@ -32,6 +37,21 @@ class Contraction(Protocol):
         ...
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """A batch of frames, and what is pulled back from its actions."""
+
+    # Model inputs, [b, ...].
+    inputs: Any
+    # Number of each frame in the calibration set.
+    frames: Int[Array, " b"]
+    # PRNG key of the sweep.
+    key: Array
+    # Weight of each action dimension; None weighs all equally.
+    weights: Float[Array, " a"] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class ReverseSpec:
     """Everything but arrays that a compiled reverse sweep depends on."""
@@ -44,16 +64,17 @@ class ReverseSpec:
     # Probes pulled back together; more of them take more memory.
     block: int = 8
 
+    def vectors(self, probed: Probed, action: Float[Array, "b h a"]) -> Float[Array, "s b h a"]:
+        """What is pulled back from the actions of a batch."""
+        vectors = probe_vectors(
+            self.probes, probed.key, probed.frames, action.shape[1:], probed.weights
+        )
+        return vectors.astype(action.dtype)
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def reverse_sweep(
-    spec: ReverseSpec,
-    state: Any,
-    constants: Mapping[str, Any],
-    inputs: Any,
-    frames: Int[Array, " b"],
-    key: Array,
-    weights: Float[Array, " a"] | None,
+    spec: ReverseSpec, state: Any, constants: Mapping[str, Any], probed: Probed
 ) -> dict[str, Float[Array, "b ..."]]:
     """The contraction of every layer that the model reaches, for every frame.
 
@@ -66,64 +87,61 @@ def reverse_sweep(
         spec: static description.
         state: the model's arrays.
         constants: path -> the contraction's arrays for this layer.
-        inputs: model inputs, [b, ...].
-        frames: number of each frame in the calibration set.
-        key: PRNG key of the sweep.
-        weights: weight of each action dimension; None weighs all equally.
+        probed: frames and probes.
 
     Returns:
         Path -> contraction, summed over the probes. Layers that the forward pass never reaches
         are absent.
     """
     everywhere, split = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    probes: Any = Probed(split, split, everywhere, everywhere)  # type: ignore[arg-type]
     return jax.shard_map(
         functools.partial(_sweep, spec),
         mesh=spec.mesh,
-        in_specs=(everywhere, everywhere, split, split, everywhere, everywhere),
+        in_specs=(everywhere, everywhere, probes),
         out_specs=split,
         axis_names={DATA_AXIS},
         check_vma=False,
-    )(state, constants, inputs, frames, key, weights)
+    )(state, constants, probed)
 
 
 def _sweep(
-    spec: ReverseSpec,
-    state: Any,
-    constants: Mapping[str, Any],
-    inputs: Any,
-    frames: Int[Array, " b"],
-    key: Array,
-    weights: Float[Array, " a"] | None,
+    spec: ReverseSpec, state: Any, constants: Mapping[str, Any], probed: Probed
 ) -> dict[str, Float[Array, "b ..."]]:
-    count = frames.shape[0]
-    zeros = no_perturbations(spec.graphdef, state, (inputs,), spec.paths)
-    forward = functools.partial(perturbed_call, spec.graphdef, state, (inputs,))
+    count, args = probed.frames.shape[0], (probed.inputs,)
+    zeros = no_perturbations(spec.graphdef, state, args, spec.paths)
+    forward = functools.partial(perturbed_call, spec.graphdef, state, args)
     action, pull_back, seen = jax.vjp(forward, zeros, has_aux=True)
+    for path, calls in seen.items():
+        check_frames(path, calls, count)
     contract = {
-        path: spec.contraction(per_frame(x, count), constants.get(path)) for path, x in seen.items()
+        path: spec.contraction(side_by_side(calls, count), constants.get(path))
+        for path, calls in seen.items()
     }
 
     def of_probe(vector: Float[Array, "b h a"]) -> dict[str, Array]:
         (cotangents,) = pull_back(vector)
-        return {path: contract[path](per_frame(g, count)) for path, g in cotangents.items()}
+        return {path: contract[path](side_by_side(g, count)) for path, g in cotangents.items()}
 
-    vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
-    vectors = vectors.astype(action.dtype)
+    vectors = spec.vectors(probed, action)
     return sum_in_blocks(of_probe, vectors, spec.block)
 
 
-def sum_in_blocks(function: Callable[[Array], Any], vectors: Array, block: int) -> Any:
-    """Sum of `function` over the first axis, `block` entries at a time."""
-    block = max(d for d in range(1, min(block, len(vectors)) + 1) if len(vectors) % d == 0)
+def sum_in_blocks(function: Callable[[Any], Any], vectors: Any, block: int) -> Any:
+    """Sum of `function` over the first axis of all arrays, `block` entries at a time."""
+    length = len(jax.tree.leaves(vectors)[0])
+    block = max(d for d in range(1, min(block, length) + 1) if length % d == 0)
 
-    def of_block(part: Array) -> Any:
+    def of_block(part: Any) -> Any:
         return jax.tree.map(lambda r: r.sum(axis=0), jax.vmap(function)(part))
 
-    parts = vectors.reshape(-1, block, *vectors.shape[1:])
-    if len(parts) == 1:
-        return of_block(parts[0])
-    first = of_block(parts[0])
+    parts = jax.tree.map(lambda v: v.reshape(-1, block, *v.shape[1:]), vectors)
+    first = of_block(jax.tree.map(lambda v: v[0], parts))
+    if block == length:
+        return first
     total, _ = jax.lax.scan(
-        lambda acc, part: (jax.tree.map(jnp.add, acc, of_block(part)), None), first, parts[1:]
+        lambda acc, part: (jax.tree.map(jnp.add, acc, of_block(part)), None),
+        first,
+        jax.tree.map(lambda v: v[1:], parts),
     )
     return total

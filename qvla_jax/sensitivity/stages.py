@@ -68,21 +68,26 @@ def run_or_reuse(run: Array, inner: nnx.Module, args: tuple[Any, ...], output: A
 def downstream(order: Sequence[str], layers: Collection[str], layout: Layout) -> frozenset[str]:
     """The parts that must run when the outputs of these layers are perturbed.
 
-    A perturbed layer itself runs only if another one's perturbation reaches it.
+    A perturbed layer itself runs only if another one's perturbation reaches it, or its own, from an
+    earlier call.
 
     Args:
-        order: paths of all parts in the order in which the forward pass enters them.
+        order: paths of all parts in the order in which the forward pass enters them, once for each
+            call.
         layers: the perturbed layers.
         layout: of the network.
     """
-    entered = {path: number for number, path in enumerate(order)}
+    last = {path: number for number, path in enumerate(order)}
+    first = {path: number for number, path in reversed(list(enumerate(order)))}
 
     def follows(part: str, layer: str) -> bool:
-        parallel = layout.take_same_input(part, layer) or layout.is_independent(part, layer)
-        return entered[part] > entered[layer] and not parallel
+        if last[part] <= first[layer] or layout.is_independent(part, layer):
+            return False
+        # A later call of the part may still depend on the layer.
+        return first[part] != last[part] or not layout.take_same_input(part, layer)
 
     return frozenset(
         part
-        for part in order
+        for part in last
         if any(layer.startswith(f"{part}.") or follows(part, layer) for layer in layers)
     )

@@ -31,10 +31,17 @@ from qvla_jax.errors import InputError
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
 from qvla_jax.quantization.statistics import InputStatistics, Weighting
-from qvla_jax.sensitivity.batches import Calibration, ModelPolicy, batch_size, frame_batches
-from qvla_jax.sensitivity.reverse import Contraction, FromCotangent, ReverseSpec, reverse_sweep
+from qvla_jax.sensitivity.batches import Calibration, ModelPolicy
+from qvla_jax.sensitivity.reverse import (
+    Contraction,
+    FromCotangent,
+    Probed,
+    ReverseSpec,
+    reverse_sweep,
+)
 from qvla_jax.sensitivity.stages import stage_paths
 from qvla_jax.sensitivity.streaming import streamed_sweep
+from qvla_jax.sensitivity.sweep import Sweep
 from qvla_jax.sharding import one_device_mesh, replicate, sweep_mesh, to_host
 
 # Variances up to this share of the second moment are rounding errors of its sums in float32.
@@ -115,14 +122,21 @@ def input_statistics(
     Raises:
         InputError: the set is empty, or an input is NaN or infinite.
     """
-    mesh = sweep_mesh() if mesh is None else mesh
+    sweep = Sweep(
+        policy=policy,
+        calibration=calibration,
+        index=index,
+        seed=seed,
+        batch=batch,
+        mesh=sweep_mesh() if mesh is None else mesh,
+        progress=progress,
+    )
     graphdef, state = nnx.split(policy.model)
     contraction, probes = _CONTRACTIONS[weighting]
     # One probe at a time, because the matrices take the memory.
-    spec = ReverseSpec(graphdef, index.paths, contraction, probes, mesh, block=1)
+    spec = ReverseSpec(graphdef, index.paths, contraction, probes, sweep.mesh, block=1)
     totals = {layer.path: np.zeros((layer.fan_in + 1,) * 2) for layer in index.layers}
-    sweep = functools.partial(reverse_sweep, spec, replicate(mesh, state))
-    _add_up(totals, sweep, policy, calibration, batch, mesh, seed, progress)
+    _add_up(sweep, functools.partial(reverse_sweep, spec, replicate(sweep.mesh, state), {}), totals)
     means: dict[str, np.ndarray] = {}
     covariances: dict[str, np.ndarray] = {}
     last: str | None = None
@@ -166,42 +180,44 @@ def streamed_means(
     Raises:
         InputError: see `input_statistics`; or a layer is part of no stage.
     """
-    mesh = one_device_mesh()
+    sweep = Sweep(
+        policy=policy,
+        calibration=calibration,
+        index=index,
+        seed=seed,
+        batch=batch,
+        mesh=one_device_mesh(),
+        progress=progress,
+    )
     graphdef, state = nnx.split(policy.model)
-    spec = ReverseSpec(graphdef, index.paths, _sums_where_it_matters, 1, mesh)
+    spec = ReverseSpec(graphdef, index.paths, _sums_where_it_matters, 1, sweep.mesh)
     totals = {layer.path: np.zeros(layer.fan_in + 1) for layer in index.layers}
     stages = stage_paths(policy.model, policy.layout)
-    sweep = functools.partial(streamed_sweep, spec, stages, state)
-    _add_up(totals, sweep, policy, calibration, batch, mesh, seed, progress)
+    _add_up(sweep, functools.partial(streamed_sweep, spec, stages, state, {}), totals)
     means = {path: total[:-1] / max(total[-1], 1.0) for path, total in totals.items()}
     return InputStatistics(means, made_from=_made_from(calibration, seed))
 
 
 def _add_up(
+    sweep: Sweep,
+    pull_back: Callable[[Probed], dict[str, Array]],
     totals: dict[str, np.ndarray],
-    sweep: Callable[..., dict[str, Array]],
-    policy: ModelPolicy,
-    calibration: Calibration,
-    batch: int,
-    mesh: Mesh,
-    seed: int,
-    progress: Progress,
 ) -> None:
-    """Adds a sweep's results for every frame to the layers' totals.
+    """Adds the results for every frame to the layers' totals.
 
     Raises:
         InputError: see `input_statistics`.
     """
-    size, done = batch_size(calibration.frames, batch, mesh), 0
-    progress("input statistics", 0, calibration.frames)
-    for item in frame_batches(policy, calibration, size, mesh):
-        sums = sweep({}, item.inputs, item.frames, jax.random.key(seed), None)
+    done, frames = 0, sweep.calibration.frames
+    sweep.progress("input statistics", 0, frames)
+    for item in sweep.batches():
+        sums = pull_back(Probed(item.inputs, item.frames, jax.random.key(sweep.seed)))
         for path, values in sums.items():
             # One after another, so that the batch size does not change the order of summation.
             for frame in to_host(values)[: item.count]:
                 totals[path] += frame
         done += item.count
-        progress("input statistics", done, calibration.frames)
+        sweep.progress("input statistics", done, frames)
     for path, total in totals.items():
         if not np.isfinite(total).all():
             raise InputError(f"{path}: its inputs are NaN or infinite on the calibration set")

@@ -3,11 +3,13 @@
 The network's stages (patch embeddings, transformer blocks, projectors) run one after the other,
 each compiled separately, and only their inputs are kept. On the way back a stage's weights are read
 again, its forward pass runs again, and its layers' inputs and cotangents are contracted before the
-next stage's weights are read. Everything between stages (embeddings, norms, the head) runs as in
+next stage's weights are read. The layers of a stage that is called several times wait for the way
+back through all of its calls. Everything between stages (embeddings, norms, the head) runs as in
 the model's own code. With weights in files (`load_policy(..., mapped=True)`) a 7B policy needs the
 memory of its largest stage.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,17 +20,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.custom_batching import custom_vmap
 
-from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
 from qvla_jax.mapping import release_pages
 from qvla_jax.sensitivity.instrument import (
+    Calls,
+    check_frames,
     layer_outputs,
     no_perturbations,
-    per_frame,
     perturbed_call,
+    side_by_side,
 )
-from qvla_jax.sensitivity.probes import probe_vectors
-from qvla_jax.sensitivity.reverse import Contraction, ReverseSpec, sum_in_blocks
+from qvla_jax.sensitivity.reverse import Contraction, Probed, ReverseSpec, sum_in_blocks
 from qvla_jax.sensitivity.stages import wrap_stages
 
 
@@ -37,10 +40,7 @@ def streamed_sweep(
     stages: Sequence[str],
     state: Any,
     constants: Mapping[str, Any],
-    inputs: Any,
-    frames: Int[Array, " b"],
-    key: Array,
-    weights: Float[Array, " a"] | None,
+    probed: Probed,
 ) -> dict[str, Float[Array, "b ..."]]:
     """Like `reverse.reverse_sweep`, on one device.
 
@@ -50,10 +50,7 @@ def streamed_sweep(
         state: the model's arrays, on the device, on the host or in files.
         constants: path -> the contraction's arrays for this layer, requested once, when the layer
             is reached.
-        inputs: model inputs, [b, ...].
-        frames: number of each frame in the calibration set.
-        key: PRNG key of the sweep.
-        weights: weight of each action dimension; None weighs all equally.
+        probed: frames and probes.
 
     Returns:
         Path -> contraction, summed over the probes. Layers that the forward pass never reaches
@@ -65,23 +62,22 @@ def streamed_sweep(
     layers = {s: tuple(p for p in spec.paths if p.startswith(f"{s}.")) for s in stages}
     outside = set(spec.paths).difference(*layers.values())
     # Layers that nothing reads, such as a tower's attention pool, need no stage.
-    if outside and (outside := layer_outputs(spec.graphdef, state, (inputs,), outside)):
+    if outside and (outside := layer_outputs(spec.graphdef, state, (probed.inputs,), outside)):
         raise InputError(
             f"{sorted(outside)[0]} is part of no stage (a block, a patch embedding); streamed "
             "sweeps measure the layers of stages only: exclude it"
         )
-    tape = _Tape(spec.contraction, layers, constants, frames.shape[0])
+    tape = _Tape(spec.contraction, layers, constants, probed.frames.shape[0])
 
     def run(token: Float[Array, ""]) -> Float[Array, "b h a"]:
         model: Any = nnx.merge(spec.graphdef, state)
         wrap_stages(model, stages, functools.partial(tape.call, token))
-        return model(inputs)
+        return model(probed.inputs)
 
     with jax.default_matmul_precision("float32"):
         action, pull_back = jax.vjp(run, jnp.zeros((), jnp.float32))
-        vectors = probe_vectors(spec.probes, key, frames, action.shape[1:], weights)
-        jax.vmap(pull_back)(vectors.astype(action.dtype))
-    return tape.found
+        jax.vmap(pull_back)(spec.vectors(probed, action))
+    return tape.contracted()
 
 
 @dataclasses.dataclass
@@ -92,6 +88,10 @@ class _Tape:
     layers: Mapping[str, tuple[str, ...]]  # stage -> its layers
     constants: Mapping[str, Any]
     frames: int
+    # Calls of each stage whose way back is still to come.
+    calls: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    # Layer -> inputs and outputs' cotangents of the calls of its stage, the last call first.
+    passed: dict[str, list[tuple[Calls, Calls]]] = dataclasses.field(default_factory=dict)
     found: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def call(self, token: Float[Array, ""], path: str, inner: nnx.Module, *args: Any) -> Array:
@@ -105,6 +105,7 @@ class _Tape:
             args: its arguments.
         """
         stage, state, fixed, given = split_stage(inner, args)
+        self.calls[path] += 1
 
         def forward(values: list[Array]) -> Array:
             # Queued stages would all hold their weights.
@@ -119,16 +120,33 @@ class _Tape:
                 stage, inside, state, fixed, values, cotangents
             )
             _release(state)
+            self.calls[path] -= 1
             for layer, name in zip(layers, inside, strict=True):
-                self.found[layer] = _contract(
-                    self.contraction, self.frames, self.constants.get(layer), seen.pop(name),
-                    at_outputs.pop(name),
-                )  # fmt: skip
+                if name in seen:
+                    both = seen.pop(name), at_outputs.pop(name)
+                    self.passed.setdefault(layer, []).append(both)
+                    if not self.calls[path]:
+                        self._contract(layer)
             # Finish all computation before the next stage's weights are read.
             jax.block_until_ready(self.found)
             return at_inputs
 
         return _pulled_back_together(forward, backward)(token, given)
+
+    def contracted(self) -> dict[str, Array]:
+        """Path -> contraction, when the way back has ended."""
+        for layer in list(self.passed):  # of stages with a call that no action reads
+            self._contract(layer)
+        return self.found
+
+    def _contract(self, layer: str) -> None:
+        inputs: Calls = ()
+        cotangents: Calls = ()
+        for x, g in reversed(self.passed.pop(layer)):
+            inputs, cotangents = (*inputs, *x), (*cotangents, *g)
+        check_frames(layer, inputs, self.frames)
+        constants = self.constants.get(layer)
+        self.found[layer] = _contract(self.contraction, self.frames, constants, inputs, cotangents)
 
 
 def _pulled_back_together(
@@ -214,10 +232,10 @@ def pull_back_stage(
     fixed: list[Any],
     values: list[Array],
     cotangents: Float[Array, "s ..."],
-) -> tuple[dict[str, Array], dict[str, Array], list[Array]]:
+) -> tuple[dict[str, Calls], dict[str, Calls], list[Array]]:
     """Inputs of the stage's layers, and cotangents of their outputs and of the stage's inputs."""
 
-    def forward(perturbations: dict[str, Array], values: list[Array]) -> tuple[Array, Any]:
+    def forward(perturbations: dict[str, Calls], values: list[Array]) -> tuple[Array, Any]:
         return perturbed_call(stage.graphdef, state, stage.arguments(fixed, values), perturbations)
 
     zeros = no_perturbations(stage.graphdef, state, stage.arguments(fixed, values), layers)
@@ -231,11 +249,12 @@ def _contract(
     contraction: Contraction,
     count: int,
     constants: Any,
-    x: Float[Array, "B t k"],
-    g: Float[Array, "s B t c"],
+    inputs: Calls,
+    cotangents: Calls,
 ) -> Float[Array, "b ..."]:
-    of_cotangent = contraction(per_frame(x, count), constants)
-    return sum_in_blocks(lambda one: of_cotangent(per_frame(one, count)), g, 1)
+    """Of one layer: cotangents [s, B, t, c] of its calls with their inputs [B, t, k]."""
+    of_cotangent = contraction(side_by_side(inputs, count), constants)
+    return sum_in_blocks(lambda calls: of_cotangent(side_by_side(calls, count)), cotangents, 1)
 
 
 def _release(state: Any) -> None:

@@ -19,6 +19,7 @@ from qvla_jax.sensitivity.accumulate import check_finite
 from qvla_jax.sensitivity.batches import Calibration, ModelPolicy
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
 from qvla_jax.sensitivity.probes import DEFAULT_PROBES, Probes
+from qvla_jax.sensitivity.sweep import Sweep
 from qvla_jax.sensitivity.table import SensitivityTable
 
 
@@ -64,16 +65,16 @@ def trajectory_costs(
     sums = np.zeros((place.max() + 1, *table.costs.shape))
     done = 0
     # A change of zero costs nothing, so 16 bits need no exception.
-    for costs in frame_costs(
-        policy,
-        calibration,
-        table.index,
-        layer_constants(layers, table.quantizer, table.bits),
-        probes=probes,
+    sweep = Sweep(
+        policy=policy,
+        calibration=calibration,
+        index=table.index,
         seed=seed,
         batch=batch,
         progress=progress,
-    ):
+    )
+    constants = layer_constants(layers, table.quantizer, table.bits)
+    for costs in frame_costs(sweep, constants, probes=probes):
         check_finite(costs, first=done)
         for frame in costs:
             sums[place[done]] += frame

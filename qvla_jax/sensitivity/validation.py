@@ -1,8 +1,8 @@
 """Can a table be trusted? Rank correlation with exact probing, and additivity."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -21,7 +21,10 @@ from qvla_jax.sensitivity.methods import DEFAULT_SHARE, sensitivities
 from qvla_jax.sensitivity.probes import Probes
 from qvla_jax.sensitivity.ranks import spearman, top_overlap
 from qvla_jax.sensitivity.strata import module_types
+from qvla_jax.sensitivity.sweep import Sweep
 from qvla_jax.sensitivity.table import SensitivityTable
+
+RANKS_KIND = "qvla_jax.ranks"
 
 
 def sample_channels(index: ChannelIndex, count: int, *, seed: int) -> Int[np.ndarray, " m"]:
@@ -30,6 +33,46 @@ def sample_channels(index: ChannelIndex, count: int, *, seed: int) -> Int[np.nda
         raise InputError(f"channels to sample: expected at least 1, got {count}")
     count = min(count, len(index))
     return np.sort(np.random.default_rng(seed).choice(len(index), count, replace=False))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankCorrelation:
+    """How estimated costs order sampled channels, compared with exact ones."""
+
+    bits: int
+    # Spearman's rank correlation over all samples; 0 where one side has no variation.
+    spearman: float
+    # Share of the most expensive tenth of the samples that the estimate also finds.
+    top: float
+    # Module type -> Spearman's rank correlation; types with fewer than three samples, or without
+    # variation, are left out.
+    by_module: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """A table compared with exact probing of sampled channels."""
+
+    channels: int
+    frames: int
+    # Of the table.
+    method: str
+    # The method on the probed frames, and the table itself, which has other frames as well.
+    spearman: tuple[RankCorrelation, ...]
+    spearman_table: tuple[RankCorrelation, ...]
+    # The sampled channels, in the table's order, and their exact costs [m][n].
+    rows: tuple[int, ...]
+    exact: tuple[tuple[float, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedRanking(Ranking):
+    """The content of ranks.json."""
+
+    format: Literal["qvla_jax.ranks"] = RANKS_KIND
+    version: Literal[1] = 1
+    # Policy fingerprint and calibration hash.
+    made_from: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +88,7 @@ class ExactSample:
     # Module type of each channel.
     types: tuple[str, ...]
 
-    def ranks(self, table: SensitivityTable) -> list[dict[str, Any]]:
+    def ranks(self, table: SensitivityTable) -> tuple[RankCorrelation, ...]:
         """How a table orders the sampled channels: `rank_correlations` with exact probing."""
         columns = [table.bits.index(b) for b in self.bits]
         estimate = table.costs[self.rows][:, columns]
@@ -84,9 +127,15 @@ def probe_sample(
     part = FirstFrames(calibration, min(frames, calibration.frames))
     rows = sample_channels(table.index, channels, seed=seed)
     bits = tuple(b for b in table.bits if b != SOURCE)
-    costs, _ = exact_costs(
-        policy, part, layers, table.index, table.quantizer, bits=bits, rows=rows, progress=progress
+    sweep = Sweep(
+        policy=policy,
+        calibration=part,
+        index=table.index,
+        quantizer=table.quantizer,
+        bits=bits,
+        progress=progress,
     )
+    costs, _ = exact_costs(sweep, rows=rows)
     names, numbers = module_types(table.index, policy.layout)
     return ExactSample(part, rows, bits, costs, tuple(names[number] for number in numbers[rows]))
 
@@ -141,7 +190,7 @@ def validate(
     seed: int = 0,
     rules: LayerRules | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> Ranking:
     """Compares a table with exact probing of sampled channels.
 
     The table's costs are means over its whole calibration set, but exact probing is expensive and
@@ -158,27 +207,29 @@ def validate(
         rules: those of the table; None takes those of the policy's layout.
         progress: reports progress.
 
-    Returns:
-        JSON object: `channels`, `frames`, `method`, `spearman` (see `rank_correlations`) on the
-        same frames, `spearman_table` of the table itself, and the samples (`rows`, `exact` [m][n]).
-
     Raises:
         InputError: the table belongs to other layers, or nothing can be sampled.
     """
     sample = probe_sample(
-        policy, calibration, table, channels=channels, frames=frames, seed=seed, rules=rules,
+        policy,
+        calibration,
+        table,
+        channels=channels,
+        frames=frames,
+        seed=seed,
+        rules=rules,
         progress=progress,
-    )  # fmt: skip
+    )
     same = same_frames(policy, sample, table, seed=seed, rules=rules, progress=progress)
-    return {
-        "channels": len(sample.rows),
-        "frames": sample.part.frames,
-        "method": table.method,
-        "spearman": sample.ranks(same),
-        "spearman_table": sample.ranks(table),
-        "rows": sample.rows.tolist(),
-        "exact": sample.costs.tolist(),
-    }
+    return Ranking(
+        channels=len(sample.rows),
+        frames=sample.part.frames,
+        method=table.method,
+        spearman=sample.ranks(same),
+        spearman_table=sample.ranks(table),
+        rows=tuple(sample.rows.tolist()),
+        exact=tuple(map(tuple, sample.costs.tolist())),
+    )
 
 
 def _probes(policy: Policy, table: SensitivityTable, frames: int) -> Probes:
@@ -196,19 +247,14 @@ def rank_correlations(
     bits: tuple[int, ...],
     estimate: Float[np.ndarray, "m n"],
     exact: Float[np.ndarray, "m n"],
-) -> list[dict[str, Any]]:
-    """Spearman correlation for each bit-width, over all samples and within each module type.
+) -> tuple[RankCorrelation, ...]:
+    """Rank correlations for each bit-width, over all samples and within each module type.
 
     Args:
         types: module type of each sample.
         bits: options.
         estimate: costs to judge.
         exact: exactly probed costs.
-
-    Returns:
-        [{bits, spearman, top, by_module: {type: rho}}]; `top` is the share of the most expensive
-        tenth of the samples that the estimate also finds. Module types with fewer than three
-        samples, or without variation, are left out.
     """
     of_type = np.asarray(types)
     result = []
@@ -224,8 +270,8 @@ def rank_correlations(
         # Without variation there is no correlation, and JSON has no NaN.
         overall = rho if np.isfinite(rho) else 0.0
         top = top_overlap(estimate[:, column], exact[:, column])
-        result.append({"bits": b, "spearman": overall, "top": top, "by_module": by_module})
-    return result
+        result.append(RankCorrelation(bits=b, spearman=overall, top=top, by_module=by_module))
+    return tuple(result)
 
 
 def joint_error(

@@ -7,6 +7,7 @@ from http import HTTPStatus
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from qvla_jax.plain import to_plain
 from qvla_jax.serving import rest
 from qvla_jax.serving.service import Service
 from qvla_jax.serving.websocket import Websockets
@@ -39,7 +40,7 @@ def make_application(service: Service, websockets: Websockets) -> web.Applicatio
         return web.Response(text="OK\n")
 
     async def stats(request: web.Request) -> web.Response:
-        return web.json_response({**service.metadata(), **service.counters.to_dict()})
+        return web.json_response({**service.metadata(), **to_plain(service.counters.snapshot())})
 
     application.router.add_get("/", root)
     application.router.add_post("/act", functools.partial(rest.act, service))

@@ -105,7 +105,7 @@ class Batcher:
         Raises:
             PolicyError: it already returns NaN or infinite actions.
         """
-        observation = {
+        observation: dict[str, Any] = {
             key: [value] if isinstance(value, str) else value[None]
             for key, value in self._policy.fake_observation().items()
         }

@@ -3,14 +3,49 @@
 import collections
 import dataclasses
 import resource
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 
+from qvla_jax.array_typing import Float
 from qvla_jax.serving.batching import Answer
 
 # Number of answers that the percentiles cover.
 _RECENT: Final = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Percentiles:
+    """Of times, in milliseconds."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecentTimes:
+    """Times of the latest answers: in the queue, and in the policy."""
+
+    queue_ms: Percentiles
+    infer_ms: Percentiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The counters at one moment; see `Counters`."""
+
+    answered: int
+    refused: int
+    failed: int
+    turned_away: int
+    clients: int
+    # Size of the batch as text -> answers.
+    answers_by_batch_size: Mapping[str, int]
+    recent: RecentTimes
+    # Peak resident memory of the process.
+    peak_rss_bytes: int
 
 
 @dataclasses.dataclass
@@ -35,19 +70,21 @@ class Counters:
         self.batches[answer.batch] += 1
         self._times.append((answer.queue_ms, answer.infer_ms))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        times = np.array(self._times or [(0.0, 0.0)]).T
-        return {
-            "answered": self.answered,
-            "refused": self.refused,
-            "failed": self.failed,
-            "turned_away": self.turned_away,
-            "clients": self.clients,
-            "answers_by_batch_size": {str(k): v for k, v in sorted(self.batches.items())},
-            "recent": {
-                name: {f"p{p}": float(np.percentile(values, p)) for p in (50, 95, 99)}
-                for name, values in zip(("queue_ms", "infer_ms"), times, strict=True)
-            },
-            "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        }
+    def snapshot(self) -> Snapshot:
+        """What they are now."""
+        queue, infer = np.array(self._times or [(0.0, 0.0)]).T
+        return Snapshot(
+            answered=self.answered,
+            refused=self.refused,
+            failed=self.failed,
+            turned_away=self.turned_away,
+            clients=self.clients,
+            answers_by_batch_size={str(k): v for k, v in sorted(self.batches.items())},
+            recent=RecentTimes(queue_ms=_percentiles(queue), infer_ms=_percentiles(infer)),
+            peak_rss_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        )
+
+
+def _percentiles(values: Float[np.ndarray, " n"]) -> Percentiles:
+    p50, p95, p99 = (float(np.percentile(values, p)) for p in (50, 95, 99))
+    return Percentiles(p50=p50, p95=p95, p99=p99)

@@ -50,9 +50,9 @@ def _train_step(
     params: nnx.State,
     opt_state: optax.OptState,
     step: Array,
-    inputs: Any,
-    chunks: Float[Array, "b h a"],
+    batch: tuple[Any, Float[Array, "b h a"]],
 ) -> tuple[nnx.State, optax.OptState, Float[Array, ""]]:
+    inputs, chunks = batch
     shift_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
     if (name := family.input_images) is not None:
         shifted = random_shift(shift_key, getattr(inputs, name), pixels=config.shift_pixels)
@@ -188,8 +188,7 @@ def _run(
                 params,
                 opt_state,
                 jnp.asarray(step),
-                sharding.shard_batch(mesh, batch.inputs),
-                sharding.shard_batch(mesh, batch.chunks),
+                sharding.shard_batch(mesh, (batch.inputs, batch.chunks)),
             )
             losses.append(loss)
             done = step + 1

@@ -71,6 +71,17 @@ def test_default_is_128_frames_and_the_draw_follows_the_seed() -> None:
     assert first.hash != data.calibration_set(seed=1).hash
 
 
+def test_every_frame_has_a_seed_of_its_own() -> None:
+    drawn = data.calibration_set("bundled", frames=12)
+    (whole,) = drawn.batches(12)
+    assert whole["seed"].shape == (12,)
+    assert len(set(whole["seed"].tolist())) == 12
+    parts = np.concatenate([batch["seed"] for batch in drawn.batches(5)])
+    np.testing.assert_array_equal(parts, whole["seed"])
+    (other,) = data.calibration_set("bundled", frames=12, seed=1).batches(12)
+    assert not set(other["seed"].tolist()) & set(whole["seed"].tolist())
+
+
 def test_batches_hold_what_a_policy_takes() -> None:
     calibration = data.calibration_set("bundled", frames=10, horizon=4)
     batches = list(calibration.batches(4))

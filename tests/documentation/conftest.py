@@ -14,6 +14,7 @@ from qvla_jax.data import open_x
 from qvla_jax.families.prismatic.config import PRESETS
 from qvla_jax.inference import random_policy
 from qvla_jax.pipeline import files
+from qvla_jax.plain import to_plain
 from qvla_jax.sensitivity import SensitivityTable
 
 from ..data import open_x_sets
@@ -59,7 +60,9 @@ def world(tmp_path_factory, closed_loop_summary) -> Path:
     if not SIMULATOR:  # which would write it
         shutil.copytree(written, folder / "rlds-visited" / "libero_spatial" / "1.0.0")
     (folder / "runs" / "sim").mkdir(parents=True)
-    (folder / "runs" / "sim" / files.CLOSED_LOOP).write_text(json.dumps(closed_loop_summary))
+    (folder / "runs" / "sim" / files.CLOSED_LOOP).write_text(
+        json.dumps(to_plain(closed_loop_summary))
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         done("qvla run --model libero-mini --budget-bits 4 --match-uniform 2 3 4 8 --out runs/mini")

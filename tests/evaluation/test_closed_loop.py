@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from qvla_jax.evaluation.workers import Replay
 from qvla_jax.families.prismatic.config import preset
 from qvla_jax.pipeline import closed_loop as stage
 from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
+from qvla_jax.plain import to_plain
 
 from ..simulators import start_thread
 
@@ -62,7 +64,7 @@ class Constant:
 
     def __init__(self, step: float, fingerprint: str):
         self.step, self.fingerprint = step, fingerprint
-        self.config = preset("tiny-test")
+        self.config, self.observation = preset("tiny-test"), SimpleNamespace(image_size=8)
         self.batches: list[dict] = []
 
     def infer_normalized(self, batch):
@@ -289,7 +291,7 @@ def simulate(out, policies, **changes):
     config = ClosedLoopConfig(
         sim="libero_spatial", out=out, policy=tuple(policies), **{**settings, **changes}
     )
-    return stage.closed_loop(config, policies=policies, make=Count)
+    return to_plain(stage.closed_loop(config, policies=policies, make=Count))
 
 
 def test_interrupted_run_goes_on_and_ends_in_the_same_tables(tmp_path, in_threads):

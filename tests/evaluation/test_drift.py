@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qvla_jax.evaluation.drift import action_deviation, summarize_drift
+from qvla_jax.evaluation.drift import FailurePrediction, action_deviation, summarize_drift
 from qvla_jax.evaluation.episodes import Episode, Result
 
 
@@ -28,12 +28,12 @@ def test_distances_count_while_both_run():
     candidate = [result("q", 0, [0.0, 1.5]), result("q", 1, [0.0, 0.1, 0.2, 0.4, 9.0])]
     drift = summarize_drift(candidate, reference)
     assert drift is not None
-    assert drift["seconds"] == pytest.approx([0.0, 0.4, 0.8, 1.2])
-    assert drift["pairs"] == [2, 2, 1, 1]
-    assert drift["distance_median"] == pytest.approx([0.0, 0.3, 0.2, 0.4])
-    assert drift["distance_upper"][1] == pytest.approx(0.1 + 0.9 * 0.4)
-    assert drift["deviation_episodes"] == 0
-    assert drift["deviation_total"] is None
+    assert drift.seconds == pytest.approx([0.0, 0.4, 0.8, 1.2])
+    assert drift.pairs == (2, 2, 1, 1)
+    assert drift.distance_median == pytest.approx([0.0, 0.3, 0.2, 0.4])
+    assert drift.distance_upper[1] == pytest.approx(0.1 + 0.9 * 0.4)
+    assert drift.deviation_episodes == 0
+    assert drift.deviation_total is None
 
 
 def test_deviations_accumulate_and_ended_episodes_keep_theirs():
@@ -44,10 +44,10 @@ def test_deviations_accumulate_and_ended_episodes_keep_theirs():
     ]
     drift = summarize_drift([result("q", state, [0.0]) for state in range(3)], reference)
     assert drift is not None
-    assert drift["deviation_mean"] == pytest.approx([1.0, 2.0, 4.0])
-    assert drift["deviation_episodes"] == 2
-    assert drift["deviation_total"] == pytest.approx(4.0)
-    assert drift["deviation_standard_error"] == pytest.approx(np.std([3.0, 5.0], ddof=1) / 2**0.5)
+    assert drift.deviation_mean == pytest.approx([1.0, 2.0, 4.0])
+    assert drift.deviation_episodes == 2
+    assert drift.deviation_total == pytest.approx(4.0)
+    assert drift.deviation_standard_error == pytest.approx(np.std([3.0, 5.0], ddof=1) / 2**0.5)
 
 
 def test_what_tells_failures_is_counted_over_pairs_of_episodes():
@@ -61,10 +61,10 @@ def test_what_tells_failures_is_counted_over_pairs_of_episodes():
     drift = summarize_drift(candidate, reference)
     assert drift is not None
     # 5 and 3 lie above both 1 and 2; lengths 4 and 2 above, and level with, both of 2.
-    assert drift["tells_failures"] == {"deviation": 1.0, "steps": 0.75}
+    assert drift.tells_failures == FailurePrediction(deviation=1.0, steps=0.75)
     everything = summarize_drift([result("q", s, [0.0]) for s in range(4)], reference)
     assert everything is not None
-    assert everything["tells_failures"] is None
+    assert everything.tells_failures is None
 
 
 def test_nothing_in_common_is_none():

@@ -7,12 +7,16 @@ from qvla_jax.data.calibration import calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation import action_errors, gripper_flips, predict
 from qvla_jax.evaluation.offline import PreparedFrames
+from qvla_jax.families.prismatic.config import preset
+from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.inference import random_policy
 from qvla_jax.inference.comparable import comparable
 
 
 class FakePolicy:
     """Predicts the state plus a constant, and normalizes by halving."""
+
+    layout = layout(preset("tiny-test"))
 
     def infer_normalized(self, batch):
         return np.asarray(batch["state"], np.float32)[:, None, :7] * np.ones((1, 3, 1), np.float32)
@@ -83,11 +87,13 @@ def test_equal_chunks_have_no_error(chunks):
     assert max(errors.worst_by_dimension) == 0
 
 
-def test_gripper_flips_look_at_the_last_entry_alone():
+def test_gripper_flips_look_at_the_grippers_alone():
     reference = np.zeros((2, 2, 7), np.float32)
     candidate = np.ones((2, 2, 7), np.float32)
     candidate[..., -1] = [[0.4, 0.6], [0.5, -3.0]]
     assert gripper_flips(candidate, reference) == 1
+    # Those of both arms.
+    assert gripper_flips(candidate, reference, grippers=(0, 6)) == 5
 
 
 def test_small_differences_are_summed_in_float64():

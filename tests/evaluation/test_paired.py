@@ -31,7 +31,7 @@ def test_wilson_solves_its_quadratic(successes, episodes):
 
 
 def test_wilson_of_no_failure_is_not_certain():
-    low, high = Success(10, 10).interval
+    low, high = Success(10, 10).interval_95
     assert (low, high) == (pytest.approx(10 / (10 + 1.959963984540054**2)), 1.0)
 
 
@@ -52,10 +52,10 @@ def test_newcombe_holds_the_difference_and_mirrors(a, b, c, d):
     if a + b + c + d == 0:
         return
     counts, swapped = Comparison(a, b, c, d), Comparison(a, c, b, d)
-    low, high = counts.interval
+    low, high = counts.interval_95
     assert -1 <= low <= counts.difference <= high <= 1
-    assert swapped.interval == pytest.approx((-high, -low))
-    assert swapped.p_value == pytest.approx(counts.p_value)
+    assert swapped.interval_95 == pytest.approx((-high, -low))
+    assert swapped.mcnemar_exact_p == pytest.approx(counts.mcnemar_exact_p)
 
 
 @pytest.mark.parametrize("shares", [(0.6, 0.15, 0.05, 0.2), (0.3, 0.2, 0.2, 0.3)])

@@ -105,7 +105,9 @@ def _packed(folder: Path) -> Target:
     header = {"config": config, "statistics": {}, "quantization": {}, "packages": {}}
     tensors = {"norm.weight": rng.normal(size=8).astype(np.float32)}
     stream = ((name, layers[name], inputs[name]) for name in layers)
-    write_packed(path, layers=stream, tensors=tensors, tokenizer="{}", header=header)
+    write_packed(
+        path, layers=stream, tensors=tensors, files={"tokenizer.json": b"{}"}, header=header
+    )
 
     def read(path: Path) -> None:
         file = PackedFile(path)
@@ -115,7 +117,7 @@ def _packed(folder: Path) -> Target:
             file.inputs(name)
         file.check_others()
         _sum_up(file.tensors)
-        _ = file.tokenizer, file.packed_bytes, file.other_bytes
+        _ = file.files, file.packed_bytes, file.other_bytes
 
     def sign(own: dict[str, Any]) -> None:
         own["sha256"] = hashlib.sha256(own["header"].encode("utf-8", "replace")).hexdigest()

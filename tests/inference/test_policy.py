@@ -28,11 +28,20 @@ def policy():
     return random_policy("tiny-test")
 
 
-def test_infer_gives_the_unnormalized_chunk(policy):
+def test_infer_scales_all_but_the_gripper_to_the_quantiles(policy, tmp_path):
+    policy.save(tmp_path)
+    path = tmp_path / "dataset_statistics.json"
+    statistics = json.loads(path.read_text())
+    (block,) = statistics.values()
+    low, high = np.linspace(-2.0, 0.0, 7), np.linspace(0.5, 3.0, 7)
+    mask = [True] * 6 + [False]
+    block["action"] = {"q01": low.tolist(), "q99": high.tolist(), "mask": mask}
+    path.write_text(json.dumps(statistics))
     obs = observation()
     batch = {k: [v] if k == "instruction" else v[None] for k, v in obs.items()}
-    normalized = policy.infer_normalized(batch)[0]
-    np.testing.assert_array_equal(policy.infer(obs), policy.unnormalize_actions(normalized))
+    normalized = policy.infer_normalized(batch)[0].astype(np.float64)
+    expected = np.where(mask, low + (normalized + 1) / 2 * (high - low), normalized)
+    np.testing.assert_allclose(load_policy(tmp_path).infer(obs), expected, atol=1e-5)
 
 
 def test_save_and_load_give_the_same_policy(policy, tmp_path):

@@ -16,7 +16,7 @@ from qvla_jax.methods import (
     RECIPES,
     InputMoments,
     Measurements,
-    Sweep,
+    SweepSettings,
     check_setting,
     input_moments,
     quantize_by,
@@ -110,7 +110,9 @@ def drawn(policy, calibration, rules):
         found[layer.path] = InputMoments(x.T @ x, np.abs(x).mean(axis=0), np.abs(x).max(axis=0))
         means[layer.path], covariances[layer.path] = x.mean(axis=0), np.cov(x.T, bias=True)
     each = np.exp(2 * rng.normal(size=len(index)))
-    result = Measurements(policy, calibration, rules=rules, moments=found, sweep=Sweep(probes=2))
+    result = Measurements(
+        policy, calibration, rules=rules, moments=found, sweep=SweepSettings(probes=2)
+    )
     real = result.table
 
     def statistics(weighting):
@@ -135,19 +137,25 @@ def drawn(policy, calibration, rules):
 
 def test_what_was_measured_is_kept(policy, calibration, tmp_path, monkeypatch):
     args = "jacobian", UNIFORM_BASELINE, (0, 2, 4, 8, 16), False
-    first = Measurements(policy, calibration, rules=RULES, sweep=Sweep(probes=2), folder=tmp_path)
+    first = Measurements(
+        policy, calibration, rules=RULES, sweep=SweepSettings(probes=2), folder=tmp_path
+    )
     drawn_statistics = drawn(policy, calibration, RULES).statistics("action")
     module = Measurements.__module__
     monkeypatch.setattr(f"{module}.input_statistics", lambda *_, **__: drawn_statistics)
     costs, means = first.table(*args).costs, first.statistics("action").means
     for name in ("sensitivities", "input_statistics"):
         monkeypatch.setattr(f"{module}.{name}", lambda *_, **__: pytest.fail("measured again"))
-    again = Measurements(policy, calibration, rules=RULES, sweep=Sweep(probes=2), folder=tmp_path)
+    again = Measurements(
+        policy, calibration, rules=RULES, sweep=SweepSettings(probes=2), folder=tmp_path
+    )
     np.testing.assert_array_equal(again.table(*args).costs, costs)
     for path, mean in again.statistics("action").means.items():
         np.testing.assert_array_equal(mean, means[path])
         np.testing.assert_allclose(mean, drawn_statistics.means[path])
-    other = Measurements(policy, calibration, rules=RULES, sweep=Sweep(probes=3), folder=tmp_path)
+    other = Measurements(
+        policy, calibration, rules=RULES, sweep=SweepSettings(probes=3), folder=tmp_path
+    )
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         other.table(*args)
 

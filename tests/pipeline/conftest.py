@@ -6,6 +6,7 @@ import pytest
 
 from qvla_jax import pipeline
 from qvla_jax.inference import random_policy
+from qvla_jax.plain import to_plain
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +38,8 @@ def config(policy_folder, tmp_path_factory) -> pipeline.RunConfig:
 
 @pytest.fixture(scope="session")
 def finished(config) -> tuple[dict, set[str]]:
-    """The report, and the files that were there when the run ended: later stages write more."""
-    return pipeline.run(config), {path.name for path in config.out.iterdir()}
+    """report.json, and the files that were there when the run ended: later stages write more."""
+    return to_plain(pipeline.run(config)), {path.name for path in config.out.iterdir()}
 
 
 @pytest.fixture(scope="session")

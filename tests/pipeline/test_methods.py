@@ -11,6 +11,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.pipeline.methods import MethodConfig, method_file
 from qvla_jax.pipeline.policies import load_named_policy
+from qvla_jax.plain import to_plain
 
 NAME = "rtn-w4-g16"
 
@@ -31,7 +32,7 @@ def folder(config, content, tmp_path_factory):
 def test_evaluation_and_report_list_the_method_with_its_stored_bytes(folder, config):
     settings = {"out": folder, "eval_frames": 9, "eval_batch": 4, "uniform_bits": (4,)}
     pipeline.evaluate(pipeline.EvaluateConfig(model=config.model, **settings))
-    content = pipeline.report(pipeline.ReportConfig(out=folder))
+    content = to_plain(pipeline.report(pipeline.ReportConfig(out=folder)))
     entry = next(e for e in content["methods"] + content["sweep"] if e["method"] == NAME)
     assert entry["stored_bytes"] == PackedFile(method_file(folder, NAME)).packed_bytes
     assert entry["channels_by_bits"] == {"4": content["model"]["channels"]}

@@ -15,7 +15,9 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.methods import MethodConfig
 from qvla_jax.pipeline.quantize import packed_bits
+from qvla_jax.plain import to_plain
 from qvla_jax.report.page import stage_rows
+from qvla_jax.stage_times import StageSeconds
 
 TIMES = ("seconds", "compiling", "cpu")
 
@@ -145,7 +147,7 @@ def test_the_stages_of_the_report_are_those_of_the_run_and_add_up(content, confi
     assert stages[:2] == ["load", "calibrate"]
     assert {"jacobian: sensitivity", "jacobian: joint errors", "validation: exact"} <= set(stages)
     assert stages[-4:] == ["allocate", "quantize", "evaluate", "latency"]
-    rows = stage_rows(content["stages"])
+    rows = stage_rows([StageSeconds(**stage) for stage in content["stages"]])
     assert rows[-1] == ("all", *(sum(s[k] for s in content["stages"]) for k in TIMES))
     assert all(0 <= compiling <= seconds for _, seconds, compiling, _ in rows)
     page = (config.out / files.REPORT_HTML).read_text()
@@ -176,7 +178,7 @@ def test_stages_one_by_one_give_the_same_as_run(content, config, tmp_path):
     pipeline.allocate(config)
     pipeline.quantize(config)
     pipeline.evaluate(config)
-    again = pipeline.report(config)
+    again = to_plain(pipeline.report(config))
     assert again["methods"] == content["methods"]
     assert again["sweep"] == content["sweep"]
     assert again["layers"] == content["layers"]
@@ -264,10 +266,13 @@ def test_the_report_takes_closed_loop_episodes_from_a_folder(
     settings = pipeline.ReportConfig(out=out, simulation=simulation)
     with pytest.raises(InputError, match=r"closed_loop\.json: missing; .*qvla evaluate --sim"):
         pipeline.report(settings)
-    (simulation / "closed_loop.json").write_text(json.dumps(closed_loop_summary))
-    content = pipeline.report(settings)
-    assert content["closed_loop"] == closed_loop_summary
+    path = simulation / "closed_loop.json"
+    path.write_text(json.dumps(to_plain(closed_loop_summary)))
+    assert pipeline.report(settings).closed_loop == closed_loop_summary
     assert "18 of 20" in (out / files.REPORT_HTML).read_text()
+    path.write_text(json.dumps({**to_plain(closed_loop_summary), "polices": []}))
+    with pytest.raises(InputError, match=r"closed_loop\.json: .*'polices'"):
+        pipeline.report(settings)
 
 
 def test_evaluating_on_the_calibration_split_is_refused(content, config, tmp_path):

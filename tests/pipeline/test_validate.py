@@ -11,10 +11,12 @@ from qvla_jax import pipeline
 from qvla_jax.allocation import allocate
 from qvla_jax.data.calibration import calibration_set
 from qvla_jax.errors import InputError
+from qvla_jax.evaluation.validation import Validation
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
+from qvla_jax.plain import to_plain
 from qvla_jax.report.validation import validation_tables
 from qvla_jax.sensitivity import sensitivities, spearman
 
@@ -29,15 +31,21 @@ def settings(config):
 
 
 @pytest.fixture(scope="module")
-def validation(content, settings):
+def found(content, settings):
     return pipeline.validate(settings)
 
 
-def test_the_file_and_the_picture_are_there(validation, settings):
-    assert json.loads((settings.out / files.VALIDATION).read_text()) == validation
+@pytest.fixture(scope="module")
+def validation(found, settings):
+    return json.loads((settings.out / files.VALIDATION).read_text())
+
+
+def test_the_file_and_the_picture_are_there(found, validation, settings):
+    assert validation == to_plain(found)
+    assert files.read_result(settings.out / files.VALIDATION, Validation) == found
     with Image.open(settings.out / files.VALIDATION_FIGURE) as picture:
         assert picture.format == "PNG"
-    assert all(table.row_count for table in validation_tables(validation))
+    assert all(table.row_count for table in validation_tables(found))
 
 
 def test_every_method_is_compared_at_every_bit_width(validation):

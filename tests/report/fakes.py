@@ -4,7 +4,19 @@
 import numpy as np
 
 from qvla_jax.evaluation import action_errors
+from qvla_jax.evaluation.latency import ChunkTimes, Latency
+from qvla_jax.evaluation.results import AllocationFacts, MethodResult, PackedFacts, PolicyFacts
 from qvla_jax.report import SensitivityMap
+from qvla_jax.report.contents import (
+    Budget,
+    LayerFacts,
+    RankingFacts,
+    Report,
+    SensitivityFacts,
+    StageSummary,
+)
+from qvla_jax.sensitivity.validation import RankCorrelation
+from qvla_jax.stage_times import StageSeconds
 
 LAYERS = {
     **{f"vision_backbone.featurizer.blocks.{i}.attn.qkv": 96 for i in range(3)},
@@ -27,25 +39,31 @@ def fake_entry(family, method, label, bits, size, error, *, predicted=None, seed
     reference = random.uniform(-1, 1, (20, 8, 7))
     expert = reference + random.normal(size=reference.shape) * 0.03
     candidate = reference + random.normal(size=reference.shape) * np.sqrt(error / 56)
-    return {
-        "method": method,
-        "label": label,
-        "series": label.split(",")[0],
-        "family": family,
-        "sensitivity": None if family in ("uniform", "full") else "jacobian",
-        "solver": None if family in ("uniform", "full") else method.split("+")[1],
-        "bias_correction": family not in ("uniform", "full"),
-        "requested_bits": bits,
-        "budget_bytes": size,
-        "stored_bytes": size,
-        "stored_bits_per_weight": bits,
-        "avg_bits_per_weight": bits - 0.3,
-        "channels_by_bits": {"4": 1137},
-        "predicted_sse_normalized": predicted,
-        "execution": "packed" if family == "ours" else "float32",
-        "versus_full_precision": action_errors(candidate, reference).to_dict(),
-        "versus_expert": action_errors(candidate, expert).to_dict(),
-    }
+    allocated = family not in ("uniform", "full")
+    return MethodResult(
+        method=method,
+        label=label,
+        series=label.split(",")[0],
+        family=family,
+        requested_bits=None if family == "full" else bits,
+        stored_bytes=size,
+        stored_bits_per_weight=bits,
+        avg_bits_per_weight=bits - 0.3,
+        channels_by_bits={"4": 1137},
+        execution="packed" if family == "ours" else "float32",
+        versus_full_precision=action_errors(candidate, reference),
+        versus_expert=action_errors(candidate, expert),
+        allocation=AllocationFacts(
+            sensitivity="jacobian",
+            solver=method.split("+")[1],
+            bias_correction=True,
+            budget_bytes=size,
+            matches_uniform_bits=None,
+            predicted_sse_normalized=predicted,
+        )
+        if allocated
+        else None,
+    )
 
 
 def fake_report():
@@ -124,47 +142,51 @@ def fake_report():
         "episodes": 20,
         "seed": 0,
     }
-    return {
-        "format": "qvla_jax.report",
-        "version": 1,
-        "created": "2026-11-23T22:00:00Z",
-        "model": {
-            "name": "libero-mini", "fingerprint": "ab" * 32, "parameters": 4_150_000, "layers": len(LAYERS),
-            "channels": sum(LAYERS.values()), "quantized_weights": weights,
-        },
-        "packed": {"file": "policy.qvla", "note": "The chosen policy ran from its packed weights."},
-        "latency": {
-            "full": {"calls": 50, "median_ms": 15.25, "p95_ms": 18.0},
-            "packed": {"calls": 50, "median_ms": 10.5, "p95_ms": 12.0},
-            "speed_up": 1.45,
-        },
-        "closed_loop": None,
-        "budget": {"bits_per_weight": 4.0, "bytes": size(4)},
-        "calibration": {**frames, "split": "calibration", "hash": "0f" * 32},
-        "heldout": {**frames, "split": "heldout", "hash": "1e" * 32},
-        "sensitivity": {"method": "jacobian", "bits": list(BITS)},
-        "validation": {
-            "channels": 256, "frames": 32,
-            "spearman_table": [{"bits": b, "spearman": 0.93} for b in (0, 2, 4, 8)],
-            "spearman": [{"bits": b, "spearman": s} for b, s in ((0, 0.95), (2, 0.96), (4, 0.999), (8, 0.999))],
-        },
-        "layers": [
-            {
-                "path": path, "name": path, "out_features": n, "fan_in": 64, "average_bits": 3.4,
-                "channels_by_bits": {"0": n // 8, "2": n // 4, "4": n // 2, "8": n // 8},
-            }
+    return Report(
+        created="2026-11-23T22:00:00Z",
+        model=PolicyFacts(
+            name="libero-mini", fingerprint="ab" * 32, options={}, parameters=4_150_000, layers=len(LAYERS),
+            channels=sum(LAYERS.values()), quantized_weights=weights,
+        ),
+        packed=PackedFacts(
+            file="policy.qvla", file_bytes=size(5), packed_bytes=size(4), other_bytes=size(0.9),
+            largest_action_difference_normalized=1e-6, note="The chosen policy ran from its packed weights.",
+        ),
+        latency=Latency(
+            full=ChunkTimes(calls=50, median_ms=15.25, p95_ms=18.0),
+            packed=ChunkTimes(calls=50, median_ms=10.5, p95_ms=12.0), speed_up=1.45,
+        ),
+        budget=Budget(bits_per_weight=4.0, bytes=size(4)),
+        calibration={**frames, "split": "calibration", "hash": "0f" * 32},
+        heldout={**frames, "split": "heldout", "hash": "1e" * 32},
+        sensitivity=SensitivityFacts(method="jacobian", bits=BITS),
+        validation=RankingFacts(
+            channels=256, frames=32, spearman=ranks(0.95, 0.96, 0.999, 0.999), spearman_table=ranks(*[0.93] * 4),
+        ),
+        chosen=ours,
+        methods=tuple(methods),
+        sweep=tuple(sweep),
+        allocations=(),
+        action_names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
+        layers=tuple(
+            LayerFacts(
+                path=path, name=path, out_features=n, fan_in=64, average_bits=3.4, sensitivity_by_bits={},
+                channels_by_bits={"0": n // 8, "2": n // 4, "4": n // 2, "8": n // 8},
+            )
             for path, n in LAYERS.items()
-        ],
-        "chosen": ours,
-        "methods": methods,
-        "sweep": sweep,
-        "seconds": {"calibrate": 1.0, "sensitivity": 60.0},
-        "stages": [
-            {"stage": "load", "seconds": 1.5, "compiling": 0.25, "cpu": 1.25},
-            {"stage": "evaluate", "seconds": 40.0, "compiling": 5.5, "cpu": 70.0},
-        ],
-        "provenance": {
+        ),
+        seconds=StageSummary(sensitivity=60.0, allocate=1.0, evaluate=2.0),
+        stages=(StageSeconds("load", 1.5, 0.25, 1.25), StageSeconds("evaluate", 40.0, 5.5, 70.0)),
+        closed_loop=None,
+        provenance={
             "packages": {"jax": "0.10.2"}, "commit": "0" * 40, "python": "3.11.7", "system": "Linux",
             "machine": "x86_64", "device": {"platform": "cpu", "kind": "cpu", "count": 2}, "seed": 0,
         },
-    }  # fmt: skip
+    )  # fmt: skip
+
+
+def ranks(*rho):
+    return tuple(
+        RankCorrelation(bits=b, spearman=r, top=1.0, by_module={})
+        for b, r in zip((0, 2, 4, 8), rho, strict=True)
+    )

@@ -1,5 +1,6 @@
 """The report in a real browser: it renders, says nothing on the console, and fits a phone."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -39,7 +40,7 @@ document.title = JSON.stringify({
 def page(closed_loop_summary, tmp_path_factory):
     summary = closed_loop_summary
     folder = tmp_path_factory.mktemp("page")
-    report = {**fake_report(), "closed_loop": summary}
+    report = dataclasses.replace(fake_report(), closed_loop=summary)
     path = folder / "report.html"
     path.write_text(render(report, fake_map(), rollouts=choose_rollouts(folder, summary)) + PROBE)
     return path

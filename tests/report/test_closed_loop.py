@@ -1,6 +1,7 @@
 """The report's section on closed-loop episodes."""
 
 import base64
+import dataclasses
 import re
 
 import pytest
@@ -28,8 +29,8 @@ def test_success_and_paired_difference_are_those_of_the_summary(closed_loop_summ
 
 
 def test_a_single_policy_has_nothing_to_compare(closed_loop_summary):
-    first = closed_loop_summary["policies"][:1]
-    summary = {**closed_loop_summary, "policies": first, "comparisons": []}
+    first = closed_loop_summary.policies[:1]
+    summary = dataclasses.replace(closed_loop_summary, policies=first, comparisons=())
     page = closed_loop_section(summary)
     assert "18 of 20" in page
     assert "points" not in page
@@ -44,7 +45,7 @@ def test_failures_come_first_and_say_what_they_show(videos, closed_loop_summary)
 
 
 def test_videos_are_part_of_the_page(videos, closed_loop_summary):
-    report = {**fake_report(), "closed_loop": closed_loop_summary}
+    report = dataclasses.replace(fake_report(), closed_loop=closed_loop_summary)
     rollouts = choose_rollouts(videos, closed_loop_summary)
     page = render(report, fake_map(), rollouts=rollouts)
     found = re.findall(r'src="data:video/mp4;base64,([^"]+)"', page)

@@ -1,5 +1,6 @@
 """The HTML report: self-contained, well-formed, and with the figures it promises."""
 
+import dataclasses
 import html.parser
 import re
 
@@ -65,8 +66,8 @@ def test_nothing_is_loaded_from_elsewhere(page, checker):
 
 def test_every_method_and_layer_is_shown(page):
     report = fake_report()
-    for entry in report["methods"]:
-        assert entry["label"] in page
+    for entry in report.methods:
+        assert entry.label in page
     for path in LAYERS:
         assert path in page
 
@@ -74,21 +75,21 @@ def test_every_method_and_layer_is_shown(page):
 def test_key_figures_are_those_of_the_report(checker):
     text = " ".join(checker.text)
     report = fake_report()
-    ours = next(e for e in report["methods"] if e["method"] == report["chosen"])
-    assert number(ours["versus_full_precision"]["action_mse_normalized"]) in text
+    assert number(report.ours.versus_full_precision.action_mse_normalized) in text
     assert "0.9990" in text
     assert "ran from its packed weights" in text
-    assert report["calibration"]["hash"][:16] in text
+    assert report.calibration["hash"][:16] in text
 
 
 def test_a_report_without_validation_renders():
-    report = {**fake_report(), "validation": None}
+    report = dataclasses.replace(fake_report(), validation=None)
     assert "Spearman" not in render(report, fake_map())
 
 
 def test_names_are_escaped():
     report = fake_report()
-    report["model"]["name"] = "<script>alert(1)</script>"
+    model = dataclasses.replace(report.model, name="<script>alert(1)</script>")
+    report = dataclasses.replace(report, model=model)
     assert "<script>" not in render(report, fake_map())
 
 
@@ -134,7 +135,7 @@ def test_colour_bounds_survive_zero_costs():
 
 def test_series_of_one_family_have_different_colours():
     families = ["full", "uniform", "baseline", "baseline", "ours", "other_solver", "baseline"]
-    entries = [{"series": f"s{n}", "family": family} for n, family in enumerate(families)]
+    entries = [(f"s{n}", family) for n, family in enumerate(families)]
     styles = figures.styles_of([*entries, *entries])
     assert list(styles) == [f"s{n}" for n in range(len(families))]
     assert len(set(styles.values())) == len(families)

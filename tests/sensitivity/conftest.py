@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from qvla_jax.inference.quantize import policy_layers
 from qvla_jax.quantization import InputStatistics, Quantizer, QuantizerSettings
 from qvla_jax.quantization.layers import channel_index
+from qvla_jax.sensitivity.sweep import Sweep
 
 from .toys import ToyFrames, toy_policy
 
@@ -41,6 +42,13 @@ def quantizer(index):
     rng = np.random.default_rng(7)
     means = {layer.path: rng.normal(size=layer.fan_in) for layer in index.layers}
     return Quantizer(QuantizerSettings(rounding="nearest"), InputStatistics(means))
+
+
+@pytest.fixture(scope="session")
+def sweep(policy, frames, index, quantizer):
+    return Sweep(
+        policy=policy, calibration=frames, index=index, quantizer=quantizer, bits=(0, 2, 4, 8)
+    )
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Exact costs against quantizing one channel after another for real."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -19,8 +21,8 @@ BITS = (0, 2, 4, 8)
 
 
 @pytest.fixture(scope="module")
-def exact(policy, frames, layers, index, quantizer):
-    return exact_costs(policy, frames, layers, index, quantizer, bits=BITS, batch=4, block=16)[0]
+def exact(sweep):
+    return exact_costs(sweep, block=16)[0]
 
 
 def looped_costs(policy, frames, index, quantizer, rows):
@@ -45,23 +47,19 @@ def test_vmapped_equals_looped_quantized_policies(policy, frames, index, quantiz
     np.testing.assert_allclose(exact[ends], looped, rtol=2e-3, atol=1e-9)
 
 
-def test_rows_block_and_batch_do_not_matter(policy, frames, layers, index, quantizer, exact):
+def test_rows_block_and_batch_do_not_matter(sweep, index, exact):
     rows = np.arange(0, len(index), 7)
-    some, _ = exact_costs(
-        policy, frames, layers, index, quantizer, bits=BITS, rows=rows, batch=2, block=5
-    )
+    some, _ = exact_costs(dataclasses.replace(sweep, batch=2), rows=rows, block=5)
     # Another batch shape rounds otherwise; at 8 bits a change is a few hundred ulps of the action.
     np.testing.assert_allclose(some, exact[rows], rtol=3e-3, atol=1e-10)
 
 
-def test_every_mesh_gives_the_same_bits(policy, frames, layers, index, quantizer, one_device):
+def test_every_mesh_gives_the_same_bits(sweep, one_device):
     def costs(mesh):
-        return exact_costs(
-            policy, frames, layers, index, quantizer, bits=BITS, batch=2, block=16, mesh=mesh
-        )
+        return exact_costs(dataclasses.replace(sweep, batch=2, mesh=mesh), block=16)
 
     expected = costs(one_device)
-    for found in (costs(None), costs(sweep_mesh(channel=2))):
+    for found in (costs(sweep_mesh()), costs(sweep_mesh(channel=2))):
         np.testing.assert_array_equal(found, expected)
 
 

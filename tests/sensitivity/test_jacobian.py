@@ -7,13 +7,13 @@ import pytest
 from flax import nnx
 
 from qvla_jax.errors import InputError
-from qvla_jax.inference.quantize import policy_layers
+from qvla_jax.inference.quantize import policy_index
 from qvla_jax.models import get_module
 from qvla_jax.quantization.grid import on_grid
-from qvla_jax.quantization.layers import channel_index
 from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
+from qvla_jax.sensitivity.sweep import Sweep
 from qvla_jax.sharding import sweep_mesh
 
 from .toys import LLM, UNREACHED, ToyFrames, take_inputs
@@ -21,12 +21,17 @@ from .toys import LLM, UNREACHED, ToyFrames, take_inputs
 BITS = (0, 2, 4, 8)
 
 
-def costs_of(policy, frames, quantizer, **kwargs):
-    layers = policy_layers(policy)
-    settings = {"method": "jacobian", "probes": "full"} | kwargs
-    constants = layer_constants(layers, quantizer, settings.pop("bits", BITS))
-    costs = frame_costs(policy, frames, channel_index(layers), constants, **settings)
-    return mean_over_frames(costs)
+def costs_of(policy, frames, quantizer, *, bits=BITS, method="jacobian", probes="full", **settings):
+    sweep = sweep_of(policy, frames, quantizer, bits, **settings)
+    constants = layer_constants(sweep.layers, quantizer, bits)
+    return mean_over_frames(frame_costs(sweep, constants, method=method, probes=probes))
+
+
+def sweep_of(policy, frames, quantizer, bits, **settings):
+    return Sweep(
+        policy=policy, calibration=frames, index=policy_index(policy), quantizer=quantizer,
+        bits=bits, **settings,
+    )  # fmt: skip
 
 
 def directional_costs(policy, frames, quantizer, path):
@@ -73,17 +78,14 @@ def test_full_probes_equal_directional_derivatives(policy, frames, index, quanti
 
 
 def test_a_linear_model_has_no_higher_order(linear_policy, frames, quantizer):
-    layers = policy_layers(linear_policy)
     first, _ = costs_of(linear_policy, frames, quantizer)
-    exact, _ = exact_costs(
-        linear_policy, frames, layers, channel_index(layers), quantizer, bits=BITS, block=32
-    )
+    exact, _ = exact_costs(sweep_of(linear_policy, frames, quantizer, BITS), block=32)
     np.testing.assert_allclose(first, exact, rtol=1e-3, atol=1e-9)
 
 
-def test_small_changes_agree_with_exact_on_a_curved_model(policy, frames, layers, index, quantizer):
+def test_small_changes_agree_with_exact_on_a_curved_model(policy, frames, quantizer):
     first, _ = costs_of(policy, frames, quantizer, bits=(8,))
-    exact, _ = exact_costs(policy, frames, layers, index, quantizer, bits=(8,), block=32)
+    exact, _ = exact_costs(sweep_of(policy, frames, quantizer, (8,)), block=32)
     reached = first[:, 0] > 1e-8
     np.testing.assert_allclose(first[reached], exact[reached], rtol=0.05)
 

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from qvla_jax.methods import Measurements, Sweep
+from qvla_jax.methods import Measurements, SweepSettings
 from qvla_jax.quantization import QuantizerSettings
 from qvla_jax.sensitivity import sensitivities
 
 
 def test_a_table_of_some_options_is_part_of_one_measured_once(policy, frames):
     settings = QuantizerSettings(weighting="action")
-    shared = Measurements(policy, frames, sweep=Sweep(probes=4))
+    shared = Measurements(policy, frames, sweep=SweepSettings(probes=4))
     options = (0, 3, 8, 16)
     found = shared.table("jacobian", settings, options, True)
     alone = sensitivities(

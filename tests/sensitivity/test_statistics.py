@@ -1,5 +1,6 @@
 """Moments of the inputs, and the released code's proxy against its recorded outputs."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -93,8 +94,8 @@ def test_the_recorded_covariance_is_two_over_n_times_the_sum(layer):
     np.testing.assert_allclose(RELEASE[f"{layer}/H"], 2 / n * total, rtol=1e-5, atol=1e-4)
 
 
-def test_covariances_through_the_model(policy, layers, frames):
-    found = input_hessians(policy, frames, layers, batch=2)
+def test_covariances_through_the_model(sweep, frames):
+    found = input_hessians(dataclasses.replace(sweep, batch=2))
     images = frames.arrays["image"].astype(np.float64)
     expected = 2 / 5 * np.einsum("bvtj,bvtk->jk", images, images)
     np.testing.assert_allclose(found[FIRST_TOWER], expected, rtol=1e-5)

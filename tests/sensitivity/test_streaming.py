@@ -9,7 +9,7 @@ from qvla_jax import load_policy
 from qvla_jax.data import calibration_set
 from qvla_jax.errors import InputError
 from qvla_jax.families.prismatic.config import PRESETS
-from qvla_jax.inference.policy import random_policy
+from qvla_jax.inference import random_policy
 from qvla_jax.mapping import region_of
 from qvla_jax.quantization import QuantizerSettings
 from qvla_jax.quantization.layers import LayerRules

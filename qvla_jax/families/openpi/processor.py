@@ -227,7 +227,7 @@ def make_processor(
             "weights that does, such as pi0_aloha"
         )
     where = file_named(source, STATISTICS_FILE)
-    if config.asset_id not in statistics:
+    if config.asset_id is None or config.asset_id not in statistics:
         raise CheckpointError(f"{where}: {unknown('statistics', config.asset_id, statistics)}")
     where = f"{where}: {config.asset_id}"
     normalizers = read_normalizers(statistics[config.asset_id], config.normalization, where=where)

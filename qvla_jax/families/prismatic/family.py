@@ -14,7 +14,6 @@ from qvla_jax.checkpoints.files import (
     STATISTICS_FILE,
     TOKENIZER_FILE,
     check_fetched,
-    component_file,
     read_json,
 )
 from qvla_jax.checkpoints.weights import Source, check_shapes, file_named
@@ -24,6 +23,7 @@ from qvla_jax.families.layout import Layout
 from qvla_jax.families.observations import ObservationSpec
 from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic import specs, unread
+from qvla_jax.families.prismatic.checkpoint.components import component_file
 from qvla_jax.families.prismatic.checkpoint.directory import PublicTensors
 from qvla_jax.families.prismatic.checkpoint.export import export_model, reexport, synthesize
 from qvla_jax.families.prismatic.checkpoint.huggingface import (

@@ -10,6 +10,9 @@ _TOWERS: Final = ("featurizer", "fused_featurizer")
 # Layers of one module that take the same input.
 SAME_INPUT: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+# Of one arm's action.
+_NAMES: Final = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+
 
 def layout(config: OpenVLAConfig) -> Layout:
     """The layout of a configuration's network.
@@ -64,4 +67,5 @@ def layout(config: OpenVLAConfig) -> Layout:
         groups=(r"(vision_backbone|language_model)\.[^.]+", r"[^.]+"),
         action_entries=tuple(range(config.action_dim)),
         grippers=(config.action_dim - 1,),
+        action_names=_NAMES if config.action_dim == len(_NAMES) else (),
     )

@@ -1,16 +1,27 @@
 """Small networks of both variants: every part of the architecture, at widths of a few entries."""
 
 import dataclasses
+import json
 
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from qvla_jax.checkpoints.weights import assign_tensors
+from qvla_jax.families.openpi import checkpoint
 from qvla_jax.families.openpi.checkpoint import NamedTensors
 from qvla_jax.families.openpi.config import GemmaConfig, OpenpiConfig, SiglipConfig, preset
-from qvla_jax.families.openpi.names import parameters
+from qvla_jax.families.openpi.names import parameters, public_shapes, slots
 from qvla_jax.families.openpi.network import FlowMatching, abstract_model
 
+STATISTICS = {
+    "norm_stats": {
+        key: {name: [float(i + 1)] * size for i, name in enumerate(("mean", "std", "q01", "q99"))}
+        for key, size in (("state", 8), ("actions", 7))
+    }
+}
+VARIANTS = ("pi0", "pi05")
 # More than one key-value head, and heads that are not as wide as the network.
 _GEMMA = dict(depth=2, mlp_dim=10, num_heads=4, num_kv_heads=2, head_dim=4)
 
@@ -55,4 +66,46 @@ def models(configs, tensors) -> dict[str, FlowMatching]:
         moderate = {path: 0.4 * value for path, value in tensors[variant].items()}
         assign_tensors(model, NamedTensors(model, moderate), source=variant)
         made[variant] = model
+    return made
+
+
+@pytest.fixture(scope="session")
+def trees(configs, tensors):
+    """Variant -> the public tree, stacked by hand: leaf -> array."""
+    made = {}
+    for variant, config in configs.items():
+        model = abstract_model(config)
+        tree = {leaf: np.zeros(shape, np.float32) for leaf, shape in public_shapes(model).items()}
+        for path, slot in slots(model).items():
+            tree[slot.leaf][slot.index] = slot.to_public(tensors[variant][path])
+        made[variant] = tree
+    return made
+
+
+def write_tree(folder, tree, *, suffix=(), dtype=None):
+    """As openpi does: one tree `params` through orbax's own checkpointer."""
+    nested: dict = {}
+    for leaf, value in tree.items():
+        *parents, last = (*leaf.split("/"), *suffix)
+        node = nested
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = jnp.asarray(value, dtype)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder, {"params": nested})
+
+
+@pytest.fixture(scope="session")
+def published(trees, configs, tmp_path_factory):
+    """Variant -> a directory as openpi publishes it."""
+    made = {}
+    for variant in VARIANTS:
+        folder = tmp_path_factory.mktemp("published") / variant
+        write_tree(folder / "params", trees[variant])
+        asset = folder / "assets" / "physical-intelligence" / "libero"
+        asset.mkdir(parents=True)
+        (asset / "norm_stats.json").write_text(json.dumps(STATISTICS))
+        sizes = checkpoint.public_sizes(configs[variant])
+        (folder / "tiny_archs.json").write_text(json.dumps(sizes))
+        made[variant] = folder
     return made

@@ -21,45 +21,15 @@ from qvla_jax.families.openpi.checkpoint import (
     read_config,
     step_folder,
 )
-from qvla_jax.families.openpi.names import parameters, public_shapes, slots
+from qvla_jax.families.openpi.names import parameters, slots
 from qvla_jax.families.openpi.network import abstract_model
 from qvla_jax.families.openpi.orbax_tree import StoredTree
 
-STATISTICS = {
-    "norm_stats": {
-        key: {name: [float(i + 1)] * size for i, name in enumerate(("mean", "std", "q01", "q99"))}
-        for key, size in (("state", 8), ("actions", 7))
-    }
-}
+from .conftest import STATISTICS, write_tree
+
 # By asset id.
 ENTRIES = {"physical-intelligence/libero": STATISTICS}
 VARIANTS = ("pi0", "pi05")
-
-
-@pytest.fixture(scope="session")
-def trees(configs, tensors):
-    """Variant -> the public tree, stacked by hand: leaf -> array."""
-    made = {}
-    for variant, config in configs.items():
-        model = abstract_model(config)
-        tree = {leaf: np.zeros(shape, np.float32) for leaf, shape in public_shapes(model).items()}
-        for path, slot in slots(model).items():
-            tree[slot.leaf][slot.index] = slot.to_public(tensors[variant][path])
-        made[variant] = tree
-    return made
-
-
-def _write(folder, tree, *, suffix=(), dtype=None):
-    """As openpi does: one tree `params` through orbax's own checkpointer."""
-    nested: dict = {}
-    for leaf, value in tree.items():
-        *parents, last = (*leaf.split("/"), *suffix)
-        node = nested
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = jnp.asarray(value, dtype)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(folder, {"params": nested})
 
 
 def _load_model(folder, config):
@@ -77,22 +47,6 @@ def _restore(folder):
     return {"/".join(key.key for key in path): np.asarray(value) for path, value in flat}
 
 
-@pytest.fixture(scope="session")
-def published(trees, configs, tmp_path_factory):
-    """Variant -> a directory as openpi publishes it."""
-    made = {}
-    for variant in VARIANTS:
-        folder = tmp_path_factory.mktemp("published") / variant
-        _write(folder / "params", trees[variant])
-        asset = folder / "assets" / "physical-intelligence" / "libero"
-        asset.mkdir(parents=True)
-        (asset / "norm_stats.json").write_text(json.dumps(STATISTICS))
-        sizes = checkpoint.public_sizes(configs[variant])
-        (folder / "tiny_archs.json").write_text(json.dumps(sizes))
-        made[variant] = folder
-    return made
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_published_directory_is_read(published, configs, tensors, variant):
     folder = step_folder(published[variant])
@@ -107,7 +61,7 @@ def test_a_published_directory_is_read(published, configs, tensors, variant):
 def test_the_trainers_layout_is_read_in_bfloat16(trees, configs, tensors, tmp_path):
     """`value` behind every leaf, below the step's folder, beside the optimizer's state."""
     step = tmp_path / "100"
-    _write(step / "params", trees["pi05"], suffix=("value",), dtype=jnp.bfloat16)
+    write_tree(step / "params", trees["pi05"], suffix=("value",), dtype=jnp.bfloat16)
     (step / "train_state").mkdir()
     assert step_folder(tmp_path) == step
     model = abstract_model(configs["pi05"])
@@ -169,7 +123,7 @@ def test_what_is_stored_by_layers_is_read_by_layers(trees, configs, tensors, tmp
     """Where the file has a chunk for each layer, no more than one is held."""
     leaf = "PaliGemma/llm/layers/mlp/gating_einsum"
     value = trees["pi0"][leaf]
-    _write(tmp_path / "params", trees["pi0"])
+    write_tree(tmp_path / "params", trees["pi0"])
     name = tmp_path / "params" / f"params.{leaf.replace('/', '.')}"
     # The same array again, in a folder of its own and in chunks of one layer.
     plain = tmp_path / "plain"
@@ -198,7 +152,7 @@ def damaged(trees, published, configs, tmp_path):
     def read(variant, change):
         tree = dict(trees[variant])
         change(tree)
-        _write(tmp_path / "params", tree)
+        write_tree(tmp_path / "params", tree)
         shutil.copy(published[variant] / "tiny_archs.json", tmp_path)
         config = read_config(tmp_path, preset_name=f"{variant}_libero")
         return dict(PublicTensors(tmp_path, abstract_model(config)))
@@ -337,7 +291,7 @@ def test_adapters_are_merged_as_openpi_applies_them(trees, configs, tmp_path):
     """Each product with the merged weight is openpi's own: base plus two einsums of the halves."""
     tree = trees["pi0"]
     adapters = _adapters(tree, configs)
-    _write(tmp_path / "params", tree | adapters)
+    write_tree(tmp_path / "params", tree | adapters)
     merged = dict(PublicTensors(tmp_path, abstract_model(configs["pi0"])))
     places = slots(abstract_model(configs["pi0"]))
     rng = np.random.default_rng(1)
@@ -388,7 +342,7 @@ def test_adapters_are_merged_as_openpi_applies_them(trees, configs, tmp_path):
 def test_adapters_that_do_not_fit_are_refused(trees, configs, tmp_path, change, message):
     adapters = _adapters(trees["pi0"], configs)
     change(adapters, "PaliGemma/llm/layers/mlp/linear")
-    _write(tmp_path / "params", trees["pi0"] | adapters)
+    write_tree(tmp_path / "params", trees["pi0"] | adapters)
     with pytest.raises(CheckpointError, match=message):
         PublicTensors(tmp_path, abstract_model(configs["pi0"]))
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.errors import CheckpointError
 from qvla_jax.families.prismatic.checkpoint.export import reexport
-from qvla_jax.families.prismatic.checkpoint.statistics import finite
 from qvla_jax.families.prismatic.network import make_model
 from qvla_jax.families.prismatic.normalization import Normalizer
 from qvla_jax.inference import import_policy, load_policy, random_policy
 from qvla_jax.inference.policy import make_policy
 from qvla_jax.pipeline.configs import PackConfig
 from qvla_jax.pipeline.pack import pack
+from qvla_jax.plain import finite
 
 from .test_huggingface import architecture, write_directory
 from .test_options import _entry
@@ -66,8 +66,8 @@ def test_load_save_and_export_agree(tmp_path_factory, faults, kind):
     )
 
     def made(entries):
-        tokenizer = policy.processor.tokenizer
-        return make_policy(config, policy.model, tokenizer, entries, source="statistics.json")
+        files = policy.processor.files()
+        return make_policy(config, policy.model, files, entries, source="statistics.json")
 
     if is_refused:
         with pytest.raises(

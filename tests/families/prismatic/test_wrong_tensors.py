@@ -252,6 +252,6 @@ def test_an_input_that_vanishes_is_named_and_the_old_file_stays(tmp_path, fault)
     out.parent.mkdir()
     out.write_bytes(b"old")
     with pytest.raises(CheckpointError, match=rf"{shard.name}: gone or changed"):
-        write_packed(out, layers=layers(), tensors={}, tokenizer="{}", header={})
+        write_packed(out, layers=layers(), tensors={}, files={"tokenizer.json": b"{}"}, header={})
     assert out.read_bytes() == b"old"
     assert list(out.parent.iterdir()) == [out]

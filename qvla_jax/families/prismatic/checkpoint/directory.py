@@ -9,18 +9,21 @@ from typing import Final
 
 import numpy as np
 
-from qvla_jax.checkpoints.files import (
-    ADAPTER_FOLDER,
-    COMPONENTS,
-    adapter_folders,
-    check_tensor_files,
-    component_file,
-)
 from qvla_jax.checkpoints.tensor_files import INDEX_FILE, ShardedTensors
 from qvla_jax.checkpoints.torch_zip import read_torch_zip
 from qvla_jax.errors import CheckpointError, CheckpointWarning
 from qvla_jax.families import family
+from qvla_jax.families.prismatic.checkpoint.components import (
+    COMPONENTS,
+    check_tensor_files,
+    component_file,
+)
 from qvla_jax.families.prismatic.checkpoint.lora import merge_adapter, merge_inline
+from qvla_jax.families.prismatic.checkpoint.weight_files import (
+    ADAPTER_FOLDER,
+    adapter_folders,
+    check_weights,
+)
 
 # Buffers that older versions of the public code stored; it recomputes and ignores them.
 _IGNORED: Final = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$")
@@ -47,6 +50,7 @@ class PublicTensors(family.PublicTensors):
         Warns:
             CheckpointWarning: an adapter is ignored.
         """
+        check_weights(folder)
         self._weights = ShardedTensors(folder)
         check_tensor_files(folder)
         index = folder / INDEX_FILE

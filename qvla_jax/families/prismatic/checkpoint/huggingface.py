@@ -29,22 +29,22 @@ from typing import Any, Final
 import tokenizers
 
 from qvla_jax.checkpoints.declared import check_declared, shown
-from qvla_jax.checkpoints.files import (
-    COMPONENTS,
-    CONFIG_FILE,
-    STATISTICS_FILE,
-    check_not_adapter_only,
-    check_tensor_files,
-    component_file,
-    read_json,
-)
+from qvla_jax.checkpoints.files import CONFIG_FILE, STATISTICS_FILE, read_json
 from qvla_jax.errors import CheckpointError, InputError, unknown
 from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint import keys
+from qvla_jax.families.prismatic.checkpoint.components import (
+    COMPONENTS,
+    check_tensor_files,
+    component_file,
+)
 from qvla_jax.families.prismatic.checkpoint.directory import component_names, component_shape
 from qvla_jax.families.prismatic.checkpoint.platforms import PLATFORMS, platform_of
 from qvla_jax.families.prismatic.checkpoint.statistics import check_entry
 from qvla_jax.families.prismatic.checkpoint.univla import decoder_sizes
+from qvla_jax.families.prismatic.checkpoint.weight_files import (
+    check_not_adapter_only,
+)
 from qvla_jax.families.prismatic.config import (
     PRESETS,
     LlamaConfig,

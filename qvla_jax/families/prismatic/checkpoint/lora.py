@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 
 from qvla_jax.checkpoints.declared import check_declared, shown
-from qvla_jax.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from qvla_jax.checkpoints.files import read_json
 from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.checkpoints.weights import check_shape
 from qvla_jax.errors import CheckpointError
 from qvla_jax.families.prismatic.checkpoint.keys import ADAPTER
+from qvla_jax.families.prismatic.checkpoint.weight_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+)
 
 # OpenVLA-OFT trains with alpha = min(r, 16); the files do not say.
 _MAX_ALPHA = 16

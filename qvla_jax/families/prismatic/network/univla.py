@@ -34,7 +34,7 @@ class UniVLA(Autoregressive):
         states, latent_states = self.states(inputs)
         return self.action_decoder(latent_states, self.visual_states(states))
 
-    def actions(self, inputs: ModelInputs) -> Float[Array, "b h a"]:
+    def actions(self, inputs: ModelInputs, conditioning: None = None) -> Float[Array, "b h a"]:
         """Like a call, but uses the states of decoding itself if the tokens are not given."""
         if inputs.action_tokens is not None:
             return self(inputs)

@@ -1,0 +1,163 @@
+"""pi0 and pi0.5 as residents: one door for public directories, ours and packed files."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.inference import import_policy, load_policy
+from qvla_jax.inference.quantize import quantize_uniform
+from qvla_jax.report.modules import describe
+
+ASSET = "physical-intelligence/libero"
+VARIANTS = ("pi0", "pi05")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A tokenizers file with a few words."""
+    words = ("<pad>", "<eos>", "<bos>", "<unk>", "pick", "up", "the", "black", "bowl")
+    made = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path_factory.mktemp("tokenizer") / "words.json"
+    made.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def policies(published, tokenizer):
+    """Variant -> the policy of its public directory."""
+    return {
+        variant: load_policy(published[variant], preset=f"{variant}_libero", tokenizer=tokenizer)
+        for variant in VARIANTS
+    }
+
+
+@pytest.fixture(scope="module")
+def policy(policies):
+    return policies["pi0"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_public_directory_becomes_a_policy(policies, variant):
+    policy = policies[variant]
+    assert policy.family.name == "openpi"
+    assert set(policy.statistics) == {ASSET}
+    observation = policy.fake_observation()
+    assert set(observation) == {"image", "wrist_image", "state", "instruction"}
+    chunk = policy.infer(observation)
+    assert chunk.shape == (3, 7)
+    np.testing.assert_array_equal(policy.infer(observation, seed=0), chunk)
+    assert np.abs(policy.infer(observation, seed=1) - chunk).max() > 1e-4
+    noise = policy.processor.noise([1])[0]
+    np.testing.assert_array_equal(
+        policy.infer(observation, noise=noise), policy.infer(observation, seed=1)
+    )
+
+
+def test_the_noise_of_a_frame_does_not_depend_on_its_batch(policy):
+    observations = [policy.fake_observation(i) for i in range(3)]
+    batch = {key: [o[key] for o in observations] for key in observations[0]}
+    together = policy.infer_normalized(batch | {"seed": np.array([5, 6, 5])})
+    for i, seed in enumerate((5, 6, 5)):
+        alone = policy.infer(observations[i], seed=seed)
+        metric = policy.unnormalize_actions(together[i : i + 1], observations[i]["state"][None])
+        np.testing.assert_allclose(metric[0], alone, atol=1e-4)
+
+
+def test_actions_are_relative_to_the_state(policy):
+    chunk = np.random.default_rng(0).normal(size=(2, 3, 7))
+    state = np.linspace(-1, 1, 16).reshape(2, 8)
+    normalized = policy.normalize_actions(chunk, state)
+    assert normalized.shape == (2, 3, 9)
+    np.testing.assert_array_equal(normalized[..., 7:], 0)
+    np.testing.assert_allclose(policy.unnormalize_actions(normalized, state), chunk, atol=1e-5)
+    with pytest.raises(InputError, match="its actions are relative to the state"):
+        policy.unnormalize_actions(normalized)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_saved_imported_or_exported_is_the_same_policy(
+    policies, published, tokenizer, tmp_path, variant
+):
+    policy = policies[variant]
+    policy.save(tmp_path / "saved")
+    options = {"preset": f"{variant}_libero", "tokenizer": tokenizer}
+    import_policy(published[variant], tmp_path / "imported", dtype=np.float32, **options)
+    policy.export(tmp_path / "exported")
+    for name in ("saved", "imported", "exported"):  # which need no options any more
+        again = load_policy(tmp_path / name)
+        assert again.fingerprint == policy.fingerprint, name
+        assert again.config == policy.config
+    content = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert content["family"] == "openpi"
+
+
+def test_a_packed_policy_is_one_file(policy, tmp_path):
+    packed = quantize_uniform(policy, 8)
+    packed.save(tmp_path / "eight.qvla")
+    again = load_policy(tmp_path / "eight.qvla")
+    assert again.fingerprint == packed.fingerprint
+    observation = policy.fake_observation()
+    np.testing.assert_array_equal(again.infer(observation), packed.infer(observation))
+    assert (again.infer(observation) != policy.infer(observation)).any()
+
+
+def test_a_directory_is_described_without_options(published, configs):
+    found = describe(str(published["pi05"]))
+    assert found.config.action_expert == configs["pi05"].action_expert
+    assert found.parameters == sum(module.parameters for module in found.modules)
+    assert {module.part for module in found.modules} >= {"PaliGemma.img", "PaliGemma.llm"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "preset=.*one of: pi0_base"),
+        ({"preset": "pi0_libero"}, "come without their tokenizer; name its file with tokenizer="),
+        ({"preset": "pi0_libero", "num_images": 2}, "num_images: pi0 and pi0.5 policies do not"),
+        ({"preset": "pi0_libero", "unnorm_key": "x"}, "name one with unnorm_key=.*there are: phys"),
+        ({"preset": "pi0_base"}, "which statistics are used is told by no file"),
+    ],
+)
+def test_what_a_public_directory_needs_is_asked_for(published, options, message):
+    with pytest.raises((CheckpointError, InputError), match=message):
+        load_policy(published["pi0"], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "pi0_droid"}, "preset='pi0_droid' contradicts the recorded 'pi0_libero'"),
+        ({"tokenizer": "t.json"}, "tokenizer: only public directories come without one"),
+        ({"center_crop": True}, "center_crop: pi0 and pi0.5 policies do not take it"),
+        ({"unnorm_key": "x"}, "unknown statistics 'x'"),
+    ],
+)
+def test_what_is_recorded_is_not_contradicted(policy, tmp_path, options, message):
+    policy.save(tmp_path / "saved")
+    with pytest.raises(InputError, match=message):
+        load_policy(tmp_path / "saved", **options)
+    assert load_policy(tmp_path / "saved", preset="pi0_libero", unnorm_key=ASSET).config
+
+
+def test_options_of_openpi_are_refused_by_others():
+    for options in ({"preset": "pi0_libero"}, {"tokenizer": "t.model"}):
+        with pytest.raises(InputError, match="OpenVLA, OpenVLA-OFT and UniVLA policies do not"):
+            load_policy("libero-mini", **options)
+    policy = load_policy("libero-mini")
+    with pytest.raises(InputError, match="seed: libero-mini samples nothing"):
+        policy.infer(policy.fake_observation(), seed=3)
+
+
+def test_exported_statistics_stay_below_their_folder(policy, tmp_path):
+    family = policy.family
+    for asset in ("../up", "/elsewhere"):
+        with pytest.raises(InputError, match="written below assets/"):
+            family.export(policy.config, policy.model, {asset: {}}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
