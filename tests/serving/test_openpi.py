@@ -166,6 +166,17 @@ def test_a_packed_policy_answers_openpis_client(policies, openpi_client, tmp_pat
     np.testing.assert_allclose(found, policy.infer(own_observation("libero")), atol=1e-6)
 
 
+def test_their_messages_are_answered_over_rest_too(policies):
+    pytest.importorskip("aiohttp")
+    requests, json_numpy = map(pytest.importorskip, ("requests", "json_numpy"))
+    body = json_numpy.dumps(client_message("droid") | {"seed": 3})
+    with running(policies["droid"], max_batch=1) as server:
+        reply = requests.post(f"http://127.0.0.1:{server.port}/act", data=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    expected = policies["droid"].infer(own_observation("droid"), seed=3)
+    np.testing.assert_allclose(np.stack(json_numpy.loads(reply.text)), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("robot", PRESETS)
 def test_our_own_words_mean_the_same(policies, robot):
     read = ObservationReader(policies[robot], max_image_side=64)
