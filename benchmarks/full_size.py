@@ -3,6 +3,9 @@
     qvla synthesize --preset openvla-oft-7b --out synthetic
     qvla pack --model synthetic --mean-bits 4 --activation-bits 8 --file oft.qvla
     python benchmarks/full_size.py oft.qvla
+    qvla synthesize --preset pi05 --out synthetic-pi05
+    qvla pack --model synthetic-pi05 --mean-bits 4 --embedding-bits 8 --file pi05.qvla
+    python benchmarks/full_size.py pi05.qvla
 
 `--random openvla-7b` makes a packed policy of random codes in memory instead, with as many channels
 of each width as such a file has: the same work, without 15 GB of files.
@@ -11,8 +14,9 @@ The packed policy runs whole. The same architecture in bfloat16 and float32 does
 (nor, at 7B, at all on a small machine), so of PyTorch (bfloat16) and JAX (both) one transformer
 block of each kind runs, with random weights and the same inputs' shapes, and its time is multiplied
 by the number of blocks: those figures are **extrapolated**, and leave out patch embeddings and
-norms between blocks. PyTorch runs prompts without padding, as the public code does. All are timed
-in turn, round after round; figures are medians of wall time on all cores.
+norms between blocks. (Of pi0 and pi0.5 only JAX is measured beside.) PyTorch runs prompts without
+padding, as the public code does. All are timed in turn, round after round; figures are medians of
+wall time on all cores.
 """
 
 import argparse
@@ -35,6 +39,8 @@ from flax import nnx
 
 import qvla_jax
 from qvla_jax import kernels
+from qvla_jax.families.openpi.config import OpenpiConfig
+from qvla_jax.families.openpi.network import Pi0Inputs, gemma, siglip
 from qvla_jax.families.prismatic.config import LlamaConfig, OpenVLAConfig, VisionTowerConfig, preset
 from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.families.prismatic.network import ModelInputs, abstract_model
@@ -61,6 +67,7 @@ from qvla_jax.quantization.codes import SIGNED
 MIXED = {16: 0.02, 8: 0.215, 4: 0.592, 2: 0.151, 0: 0.022}
 TOWERS, PROJECTOR, PREFILL = "towers", "projector", "language model, all tokens"
 HEAD, STEP, WHOLE = "action head", "decode step", "whole call"
+PREFIX, EULER = "language model, images and prompt", "Euler steps"
 
 
 @dataclasses.dataclass
@@ -190,19 +197,82 @@ def packed_timers(policy: Policy, inputs: ModelInputs) -> list[Timer]:
     return [*timers, prefill, decode]
 
 
+def flow_timers(policy: Policy, inputs: Pi0Inputs) -> list[Timer]:
+    """A packed pi0 or pi0.5, whole and phase by phase."""
+    model: Any = policy.model
+    given, llm = jax.tree.map(jnp.asarray, inputs), model.PaliGemma.llm
+
+    def timer(phase: str, module: nnx.Module, function: Callable[..., Any], *args: Any) -> Timer:
+        return Timer("packed", phase, 1, compiled(module, function, *args))
+
+    pixels = given.images.reshape(-1, *given.images.shape[2:]) / 127.5 - 1.0
+    towers = timer(TOWERS, model.PaliGemma.img, lambda m, x: m(x), pixels)
+    tokens, valid = compiled(model, lambda m, x: m.embed_prefix(x), given)()
+    positions, mask = jnp.cumsum(valid, axis=1) - 1, valid[:, None, None]
+    fill = timer(PREFIX, llm, lambda m, *args: m.fill(*args), tokens, positions, mask)
+    prefix = compiled(model, lambda m, x: m.prefix(x), given)()
+    now = policy.conditioning.at(0)
+    step = timer(EULER, model, lambda m, *args: m.step(*args), given.noise, prefix, now)
+    step.count = policy.config.num_steps
+    return [Timer("packed", WHOLE, 1, lambda: policy.run(inputs)), towers, fill, step]
+
+
+def flow_jax_timers(config: OpenpiConfig, inputs: Pi0Inputs, dtype: Any) -> list[Timer]:
+    """One block of each kind of pi0 or pi0.5 in JAX, weights and activations of one dtype."""
+    name, rng = f"JAX {jnp.dtype(dtype).name}", np.random.default_rng(0)
+    language, expert = config.language, config.action_expert
+    cameras = inputs.images.shape[1]
+    length = cameras * config.vision.num_patches + inputs.tokens.shape[1]
+    adaptive = config.variant == "pi05"
+    suffix = config.action_horizon + (not adaptive)
+
+    def random(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    def angles(start: int, count: int) -> Any:
+        return gemma.rotary_angles(start + jnp.arange(count)[None], language.head_dim)
+
+    tower = filled(
+        lambda: siglip.EncoderBlock(config.vision, dtype=dtype, rngs=nnx.Rngs(0)), rng, dtype
+    )
+    block = filled(
+        lambda: gemma.Block((language, expert), adaptive=adaptive, dtype=dtype, rngs=nnx.Rngs(0)),
+        rng,
+        dtype,
+    )
+    x = random(cameras, config.vision.num_patches, config.vision.width)
+    patches = compiled(tower, lambda m, x: m(x), x)
+    valid = jnp.ones((1, 1, 1, length), bool)
+    prefix = [random(1, length, language.width), angles(0, length), valid]
+    fill = compiled(block, lambda m, *args: m.fill(*args), *prefix)
+    held = fill()[1]
+    own = random(1, 1, 3 * expert.width)
+    now = (own, own) if adaptive else None
+    tokens = [random(1, suffix, expert.width), angles(length, suffix)]
+    step = compiled(block, lambda m, *args: m.step(*args), *tokens, held, valid, None, now)
+    return [
+        Timer(name, TOWERS, config.vision.depth, patches),
+        # Of the last layer only keys and values are made.
+        Timer(name, PREFIX, language.depth - 1, fill),
+        Timer(name, EULER, config.num_steps * language.depth, step),
+    ]
+
+
+def filled(make: Callable[[], nnx.Module], rng: np.random.Generator, dtype: Any) -> nnx.Module:
+    """A module with random weights of a dtype."""
+    module = nnx.eval_shape(make)
+    state = jax.tree.map(
+        lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), dtype),
+        nnx.state(module, nnx.Param),
+    )
+    nnx.update(module, state)
+    return module
+
+
 def jax_timers(config: OpenVLAConfig, tokens: int, dtype: Any) -> list[Timer]:
     """One block of each kind in JAX, weights and activations of one dtype."""
     name = f"JAX {jnp.dtype(dtype).name}"
     rng = np.random.default_rng(0)
-
-    def filled(make: Callable[[], nnx.Module]) -> nnx.Module:
-        module = nnx.eval_shape(make)
-        state = jax.tree.map(
-            lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), dtype),
-            nnx.state(module, nnx.Param),
-        )
-        nnx.update(module, state)
-        return module
 
     def random(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
@@ -210,14 +280,16 @@ def jax_timers(config: OpenVLAConfig, tokens: int, dtype: Any) -> list[Timer]:
     timers = []
     for tower in config.vision:
         x = random(config.num_images, patches(tower), tower.embed_dim)
-        block = filled(lambda tower=tower: Block(tower, rngs=nnx.Rngs(0)))
+        block = filled(lambda tower=tower: Block(tower, rngs=nnx.Rngs(0)), rng, dtype)
         call = compiled(block, lambda m, x: m(x), x)
         timers.append(Timer(name, TOWERS, tower.feature_block + 1, call))
     text, width = config.text, sum(tower.embed_dim for tower in config.vision)
-    projector = filled(lambda: PrismaticProjector(width, text.hidden_size, rngs=nnx.Rngs(0)))
+    projector = filled(
+        lambda: PrismaticProjector(width, text.hidden_size, rngs=nnx.Rngs(0)), rng, dtype
+    )
     x = random(1, config.num_images * config.vision[0].num_patches, width)
     timers.append(Timer(name, PROJECTOR, 1, compiled(projector, lambda m, x: m(x), x)))
-    layer = filled(lambda: LlamaDecoderLayer(text, rngs=nnx.Rngs(0)))
+    layer = filled(lambda: LlamaDecoderLayer(text, rngs=nnx.Rngs(0)), rng, dtype)
     head_dim = text.hidden_size // text.num_attention_heads
     lengths = {PREFILL: (tokens, 1)}
     if config.decoding != "l1":
@@ -337,7 +409,7 @@ def main() -> None:
     gc.collect()
     loaded, load_seconds = resident() - before, time.perf_counter() - start
     config = policy.config
-    shapes = jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param))
+    shapes = jax.tree.leaves(nnx.state(policy.family.abstract_model(config), nnx.Param))
     whole = 2 * sum(int(np.prod(x.shape)) for x in shapes)
     print(f"{config.name}: kernel {cpu.instruction_set()}, {os.cpu_count()} cores, load "
           f"{os.getloadavg()[0]:.1f}")  # fmt: skip
@@ -356,11 +428,15 @@ def main() -> None:
     sys.stdout.flush()
     # As in `Policy.run`; JAX's own precision for the others.
     with jax.default_matmul_precision("float32"):
-        timers = packed_timers(policy, inputs)
+        flow = isinstance(config, OpenpiConfig)
+        timers = flow_timers(policy, inputs) if flow else packed_timers(policy, inputs)
         measure(timers[:1], 1)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"peak resident memory of the first call {peak / 2**20:.2f} GiB")
-        if not arguments.alone:
+        if flow and not arguments.alone:
+            timers += flow_jax_timers(config, inputs, jnp.bfloat16)
+            timers += flow_jax_timers(config, inputs, jnp.float32)
+        elif not arguments.alone:
             tokens = 1 + config.num_prefix_tokens + int(np.asarray(inputs.prompt_length)[0]) - 1
             if config.decoding == "l1":
                 tokens += config.num_action_tokens + 1

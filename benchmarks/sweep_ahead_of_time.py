@@ -254,8 +254,11 @@ def trace_stage(kind: Kind, mesh: Mesh, options: int, frames: int, probes: int) 
         costs = {}
         for name, x in seen.items():
             of_cotangent = CONTRACTIONS["jacobian"](side_by_side(x, frames), constants[name])
-            vectors = jax.vmap(lambda calls: side_by_side(calls, frames))(at_outputs[name])
-            costs[name] = sum_in_blocks(of_cotangent, vectors, probes)
+            costs[name] = sum_in_blocks(
+                lambda calls, of=of_cotangent: of(side_by_side(calls, frames)),
+                at_outputs[name],
+                probes,
+            )
         return costs, at_inputs
 
     def placed(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:

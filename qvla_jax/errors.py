@@ -23,7 +23,7 @@ class CheckpointError(InputError):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint holds something that is ignored, which may not be what the user meant."""
+    """A checkpoint holds something that is ignored or a stand-in: perhaps not what was meant."""
 
 
 class DatasetError(InputError):

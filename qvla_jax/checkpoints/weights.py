@@ -12,9 +12,10 @@ Module paths are the public ones already; only the leaf differs:
 """
 
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,14 @@ from flax import nnx
 from qvla_jax.atomic import atomic_path
 from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.errors import CheckpointError
-from qvla_jax.mapping import release_pages
+from qvla_jax.mapping import Spool, region_of, release_pages
 from qvla_jax.models.surgery import path_string
 
 # The source in error messages: a file, or a function from a tensor's name to its file.
 Source = str | Callable[[str], str]
 
+# Numbers that are checked at once.
+_CHECKED: Final = 1 << 24
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
@@ -126,15 +129,27 @@ def assign_tensors(
         source: the file named in errors, or a function of the tensor's name.
         sharding: sharding of every parameter; None uses the default device.
         mapped: leave the parameters in their files, in the files' dtypes: numpy arrays that are
-            read on each use.
+            read on each use. Those that no file holds as they are go into a temporary one.
     """
-    for variable, value in flax_tensors(model, tensors, source=source, cast=not mapped):
-        # Not an assignment into an array, because an abstract model has none yet.
-        if mapped:
-            variable.set_value(value)
-            release_pages(value)
-        else:
-            variable.set_value(jax.device_put(jnp.asarray(value), sharding))
+    kernels = {id(variable) for _, leaf, variable in _parameters(model) if leaf == "kernel"}
+    with Spool(_spool_bytes(model)) as spool:
+        for variable, value in flax_tensors(model, tensors, source=source, cast=not mapped):
+            # Not an assignment into an array, because an abstract model has none yet.
+            if not mapped:
+                variable.set_value(jax.device_put(jnp.asarray(value), sharding))
+                continue
+            kept = value
+            if region_of(value) is None:
+                # The rows of a kernel's channels lie one after the other, as in other files.
+                kept = spool.add(np.asfortranarray(value) if id(variable) in kernels else value)
+            variable.set_value(kept)
+            release_pages(kept)
+
+
+def _spool_bytes(model: nnx.Module) -> int:
+    """Bytes that all parameters take at most, each from a page of its own on."""
+    sizes = (math.prod(v.shape) for _, _, v in _parameters(model))
+    return sum(8 * size + mmap.PAGESIZE for size in sizes)
 
 
 def flax_tensors(
@@ -172,12 +187,20 @@ def through_flax(
                 "floating point: quantized weights are not read"
             )
         if dtype is not None:
-            value = value.astype(dtype)
-        if not np.isfinite(value.astype(np.float32, copy=False)).all():
+            value = value.astype(dtype, copy=False)
+        if not is_finite(value):
             raise CheckpointError(f"{file_named(source, name)}: tensor {name!r} holds NaN or inf")
         return leaf, value.reshape(variable.shape[::-1]).T if leaf == "kernel" else value
 
     return convert
+
+
+def is_finite(value: np.ndarray) -> bool:
+    """Whether there is neither NaN nor inf, without a copy of the whole."""
+    flat = value.ravel(order="K")
+    return all(
+        np.isfinite(flat[start : start + _CHECKED]).all() for start in range(0, flat.size, _CHECKED)
+    )
 
 
 def file_named(source: Source, name: str) -> str:

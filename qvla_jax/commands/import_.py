@@ -16,7 +16,7 @@ from qvla_jax.output import Result
 class Config(ModelOptions):
     """Imports a public directory into one of ours, one tensor at a time, with weights in orbax."""
 
-    # A public OpenVLA, OpenVLA-OFT or UniVLA directory.
+    # A public directory: OpenVLA, OpenVLA-OFT, UniVLA, or a checkpoint of openpi.
     model: Path
     # An empty or new folder.
     out: Path

@@ -9,8 +9,8 @@ from tyro.conf import Positional
 
 from qvla_jax.commands.results import packed
 from qvla_jax.families.options import LoadOptions
+from qvla_jax.families.registry import public_family
 from qvla_jax.inference import load_policy
-from qvla_jax.inference.loading import stays_in_files
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result
 from qvla_jax.quantization.layout import uniform_bytes
@@ -56,8 +56,12 @@ def main(config: Config) -> Result:
         f"channels of {len(index.layers)} layers",
     ]
     if config.said():
-        mapped = stays_in_files(config.model)
-        found = load_policy(config.model, mapped=mapped, **config.said()).config
+        family = public_family(Path(config.model))
+        found = (
+            load_policy(config.model, **config.said()).config
+            if family is None
+            else family.read(Path(config.model), config).config
+        )
         names = (field.name for field in dataclasses.fields(LoadOptions))
         content["settings"] = {n: getattr(found, n) for n in names if hasattr(found, n)}
         lines.append(", ".join(f"{name}: {value}" for name, value in content["settings"].items()))

@@ -4,6 +4,7 @@ from qvla_jax import pipeline
 from qvla_jax.output import Result
 from qvla_jax.pipeline import StudyConfig as Config
 from qvla_jax.pipeline import files
+from qvla_jax.plain import to_plain
 from qvla_jax.progress import ProgressBars
 
 
@@ -13,4 +14,4 @@ def main(config: Config) -> Result:
         content = pipeline.study(config, progress=progress)
     table = (config.out / files.STUDY_TABLE).read_text("utf-8")
     place = f"Study: {config.out / files.STUDY}, {config.out / files.STUDY_TABLE}"
-    return Result(content, (table, place))
+    return Result(to_plain(content), (table, place))

@@ -176,8 +176,8 @@ def _act(
     for name, members in groups.items():
         observations = [observation for _, _, observation in members]
         chunks = decide(policies[name], observations, rows=rows)
-        states = [observation.get("state") for observation in observations]
-        state = None if states[0] is None else np.stack(states)
+        has_state = observations[0].get("state") is not None
+        state = np.stack([each["state"] for each in observations]) if has_state else None
         metric = policies[name].unnormalize_actions(chunks, state)
         for (worker, _, _), chunk in zip(members, metric, strict=True):
             worker.connection.send(chunk)

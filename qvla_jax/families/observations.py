@@ -1,6 +1,7 @@
 """What an observation of a policy holds, for servers, simulators and trials."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ class ObservationSpec:
         image_size: side of the pictures that a camera usually gives, in pixels.
         sampled: whether actions are sampled: an observation may have `noise` f32[h, a] that
             sampling starts from, or the `seed` that it is drawn from.
+        state_dtype: of `state`, as the processor takes it.
+        from_client: for policies that come with servers and clients of their own, what such a
+            client sends -> these entries; an observation that has them already stays as it is. It
+            raises an `InputError` that names the client's key.
+        metadata: what such a client is told on connecting.
     """
 
     cameras: tuple[str, ...] = ()
@@ -27,6 +33,9 @@ class ObservationSpec:
     optional: frozenset[str] = frozenset()
     image_size: int = 0
     sampled: bool = False
+    state_dtype: type[np.floating[Any]] = np.float32
+    from_client: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def has_history(self) -> bool:

@@ -25,10 +25,11 @@ from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family
 from qvla_jax.families.options import ActionNormalization, LoadOptions
 from qvla_jax.families.registry import family_of, from_record, preset, public_family
+from qvla_jax.inference.packed_embed import PackedEmbed
 from qvla_jax.inference.packed_linear import replace_by_packed
 from qvla_jax.inference.policy import Policy, make_policy
 from qvla_jax.inference.saving import DROPPED, ORBAX_FOLDER, WEIGHTS_FILE
-from qvla_jax.models import named_modules
+from qvla_jax.models import named_modules, replace_modules
 from qvla_jax.models.linear import Embed
 from qvla_jax.precision import in_32_bits
 
@@ -86,7 +87,8 @@ def load_policy(
         sharding: sharding of every weight; None uses the default device.
         mapped: for public directories, leave the weights in their files, in the files' dtypes. They
             are checked once and read again on each use: for streamed sweeps of policies that do not
-            fit in memory, not for inference.
+            fit in memory, not for inference. Those of a compressed checkpoint (openpi's `params/`)
+            are decoded once into a temporary file (in TMPDIR), which is gone with the policy.
 
     Raises:
         InputError: neither a preset nor a directory; the message lists close matches. Or `mapped`
@@ -225,9 +227,10 @@ def _load_packed(path: Path, options: LoadOptions) -> Policy:
         # same fingerprint.
         family.drop_unread(model)
         _keep_dtypes(model, file.tensors)
-    linears = named_modules(model, nnx.Linear)
+    linears, embeds = named_modules(model, nnx.Linear), named_modules(model, Embed)
     for name, entry in file.layers.items():
         expected = linears[name].kernel.shape[::-1] if name in linears else None
+        expected = embeds[name].embedding.shape if name in embeds else expected
         if entry.shape != expected:
             raise CheckpointError(
                 f"{path}: layer {name} of shape {list(entry.shape)}: {config.name} has "
@@ -235,10 +238,17 @@ def _load_packed(path: Path, options: LoadOptions) -> Policy:
             )
     file.check_others()
     # Neighbors in the model follow one another.
-    names = sorted(file.layers, key=lambda name: name.rpartition("."))
+    layers = [name for name in file.layers if name not in embeds]
+    names = sorted(layers, key=lambda name: name.rpartition("."))
     weights = ((name, file.weight(name)) for name in names)
     inputs = {name: file.inputs(name) for name in names}
     replace_by_packed(model, weights, inputs, same_input=family.layout(config).same_input)
+    for name in file.layers.keys() & embeds.keys():
+        try:
+            table = PackedEmbed(file.weight(name), dtype=embeds[name].dtype)
+        except InputError as error:
+            raise CheckpointError(f"{path}: {name}: {error}") from error
+        replace_modules(model, {name: table})
     assign_tensors(model, file.tensors, source=str(path))
     place: Callable[[str], str] = lambda name: f"{path}: {name}"  # noqa: E731
     policy = make_policy(config, model, file.files, statistics, source=place)
@@ -252,7 +262,7 @@ def _keep_dtypes(model: Any, tensors: Mapping[str, np.ndarray]) -> None:
     """
     for path, embed in named_modules(model, Embed).items():
         if (stored := tensors.get(f"{path}.weight")) is not None:
-            table = embed.embedding
+            table: Any = embed.embedding  # whose type promises an array
             table.set_value(jax.ShapeDtypeStruct(table.shape, stored.dtype))
 
 

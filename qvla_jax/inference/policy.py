@@ -22,6 +22,7 @@ from qvla_jax.families.layout import Layout
 from qvla_jax.families.observations import ObservationSpec
 from qvla_jax.families.registry import family_of
 from qvla_jax.inference import saving
+from qvla_jax.inference.packed_embed import packed_embeddings
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.plain import finite
 from qvla_jax.precision import in_32_bits
@@ -279,7 +280,7 @@ class Policy:
         )
         for name, tensor in public_items(self.model):
             digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
-            digest.update(tensor.tobytes())
+            digest.update(np.ascontiguousarray(tensor).view(np.uint8).data)
         for name, layer in packed_layers(self.model).items():
             digest.update(name.encode())
             inputs = layer.inputs
@@ -287,6 +288,11 @@ class Policy:
                 digest.update(str(inputs.activation_bits).encode())
                 digest.update(b"rotated" if inputs.rotated else b"")
             for array in (*jax.tree.leaves(layer.weight), *jax.tree.leaves(inputs.scale)):
+                digest.update(f"{array.dtype}{array.shape}".encode())
+                digest.update(array.tobytes())
+        for name, table in packed_embeddings(self.model).items():
+            digest.update(name.encode())
+            for array in jax.tree.leaves(table.weight):
                 digest.update(f"{array.dtype}{array.shape}".encode())
                 digest.update(array.tobytes())
         return digest.hexdigest()

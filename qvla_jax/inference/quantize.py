@@ -60,6 +60,7 @@ def quantize(
     """A copy of the policy with every channel at its bit-width; the source is not changed.
 
     >>> import qvla_jax
+    >>> from qvla_jax.quantization import NEAREST_UNCORRECTED, Quantizer
     >>> policy = qvla_jax.random_policy("tiny-test")
     >>> bits = np.resize([8, 4, 2, 4], len(policy_index(policy)))  # or an `Allocation`
     >>> packed = qvla_jax.quantize(policy, bits, quantizer=Quantizer(NEAREST_UNCORRECTED))
@@ -122,10 +123,11 @@ def _quantize(
         raise InputError("the policy is quantized already; quantize the full-precision one")
     rules = policy.layout.rules if rules is None else rules
     channels = policy_index(policy, rules)
-    bits = allocation
     if isinstance(allocation, Allocation):
         allocation.check(channels)
         bits = allocation.bits
+    else:
+        bits = allocation
     chosen = channels.check_bits(bits, BITS)
     quantizer.check(channels)
     # A copy with its own Variables; arrays that do not change are shared.

@@ -1,5 +1,6 @@
 """Writes policies: a directory, one packed file, or the public layout."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ from qvla_jax.checkpoints.files import CONFIG_FILE, STATISTICS_FILE
 from qvla_jax.checkpoints.packed_file import SUFFIX, write_packed
 from qvla_jax.errors import InputError
 from qvla_jax.families.registry import to_record
+from qvla_jax.inference.packed_embed import packed_embeddings
 from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.kernels import LayerInputs
 from qvla_jax.provenance import package_versions
 
 if TYPE_CHECKING:
@@ -80,10 +83,14 @@ def _save_packed(policy: "Policy", path: Path) -> None:
         )
     if path.suffix != SUFFIX:
         raise InputError(f"{path}: a packed policy is one file; give a name ending in {SUFFIX}")
+    tables = packed_embeddings(policy.model)
     dropped = policy.family.is_dropped(policy.model)
     write_packed(
         path,
-        layers=((name, layer.weight, layer.inputs) for name, layer in layers.items()),
+        layers=itertools.chain(
+            ((name, layer.weight, layer.inputs) for name, layer in layers.items()),
+            ((name, table.weight, LayerInputs()) for name, table in tables.items()),
+        ),
         tensors=public_tensors(policy.model),
         files=policy.processor.files(),
         header=packed_header(policy, policy.quantization, dropped=dropped),

@@ -8,9 +8,11 @@ from flax import nnx
 from qvla_jax import kernels
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
+from qvla_jax.inference.packed_embed import packed_embeddings
 from qvla_jax.inference.packed_linear import packed_layers, scale_inputs
 from qvla_jax.inference.policy import Policy
 from qvla_jax.kernels.activations import largest_code, round_to
+from qvla_jax.models.linear import Embed
 from qvla_jax.models.surgery import named_modules, replace_modules
 from qvla_jax.quantization.rotation import rotate, rotate_back
 
@@ -89,5 +91,10 @@ def unpacked(policy: Policy, packed: Policy, *, rounding: bool = False) -> Polic
         linear.kernel = nnx.Param(kernel * scale[:, None])
         if bias is not None:
             linear.bias, linear.use_bias = nnx.Param(bias), True
+    embeds = named_modules(model, Embed)
+    for path, table in packed_embeddings(packed.model).items():
+        if path not in embeds or embeds[path].embedding.shape != table.weight.shape:
+            raise InputError(f"{path}: the packed policy was not made of {policy.config.name}")
+        embeds[path].embedding = nnx.Param(kernels.dequantize(table.weight))
     replace_modules(model, replaced)
     return dataclasses.replace(policy, model=model, quantization=packed.quantization)

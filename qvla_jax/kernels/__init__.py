@@ -17,6 +17,7 @@ from qvla_jax.kernels.packed import (
 )
 from qvla_jax.kernels.packing import nearest_rows, pack, pack_rows
 from qvla_jax.kernels.sharded import ShardedWeight, shard
+from qvla_jax.kernels.tables import check_table, pack_table, table_rows
 
 __all__ = [
     "SOURCE_DTYPES",
@@ -26,6 +27,7 @@ __all__ = [
     "ShardedWeight",
     "cannot_join",
     "canonical",
+    "check_table",
     "dequantize",
     "implementations",
     "join",
@@ -33,9 +35,11 @@ __all__ = [
     "nearest_rows",
     "pack",
     "pack_rows",
+    "pack_table",
     "part",
     "prepare",
     "quantize_activations",
     "shard",
+    "table_rows",
     "validate",
 ]

@@ -252,6 +252,8 @@ class PackConfig(ModelOptions):
     mean_bits: float | None = None
     # Bits of the linear layers that are not quantized (projectors, head, output layer): 8 or 16.
     kept_bits: Literal[8, 16] = 16
+    # Bits of the rows of token embeddings: 8, with a scale for each row, or 16, as they are.
+    embedding_bits: Literal[8, 16] = 16
     # Bits of the inputs of quantized layers: 16 does not round, 8 rounds token by token.
     activation_bits: Literal[8, 16] = 16
 

@@ -5,6 +5,7 @@ before the next one is read, so memory is bounded by the largest layer and not b
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -23,6 +24,7 @@ from qvla_jax.inference.packing import pack_layer
 from qvla_jax.inference.saving import packed_header
 from qvla_jax.mapping import release_pages
 from qvla_jax.models import named_modules
+from qvla_jax.models.linear import Embed
 from qvla_jax.pipeline.configs import PackConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
@@ -70,18 +72,25 @@ def pack(config: PackConfig, *, progress: Progress = no_progress) -> None:
         bits = weight_error_bits(layers, index, config.mean_bits, progress=progress)
     linears = named_modules(model, nnx.Linear)
     names = {f"{path}.{leaf}" for path in linears for leaf in ("weight", "bias")}
+    tables: dict[str, Embed] = {}
+    if config.embedding_bits != SOURCE:
+        tables = named_modules(model, Embed)
+        names |= {f"{path}.weight" for path in tables}
     tensors = {name: t for name, t in public_tensors(model).items() if name not in names}
     widths = {layer.path: bits[rows] for layer, rows in index.items()}
     write_packed(
         config.file,
-        layers=packed_layers(
-            linears,
-            widths,
-            grid=quantizer.grid,
-            index=mixed,
-            kept_bits=config.kept_bits,
-            inputs=kernels.LayerInputs(config.activation_bits),
-            progress=progress,
+        layers=itertools.chain(
+            packed_layers(
+                linears,
+                widths,
+                grid=quantizer.grid,
+                index=mixed,
+                kept_bits=config.kept_bits,
+                inputs=kernels.LayerInputs(config.activation_bits),
+                progress=progress,
+            ),
+            packed_tables(tables, config.embedding_bits),
         ),
         tensors=tensors,
         files=policy.processor.files(),
@@ -133,6 +142,16 @@ def packed_layers(
         yield path, packed, inputs if quantized else kernels.LayerInputs()
         release_pages(linear.kernel.get_value())
     progress("pack", len(linears), len(linears))
+
+
+def packed_tables(
+    embeds: Mapping[str, Embed], bits: int
+) -> Iterator[tuple[str, kernels.PackedWeight, kernels.LayerInputs]]:
+    """Each token embedding, packed on request with this many bits a row."""
+    for path, embed in embeds.items():
+        table = embed.embedding.get_value()
+        yield path, kernels.pack_table(np.asarray(table), bits), kernels.LayerInputs()
+        release_pages(table)
 
 
 def nearest_rows(

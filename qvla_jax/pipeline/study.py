@@ -6,10 +6,9 @@ A cell is one method at one setting. Its packed policy is in `OUT/methods`, its 
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -23,7 +22,19 @@ from qvla_jax.evaluation import ActionErrors, Predictions
 from qvla_jax.evaluation.episodes import EpisodeLog
 from qvla_jax.evaluation.libero import make_libero
 from qvla_jax.evaluation.offline import PreparedFrames
-from qvla_jax.evaluation.success import compare_policies, policy_success
+from qvla_jax.evaluation.study import (
+    CELL_KIND,
+    Cell,
+    CellErrors,
+    CellSuccess,
+    FullPrecision,
+    MethodErrors,
+    SavedCell,
+    Study,
+    StudyPolicy,
+    SuccessRanks,
+)
+from qvla_jax.evaluation.success import EpisodesSuccess, compare_policies, policy_success
 from qvla_jax.evaluation.workers import MakeEnvironment
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
@@ -36,7 +47,7 @@ from qvla_jax.pipeline.configs import FramesConfig, HeldoutConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
 from qvla_jax.pipeline.methods import load_method, method_file, write_method
 from qvla_jax.pipeline.policies import check_acting
-from qvla_jax.plain import to_plain
+from qvla_jax.plain import from_plain, to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.provenance import provenance
@@ -45,8 +56,6 @@ from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.report.study import draw_error, draw_success, markdown
 from qvla_jax.sensitivity.ranks import spearman
 
-KIND: Final = "qvla_jax.study"
-CELL_KIND: Final = "qvla_jax.cell"
 _ROW: Final = re.compile(r"(?P<method>[a-z-]+?)(?P<group>-g\d+)?")
 _COLUMN: Final = re.compile(r"w(?P<bits>\d+(?:\.\d+)?)(?:a(?P<activation>\d+(?:\.\d+)?))?")
 
@@ -151,7 +160,7 @@ def study(
     policy: Policy | None = None,
     make: MakeEnvironment = make_libero,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> Study:
     """Fills the empty cells and writes the tables and figures.
 
     Args:
@@ -186,63 +195,55 @@ def study(
         for column in config.columns
         if (setting := config.setting(row, column)) is not None
     }
-    cells: list[dict[str, Any]] = []
+    cells: list[Cell] = []
     for done, ((row, column), setting) in enumerate(settings.items()):
         progress("cells", done, len(settings))
-        own = {"row": row, "column": column, "activation_bits": setting.activation_bits}
-        cells.append({**own, **work.cell(setting)})
+        cells.append(work.cell(row, column, setting))
     progress("cells", len(settings), len(settings))
     if config.sim is not None:
         for done, cell in enumerate(cells):
             progress("cells in closed loop", done, len(cells))
-            if "unavailable" not in cell:
-                cell |= work.success(config.sim, cell["method"], make)
+            if cell.unavailable is None:
+                found = work.success(config.sim, cell.method, make)
+                cells[done] = dataclasses.replace(cell, closed_loop=found)
                 if config.episodes_per_task:
                     work.write(cells)
         progress("cells in closed loop", len(cells), len(cells))
     return work.write(cells)
 
 
-def rank_correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def rank_correlations(cells: Sequence[Cell]) -> SuccessRanks:
     """Spearman's rank correlation of offline measures with success.
 
-    Args:
-        cells: of study.json.
-
-    Returns:
-        `policies`, those whose success is known, and `spearman` by measure. Cells with the same
-        policy (all offline measures are equal, for example because tuning changed nothing) count
-        once. Empty if fewer than 3 policies have success, or if it is the same for all.
+    Cells with the same policy (all offline measures are equal, for example because tuning changed
+    nothing) count once.
     """
-    distinct = {
-        json.dumps([cell["stored_bytes"], cell["versus_full_precision"]]): cell
+    # The last of the cells with the same measures.
+    rates = {
+        cell.errors: cell.closed_loop.success.rate
         for cell in cells
-        if "success" in cell
+        if cell.errors is not None and cell.closed_loop is not None
     }
-    measured = list(distinct.values())
-    success = [cell["success"]["rate"] for cell in measured]
-    if len(measured) < 3 or len(set(success)) == 1:
-        return {}
-    errors = [cell["versus_full_precision"] for cell in measured]
-    measures = {
-        "mean squared error of the action": [e["action_mse_normalized"] for e in errors],
-        "median over frames of the squared error": [
-            e["action_mse_median_normalized"] for e in errors
-        ],
-        "mean absolute error of the action": [e["action_l1_normalized"] for e in errors],
-        "mean squared error of the gripper": [e["mse_by_dimension"][-1] for e in errors],
-        "share of gripper commands that flip": [e["gripper_flip_rate"] for e in errors],
-        "largest error of the action": [max(e["worst_by_dimension"]) for e in errors],
-        "stored bytes": [cell["stored_bytes"] for cell in measured],
+    if len(rates) < 3 or len(set(rates.values())) == 1:
+        return SuccessRanks()
+    errors = [measured.versus_full_precision for measured in rates]
+    measures: dict[str, list[float]] = {
+        "mean squared error of the action": [e.action_mse_normalized for e in errors],
+        "median over frames of the squared error": [e.action_mse_median_normalized for e in errors],
+        "mean absolute error of the action": [e.action_l1_normalized for e in errors],
+        "mean squared error of the gripper": [e.mse_by_dimension[-1] for e in errors],
+        "share of gripper commands that flip": [e.gripper_flip_rate for e in errors],
+        "largest error of the action": [max(e.worst_by_dimension) for e in errors],
+        "stored bytes": [measured.stored_bytes for measured in rates],
     }
-    return {
-        "policies": len(measured),
-        "spearman": {
-            name: spearman(np.asarray(values), np.asarray(success))
+    return SuccessRanks(
+        policies=len(rates),
+        spearman={
+            name: spearman(np.asarray(values), np.asarray(list(rates.values())))
             for name, values in measures.items()
             if len(set(values)) > 1
         },
-    }
+    )
 
 
 class _Study:
@@ -269,41 +270,57 @@ class _Study:
         }
         self._held: PreparedFrames | None = None
         self._reference: Predictions | None = None
-        self._full_success: dict[str, Any] | None = None
+        self._full_success: EpisodesSuccess | None = None
         self._log: EpisodeLog | None = None
 
-    def cell(self, setting: Setting) -> dict[str, Any]:
-        """The cell's offline measurements, from its file if that is up to date."""
+    def cell(self, row: str, column: str, setting: Setting) -> Cell:
+        """The cell, so far without episodes."""
+        errors = unavailable = None
+        try:
+            errors = self._errors(setting)
+        except BudgetError as error:
+            unavailable = str(error)
+        return Cell(
+            row=row,
+            column=column,
+            activation_bits=setting.activation_bits,
+            method=setting.name,
+            title=title(setting),
+            unavailable=unavailable,
+            errors=errors,
+        )
+
+    def _errors(self, setting: Setting) -> CellErrors | None:
+        """The cell's offline measurements, from its file if that is up to date.
+
+        Raises:
+            BudgetError: nothing fits the setting's budget.
+        """
         path = self.config.out / files.CELLS / f"{setting.name}.json"
         # A cell of an older version, with fewer measures, is measured again.
         measures = [field.name for field in dataclasses.fields(ActionErrors)]
         made_from = {**self.made_from, "heldout hash": self.heldout.hash, "measures": measures}
-        try:
-            packed = self._packed(setting)
-        except BudgetError as error:
-            return {"method": setting.name, "title": title(setting), "unavailable": str(error)}
+        packed = self._packed(setting)
         file = method_file(self.config.out, setting.name)
         made_from["file sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         if path.is_file():
             content = files.read_json(path, kind=CELL_KIND)
             if content.get("made_from") == made_from:
-                return content["cell"]
+                return from_plain(SavedCell, content, str(path)).cell.errors
         size = PackedFile(file).packed_bytes
         if self._reference is None:
             self._reference = self._predict(self.policy)
         found = self._predict(unpacked(self.policy, packed))
-        cell = {
-            "method": setting.name,
-            "title": title(setting),
-            "stored_bytes": size,
-            "stored_bits_per_weight": 8 * size / self.index.num_weights,
-            "versus_full_precision": to_plain(found.errors(self._reference.chunks)),
-        }
-        content = {"format": CELL_KIND, "version": 1, "made_from": made_from, "cell": cell}
-        write_json(path, content)
-        return cell
+        errors = CellErrors(
+            stored_bytes=size,
+            stored_bits_per_weight=8 * size / self.index.num_weights,
+            versus_full_precision=found.errors(self._reference.chunks),
+        )
+        kept = MethodErrors(method=setting.name, title=title(setting), errors=errors)
+        write_json(path, to_plain(SavedCell(made_from=made_from, cell=kept)))
+        return errors
 
-    def success(self, sim: str, name: str, make: MakeEnvironment) -> dict[str, Any]:
+    def success(self, sim: str, name: str, make: MakeEnvironment) -> CellSuccess | None:
         """Success of a cell's policy, paired with full precision on the same episodes."""
         label = f"{self.config.model}@{self.config.out}:{name}"
         packed = self._packed(check_setting(name))
@@ -314,13 +331,12 @@ class _Study:
                 progress=self.progress,
             )  # fmt: skip
             self._log = None
-        found = self._finished(sim, policies, make)
-        self._full_success = found[self.config.model]
-        return found.get(label, {})
+        self._full_success, found = self._finished(sim, policies, make)
+        return found.get(label)
 
     def _finished(
         self, sim: str, policies: Mapping[str, Policy], make: MakeEnvironment
-    ) -> dict[str, Any]:
+    ) -> tuple[EpisodesSuccess | None, dict[str, CellSuccess]]:
         """Success in all finished episodes of full precision, and of others paired with it."""
         if self._log is None:
             self._log = EpisodeLog(self.config.out / files.EPISODES / closed_loop.EPISODES_FILE)
@@ -332,47 +348,45 @@ class _Study:
             if (found := self._log.outcomes(closed_loop.plan(config, policy, simulator)))
         }
         if self.config.model not in results:
-            return {self.config.model: None}
+            return None, {}
         full, *others = (policy_success(name, one).overall for name, one in results.items())
-        found = {self.config.model: to_plain(full)}
+        found = {}
         for entry, compared in zip(others, compare_policies(results), strict=True):
             paired = compared.overall
             # Only episodes that both have run.
             own = paired.both + paired.candidate_only
             of_full = paired.both + paired.reference_only
-            found[compared.candidate] = {
-                "success": to_plain(entry),
-                "share_of_full_precision": own / of_full if of_full else None,
-                "paired": to_plain(paired),
-            }
-        return found
+            found[compared.candidate] = CellSuccess(
+                success=entry,
+                share_of_full_precision=own / of_full if of_full else None,
+                paired=paired,
+            )
+        return full, found
 
-    def write(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    def write(self, cells: Sequence[Cell]) -> Study:
         """Writes the tables and figures, and returns the content of study.json."""
         size = uniform_bytes(self.index, SOURCE)
-        content = {
-            "format": KIND,
-            "version": 1,
-            "made_from": self.made_from,
-            "model": {
-                "name": self.config.model,
-                "options": self.config.said(),
-                "quantized_weights": self.index.num_weights,
-            },
-            "heldout": self.heldout.describe(),
-            "sim": self.config.sim,
-            "full_precision": {"stored_bytes": size, "success": self._full_success},
-            "rows": list(self.config.rows),
-            "columns": list(self.config.columns),
-            "cells": cells,
-            "rank_correlation_with_success": rank_correlations(cells),
-            "provenance": provenance(seed=self.config.seed),
-        }
+        content = Study(
+            made_from=self.made_from,
+            model=StudyPolicy(
+                name=self.config.model,
+                options=self.config.said(),
+                quantized_weights=self.index.num_weights,
+            ),
+            heldout=self.heldout.describe(),
+            sim=self.config.sim,
+            full_precision=FullPrecision(stored_bytes=size, success=self._full_success),
+            rows=self.config.rows,
+            columns=self.config.columns,
+            cells=tuple(cells),
+            rank_correlation_with_success=rank_correlations(cells),
+            provenance=provenance(seed=self.config.seed),
+        )
         out = self.config.out
-        write_json(out / files.STUDY, content)
+        write_json(out / files.STUDY, to_plain(content))
         write_text(out / files.STUDY_TABLE, markdown(content))
         draw_error(content, out / files.STUDY_ERROR_FIGURE)
-        if any("success" in cell for cell in cells):
+        if any(cell.closed_loop is not None for cell in cells):
             draw_success(content, out / files.STUDY_SUCCESS_FIGURE)
         return content
 

@@ -1,41 +1,44 @@
 """The table of results (`qvla study`) as Markdown, and its two Pareto figures."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from qvla_jax.evaluation.paired import Success
+from qvla_jax.evaluation.study import Cell, CellErrors, Study
 from qvla_jax.report.png import new_figure, save_png
 from qvla_jax.report.svg import number
 
 
-def markdown(study: Mapping[str, Any]) -> str:
+def markdown(study: Study) -> str:
     """Tables of action error and, where it was measured, of success; rows are methods."""
     parts = [
         "### Action error\n\nSquared error of the normalized action on "
-        f"{study['heldout']['frames']} held-out frames against full precision, and in brackets "
+        f"{study.heldout['frames']} held-out frames against full precision, and in brackets "
         "the bits per weight that are really stored.\n",
         _table(study, _error),
         "\nThe median over these frames in place of the mean, of which a few frames hold much.\n",
         _table(study, _median),
     ]
-    if (full := study["full_precision"]["success"]) is not None:
+    if (full := study.full_precision.success) is not None:
         parts += [
-            f"\n### Success\n\n{study['sim']}, full precision {_rate(full)}. Episodes solved, "
+            f"\n### Success\n\n{study.sim}, full precision {_rate(full)}. Episodes solved, "
             "success with Wilson's 95 % interval, and in brackets the share of what full precision "
             "solves of the same episodes.\n",
             _table(study, _success),
         ]
-    if found := study["rank_correlation_with_success"]:
+    found = study.rank_correlation_with_success
+    if found.spearman is not None:
         parts += [
             "\n### What predicts success\n\nSpearman's rank correlation with success over "
-            f"{found['policies']} policies; bytes should have it positive, errors negative.\n",
+            f"{found.policies} policies; bytes should have it positive, errors negative.\n",
             "| measured offline | rank correlation |\n|---|---|",
-            *(f"| {name} | {value:+.2f} |" for name, value in found["spearman"].items()),
+            *(f"| {name} | {value:+.2f} |" for name, value in found.spearman.items()),
         ]
     return "\n".join(parts) + "\n"
 
 
-def draw_error(study: Mapping[str, Any], path: Path) -> None:
+def draw_error(study: Study, path: Path) -> None:
     """Draws action error (log) against stored bytes as PNG, one series per row.
 
     Cells with rounded activations are hollow; a line connects the best of the others.
@@ -44,25 +47,46 @@ def draw_error(study: Mapping[str, Any], path: Path) -> None:
         study: what `pipeline.study` returns.
         path: the picture's file, which is replaced.
     """
-    errors = [(cell, _mse(cell)) for cell in _available(study)]
-    points = [(cell, error, (0.0, 0.0)) for cell, error in errors if error > 0]
+    errors = [(*pair, _mse(pair[1])) for pair in _available(study)]
+    points = [_Point(cell, e.stored_bytes, mse) for cell, e, mse in errors if mse > 0]
     _draw(study, points, path, label="action MSE (normalized)", log=True)
 
 
-def draw_success(study: Mapping[str, Any], path: Path) -> None:
+def draw_success(study: Study, path: Path) -> None:
     """Draws success with its interval against stored bytes as PNG; arguments of `draw_error`."""
     points = []
-    for cell in _available(study):
-        if "success" in cell:
-            rate, (low, high) = cell["success"]["rate"], cell["success"]["interval_95"]
-            points.append((cell, rate, (rate - low, high - rate)))
-    full = study["full_precision"]["success"]
-    _draw(study, points, path, label="success", line=None if full is None else full["rate"])
+    for cell, errors in _available(study):
+        if cell.closed_loop is not None:
+            found = cell.closed_loop.success
+            low, high = found.interval_95
+            around = (found.rate - low, high - found.rate)
+            points.append(_Point(cell, errors.stored_bytes, found.rate, around))
+    full = study.full_precision.success
+    _draw(study, points, path, label="success", line=None if full is None else full.rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """A cell in a figure."""
+
+    cell: Cell
+    stored_bytes: int
+    value: float
+    # Below and above the value.
+    interval: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def mebibytes(self) -> float:
+        return self.stored_bytes / 2**20
+
+    @property
+    def rounds_activations(self) -> bool:
+        return self.cell.activation_bits < 16
 
 
 def _draw(
-    study: Mapping[str, Any],
-    points: Sequence[tuple[Mapping[str, Any], float, tuple[float, float]]],
+    study: Study,
+    points: Sequence[_Point],
     path: Path,
     *,
     label: str,
@@ -71,19 +95,15 @@ def _draw(
 ) -> None:
     figure = new_figure(11, 6)
     axes = figure.subplots()
-    for place, row in enumerate(study["rows"]):
+    for place, row in enumerate(study.rows):
         label_of_row: str | None = row
         for rounded in (False, True):
-            own = [
-                (cell["stored_bytes"] / 2**20, y, interval)
-                for cell, y, interval in points
-                if cell["row"] == row and (cell["activation_bits"] < 16) == rounded
-            ]
+            own = [p for p in points if p.cell.row == row and p.rounds_activations == rounded]
             if own:
                 axes.errorbar(
-                    [x for x, _, _ in own],
-                    [y for _, y, _ in own],
-                    yerr=None if log else [[e[0] for *_, e in own], [e[1] for *_, e in own]],
+                    [p.mebibytes for p in own],
+                    [p.value for p in own],
+                    yerr=None if log else list(zip(*(p.interval for p in own), strict=True)),
                     marker="os^Dv*<>"[place % 8],
                     markersize=6,
                     markerfacecolor="none" if rounded else None,
@@ -94,8 +114,7 @@ def _draw(
                 )
                 label_of_row = None
     axes.plot([], [], "ko", markerfacecolor="none", label="hollow: rounded activations")
-    weights_only = [(c, y) for c, y, _ in points if c["activation_bits"] == 16]
-    front = _front(weights_only, lowest=log)
+    front = _front([p for p in points if not p.rounds_activations], lowest=log)
     axes.step(
         [x for x, _ in front], [y for _, y in front], where="post", color="gray", linewidth=1,
         linestyle=":", label="best of 16-bit activations",
@@ -111,54 +130,53 @@ def _draw(
     save_png(figure, path)
 
 
-def _front(
-    points: Sequence[tuple[Mapping[str, Any], float]], *, lowest: bool
-) -> list[tuple[float, float]]:
+def _front(points: Sequence[_Point], *, lowest: bool) -> list[tuple[float, float]]:
     """MiB and value of the cells that are better than all cells of the same size or smaller."""
     front: list[tuple[float, float]] = []
-    for cell, value in sorted(
-        points, key=lambda p: (p[0]["stored_bytes"], p[1] if lowest else -p[1])
-    ):
-        if not front or (value < front[-1][1] if lowest else value > front[-1][1]):
-            front.append((cell["stored_bytes"] / 2**20, value))
+    sign = 1 if lowest else -1
+    for point in sorted(points, key=lambda p: (p.stored_bytes, sign * p.value)):
+        if not front or sign * point.value < sign * front[-1][1]:
+            front.append((point.mebibytes, point.value))
     return front
 
 
-def _table(study: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str]) -> str:
-    columns = study["columns"]
-    cells = {(cell["row"], cell["column"]): cell for cell in study["cells"]}
+def _table(study: Study, text: Callable[[Cell, CellErrors], str]) -> str:
+    columns = study.columns
+    cells = {(cell.row, cell.column): (cell, errors) for cell, errors in _available(study)}
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row in study["rows"]:
+    for row in study.rows:
         found = [cells.get((row, column)) for column in columns]
-        texts = ["-" if c is None or "unavailable" in c else text(c) for c in found]
+        texts = ["-" if pair is None else text(*pair) for pair in found]
         lines.append(f"| `{row}` | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
-def _available(study: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [cell for cell in study["cells"] if "unavailable" not in cell]
+def _available(study: Study) -> Iterator[tuple[Cell, CellErrors]]:
+    for cell in study.cells:
+        if cell.errors is not None:
+            yield cell, cell.errors
 
 
-def _mse(cell: Mapping[str, Any]) -> float:
-    return cell["versus_full_precision"]["action_mse_normalized"]
+def _mse(errors: CellErrors) -> float:
+    return errors.versus_full_precision.action_mse_normalized
 
 
-def _error(cell: Mapping[str, Any]) -> str:
-    return f"{number(_mse(cell))} ({cell['stored_bits_per_weight']:.2f})"
+def _error(_: Cell, errors: CellErrors) -> str:
+    return f"{number(_mse(errors))} ({errors.stored_bits_per_weight:.2f})"
 
 
-def _median(cell: Mapping[str, Any]) -> str:
-    return number(cell["versus_full_precision"]["action_mse_median_normalized"])
+def _median(_: Cell, errors: CellErrors) -> str:
+    return number(errors.versus_full_precision.action_mse_median_normalized)
 
 
-def _rate(success: Mapping[str, Any]) -> str:
-    low, high = success["interval_95"]
-    counts = f"{success['successes']} of {success['episodes']}"
-    return f"{counts}, {success['rate']:.1%} [{low:.1%}, {high:.1%}]"
+def _rate(success: Success) -> str:
+    low, high = success.interval_95
+    counts = f"{success.successes} of {success.episodes}"
+    return f"{counts}, {success.rate:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def _success(cell: Mapping[str, Any]) -> str:
-    if "success" not in cell:
+def _success(cell: Cell, _: CellErrors) -> str:
+    if cell.closed_loop is None:
         return "-"
-    share = cell["share_of_full_precision"]
-    return _rate(cell["success"]) + ("" if share is None else f" ({share:.1%})")
+    share = cell.closed_loop.share_of_full_precision
+    return _rate(cell.closed_loop.success) + ("" if share is None else f" ({share:.1%})")

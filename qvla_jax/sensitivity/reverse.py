@@ -127,18 +127,21 @@ def _sweep(
     return sum_in_blocks(of_probe, vectors, spec.block)
 
 
-def sum_in_blocks(function: Callable[[Array], Any], vectors: Array, block: int) -> Any:
-    """Sum of `function` over the first axis, `block` entries at a time."""
-    block = max(d for d in range(1, min(block, len(vectors)) + 1) if len(vectors) % d == 0)
+def sum_in_blocks(function: Callable[[Any], Any], vectors: Any, block: int) -> Any:
+    """Sum of `function` over the first axis of all arrays, `block` entries at a time."""
+    length = len(jax.tree.leaves(vectors)[0])
+    block = max(d for d in range(1, min(block, length) + 1) if length % d == 0)
 
-    def of_block(part: Array) -> Any:
+    def of_block(part: Any) -> Any:
         return jax.tree.map(lambda r: r.sum(axis=0), jax.vmap(function)(part))
 
-    parts = vectors.reshape(-1, block, *vectors.shape[1:])
-    if len(parts) == 1:
-        return of_block(parts[0])
-    first = of_block(parts[0])
+    parts = jax.tree.map(lambda v: v.reshape(-1, block, *v.shape[1:]), vectors)
+    first = of_block(jax.tree.map(lambda v: v[0], parts))
+    if block == length:
+        return first
     total, _ = jax.lax.scan(
-        lambda acc, part: (jax.tree.map(jnp.add, acc, of_block(part)), None), first, parts[1:]
+        lambda acc, part: (jax.tree.map(jnp.add, acc, of_block(part)), None),
+        first,
+        jax.tree.map(lambda v: v[1:], parts),
     )
     return total

@@ -286,8 +286,7 @@ def _contract(
 ) -> Float[Array, "b ..."]:
     """Of one layer: cotangents [s, B, t, c] of its calls with their inputs [B, t, k]."""
     of_cotangent = contraction(side_by_side(inputs, count), constants)
-    vectors = jax.vmap(lambda calls: side_by_side(calls, count))(cotangents)
-    return sum_in_blocks(of_cotangent, vectors, 1)
+    return sum_in_blocks(lambda calls: of_cotangent(side_by_side(calls, count)), cotangents, 1)
 
 
 def _release(state: Any) -> None:

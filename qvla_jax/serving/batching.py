@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qvla_jax import sharding
-from qvla_jax.array_typing import Float, Float32
+from qvla_jax.array_typing import Float
 from qvla_jax.errors import PolicyError
 from qvla_jax.inference import Policy
 from qvla_jax.progress import Progress, no_progress, track
@@ -47,7 +47,7 @@ class Answer:
 @dataclasses.dataclass(frozen=True)
 class _Waiting:
     inputs: Any
-    state: Float32[np.ndarray, "1 p"] | None
+    state: Float[np.ndarray, "1 p"] | None
     # Has the statistics that un-normalize the actions.
     policy: Policy
     since: float
@@ -105,7 +105,7 @@ class Batcher:
         Raises:
             PolicyError: it already returns NaN or infinite actions.
         """
-        observation = {
+        observation: dict[str, Any] = {
             key: [value] if isinstance(value, str) else value[None]
             for key, value in self._policy.fake_observation().items()
         }
@@ -125,7 +125,7 @@ class Batcher:
         inputs: Any,
         policy: Policy | None = None,
         *,
-        state: Float32[np.ndarray, "1 p"] | None = None,
+        state: Float[np.ndarray, "1 p"] | None = None,
     ) -> Answer:
         """Answers one prepared observation (a batch of one).
 
@@ -208,7 +208,7 @@ class Batcher:
                 self._observe(answer)
 
     def _call(
-        self, batch: Sequence[tuple[Any, Float32[np.ndarray, "1 p"] | None, Policy]]
+        self, batch: Sequence[tuple[Any, Float[np.ndarray, "1 p"] | None, Policy]]
     ) -> tuple[list[Float[np.ndarray, "h a"]], Sequence[str | None]]:
         """Runs the policy on a padded batch, in its thread."""
         size = next(size for size in self.sizes if size >= len(batch))

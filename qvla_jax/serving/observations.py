@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from qvla_jax.array_typing import Float32
+from qvla_jax.array_typing import Float
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy
 
@@ -36,7 +36,7 @@ class Observation:
     """
 
     inputs: Any
-    state: Float32[np.ndarray, "1 p"] | None
+    state: Float[np.ndarray, "1 p"] | None
     policy: Policy
 
 
@@ -63,14 +63,18 @@ class ObservationReader:
 
         Args:
             message: what `Policy.observation` lists: images u8[H, W, 3], such as `image`; `state`,
-                p finite numbers; `instruction`; each under one of its `NAMES`. `unnorm_key` names
-                statistics of the policy; without it, its own apply. Other entries are ignored.
+                p finite numbers; `instruction`; each under one of its `NAMES`; or what clients of
+                this kind of policies send (`ObservationSpec.from_client`). Policies that sample
+                take `noise` [h, a] or `seed`. `unnorm_key` names statistics of the policy; without
+                it, its own apply. Other entries are ignored.
 
         Raises:
             InputError: an entry is missing, has the wrong type, shape or dtype, or is too large; or
                 the policy has no statistics of this name.
         """
         spec = self._spec
+        if spec.from_client is not None:
+            message = spec.from_client(message)
         policy = self._with_statistics(message.get("unnorm_key"))
         needed = {*spec.cameras, *spec.texts} - spec.optional
         batch: dict[str, Any] = {
@@ -79,10 +83,12 @@ class ObservationReader:
             if camera in needed or _found(message, camera)
         }
         if spec.state_dim:
-            batch["state"] = _state(_entry(message, "state"))[None]
+            batch["state"] = _state(_entry(message, "state"), spec.state_dtype)[None]
         for name in spec.texts:
             if name in needed or _found(message, name):
                 batch[name] = [_text(name, _entry(message, name))]
+        if spec.sampled:
+            batch |= _sampling(message)
         return Observation(policy.prepare(batch), batch.get("state"), policy)
 
     def _with_statistics(self, key: Any) -> Policy:
@@ -137,7 +143,30 @@ def _entry(message: Mapping[str, Any], name: str) -> Any:
     return message[found[0]]
 
 
-def _state(value: Any) -> np.ndarray:
+def _sampling(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What sampling starts from, as a batch of one; nothing if the message does not say."""
+    if "noise" in message and "seed" in message:
+        raise InputError("observation has noise and seed, which say the same")
+    if "noise" in message:
+        noise = message["noise"]
+        if not isinstance(noise, np.ndarray) or noise.dtype.kind != "f":
+            raise InputError(f"noise: expected floats [h, a], got {_kind(noise)}")
+        if not np.isfinite(noise).all():
+            raise InputError("noise: holds NaN or inf")
+        return {"noise": noise[None]}
+    if "seed" in message:
+        seed = message["seed"]
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise InputError(f"seed: expected a whole number below 2^32, got {_kind(seed)}")
+        return {"seed": [seed]}
+    return {}
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
+
+
+def _state(value: Any, dtype: type[np.floating[Any]]) -> np.ndarray:
     if isinstance(value, list) and all(type(v) in (int, float) for v in value):
         try:
             value = np.asarray(value, np.float64)
@@ -148,7 +177,7 @@ def _state(value: Any) -> np.ndarray:
     if value.ndim != 1 or value.dtype.kind not in "fiu":
         raise InputError(f"state: expected numbers [p], got {value.dtype} {list(value.shape)}")
     with np.errstate(over="ignore"):  # overflow becomes inf, which the processor refuses
-        return value.astype(np.float32)
+        return value.astype(dtype)
 
 
 def _text(name: str, value: Any) -> str:

@@ -41,7 +41,16 @@ class Service:
         token: str | None = None,
         key_needed: bool = False,
     ) -> None:
-        """Prepares; the batcher is warmed up and started by the server."""
+        """Prepares; the batcher is warmed up and started by the server.
+
+        Raises:
+            InputError: the gripper cannot be converted: clients take the policy's own.
+        """
+        if config.gripper != "policy" and policy.observation.from_client is not None:
+            raise InputError(
+                f"gripper {config.gripper!r}: clients of {policy.config.name} take its actions as "
+                "they are"
+            )
         self.policy = policy
         self.config = config
         self.token = token
@@ -114,6 +123,7 @@ class Service:
             "action_horizon": config.action_horizon,
             "action_dim": config.action_dim,
             "max_batch": self.config.max_batch,
+            **spec.metadata,
         }
 
     async def stop(self) -> None:

@@ -1,8 +1,8 @@
 """The openpi protocol: metadata on connecting, then one binary reply for each binary message.
 
 The expectations of `openpi_client.WebsocketClientPolicy` (openpi-client 0.1.2): replies are msgpack
-maps with `actions` and `server_timing`; a reply in text is an error, which the client raises. Here
-the connection survives an error, and the next message is answered again.
+maps with `actions`, `server_timing` and `policy_timing`; a reply in text is an error, which the
+client raises. Here the connection survives an error, and the next message is answered again.
 """
 
 import asyncio
@@ -92,7 +92,11 @@ class Websockets:
         }
         if last is not None:
             timing["prev_total_ms"] = 1e3 * last
-        reply: dict[str, Any] = {"actions": answer.actions, "server_timing": timing}
+        reply: dict[str, Any] = {
+            "actions": answer.actions,
+            "server_timing": timing,
+            "policy_timing": {"infer_ms": answer.infer_ms},
+        }
         if answer.history is not None:
             reply["history"] = answer.history
         return msgpack_numpy.encode(reply)

@@ -58,6 +58,7 @@ STAND_INS = {
     r"gs://my-bucket/my_robot/1\.0\.0": "data/my_robot",
     r"gs://bucket/open_x": "data/open_x",
     r"openvla-oft-(7b|directory)\b": "checkpoints/my-openvla-oft",
+    r" --preset \S+ --tokenizer \S+": "",  # of a directory of openpi
     r"--preset \S+": "--preset tiny-test",
     r"--channel-devices \d": "--channel-devices 1",
     # One process instead of several; two that meet are a test of the sweep's.

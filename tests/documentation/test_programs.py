@@ -32,6 +32,7 @@ SMALLER = {
 STAND_INS = {
     "synthetic-oft": "checkpoints/my-openvla-oft",
     "oft.qvla": "mini.qvla",
+    "pi05.qvla": "mini.qvla",
     "four.qvla": "mini.qvla",
     "openvla-7b": "tiny-test",
 }

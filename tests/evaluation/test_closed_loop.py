@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ class Constant:
 
     def __init__(self, step: float, fingerprint: str):
         self.step, self.fingerprint = step, fingerprint
-        self.config = preset("tiny-test")
+        self.config, self.observation = preset("tiny-test"), SimpleNamespace(image_size=8)
         self.batches: list[dict] = []
 
     def infer_normalized(self, batch):

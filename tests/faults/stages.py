@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,7 @@ class _Stepper:
         from qvla_jax.families.prismatic.config import preset
 
         self.step, self.fingerprint, self.config = step, fingerprint, preset("tiny-test")
+        self.observation = SimpleNamespace(image_size=8)
 
     def infer_normalized(self, batch: Any) -> np.ndarray:
         return np.full((len(batch["instruction"]), 4, 7), self.step, np.float32)

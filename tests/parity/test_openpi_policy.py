@@ -12,6 +12,7 @@ from qvla_jax.families.openpi.checkpoint import read_statistics
 from qvla_jax.families.openpi.images import parse_image, resize_with_pad
 from qvla_jax.families.openpi.normalization import read_normalizers
 from qvla_jax.families.openpi.tokenizer import PromptTokenizer
+from qvla_jax.serving.observations import ObservationReader
 
 from .trim_openpi import FIXTURES, NAMES, ROWS_STEP
 
@@ -118,6 +119,24 @@ def test_infer_gives_the_actions_of_openpis_policy(openpi_references, name):
     key = "policy_nostate_env_actions0" if name == "pi05_tiny" else "policy_env_actions0"
     actions = policy.infer(_observation(reference), noise=arrays["policy_noise"][0])
     assert actions.shape == (10, 7)
+    np.testing.assert_allclose(actions, arrays[key], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_openpis_client_sends_gets_the_actions_of_its_own_server(openpi_references, name):
+    reference = openpi_references(name)
+    arrays, policy = reference.arrays, reference.policy
+    key = "policy_nostate_env_actions0" if name == "pi05_tiny" else "policy_env_actions0"
+    own = _observation(reference)
+    message = {
+        "observation/image": own["image"],
+        "observation/wrist_image": own["wrist_image"],
+        "observation/state": own["state"],
+        "prompt": own["instruction"],
+        "noise": arrays["policy_noise"][0],
+    }
+    seen = ObservationReader(policy, max_image_side=256)(message)
+    actions = policy.unnormalize_actions(policy.run(seen.inputs), seen.state)[0]
     np.testing.assert_allclose(actions, arrays[key], atol=1e-4, rtol=0)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ class Still:
     fingerprint = "abcdef"
 
     def __init__(self):
-        self.config = preset("tiny-test")
+        self.config, self.observation = preset("tiny-test"), SimpleNamespace(image_size=8)
 
     def infer_normalized(self, batch):
         return np.zeros((len(batch["instruction"]), 4, 7), np.float32)

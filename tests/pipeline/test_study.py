@@ -10,6 +10,9 @@ import pytest
 from qvla_jax import pipeline
 from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import BudgetError, InputError
+from qvla_jax.evaluation import ActionErrors, Comparison
+from qvla_jax.evaluation.study import Cell, CellErrors, CellSuccess
+from qvla_jax.evaluation.success import EpisodesSuccess
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.inference.quantize import quantize_uniform
 from qvla_jax.methods import RECIPES, Measurements, Recipe
@@ -17,6 +20,7 @@ from qvla_jax.methods.packing import described
 from qvla_jax.pipeline import StudyConfig, closed_loop, files
 from qvla_jax.pipeline import methods as methods_stage
 from qvla_jax.pipeline.methods import method_file
+from qvla_jax.plain import to_plain
 from qvla_jax.quantization import LayerRules
 
 from ..simulators import start_thread
@@ -80,7 +84,7 @@ def config(policy_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(config):
-    return pipeline.study(config)
+    return to_plain(pipeline.study(config))
 
 
 def cell_of(results, row, column):
@@ -120,7 +124,7 @@ def test_a_study_goes_on_where_it_stopped(results, config, monkeypatch):
         lambda *args, **options: calls.append(args[2]) or quantize_by(*args, **options),
     )
     monkeypatch.setitem(STUDY, "predict", pytest.fail)
-    again = pipeline.study(config)
+    again = to_plain(pipeline.study(config))
     # A budget that cannot be met is asked for again.
     assert calls == ["rtn-w4-g16", "budget-w0.5"]
     assert lost.read_bytes() == made
@@ -136,7 +140,7 @@ def test_closed_loop_is_paired_with_full_precision(results, config, monkeypatch)
         config, rows=("rtn",), columns=("w4a16",), sim="libero_spatial", tasks=(0,),
         episodes_per_task=2, workers=1,
     )  # fmt: skip
-    found = pipeline.study(simulated, make=Count)
+    found = to_plain(pipeline.study(simulated, make=Count))
     (cell,) = found["cells"]
     assert cell["stored_bytes"] == cell_of(results, "rtn", "w4a16")["stored_bytes"]
     assert (cell["success"]["successes"], cell["success"]["episodes"]) == (1, 2)
@@ -150,35 +154,58 @@ def test_closed_loop_is_paired_with_full_precision(results, config, monkeypatch)
     pipeline.study(simulated, make=Count)
     assert episodes.read_bytes() == before
     table_only = dataclasses.replace(simulated, rows=("rtn", "budget"), episodes_per_task=0)
-    finished, other = pipeline.study(table_only, make=Count)["cells"]
+    finished, other = to_plain(pipeline.study(table_only, make=Count))["cells"]
     assert finished == cell
     assert "success" not in other
     assert episodes.read_bytes() == before
 
 
 def test_rank_correlations_are_those_of_cells_with_success():
-    def cell(error, flips, rate):
-        errors = {
-            "action_mse_normalized": error, "action_mse_median_normalized": error,
-            "action_l1_normalized": error,
-            "mse_by_dimension": [0, error], "worst_by_dimension": [1, 1],
-            "gripper_flip_rate": flips,
-        }  # fmt: skip
-        found = {} if rate is None else {"success": {"rate": rate}}
-        return {"versus_full_precision": errors, "stored_bytes": 10, **found}
+    def cell(error, flips, solved):
+        errors = ActionErrors(
+            action_sse_normalized=error,
+            action_mse_normalized=error,
+            action_mse_median_normalized=error,
+            action_l1_normalized=error,
+            mse_by_dimension=(0, error),
+            l1_by_dimension=(0, 0),
+            worst_by_dimension=(1, 1),
+            gripper_flips=flips,
+            gripper_flip_rate=flips,
+            frames=1,
+        )
+        found = None
+        if solved is not None:
+            found = CellSuccess(
+                success=EpisodesSuccess(solved, 10, mean_steps_of_successes=None),
+                share_of_full_precision=None,
+                paired=Comparison(solved, 0, 0, 10 - solved),
+            )
+        return Cell(
+            row="rtn",
+            column="w4",
+            activation_bits=16,
+            method="rtn-w4",
+            title="",
+            errors=CellErrors(
+                stored_bytes=10, stored_bits_per_weight=4.0, versus_full_precision=errors
+            ),
+            closed_loop=found,
+        )
 
-    cells = [cell(1, 4, 0.9), cell(2, 5, 0.8), cell(3, 3, 0.1), cell(9, 9, None)]
-    counted = STUDY["rank_correlations"](cells)
-    assert counted["policies"] == 3
-    found = counted["spearman"]
+    cells = [cell(1, 4, 9), cell(2, 5, 8), cell(3, 3, 1), cell(9, 9, None)]
+    rank_correlations = STUDY["rank_correlations"]
+    counted = rank_correlations(cells)
+    assert counted.policies == 3
+    found = counted.spearman
     assert found["mean squared error of the action"] == pytest.approx(-1)
     assert found["share of gripper commands that flip"] == pytest.approx(0.5)
     # The same everywhere: no order.
     assert not found.keys() & {"stored bytes", "largest error of the action"}
-    assert STUDY["rank_correlations"](cells[:2]) == {}
+    assert to_plain(rank_correlations(cells[:2])) == {}
     # The same policy in two cells counts once.
-    assert STUDY["rank_correlations"]([*cells, cells[0]]) == counted
-    assert STUDY["rank_correlations"]([*cells[:2], cells[0]]) == {}
+    assert rank_correlations([*cells, cells[0]]) == counted
+    assert to_plain(rank_correlations([*cells[:2], cells[0]])) == {}
 
 
 def test_another_policy_s_cells_are_refused(results, config):

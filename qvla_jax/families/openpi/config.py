@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
 from qvla_jax.errors import InputError, unknown
-from qvla_jax.plain import from_plain
+from qvla_jax.plain import from_plain, to_plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,8 @@ class OpenpiConfig:
     asset_id: str | None = None
     # Used if an observation has no instruction.
     default_prompt: str | None = None
+    # Joints [rad] of each arm that the robot's client resets it to; told to clients.
+    reset_pose: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises an `InputError` if sizes do not fit each other."""
@@ -118,11 +120,12 @@ class OpenpiConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return dataclasses.asdict(self)
+        return to_plain(self)
 
     def identity(self) -> dict[str, Any]:
-        """`to_dict`; part of a fingerprint."""
-        return self.to_dict()
+        """`to_dict` without what is only told to clients; part of a fingerprint."""
+        told = ("reset_pose",)
+        return {key: value for key, value in self.to_dict().items() if key not in told}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OpenpiConfig":
@@ -172,6 +175,7 @@ _DROID: dict[str, Any] = dict(robot="droid", asset_id="droid")
 # Actions are joint positions there, and joint velocities in the others.
 _DROID_POSITIONS: dict[str, Any] = dict(**_DROID, delta_actions=True)
 _ALOHA: dict[str, Any] = dict(robot="aloha", asset_id="trossen", delta_actions=True)
+_RESET: Final = (0.0, -1.5, 1.5, 0.0, 0.0, 0.0)
 
 PRESETS: Final[Mapping[str, OpenpiConfig]] = {
     c.name: c
@@ -200,12 +204,13 @@ PRESETS: Final[Mapping[str, OpenpiConfig]] = {
         ),
         _preset("pi05_droid_jointpos_polaris", **_DROID_POSITIONS, action_horizon=15),
         _preset("paligemma_diffusion_droid", **_DROID, action_dim=8, action_horizon=10),
-        _preset("pi0_aloha", **_ALOHA),
-        _preset("pi05_aloha", **_ALOHA),
-        _preset("pi0_aloha_towel", **_ALOHA, default_prompt="fold the towel"),
+        _preset("pi0_aloha", **_ALOHA, reset_pose=_RESET),
+        _preset("pi05_aloha", **_ALOHA, reset_pose=_RESET),
+        _preset("pi0_aloha_towel", **_ALOHA, reset_pose=_RESET, default_prompt="fold the towel"),
         _preset(
             "pi0_aloha_tupperware",
             **_ALOHA,
+            reset_pose=_RESET,
             default_prompt="open the tupperware and put the food on the plate",
         ),
         _preset("pi0_aloha_pen_uncap", **_ALOHA, default_prompt="uncap the pen"),
@@ -217,6 +222,12 @@ PRESETS: Final[Mapping[str, OpenpiConfig]] = {
             default_prompt="Transfer cube",
         ),
     )
+}
+
+
+# Short names of variants, where nothing depends on the robot.
+SHORT_NAMES: Final[Mapping[str, OpenpiConfig]] = {
+    variant: PRESETS[f"{variant}_libero"] for variant in ("pi0", "pi05")
 }
 
 

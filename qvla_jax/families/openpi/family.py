@@ -1,6 +1,7 @@
 """pi0 and pi0.5, and small policies of their kind."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,9 +15,9 @@ from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family, Parts
 from qvla_jax.families.layout import Layout
 from qvla_jax.families.observations import ObservationSpec
+from qvla_jax.families.openpi import unread
 from qvla_jax.families.openpi.checkpoint import (
     ASSETS,
-    PARAMS,
     NamedTensors,
     export,
     is_openpi,
@@ -26,12 +27,13 @@ from qvla_jax.families.openpi.checkpoint import (
     sizes_of,
     step_folder,
 )
-from qvla_jax.families.openpi.config import PRESETS, OpenpiConfig
+from qvla_jax.families.openpi.config import PRESETS, SHORT_NAMES, OpenpiConfig
 from qvla_jax.families.openpi.layout import layout
 from qvla_jax.families.openpi.names import parameters
 from qvla_jax.families.openpi.network import Conditioning, FlowMatching, make_model
 from qvla_jax.families.openpi.processor import Processor, make_processor
-from qvla_jax.families.openpi.robots import ROBOTS
+from qvla_jax.families.openpi.robots import ROBOTS, from_client
+from qvla_jax.families.openpi.synthetic import synthesize
 from qvla_jax.families.openpi.tokenizer import FILES, SOURCES, read_file
 from qvla_jax.families.options import LoadOptions
 
@@ -48,7 +50,7 @@ class OpenpiFamily(Family):
 
     @property
     def presets(self) -> Mapping[str, OpenpiConfig]:
-        return PRESETS
+        return {**PRESETS, **SHORT_NAMES}
 
     def config(self, values: Mapping[str, Any]) -> OpenpiConfig:
         return OpenpiConfig.from_dict(values)
@@ -76,6 +78,12 @@ class OpenpiFamily(Family):
     def conditioning(self, model: FlowMatching) -> Conditioning:
         return model.conditioning(model.times[None])
 
+    def drop_unread(self, model: FlowMatching) -> None:
+        unread.drop_unread(model)
+
+    def is_dropped(self, model: FlowMatching) -> bool:
+        return unread.is_dropped(model)
+
     def observation(self, config: OpenpiConfig) -> ObservationSpec:
         if config.robot is None:
             raise InputError(f"{config.name}: serves several robots and names none")
@@ -87,6 +95,9 @@ class OpenpiFamily(Family):
             optional=frozenset((*robot.optional, *(["instruction"] if has_prompt else []))),
             image_size=config.image_size,
             sampled=True,
+            state_dtype=np.float64,
+            from_client=functools.partial(from_client, robot),
+            metadata={} if config.reset_pose is None else {"reset_pose": list(config.reset_pose)},
         )
 
     def make_processor(
@@ -121,7 +132,7 @@ class OpenpiFamily(Family):
         return NamedTensors(model, open_tensors(folder, model), file=folder)
 
     def stays_in_files(self, folder: Path) -> bool:
-        return not (step_folder(folder) / PARAMS).is_dir()
+        return True
 
     def survey(self, folder: Path) -> tuple[OpenpiConfig, Mapping[str, np.dtype[Any]]]:
         folder = step_folder(folder)
@@ -154,6 +165,9 @@ class OpenpiFamily(Family):
             name, content = read_file(Path(options.tokenizer))
             write_bytes(out / name, content)
         return True
+
+    def synthesize(self, config: OpenpiConfig, out: Path, *, seed: int = 0) -> None:
+        synthesize(config, out, seed=seed)
 
 
 def _config(folder: Path, options: LoadOptions) -> tuple[Path, OpenpiConfig]:

@@ -20,7 +20,7 @@ def parse_image(
         InputError: another shape or dtype.
     """
     image = np.asarray(image)
-    if np.issubdtype(image.dtype, np.floating):
+    if image.size and np.issubdtype(image.dtype, np.floating):
         if not np.isfinite(image).all() or image.min() < 0.0 or image.max() > 1.0:
             raise InputError(f"{where}: a float image must be in [0, 1]")
         image = (255 * image).astype(np.uint8)  # truncated, as there

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from qvla_jax.checkpoints.orbax_weights import quiet
+from qvla_jax.checkpoints.weights import is_finite
 from qvla_jax.errors import CheckpointError
 
 # The only key at the top of the tree.
@@ -29,8 +30,6 @@ _FLOATS: Final = ("float32", "bfloat16", "float16")
 _BLOCK_BYTES: Final = 1 << 29
 # Largest chunk that is written.
 _CHUNK_BYTES: Final = 1 << 27
-# Numbers that are checked at once.
-_CHECKED: Final = 1 << 24
 
 
 class StoredTree(Mapping[str, "StoredLeaf"]):
@@ -131,14 +130,6 @@ class StoredLeaf:
             stop = min(start + rows, self.shape[0])
             self._rows = start, self._store[start:stop].read().result()
         return self._rows[1][(index[0] - start, *index[1:])]
-
-
-def is_finite(value: np.ndarray) -> bool:
-    """Whether there is neither NaN nor inf, without a copy of the whole."""
-    flat = np.ravel(value)
-    return all(
-        np.isfinite(flat[start : start + _CHECKED]).all() for start in range(0, flat.size, _CHECKED)
-    )
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ robot's entries -> (ALOHA: its own units).
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from qvla_jax.array_typing import Float, Float32, Float64, UInt8
 from qvla_jax.checkpoints.files import STATISTICS_FILE
 from qvla_jax.checkpoints.weights import Source, file_named
-from qvla_jax.errors import CheckpointError, InputError, unknown
+from qvla_jax.errors import CheckpointError, CheckpointWarning, InputError, unknown
 from qvla_jax.families import family
 from qvla_jax.families.openpi.config import OpenpiConfig
 from qvla_jax.families.openpi.images import parse_image, resize_with_pad
@@ -226,7 +227,7 @@ def make_processor(
             "weights that does, such as pi0_aloha"
         )
     where = file_named(source, STATISTICS_FILE)
-    if config.asset_id not in statistics:
+    if config.asset_id is None or config.asset_id not in statistics:
         raise CheckpointError(f"{where}: {unknown('statistics', config.asset_id, statistics)}")
     where = f"{where}: {config.asset_id}"
     normalizers = read_normalizers(statistics[config.asset_id], config.normalization, where=where)
@@ -252,6 +253,13 @@ def make_processor(
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{where}: has {tokenizer.vocab_size} tokens, but the policy embeds {config.vocab_size}"
+        )
+    if tokenizer.vocab_size < config.vocab_size // 2:
+        warnings.warn(
+            f"{where}: knows {tokenizer.vocab_size} of {config.vocab_size} tokens: a stand-in, "
+            f"good for measuring time and memory alone; PaliGemma's is {SOURCES}",
+            CheckpointWarning,
+            stacklevel=2,
         )
     stored = {name: files[name]}
     return Processor(config, tokenizer, normalizers["state"], normalizers["actions"], stored)

@@ -1,7 +1,14 @@
 """Observations and units of LIBERO, DROID and ALOHA, as openpi's policies convert them.
 
 A robot's observation, in our words, has `image` (and more cameras), `state` and `instruction`;
-`Robot.from_client` makes it of what openpi's own clients send.
+`from_client` makes it of what openpi's own clients send:
+
+| robot  | keys of its client                                                           |
+|--------|------------------------------------------------------------------------------|
+| LIBERO | `observation/image`, `observation/wrist_image`, `observation/state`, `prompt` |
+| DROID  | `observation/exterior_image_1_left`, `observation/wrist_image_left`,          |
+|        | `observation/joint_position`, `observation/gripper_position`, `prompt`        |
+| ALOHA  | `images` (`cam_high`, `cam_left_wrist`, `cam_right_wrist`), `state`, `prompt` |
 """
 
 import dataclasses
@@ -10,8 +17,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from qvla_jax.array_typing import Float, Float64
+from qvla_jax.array_typing import Float, Float64, UInt8
 from qvla_jax.errors import InputError
+from qvla_jax.families.openpi.images import parse_image
 
 # openpi's names of the network's three cameras, in order.
 SLOTS: Final = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -35,6 +43,40 @@ class Robot:
     from_client: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
+# What clients of real-time chunking add, in LeRobot's words and in those of openpi's authors.
+# openpi's own server has no such entry.
+_CHUNKING: Final = (
+    *("inference_delay", "execution_horizon", "execute_horizon", "prev_chunk_left_over"),
+    *("prev_action_chunk", "prefix_actions", "action_prefix", "prefix_attention_horizon"),
+    *("prefix_attention_schedule", "max_guidance_weight"),
+)
+# Entries of ours that any client may add.
+_ADDED: Final = ("noise", "seed", "unnorm_key")
+
+
+def from_client(robot: Robot, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A client's observation in our words; one in our words stays as it is.
+
+    Args:
+        robot: whose client it is.
+        message: as sent.
+
+    Raises:
+        InputError: an entry is missing, is not what it should be, or asks for real-time chunking;
+            the message names it.
+    """
+    for key in _CHUNKING:
+        if key in message:
+            raise InputError(
+                f"observation has {key!r}: real-time chunking is not supported; leave it out, and "
+                "execute whole chunks or their beginnings"
+            )
+    if "images" not in message and not any(key.startswith("observation/") for key in message):
+        return dict(message)
+    added = {key: message[key] for key in _ADDED if key in message}
+    return robot.from_client(message) | added
+
+
 def relative_to(
     state: Float[np.ndarray, "... p"], relative: tuple[bool, ...], action_dim: int
 ) -> Float64[np.ndarray, "... 1 a"]:
@@ -45,57 +87,82 @@ def relative_to(
     return added[..., None, :]
 
 
-def _pick(observation: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """The entries under our keys; the instruction may be missing."""
-    for key in keys:
-        if key not in observation and key != "prompt":
-            raise InputError(f"observation has no {key!r}; it holds: {', '.join(observation)}")
-    picked = {own: observation[key] for key, own in keys.items() if key in observation}
-    if "instruction" in picked:
-        picked["instruction"] = _text(picked["instruction"])
-    return picked
+def _entry(observation: Mapping[str, Any], key: str) -> Any:
+    if key not in observation:
+        held = ", ".join(map(str, observation))
+        raise InputError(f"observation has no {key!r}; it holds: {held[:300]}")
+    return observation[key]
 
 
-def _text(prompt: Any) -> str:
-    prompt = prompt.item() if isinstance(prompt, np.ndarray) else prompt
-    return prompt.decode() if isinstance(prompt, bytes) else prompt
+def _image(observation: Mapping[str, Any], key: str) -> UInt8[np.ndarray, "H W 3"]:
+    image = _entry(observation, key)
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"{key}: expected an array, got {type(image).__name__}")
+    return parse_image(image, where=key)
+
+
+def _numbers(observation: Mapping[str, Any], key: str) -> np.ndarray:
+    value = _entry(observation, key)
+    array = value if isinstance(value, np.ndarray) else np.asarray(value, object)
+    if array.dtype == object and all(type(v) in (int, float) for v in array.ravel()):
+        array = array.astype(np.float64)
+    if array.dtype.kind not in "fiu" or array.ndim > 1:
+        raise InputError(f"{key}: expected numbers [p], got {array.dtype} {list(array.shape)}")
+    return np.atleast_1d(array)
+
+
+def _prompt(observation: Mapping[str, Any]) -> dict[str, str]:
+    """The instruction; it may be missing."""
+    if "prompt" not in observation:
+        return {}
+    prompt = observation["prompt"]
+    prompt = prompt.item() if isinstance(prompt, np.ndarray) and prompt.ndim == 0 else prompt
+    if isinstance(prompt, bytes):
+        try:
+            prompt = prompt.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"prompt: not UTF-8 ({error.reason})") from error
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt: expected text, got {type(prompt).__name__}")
+    return {"instruction": prompt}
 
 
 def _libero(observation: Mapping[str, Any]) -> dict[str, Any]:
-    return _pick(
-        observation,
-        {
-            "observation/image": "image",
-            "observation/wrist_image": "wrist_image",
-            "observation/state": "state",
-            "prompt": "instruction",
-        },
-    )
+    return {
+        "image": _image(observation, "observation/image"),
+        "wrist_image": _image(observation, "observation/wrist_image"),
+        "state": _numbers(observation, "observation/state"),
+        **_prompt(observation),
+    }
 
 
 def _droid(observation: Mapping[str, Any]) -> dict[str, Any]:
-    picked = _pick(
-        observation,
-        {
-            "observation/exterior_image_1_left": "image",
-            "observation/wrist_image_left": "wrist_image",
-            "observation/joint_position": "state",
-            "observation/gripper_position": "gripper",
-            "prompt": "instruction",
-        },
-    )
-    gripper = np.atleast_1d(picked.pop("gripper"))
-    return picked | {"state": np.concatenate([picked["state"], gripper])}
+    joints = _numbers(observation, "observation/joint_position")
+    gripper = _numbers(observation, "observation/gripper_position")
+    return {
+        "image": _image(observation, "observation/exterior_image_1_left"),
+        "wrist_image": _image(observation, "observation/wrist_image_left"),
+        "state": np.concatenate([joints, gripper]),
+        **_prompt(observation),
+    }
 
 
 def _aloha(observation: Mapping[str, Any]) -> dict[str, Any]:
     keys = {"cam_high": "image", **_ALOHA_WRISTS}
-    images = observation.get("images", {})
+    images = _entry(observation, "images")
+    if not isinstance(images, Mapping):
+        raise InputError(f"images: expected cameras by name, got {type(images).__name__}")
     # A fourth camera is known there, and no network takes it.
-    if unknown := sorted(set(images) - {*keys, "cam_low"}):
-        raise InputError(f"images: unexpected camera {unknown[0]!r}; there are: {', '.join(keys)}")
-    picked = _pick(observation, {"state": "state", "prompt": "instruction"})
-    return picked | {own: images[key] for key, own in keys.items() if key in images}
+    if unknown := [key for key in images if key not in {*keys, "cam_low"}]:
+        raise InputError(
+            f"images: unexpected camera {unknown[0]!r:.60}; there are: {', '.join(keys)}"
+        )
+    _entry(images, "cam_high")
+    return {
+        **{own: _image(images, key) for key, own in keys.items() if key in images},
+        "state": _numbers(observation, "state"),
+        **_prompt(observation),
+    }
 
 
 _ALOHA_WRISTS: Final = {

@@ -13,10 +13,10 @@ from typing import Any, Final
 import numpy as np
 
 from qvla_jax.checkpoints.tensor_files import TensorFile
+from qvla_jax.checkpoints.weights import is_finite
 from qvla_jax.errors import CheckpointError
 from qvla_jax.families.openpi.names import Slot, slots
 from qvla_jax.families.openpi.network import FlowMatching
-from qvla_jax.families.openpi.orbax_tree import is_finite
 
 FILE: Final = "model.safetensors"
 _PREFIX: Final = "model."

@@ -185,8 +185,7 @@ class Processor(family.Processor):
         for image in map(np.asarray, images):
             if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
                 raise InputError(
-                    f"{key}: expected uint8 [H, W, 3] for each frame, got {image.dtype} "
-                    f"{list(image.shape)}"
+                    f"{key}: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
                 )
             if not image.size:
                 raise InputError(f"{key}: an image of {list(image.shape)} has no pixels")

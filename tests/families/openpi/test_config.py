@@ -38,6 +38,15 @@ def test_presets_say_what_openpis_training_configurations_say():
         )
 
 
+def test_what_only_clients_are_told_is_no_part_of_the_identity():
+    """Read off openpi/training/config.py: `policy_metadata`."""
+    told = {name for name, config in PRESETS.items() if config.reset_pose is not None}
+    assert told == {"pi0_aloha", "pi05_aloha", "pi0_aloha_towel", "pi0_aloha_tupperware"}
+    config = preset("pi0_aloha")
+    assert config.reset_pose == (0.0, -1.5, 1.5, 0.0, 0.0, 0.0)
+    assert dataclasses.replace(config, reset_pose=None).identity() == config.identity()
+
+
 def test_an_unknown_preset_lists_close_matches():
     with pytest.raises(InputError, match="did you mean pi05_libero"):
         preset("pi05_librero")

@@ -275,6 +275,12 @@ class Modulations:
     layers: list[tuple[Modulation, Modulation]]
     final: Modulation
 
+    @classmethod
+    def of_norms(cls, norms: Float[Array, "norms 1 n 3*c"]) -> "Modulations":
+        """From those of all norms, in order."""
+        *layers, final = norms
+        return cls(layers=list(zip(layers[::2], layers[1::2], strict=True)), final=final)
+
 
 class Gemma(nnx.Module):
     """Embeddings, layers and final norms of both experts."""

@@ -202,6 +202,9 @@ class FlowMatching(Network):
         """What the network makes of times alone."""
         raise NotImplementedError
 
+    def keep_conditioning(self) -> None:
+        """Keeps the conditioning of all steps in place of the weights that make it."""
+
 
 class Pi0(FlowMatching):
     """pi0: a state token, and time mixed into the action tokens."""
@@ -247,6 +250,8 @@ class Pi05(FlowMatching):
         width = config.action_expert.width
         self.time_mlp_in = _linear(width, width, rngs)
         self.time_mlp_out = _linear(width, width, rngs)
+        # [norms, n, 3 c], where those of all steps are kept.
+        self.modulations: nnx.Param[Any] | None = nnx.data(None)
 
     def state_token(self, inputs: Pi0Inputs) -> None:
         return None
@@ -260,9 +265,27 @@ class Pi05(FlowMatching):
         return None
 
     def conditioning(self, times: Float[AnyArray, "#b n"]) -> Conditioning:
-        return Conditioning(
-            embedding=None, modulations=self.PaliGemma.llm.modulations(self.condition(times))
-        )
+        llm = self.PaliGemma.llm
+        if self.modulations is not None:  # of its own times; there are no others then
+            kept = Modulations.of_norms(self.modulations[...][:, None])
+            return Conditioning(embedding=None, modulations=kept)
+        return Conditioning(embedding=None, modulations=llm.modulations(self.condition(times)))
+
+    def keep_conditioning(self) -> None:
+        llm: Any = self.PaliGemma.llm
+        if isinstance(self.time_mlp_in.kernel.get_value(), jax.ShapeDtypeStruct):
+            norms = 2 * self.config.language.depth + 1
+            shape = (norms, self.config.num_steps, 3 * self.config.action_expert.width)
+            kept = jax.ShapeDtypeStruct(shape, jnp.dtype(self.config.dtype))
+        else:
+            modulations = self.conditioning(self.times[None]).modulations
+            kept = jnp.concatenate(jax.tree.leaves(modulations))
+        self.modulations = nnx.Param(kept)
+        mine: Any = self
+        mine.time_mlp_in = mine.time_mlp_out = None
+        for layer in llm.layers:
+            layer.pre_attention_norm_1.Dense_0 = layer.pre_ffw_norm_1.Dense_0 = None
+        llm.final_norm_1.Dense_0 = None
 
     def condition(self, times: Float[AnyArray, "#b n"]) -> Float[Array, "#b n c"]:
         """The vectors that all adaptive norms take."""
