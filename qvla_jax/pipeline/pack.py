@@ -150,8 +150,9 @@ def packed_tables(
     """Each token embedding, packed on request with this many bits a row."""
     for path, embed in embeds.items():
         table = embed.embedding.get_value()
-        yield path, kernels.pack_table(np.asarray(table), bits), kernels.LayerInputs()
-        release_pages(table)
+        packed = kernels.pack_table(np.asarray(table), bits)
+        release_pages(table)  # a table is large: before what is packed is written
+        yield path, packed, kernels.LayerInputs()
 
 
 def nearest_rows(
