@@ -359,7 +359,7 @@ def test_64_bit_jax_changes_no_byte(tmp_path: Path) -> None:
     dtypes = {name: dtype for name, (dtype, _) in found[True][2].items()}
     assert {name: str(dtype) for name, dtype in dtypes.items()} == {
         "image": "uint8", "wrist_image": "uint8", "state": "float32", "actions": "float32",
-        "episode": "int64", "step": "int64",
+        "episode": "int64", "step": "int64", "seed": "int64",
     }  # fmt: skip
 
 

@@ -111,13 +111,13 @@ def test_a_set_without_instructions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=message):
         data.calibration_set(folder, frames=2)
     with pytest.raises(DatasetError, match=r"set \(train\): no episode has an instruction"):
-        load_frames([data.RldsDataset(folder)], Processor(), stage="load")
+        load_frames([data.RldsDataset(folder)], Processor(), horizon=8, stage="load")
 
 
 def test_training_reads_each_step_s_instruction(tmp_path: Path) -> None:
     folder = written(tmp_path / "set", [[""] * 2, ["reach", "reach", "lift"]])
     processor = Processor()
-    assert len(load_frames([data.RldsDataset(folder)], processor, stage="load")) == 3
+    assert len(load_frames([data.RldsDataset(folder)], processor, horizon=8, stage="load")) == 3
     assert processor.seen == ["reach", "reach", "lift"]
 
 

@@ -54,7 +54,7 @@ IMAGE = np.zeros((32, 32, 3), np.uint8)
         ({"image": "red"}, "image: expected an array, got str"),
         (
             {"image": np.zeros((32, 32, 3), np.float32)},
-            "image: expected uint8 .H, W, 3. for each frame, got float",
+            r"image: expected uint8 \[H, W, 3\], got float32 \[32, 32, 3\]",
         ),
         ({"image": np.zeros((3, 32, 32), np.uint8)}, r"image: expected uint8 .* \[3, 32, 32\]"),
         ({"image": np.zeros((65, 32, 3), np.uint8)}, "image: 65 x 32 pixels, expected at most 64"),

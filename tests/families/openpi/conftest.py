@@ -116,7 +116,7 @@ def published(trees, configs, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A tokenizers file with a few words."""
-    words = ("<pad>", "<eos>", "<bos>", "<unk>", "pick", "up", "the", "black", "bowl")
+    words = ("<pad>", "<eos>", "<bos>", "<unk>", "pick", "up", "the", "black", "bowl", "plate")
     made = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
