@@ -1,7 +1,6 @@
 """Instructions: as text or as codes, one for each step; episodes without any."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,8 +125,9 @@ class Processor:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
-        self.config = SimpleNamespace(action_horizon=2)
-        self.actions = SimpleNamespace(normalize=lambda chunks: chunks)
+
+    def normalize_actions(self, actions: Any, state: Any) -> Any:
+        return actions
 
     def __call__(self, batch: dict[str, Any]) -> ModelInputs:
         self.seen += batch["instruction"]

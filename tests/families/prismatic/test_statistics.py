@@ -17,6 +17,7 @@ from qvla_jax.families.prismatic.network import make_model
 from qvla_jax.families.prismatic.normalization import Normalizer
 from qvla_jax.inference import import_policy, load_policy, random_policy
 from qvla_jax.inference.policy import make_policy
+from qvla_jax.inference.saving import save_settings
 from qvla_jax.pipeline.configs import PackConfig
 from qvla_jax.pipeline.pack import pack
 from qvla_jax.plain import finite
@@ -77,7 +78,7 @@ def test_load_save_and_export_agree(tmp_path_factory, faults, kind):
         return
     first = made(statistics)
     folder = tmp_path_factory.mktemp("saved")
-    first.save_settings(folder)
+    save_settings(first.config, first.processor, first.statistics, folder)
     again = made(_strict((folder / "dataset_statistics.json").read_text()))
     assert again.statistics == first.statistics
     assert again.fingerprint == first.fingerprint
