@@ -46,7 +46,7 @@ from qvla_jax.sensitivity.batches import FirstFrames
 from qvla_jax.sensitivity.exact import exact_costs
 from qvla_jax.sensitivity.input_hessian import inverse_factor_diagonal, proxy_costs
 from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants
-from qvla_jax.sensitivity.replay import ReplaySpec, record
+from qvla_jax.sensitivity.replay import ReplaySpec, order_of, record
 from qvla_jax.sensitivity.stages import downstream, part_paths
 from qvla_jax.sensitivity.sweep import Sweep
 from qvla_jax.sharding import one_device_mesh
@@ -116,20 +116,21 @@ def forward_operations(policy: Any, layers: dict[str, Any], inputs: Any) -> tupl
     graphdef, state = nnx.split(policy.model)
     parts = part_paths(policy.model, policy.layout, tuple(layers))
     spec = ReplaySpec(graphdef, tuple(layers), parts, one_device_mesh())
-    order: list[str] = []
-    each: dict[str, int] = {}
+    order = order_of(spec, state, inputs)
+    each: dict[tuple[str, int], int] = {}
 
     def run(state: Any, inputs: Any) -> None:
-        trace = record(spec, state, inputs)
-        order.extend(trace.order)
-        for path, calls in trace.inputs.items():
-            each[path] = sum(x.size for x in calls) * layers[path].kernel[...].shape[1]
+        for path, calls in record(spec, state, inputs).inputs.items():
+            for number, x in enumerate(calls):
+                each[path, number] = x.size * layers[path].kernel[...].shape[1]
 
     jax.eval_shape(run, state, inputs)
+    reached = [path for path in layers if (path, 0) in each]
     again = [
-        sum(each.get(part, 0) for part in downstream(order, [path], policy.layout)) for path in each
+        sum(each.get(call, 0) for call in downstream(order, [path], policy.layout))
+        for path in reached
     ]
-    channels = np.array([layers[path].kernel[...].shape[1] for path in each])
+    channels = np.array([layers[path].kernel[...].shape[1] for path in reached])
     once = product_operations(lambda s, x: nnx.merge(graphdef, s)(x), state, inputs)
     return once, float(again @ channels / channels.sum() / sum(each.values()))
 

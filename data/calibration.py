@@ -4,7 +4,7 @@ import itertools
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 import numpy as np
 
-from qvla_jax.array_typing import Float32, NpArray
+from qvla_jax.array_typing import Float32, Int64, NpArray
 from qvla_jax.atomic import write_json
 from qvla_jax.data.drawing import Pool, draw, look
 from qvla_jax.data.episode import EncodedEpisode, next_steps
@@ -20,6 +20,8 @@ from qvla_jax.data.manifest import (
     FORMAT,
     check_manifest,
     manifest_hash,
+    noise,
+    noise_seeds,
     steps_by_source,
 )
 from qvla_jax.data.open_x.spec import DatasetSpec
@@ -81,10 +83,10 @@ class CalibrationSet:
 
         A batch is what `Policy.infer_normalized` takes: image and wrist_image u8[b, H, W, 3] (a
         list of u8[H, W, 3] where data sets differ in size), state f32[b, p], instruction (list of
-        str); and also actions f32[b, h, a] (standardized, not normalized), episode i64[b], step
-        i64[b], and seed i64[b], which policies that sample draw each frame's noise from. A mixture
-        has wrist_image and state only if all its data sets have them, and state only if all have
-        the same length.
+        str), seed i64[b], which policies that sample draw each frame's noise from; and also actions
+        f32[b, h, a] (standardized, not normalized), episode i64[b], step i64[b]. A mixture has
+        wrist_image and state only if all its data sets have them, and state only if all have the
+        same length.
         """
         if size < 1:
             raise InputError(f"batch size must be at least 1, got {size}")
@@ -141,6 +143,15 @@ class CalibrationSet:
             progress=no_progress,
         )
 
+    def with_noise(self, draw: int) -> "CalibrationSet":
+        """The same frames with other noise, for policies that sample their actions.
+
+        Args:
+            draw: number of the draw; sets are drawn with 0.
+        """
+        manifest = {**self.manifest, "noise": noise(draw)}
+        return replace(self, manifest={**manifest, "sha256": manifest_hash(manifest)})
+
     def save(self, path: str | Path) -> None:
         """Writes the manifest; `from_manifest` reads it."""
         write_json(path, dict(self.manifest))
@@ -193,16 +204,15 @@ class CalibrationSet:
             states = [(e.episode.state, t) for e, t in found]
             batch["state"] = np.stack([state[t] for state, t in states if state is not None])
         batch["instruction"] = [e.episode.instructions[t] for e, t in found]
+        batch["seed"] = self._noise_seeds[rows]
         batch["actions"] = np.stack([self._actions(e.episode.action, t) for e, t in found])
         batch["episode"] = np.asarray([episode for (_, episode), _ in pairs], np.int64)
         batch["step"] = np.asarray([step for _, step in pairs], np.int64)
-        batch["seed"] = np.asarray([self._seed(*key, step) for key, step in pairs], np.int64)
         return batch
 
-    def _seed(self, dataset: int, episode: int, step: int) -> int:
-        """The seed of what a policy samples for a frame: the same in every batch and order."""
-        sequence = np.random.SeedSequence([self.manifest["seed"], dataset, episode, step])
-        return int(sequence.generate_state(1)[0] >> 1)
+    @cached_property
+    def _noise_seeds(self) -> Int64[NpArray, " frames"]:
+        return noise_seeds(self.manifest)
 
     @property
     def _cameras(self) -> list[str]:
@@ -413,6 +423,7 @@ def _drawn(
         "datasets": [row[0] for row in rows],
         "episodes": [row[1] for row in rows],
         "steps": [row[2] for row in rows],
+        "noise": noise(0),
     }
     manifest["sha256"] = manifest_hash(manifest)
     drawn = CalibrationSet(manifest, _load(kept, steps_by_source(manifest)))

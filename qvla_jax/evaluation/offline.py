@@ -49,17 +49,32 @@ class _Frames(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """Chunks of one policy on a set of frames.
+    """Chunks of one policy on a set of frames; of actions, the entries that the robot executes.
 
     Attributes:
         chunks: `[N, h, a]`, normalized.
         expert: `[N, h, a]`, the demonstrator's actions from each frame on, normalized.
-        grippers: entries of an action that open and close grippers.
+        grippers: entries among these that open and close grippers.
     """
 
     chunks: Float[NpArray, "N h a"]
     expert: Float[NpArray, "N h a"]
     grippers: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        chunks: Float[NpArray, "N h d"],
+        expert: Float[NpArray, "N h d"],
+    ) -> "Predictions":
+        """From chunks and actions as a policy returns and normalizes them.
+
+        Raises:
+            InputError: a prediction is not finite.
+        """
+        grippers = tuple(layout.action_entries.index(entry) for entry in layout.grippers)
+        return cls(layout.executed(_checked(chunks)), layout.executed(expert), grippers)
 
     def errors(self, reference: Float[NpArray, "N h a"]) -> "ActionErrors":
         """The chunks against other ones, such as the expert's; see `action_errors`."""
@@ -105,11 +120,11 @@ class PreparedFrames:
 
     Attributes:
         inputs: batches of one size; the last one is padded.
-        expert: `[N, h, a]`, see `Predictions`.
+        expert: `[N, h, d]`, the demonstrator's actions, normalized.
     """
 
     inputs: tuple[Any, ...]
-    expert: Float[NpArray, "N h a"]
+    expert: Float[NpArray, "N h d"]
 
     @classmethod
     def of(cls, policy: "Policy", frames: _Frames, batch_size: int = 8) -> "PreparedFrames":
@@ -141,7 +156,7 @@ class PreparedFrames:
             InputError: a prediction is not finite.
         """
         chunks = np.concatenate(policy.run_all(self.inputs))[: len(self.expert)]
-        return Predictions(_checked(chunks), self.expert, policy.layout.grippers)
+        return Predictions.of(policy.layout, chunks, self.expert)
 
 
 def action_errors(
@@ -250,10 +265,10 @@ def predict(
     total = -(-frames.frames // batch_size)
     for batch in track(frames.batches(batch_size), total, stage, progress):
         expert.append(_expert(policy, batch))
-        chunks.append(_checked(np.asarray(policy.infer_normalized(batch))))
+        chunks.append(np.asarray(policy.infer_normalized(batch)))
     if not chunks:
         raise InputError(_NO_FRAMES)
-    return Predictions(np.concatenate(chunks), np.concatenate(expert), policy.layout.grippers)
+    return Predictions.of(policy.layout, np.concatenate(chunks), np.concatenate(expert))
 
 
 def _expert(policy: _Policy, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]:

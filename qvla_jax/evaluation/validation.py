@@ -94,6 +94,9 @@ class Validation:
     ranks: Ranks
     additivity: tuple[Additivity, ...]
     stability: tuple[Stability, ...]
+    # Of policies that sample: tables of the same frames with other noise, where `seed` is the
+    # number of the noise's draw.
+    noise: tuple[Stability, ...] = ()
     # None if it was skipped.
     cumulative: Cumulative | None
     modules: tuple[ModuleCosts, ...]

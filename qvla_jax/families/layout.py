@@ -8,6 +8,9 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+import numpy as np
+
+from qvla_jax.array_typing import Float
 from qvla_jax.quantization.layers import LayerRules
 
 
@@ -82,6 +85,12 @@ class Layout:
     def is_independent(self, part: str, layer: str) -> bool:
         """Whether a part is declared independent of a layer, even if it runs later."""
         return any(re.match(p, part) and re.match(q, layer) for p, q in self.independent)
+
+    def executed(self, chunks: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... e"]:
+        """The entries of normalized actions that the robot executes."""
+        if self.action_entries == tuple(range(chunks.shape[-1])):
+            return chunks
+        return chunks[..., list(self.action_entries)]
 
     def action_weights(self, of: Mapping[int, float], dimensions: int) -> tuple[float, ...]:
         """Weights of all action entries: 0 for those that the robot does not execute.

@@ -135,7 +135,8 @@ def _costs(
         error = 0.0
         for inputs, actions in zip(batches, reference, strict=True):
             found = _act(graphdef, state, codes, inputs)
-            error += float(np.square(found.astype(np.float64) - actions).sum())
+            change = policy.layout.executed(found.astype(np.float64) - actions)
+            error += float(np.square(change).sum())
         costs[row, ACTIVATION_BITS.index(bits)] = error / frames
     progress("activations", len(groups) * len(rounded), len(groups) * len(rounded))
     return costs

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from qvla_jax.allocation import allocate as solve_table
+from qvla_jax.allocation import read_front
 from qvla_jax.array_files import read_arrays, write_arrays
 from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.pipeline import files
@@ -16,7 +17,7 @@ from qvla_jax.pipeline.configs import AllocateConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization import InputStatistics, uniform_bytes
-from qvla_jax.quantization.allocation import Allocation
+from qvla_jax.quantization.allocation import Allocation, FrontPoint
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.sensitivity.table import SensitivityTable
 
@@ -31,11 +32,13 @@ class Allocations:
         items: the chosen one first; those read from a file have no quantizer.
         index: the layers and the order of their channels.
         made_from: policy fingerprint and calibration hash.
+        front: bytes stored against bytes read, where these differ; see `allocation.read_front`.
     """
 
     items: tuple[Allocation, ...]
     index: ChannelIndex
     made_from: Mapping[str, str]
+    front: tuple[FrontPoint, ...] = ()
 
     @property
     def chosen(self) -> Allocation:
@@ -66,7 +69,12 @@ class Allocations:
         arrays = {f"bits.{i}": a.bits.astype(np.uint8) for i, a in enumerate(self.items)}
         described = [a.describe() for a in self.items]
         layers = [dataclasses.asdict(layer) for layer in self.index.layers]
-        header = {"allocations": described, "layers": layers, "made_from": self.made_from}
+        header = {
+            "allocations": described,
+            "layers": layers,
+            "made_from": self.made_from,
+            "front": [dataclasses.asdict(point) for point in self.front],
+        }
         write_arrays(path, arrays, header, kind=KIND)
 
     @classmethod
@@ -87,13 +95,15 @@ class Allocations:
                 for i, raw in enumerate(header["allocations"])
             )  # fmt: skip
             made_from = dict(header["made_from"])
+            # Files of earlier versions have none.
+            front = tuple(FrontPoint(**_checked(p, _POINT)) for p in header.get("front", ()))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: damaged allocation file ({error})") from error
         except InputError as error:
             raise InputError(f"{path}: {error}; run `qvla allocate` again") from error
         if not items:
             raise InputError(f"{path}: no allocation in it; run `qvla allocate` again")
-        return cls(items, index, made_from)
+        return cls(items, index, made_from, front)
 
 
 @in_32_bits
@@ -116,7 +126,8 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
     swept = jobs if config.thorough else [(t, s) for t, s in jobs if s == config.solvers[0]]
     least = config.minimum_bits
     # Check that the budget is feasible before any work.
-    main.problem(budget_bits=config.budget_bits, minimum_bits=least)
+    read = config.budget_read
+    main.problem(budget_bits=config.budget_bits, budget_read=read, minimum_bits=least)
     sweep = [bits for bits in sorted(config.sweep) if bits != config.budget_bits]
     work = [(config.budget_bits, job) for job in jobs] + [(b, job) for b in sweep for job in swept]
     items: list[Allocation] = []
@@ -124,7 +135,14 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
     for done, (bits, (table, solver)) in enumerate(work):
         progress("allocate", done, total)
         try:
-            found = solve_table(table, budget_bits=bits, minimum_bits=least, solver=solver)
+            found = solve_table(
+                table,
+                budget_bits=bits,
+                # Other budgets are those of bytes stored alone.
+                budget_read=read if bits == config.budget_bits else None,
+                minimum_bits=least,
+                solver=solver,
+            )
             items.append(dataclasses.replace(found, baseline=table is not main))
         except BudgetError:
             if bits == config.budget_bits:
@@ -134,7 +152,8 @@ def allocate(config: AllocateConfig, *, progress: Progress = no_progress) -> All
         with contextlib.suppress(BudgetError):
             items.append(_matched(main, config.solvers[0], uniform, least))
     progress("allocate", total, total)
-    allocations = Allocations(tuple(items), main.index, files.made_from(main))
+    front = read_front(main, (config.budget_bits, *sweep), minimum_bits=least)
+    allocations = Allocations(tuple(items), main.index, files.made_from(main), front)
     allocations.save(config.out / files.ALLOCATION)
     return allocations
 
@@ -175,10 +194,15 @@ _ALLOCATION: Final[Mapping[str, Any]] = {
     **dict.fromkeys(("sensitivity", "solver"), str),
     **dict.fromkeys(("budget_bytes", "stored_bytes"), int),
     "baseline": bool,
-    "matches": int | None,
+    **dict.fromkeys(("matches", "read_bytes"), int | None),
+    "budget_read": int | float | None,
     **dict.fromkeys(
         ("budget_bits", "predicted_sse_normalized", "lower_bound", "seconds"), int | float
     ),
+}
+_POINT: Final[Mapping[str, Any]] = {
+    **dict.fromkeys(("budget_bits", "cost"), int | float),
+    **dict.fromkeys(("stored_bytes", "read_bytes"), int),
 }
 
 

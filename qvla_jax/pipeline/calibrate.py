@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from qvla_jax.data import open_x
 from qvla_jax.data.calibration import CalibrationSet, calibration_set
+from qvla_jax.errors import InputError
+from qvla_jax.inference import Policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.configs import FramesConfig
 from qvla_jax.precision import in_32_bits
@@ -43,6 +47,30 @@ def calibrate(
     )
     drawn.save(config.out / files.CALIBRATION)
     return drawn
+
+
+def check_frames(policy: Policy, frames: CalibrationSet) -> None:
+    """Checks that a policy takes the frames of a set, and that their actions are its robot's.
+
+    Raises:
+        InputError: a camera is missing, or states or actions have another length; the message says
+            which.
+    """
+    spec, config = policy.observation, policy.config
+    batch = next(frames.batches(1))
+    name = frames.describe()["dataset"]
+    takes = f"{name}: {config.name} takes"
+    for camera in spec.cameras:
+        if camera not in batch and camera not in spec.optional:
+            raise InputError(f"{takes} a {camera!r}, which this data set does not have")
+    lengths = {"state": spec.state_dim, "actions": len(policy.layout.action_entries)}
+    for key, length in lengths.items():
+        found = np.shape(batch[key])[-1] if key in batch else 0
+        if length and found != length:
+            raise InputError(
+                f"{takes} {key} of {length} entries, this data set has {found}; frames of another "
+                "robot do not calibrate it"
+            )
 
 
 def load_calibration(folder: Path) -> CalibrationSet:

@@ -127,9 +127,13 @@ class AllocateConfig(ThoroughConfig):
 
     # Bits per quantized weight, counting everything stored (scales, biases, index, padding).
     budget_bits: float = 4.0
+    # Bits per weight that a call of the policy reads, each weight counted as often as it is read: a
+    # second budget, for time, beside that of the bytes stored. By default any.
+    budget_read: float | None = None
     # Minimum bits of layers: pairs of PATTERN (a regular expression on their paths) and BITS.
     minimum_bits: dict[str, int] = dataclasses.field(default_factory=dict)
-    # Solvers to compare; the first one is the result, the others are baselines at its budget.
+    # Solvers to compare; the first one is the result, the others are baselines at its budget. With
+    # --budget-read, lagrangian unless others are named.
     solvers: tuple[str, ...] = ("greedy:marginal", "greedy:qvla")
     # Further budgets, for the curve of error against bytes.
     sweep: tuple[float, ...] = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
@@ -137,6 +141,13 @@ class AllocateConfig(ThoroughConfig):
     match_uniform: tuple[int, ...] = (3, 4)
 
     def __post_init__(self) -> None:
+        if self.budget_read is not None:
+            if not 0 < self.budget_read <= 16:
+                raise InputError(
+                    f"budget_read must lie above 0 and at most 16 bits, got {self.budget_read}"
+                )
+            if self.solvers == AllocateConfig.solvers:
+                object.__setattr__(self, "solvers", ("lagrangian",))  # as `allocate` does
         if not self.solvers:
             raise InputError("at least one solver is needed, such as greedy:marginal")
         for bits in (self.budget_bits, *self.sweep):
@@ -211,6 +222,8 @@ class ValidateConfig(HeldoutConfig):
     # Frames and seeds of other calibration sets, for stability.
     sizes: tuple[int, ...] = (8, 32, 128, 512)
     seeds: tuple[int, ...] = (1, 2)
+    # Draws of other noise for the same frames, for the stability of policies that sample.
+    noises: tuple[int, ...] = (1, 2)
     # Number of whole trajectories for the cumulative sensitivity; 0 skips it.
     trajectories: int = 8
 

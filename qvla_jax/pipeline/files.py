@@ -5,16 +5,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from qvla_jax.errors import InputError
 from qvla_jax.plain import from_plain
 from qvla_jax.sensitivity import SensitivityTable
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Content = TypeVar("Content", bound="DataclassInstance")
+Content = TypeVar("Content")
 
 CALIBRATION = "calibration.json"
 SENSITIVITY = "sensitivity.safetensors"

@@ -85,6 +85,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> Report:
         methods=tuple(methods),
         sweep=tuple(sweep),
         allocations=tuple(map(describe_allocation, allocations.items)),
+        front=allocations.front,
         action_names=evaluation.action_names,
         layers=describe_layers(tables[0], chosen, names),
         seconds=StageSummary(
@@ -171,6 +172,8 @@ def describe_allocation(allocation: Allocation) -> AllocationRecord:
         budget_bits=allocation.budget_bits,
         budget_bytes=allocation.budget_bytes,
         stored_bytes=allocation.stored_bytes,
+        budget_read=allocation.budget_read,
+        read_bytes=allocation.read_bytes,
         cost=allocation.predicted_sse_normalized,
         lower_bound=allocation.lower_bound,
         seconds=allocation.seconds,

@@ -3,7 +3,7 @@
 from qvla_jax.inference import load_policy
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import allocate, load_tables
-from qvla_jax.pipeline.calibrate import calibrate
+from qvla_jax.pipeline.calibrate import calibrate, check_frames
 from qvla_jax.pipeline.configs import RunConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, evaluate, heldout_set
 from qvla_jax.pipeline.quantize import quantize
@@ -56,7 +56,9 @@ def _run(config: RunConfig, times: StageTimes) -> Report:
     horizon = policy.config.action_horizon
     check_budget(policy, config.budget_bits)
     heldout = heldout_set(config, horizon=horizon)
+    check_frames(policy, heldout)
     calibration = calibrate(config, horizon=horizon, progress=times)
+    check_frames(policy, calibration)
     check_disjoint(calibration, heldout)
     sensitivity(config, policy=policy, calibration=calibration, progress=times)
     allocate(config, progress=times)

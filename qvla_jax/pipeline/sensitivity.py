@@ -14,7 +14,7 @@ from qvla_jax.methods.measurements import Measurements, SweepSettings
 from qvla_jax.methods.recipes import RUN_OPTIONS, RUN_RECIPE
 from qvla_jax.methods.stages import measure
 from qvla_jax.pipeline import files
-from qvla_jax.pipeline.calibrate import load_calibration
+from qvla_jax.pipeline.calibrate import check_frames, load_calibration
 from qvla_jax.pipeline.configs import SensitivityConfig
 from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
@@ -40,10 +40,6 @@ def sensitivity(
     called again with the same settings, it takes them from there. All processes call it with the
     same arguments; the main one writes.
 
-    Measurements are kept in the folder, and finished items of a sweep that was killed are, too:
-    called again with the same settings, it takes them from there. All processes call it with the
-    same arguments; the main one writes.
-
     Args:
         config: settings.
         policy: the policy, if it is loaded already.
@@ -61,6 +57,7 @@ def sensitivity(
     calibration = load_calibration(config.out) if calibration is None else calibration
     if policy is None:
         policy = load_policy(config.model, mapped=config.streamed, **config.said())
+        check_frames(policy, calibration)
     measured = Measurements(
         policy,
         calibration,

@@ -5,6 +5,7 @@ reads its result.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -70,6 +71,7 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Val
         ranks=_ranks(config, policy, calibration, table, progress),
         additivity=tuple(_additivity(config, policy, calibration, heldout, table, progress)),
         stability=tuple(_stability(config, policy, calibration, table, progress)),
+        noise=tuple(_noise(config, policy, calibration, table, progress)),
         cumulative=_cumulative(config, policy, calibration, table, progress)
         if config.trajectories
         else None,
@@ -140,39 +142,67 @@ def _stability(
     progress: Progress,
 ) -> list[Stability]:
     """Tables of other calibration sets: their rank correlation and what their choice costs here."""
+    horizon = policy.config.action_horizon
+    drawn = (
+        calibration.redraw(frames=frames, seed=seed, horizon=horizon)
+        for frames in config.sizes
+        for seed in config.seeds
+    )
+    seeds = config.seeds * len(config.sizes)
+    return _compared(config, policy, table, zip(seeds, drawn, strict=True), progress)
+
+
+def _noise(
+    config: ValidateConfig,
+    policy: Policy,
+    calibration: CalibrationSet,
+    table: SensitivityTable,
+    progress: Progress,
+) -> list[Stability]:
+    """The same for the table's own frames with other noise, if the policy samples."""
+    if not policy.observation.sampled:
+        return []
+    drawn = ((draw, calibration.with_noise(draw)) for draw in config.noises)
+    return _compared(config, policy, table, drawn, progress)
+
+
+def _compared(
+    config: ValidateConfig,
+    policy: Policy,
+    table: SensitivityTable,
+    drawn: Iterable[tuple[int, CalibrationSet]],
+    progress: Progress,
+) -> list[Stability]:
+    """The tables of other sets against this one; each set comes with its seed."""
     problems = {b: table.problem(budget_bits=b) for b in config.budgets}
     best = {b: solve(problem, "greedy:marginal").cost for b, problem in problems.items()}
+    reached = table.costs.any(axis=1)
     rows = []
-    for frames in config.sizes:
-        for seed in config.seeds:
-            drawn = calibration.redraw(
-                frames=frames, seed=seed, horizon=policy.config.action_horizon
+    for seed, frames in drawn:
+        other = sensitivities(
+            policy, frames, method=table.method, bits=table.bits,
+            probes=table.provenance["settings"]["probes"], seed=seed,
+            quantizer=table.settings, statistics=table.statistics, joint=False,
+            progress=prefixed(progress, f"{frames.frames} frames, seed {seed}"),
+        )  # fmt: skip
+        other = dataclasses.replace(other, joint=table.joint)
+        regret = {}
+        for budget, problem in problems.items():
+            choice = solve(other.problem(budget_bits=budget), "greedy:marginal").choice
+            cost = float(problem.costs[np.arange(len(choice)), choice].sum())
+            regret[f"{budget:g}"] = cost / best[budget] - 1
+        rows.append(
+            Stability(
+                frames=frames.frames,
+                seed=seed,
+                spearman={
+                    str(b): spearman(table.costs[reached, i], other.costs[reached, i])
+                    for i, b in enumerate(table.bits)
+                    if b != SOURCE
+                },
+                regret=regret,
             )
-            other = sensitivities(
-                policy, drawn, method=table.method, bits=table.bits,
-                probes=table.provenance["settings"]["probes"], seed=seed,
-                quantizer=table.settings, statistics=table.statistics, joint=False,
-                progress=prefixed(progress, f"{frames} frames, seed {seed}"),
-            )  # fmt: skip
-            other = dataclasses.replace(other, joint=table.joint)
-            reached = table.costs.any(axis=1)
-            regret = {}
-            for budget, problem in problems.items():
-                choice = solve(other.problem(budget_bits=budget), "greedy:marginal").choice
-                cost = float(problem.costs[np.arange(len(choice)), choice].sum())
-                regret[f"{budget:g}"] = cost / best[budget] - 1
-            rows.append(
-                Stability(
-                    frames=frames,
-                    seed=seed,
-                    spearman={
-                        str(b): spearman(table.costs[reached, i], other.costs[reached, i])
-                        for i, b in enumerate(table.bits)
-                        if b != SOURCE
-                    },
-                    regret=regret,
-                )
-            )
+        )
     return rows
 
 

@@ -32,6 +32,9 @@ class Allocation:
         seconds: the solver's run time.
         baseline: the costs are not those of the run's own method.
         matches: the bits of the uniform grid whose bytes are the budget, if it was chosen so.
+        budget_read: a second budget, if there is one: bits per weight that a call of the policy
+            reads, each counted as often as it is read.
+        read_bytes: bytes that a call of the policy reads of the quantized layers; None if unknown.
 
     Raises:
         InputError: `bits` has the wrong length or holds a width that is not an option.
@@ -50,6 +53,8 @@ class Allocation:
     seconds: float
     baseline: bool = False
     matches: int | None = None
+    budget_read: float | None = None
+    read_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self.index.check_bits(self.bits, BITS)
@@ -64,8 +69,15 @@ class Allocation:
 
     @property
     def budget(self) -> str:
-        """Names the budget: `3.5` (bits), or `uniform4` for the bytes of that uniform grid."""
-        return f"{self.budget_bits:g}" if self.matches is None else f"uniform{self.matches}"
+        """Names the budget.
+
+        `3.5` (bits), `3.5,read3` with a budget of bytes read, or `uniform4` for the bytes of that
+        uniform grid.
+        """
+        if self.matches is not None:
+            return f"uniform{self.matches}"
+        read = "" if self.budget_read is None else f",read{self.budget_read:g}"
+        return f"{self.budget_bits:g}{read}"
 
     @property
     def name(self) -> str:
@@ -96,6 +108,23 @@ class Allocation:
             f"{_layer(*pairs[number])}, the policy's is {_layer(*found[number])}; allocate again "
             "for this policy"
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrontPoint:
+    """An allocation between few bytes stored and few bytes read.
+
+    Attributes:
+        budget_bits: bits per weight at which bytes stored alone reach the same cost.
+        cost: summed, at most a step from that of this budget.
+        stored_bytes: bytes stored.
+        read_bytes: bytes that a call of the policy reads.
+    """
+
+    budget_bits: float
+    cost: float
+    stored_bytes: int
+    read_bytes: int
 
 
 def _layer(path: str, out_features: int, fan_in: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from qvla_jax.evaluation.latency import Latency
 from qvla_jax.evaluation.results import MethodResult, PackedFacts, PolicyFacts
 from qvla_jax.evaluation.success import ClosedLoop
+from qvla_jax.quantization.allocation import FrontPoint
 from qvla_jax.sensitivity.validation import RankCorrelation
 from qvla_jax.stage_times import StageSeconds
 
@@ -53,6 +54,9 @@ class AllocationRecord:
     budget_bits: float
     budget_bytes: int
     stored_bytes: int
+    # Bits per weight that a call may read, where that is a budget, and bytes that it reads.
+    budget_read: float | None = None
+    read_bytes: int | None = None
     # Sum of the chosen costs, and a bound below it.
     cost: float
     lower_bound: float
@@ -120,6 +124,9 @@ class Report:
     methods: tuple[MethodResult, ...]
     sweep: tuple[MethodResult, ...]
     allocations: tuple[AllocationRecord, ...]
+    # Bytes stored against bytes read in a call, at the errors of the budgets; empty where a call
+    # reads every weight once.
+    front: tuple[FrontPoint, ...] = ()
     # What the entries of an action mean; empty if nobody says.
     action_names: tuple[str, ...]
     layers: tuple[LayerFacts, ...]

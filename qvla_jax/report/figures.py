@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from qvla_jax.evaluation.results import Family, MethodResult
+from qvla_jax.quantization.allocation import FrontPoint
 from qvla_jax.report.contents import LayerFacts
 from qvla_jax.report.svg import Axis, element, figure, label, number, span
 
@@ -81,6 +82,40 @@ def error_against_bytes(
                 element("circle", tip, cx=x(size), cy=y(error), r=4.5, class_=f"point {style}")
             )
     return figure(width, height, parts, title="Action error against stored bytes")
+
+
+def read_against_stored(
+    points: Sequence[FrontPoint], chosen: tuple[int, int], *, mebibytes: bool = False
+) -> str:
+    """Draws bytes read in a call against bytes stored, a line for each predicted error.
+
+    Args:
+        points: of `allocation.read_front`, not empty.
+        chosen: bytes stored and read by the run's own allocation.
+        mebibytes: unit of both axes; kibibytes otherwise.
+    """
+    unit, name = (2**20, "MiB") if mebibytes else (2**10, "KiB")
+    width, height, left, bottom = 940, 400, 62, 46
+    stored = [chosen[0] / unit, *(p.stored_bytes / unit for p in points)]
+    read = [chosen[1] / unit, *(p.read_bytes / unit for p in points)]
+    x = Axis(*span(stored, margin=0.06), left, width - 14)
+    y = Axis(*span(read, margin=0.06), height - bottom, 12)
+    caption = f"bytes stored for the quantized layers ({name}); upward: read in a call ({name})"
+    parts = _frame(x, y, width, height, bottom, caption)
+    for bits, group in itertools.groupby(points, lambda p: p.budget_bits):
+        line = list(group)
+        places = [(x(p.stored_bytes / unit), y(p.read_bytes / unit)) for p in line]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        parts.append(element("polyline", points=path, class_="series qvla"))
+        parts.append(label(f"error of {bits:g} bits", places[0][0] + 6, places[0][1] - 4))
+        for p, (a, b) in zip(line, places, strict=True):
+            sizes = f"{p.stored_bytes / unit:,.0f} {name} stored, {p.read_bytes / unit:,.0f} read"
+            tip = element("title", f"{number(p.cost)} with {sizes}")
+            parts.append(element("circle", tip, cx=a, cy=b, r=3.5, class_="point qvla"))
+    tip = element("title", "chosen")
+    place = dict(cx=x(chosen[0] / unit), cy=y(chosen[1] / unit))
+    parts.append(element("circle", tip, **place, r=6, class_="point ours"))
+    return figure(width, height, parts, title="Bytes read against bytes stored")
 
 
 def predicted_against_measured(points: Sequence[AdditivityPoint], styles: Mapping[str, str]) -> str:

@@ -58,6 +58,7 @@ def render(
         _cards(report),
         _methods(report),
         _curve(report),
+        _read_front(report),
         closed_loop_section(report.closed_loop, rollouts) if report.closed_loop else "",
         _additivity_and_spearman(report),
         _heatmaps(sensitivity),
@@ -206,6 +207,26 @@ def _curve(report: Report) -> str:
         "packed layout: words, scales, biases and the channel index. Hover for values."
         "</figcaption></figure>\n"
         f"{_budgets(entries)}"
+    )
+
+
+def _read_front(report: Report) -> str:
+    """Bytes stored against bytes read, where a call reads some weights more often than others."""
+    own = next(a for a in report.allocations if a.method == report.chosen)
+    if not report.front or own.read_bytes is None:
+        return ""
+    chart = figures.read_against_stored(
+        report.front,
+        (own.stored_bytes, own.read_bytes),
+        mebibytes=max(p.read_bytes for p in report.front) > 64 * 2**20,
+    )
+    return (
+        "<h2>Bytes read against bytes stored</h2>"
+        f'<figure><div class="scroll">{chart}</div><figcaption>A call of this policy reads some '
+        "weights several times, such as those of an action expert in every step. Each line holds "
+        "allocations of one predicted error: that of a budget of bytes stored alone, which is its "
+        "end with the fewest bytes stored. The large point is the chosen allocation. Hover for "
+        "values.</figcaption></figure>\n"
     )
 
 

@@ -58,14 +58,16 @@ def validation_tables(validation: Validation) -> list[Table]:
             number(row.measured_heldout),
             number(row.measured_calibration / row.predicted) if row.predicted else "-",
         )
-    budgets = list(validation.stability[0].regret) if validation.stability else []
+    compared = [(f"{row.frames} frames, seed {row.seed}", row) for row in validation.stability]
+    compared += [(f"same frames, noise {row.seed}", row) for row in validation.noise]
+    budgets = list(compared[0][1].regret) if compared else []
     stability = _table(
         "other calibration set",
         [*(f"Spearman, {b} bits" for b in bits), *(f"regret, {b} bits" for b in budgets)],
     )
-    for row in validation.stability:
+    for label, row in compared:
         stability.add_row(
-            f"{row.frames} frames, seed {row.seed}",
+            label,
             *(f"{row.spearman[b]:.3f}" for b in bits),
             *(f"{row.regret[b]:.1%}" for b in budgets),
         )

@@ -33,11 +33,11 @@ from qvla_jax.sensitivity.replay import (
     SPLIT_PERTURBATIONS,
     Perturbations,
     ReplaySpec,
-    record,
+    order_of,
     replay,
     unperturbed,
 )
-from qvla_jax.sensitivity.stages import downstream, part_paths
+from qvla_jax.sensitivity.stages import Order, downstream, part_paths
 from qvla_jax.sensitivity.store import NOTHING_KEPT, digest_of
 from qvla_jax.sensitivity.sweep import Sweep
 
@@ -157,10 +157,10 @@ class _Prober:
         self.spec, self.state, self.block = spec, state, block
         self.layers, self.index, self.quantizer = sweep.layers, sweep.index, sweep.quantizer
         self.bits, self.rows, self.layout = sweep.bits, rows, sweep.policy.layout
-        self.order: list[str] | None = None
+        self.order: Order | None = None
         self.changes: dict[str, np.ndarray] = {}
-        # Layer -> the parts that run again behind it.
-        self.behind: dict[str, frozenset[str]] = {}
+        # Layer -> the calls of parts that run again behind it.
+        self.behind: dict[str, frozenset[tuple[str, int]]] = {}
 
     def parts(self, batch: FrameBatch) -> list[Int[np.ndarray, " p"]]:
         """Perturbations of all reached layers in the order of execution, one item at a time."""
@@ -168,7 +168,7 @@ class _Prober:
         layer_of = np.repeat(self.index.layer_of[self.rows], len(self.bits))
         ordered = [
             np.flatnonzero(layer_of == numbers[path])
-            for path in dict.fromkeys(self._order(batch))
+            for path in dict.fromkeys(self._order(batch).paths)
             if path in numbers
         ]
         whole = np.concatenate([np.zeros(0, np.int64), *ordered])
@@ -209,12 +209,17 @@ class _Prober:
             {self.spec.paths[i] for i in self.index.layer_of[self._row(block)]} for block in blocks
         ]
         needed = [self._downstream(order, paths) for paths in hits]
-        run, hit = (
-            sharding.put(mesh, np.asarray(flags), BY_CHANNEL)
-            for flags in (
-                [[part in of_block for part in self.spec.parts] for of_block in needed],
-                [[path in paths for path in self.spec.paths] for paths in hits],
-            )
+        run, hit = jax.tree.map(
+            lambda flags: sharding.put(mesh, flags, BY_CHANNEL),
+            (
+                {
+                    part: np.asarray(
+                        [[(part, call) in of_block for call in range(calls)] for of_block in needed]
+                    )
+                    for part, calls in collections.Counter(order.paths).items()
+                },
+                np.asarray([[path in paths for path in self.spec.paths] for paths in hits]),
+            ),
         )
         perturbations = jax.tree.map(
             lambda spec, *parts: sharding.put(mesh, np.concatenate(parts), spec),
@@ -227,7 +232,7 @@ class _Prober:
         host = sharding.to_host(actions).astype(np.float64)
         return host.reshape(len(blocks), self.block, *host.shape[1:])
 
-    def _downstream(self, order: list[str], layers: Collection[str]) -> frozenset[str]:
+    def _downstream(self, order: Order, layers: Collection[str]) -> frozenset[tuple[str, int]]:
         """The union over the layers, each of which is looked up once."""
         for layer in layers:
             if layer not in self.behind:
@@ -263,7 +268,7 @@ class _Prober:
 
     def _widest(self, batch: FrameBatch) -> int:
         """The largest fan-in of the layers that are called several times."""
-        calls = collections.Counter(self._order(batch))
+        calls = collections.Counter(self._order(batch).paths)
         fan_in = {layer.path: layer.fan_in for layer in self.index.layers}
         return max((fan_in[path] for path in self.spec.paths if calls[path] > 1), default=0)
 
@@ -281,14 +286,8 @@ class _Prober:
         place = np.searchsorted(rows, self._row(samples))
         return self.changes[path][samples % len(self.bits), place]
 
-    def _order(self, batch: FrameBatch) -> list[str]:
-        """All parts that the forward pass reaches, as it enters them, once for each call."""
+    def _order(self, batch: FrameBatch) -> Order:
+        """The calls of all parts that the forward pass reaches."""
         if self.order is None:
-            order: list[str] = []
-
-            def run(state: nnx.State, inputs: object) -> None:
-                order.extend(record(self.spec, state, inputs).order)
-
-            jax.eval_shape(run, self.state, batch.inputs)
-            self.order = order
+            self.order = order_of(self.spec, self.state, batch.inputs)
         return self.order

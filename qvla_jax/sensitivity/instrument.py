@@ -6,10 +6,12 @@ model's own code is unaware of it, and the policy's model is never modified.
 
 A forward pass may call a layer several times, as flow matching calls its expert once in every step.
 The layer's weights are the same in all calls, so a change of a row changes all of them, and their
-tokens count side by side.
+tokens count side by side. A loop over such calls (`models.loops`) stays one compiled body, whose
+inside is computed again on the way back: what it needs in memory is that of one round.
 """
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -18,13 +20,14 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
+from qvla_jax.models.loops import Loop, Round, looping, unrolled
 from qvla_jax.models.surgery import get_module, replace_modules
 
 # (path, input [B, t, k], output [B, t, c]) -> output [B, t, c]. B is the batch for the language
 # model and batch times cameras (batch outermost) for the vision towers.
 Hook: TypeAlias = Callable[[str, Array, Array], Array]
 # An array of each of a layer's calls, in the order in which the forward pass makes them.
-Calls: TypeAlias = tuple[Array, ...]
+Calls: TypeAlias = tuple[Any, ...]
 
 
 class HookedLinear(nnx.Module):
@@ -51,7 +54,8 @@ def hooked_call(
     args: tuple[Any, ...],
     paths: Iterable[str],
     hook: Hook,
-) -> Float[Array, "b ..."]:
+    loop: Loop = unrolled,
+) -> Any:
     """A module's output with `hook` on the layers at `paths`; traceable.
 
     Args:
@@ -60,16 +64,17 @@ def hooked_call(
         args: what the module takes.
         paths: dotted paths of linear layers.
         hook: called at each call of these layers, in the order of execution.
+        loop: runs the module's loops.
     """
     module: Any = nnx.merge(graphdef, state)
     hook_layers(module, paths, hook)
-    with jax.default_matmul_precision("float32"):
+    with jax.default_matmul_precision("float32"), looping(loop):
         return module(*args)
 
 
 def perturbed_call(
     graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...], perturbations: dict[str, Calls]
-) -> tuple[Float[Array, "b ..."], dict[str, Calls]]:
+) -> tuple[Any, dict[str, Calls]]:
     """A module's output with perturbed layer outputs, and those layers' inputs; traceable.
 
     Args:
@@ -78,14 +83,63 @@ def perturbed_call(
         args: what the module takes.
         perturbations: path -> arrays to add to the layer's outputs, such as `no_perturbations`.
     """
-    seen: dict[str, Calls] = {}
+    run = _Perturbed(perturbations)
+    y = hooked_call(graphdef, state, args, tuple(perturbations), run.hook, run.loop)
+    return y, run.seen
 
-    def hook(path: str, x: Array, y: Array) -> Array:
-        before = seen.get(path, ())
-        seen[path] = (*before, x)
-        return y + perturbations[path][len(before)]
 
-    return hooked_call(graphdef, state, args, tuple(perturbations), hook), seen
+class _Perturbed:
+    """The hooks of one pass, which add to layers' outputs and keep their inputs."""
+
+    def __init__(self, given: Mapping[str, Calls]):
+        # None adds nothing.
+        self.given: Mapping[str, Calls] | None = given
+        self.seen: dict[str, Calls] = {}
+
+    def hook(self, path: str, x: Array, y: Array) -> Array:
+        before = self.seen.get(path, ())
+        self.seen[path] = (*before, x)
+        return y if self.given is None else y + self.given[path][len(before)]
+
+    def loop(self, body: Round, start: Any, times: int) -> Any:
+        """The body takes its part of the perturbations, and returns what it has seen."""
+        given, seen = self.given, self.seen
+        assert given is not None
+        self.given, self.seen = None, {}
+        jax.eval_shape(lambda x: body(x, jnp.int32(0)), start)
+        own = {
+            path: rounds_of(given[path][len(seen.get(path, ())) :], len(inside), times)
+            for path, inside in self.seen.items()
+        }
+
+        def one_round(x: Any, numbered: tuple[Array, dict[str, Calls]]) -> tuple[Any, Any]:
+            number, self.given = numbered
+            self.seen = {}
+            return body(x, number), self.seen
+
+        remade = jax.checkpoint(one_round, prevent_cse=False)
+        end, found = jax.lax.scan(remade, start, (jnp.arange(times), own))
+        self.given, self.seen = given, dict(seen)
+        for path, inside in found.items():
+            self.seen[path] = (*seen.get(path, ()), *calls_of(inside, times))
+        return end
+
+
+def rounds_of(calls: Calls, each: int, times: int) -> Calls:
+    """Arrays of a loop's calls, each round's in order -> those of each call in a round, stacked."""
+    return tuple(
+        jax.tree.map(lambda *x: jnp.stack(x), *calls[place : each * times : each])
+        for place in range(each)
+    )
+
+
+def calls_of(stacked: Calls, times: int) -> Calls:
+    """The inverse of `rounds_of`."""
+    return tuple(
+        jax.tree.map(operator.itemgetter(number), rounds)
+        for number in range(times)
+        for rounds in stacked
+    )
 
 
 def no_perturbations(
@@ -112,7 +166,16 @@ def layer_outputs(
         shapes[path] = (*shapes.get(path, ()), jax.ShapeDtypeStruct(y.shape, y.dtype))
         return y
 
-    jax.eval_shape(lambda s, a: hooked_call(graphdef, s, a, paths, record), state, args)
+    def once(body: Round, start: Any, times: int) -> Any:
+        """Rounds have the same shapes."""
+        before = {path: len(calls) for path, calls in shapes.items()}
+        end = body(start, 0)
+        for path, calls in shapes.items():
+            first = before.get(path, 0)
+            shapes[path] = (*calls[:first], *calls[first:] * times)
+        return end
+
+    jax.eval_shape(lambda s, a: hooked_call(graphdef, s, a, paths, record, once), state, args)
     return shapes
 
 

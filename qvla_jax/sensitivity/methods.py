@@ -183,6 +183,7 @@ def sensitivities(
         index=index,
         method=method,
         settings=quantizer,
+        reads=tuple(policy.layout.reads_of(path) for path in index.paths),
         standard_error=None if error is None else with_source(error),
         statistics=statistics,
         provenance={

@@ -12,8 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax.array_typing import Array, Bool, Float, Int
-from qvla_jax.sensitivity.instrument import Calls, check_frames, side_by_side
-from qvla_jax.sensitivity.stages import run_or_reuse, wrap_stages
+from qvla_jax.models.loops import Round, looping
+from qvla_jax.sensitivity.instrument import Calls, calls_of, check_frames, rounds_of, side_by_side
+from qvla_jax.sensitivity.stages import Order, run_or_reuse, wrap_stages
 from qvla_jax.sharding import CHANNEL_AXIS, DATA_AXIS
 
 _EVERYWHERE, _SPLIT = PartitionSpec(), PartitionSpec(DATA_AXIS)
@@ -57,11 +58,10 @@ SPLIT_PERTURBATIONS = Perturbations(
 
 @dataclasses.dataclass
 class Trace:
-    """A pass's record: the parts in the order in which they are entered, and arrays."""
+    """A pass's record: the calls of all parts, and arrays."""
 
-    # A part stands there once for each of its calls.
-    order: list[str] = dataclasses.field(default_factory=list)
-    # Of all parts.
+    order: Order = dataclasses.field(default_factory=Order)
+    # Of all parts; a part may return a tree of arrays.
     outputs: dict[str, Calls] = dataclasses.field(default_factory=dict)
     # Of the layers.
     inputs: dict[str, Calls] = dataclasses.field(default_factory=dict)
@@ -71,18 +71,50 @@ def record(spec: ReplaySpec, state: Any, inputs: Any) -> Trace:
     """Runs the unperturbed model; traceable."""
     trace, model, layers = Trace(), nnx.merge(spec.graphdef, state), frozenset(spec.paths)
 
-    def call(path: str, inner: Any, *args: Any) -> Array:
-        trace.order.append(path)
+    def call(path: str, inner: Any, *args: Any) -> Any:
+        own = trace
+        number = own.order.enter(path)
         if path in layers:
-            trace.inputs[path] = (*trace.inputs.get(path, ()), *args)
+            own.inputs[path] = (*own.inputs.get(path, ()), *args)
         y = inner(*args)
-        trace.outputs[path] = (*trace.outputs.get(path, ()), y)
+        own.outputs[path] = (*own.outputs.get(path, ()), y)
+        own.order.leave(number)
         return y
 
+    def loop(body: Round, start: Any, times: int) -> Any:
+        nonlocal trace
+        whole, order = trace, Order()
+
+        def one_round(x: Any, number: Array) -> tuple[Any, Any]:
+            nonlocal trace, order
+            trace = Trace()
+            x = body(x, number)
+            order = trace.order
+            return x, (trace.outputs, trace.inputs)
+
+        end, found = jax.lax.scan(one_round, start, jnp.arange(times))
+        trace = whole
+        trace.order.extend(order, times)
+        for kept, rounds in zip((trace.outputs, trace.inputs), found, strict=True):
+            for path, stacked in rounds.items():
+                kept[path] = (*kept.get(path, ()), *calls_of(stacked, times))
+        return end
+
     wrap_stages(model, spec.parts, call)
-    with jax.default_matmul_precision("float32"):
+    with jax.default_matmul_precision("float32"), looping(loop):
         model(inputs)
     return trace
+
+
+def order_of(spec: ReplaySpec, state: Any, inputs: Any) -> Order:
+    """The calls of all parts, without computing anything."""
+    order = Order()
+
+    def run(state: Any, inputs: Any) -> None:
+        order.extend(record(spec, state, inputs).order, 1)
+
+    jax.eval_shape(run, state, inputs)
+    return order
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -113,7 +145,7 @@ def replay(
     state: Any,
     inputs: Any,
     outputs: Mapping[str, Calls],
-    run: Bool[Array, "d m"],
+    run: Mapping[str, Bool[Array, "d n"]],
     hit: Bool[Array, "d l"],
     perturbations: Perturbations,
 ) -> Float[Array, "p b h a"]:
@@ -124,7 +156,8 @@ def replay(
         state: the model's arrays.
         inputs: model inputs.
         outputs: outputs of the unperturbed parts' calls.
-        run: which of `spec.parts` must run for the perturbations of each device along `channel`.
+        run: which of the n calls of each part must run for the perturbations of each device along
+            `channel`.
         hit: which of `spec.paths` these perturb.
         perturbations: the changes; no weight is copied for them.
     """
@@ -142,42 +175,83 @@ def _replay(
     state: Any,
     inputs: Any,
     outputs: Mapping[str, Calls],
-    run: Bool[Array, "1 m"],
+    run: Mapping[str, Bool[Array, "1 n"]],
     hit: Bool[Array, "1 l"],
     perturbations: Perturbations,
 ) -> Float[Array, "p b h a"]:
-    number = {path: i for i, path in enumerate(spec.paths)}
-    part = {path: i for i, path in enumerate(spec.parts)}
-    count = len(jax.tree.leaves(inputs)[0])
+    flags = {path: tuple(of_part[0]) for path, of_part in run.items()}
 
     def one(item: Perturbations) -> Float[Array, "b h a"]:
-        made: collections.Counter[str] = collections.Counter()
-
-        def change(path: str, x: Array, y: Array) -> Array:
-            if len(outputs[path]) == 1:
-                added = item.change[:, : y.size // y.shape[-1] // count]
-            else:
-                row = item.row[: x.shape[-1]]
-                x = x.astype(row.dtype)
-                added = jnp.matmul(x, row, precision=jax.lax.Precision.HIGHEST) + item.bias
-            added = added.reshape(y.shape[:-1]).astype(y.dtype)
-            channel = jnp.where(item.layer == number[path], item.channel, -1)
-            at = jnp.arange(y.shape[-1]).reshape((1,) * (y.ndim - 1) + (-1,)) == channel
-            return y + jnp.where(at, added[..., None], 0)
-
-        def call(path: str, inner: Any, *args: Any) -> Array:
-            here = made[path]
-            made[path] += 1
-            y = run_or_reuse(run[0, part[path]], inner, args, outputs[path][here])
-            if path not in number:
-                return y
-            return jax.lax.cond(
-                hit[0, number[path]], functools.partial(change, path), lambda x, y: y, *args, y
-            )
-
+        replayed = _Replayed(spec, item, len(jax.tree.leaves(inputs)[0]), hit[0], outputs, flags)
         model = nnx.merge(spec.graphdef, state)
-        wrap_stages(model, spec.parts, call)
-        with jax.default_matmul_precision("float32"):
+        wrap_stages(model, spec.parts, replayed.call)
+        with jax.default_matmul_precision("float32"), looping(replayed.loop):
             return model(inputs)
 
     return jax.vmap(one)(perturbations)
+
+
+class _Replayed:
+    """The calls of a pass under one perturbation."""
+
+    def __init__(
+        self,
+        spec: ReplaySpec,
+        item: Perturbations,
+        frames: int,
+        hit: Bool[Array, " l"],
+        outputs: Mapping[str, Calls],
+        run: Mapping[str, Calls],
+    ):
+        self.number = {path: i for i, path in enumerate(spec.paths)}
+        self.once = {path for path, calls in outputs.items() if len(calls) == 1}
+        self.item, self.frames, self.hit = item, frames, hit
+        # Of each part's calls, here and in the rounds of a loop.
+        self.outputs, self.run = outputs, run
+        self.made: collections.Counter[str] = collections.Counter()
+        self.counting = False
+
+    def call(self, path: str, inner: Any, *args: Any) -> Any:
+        here = self.made[path]
+        self.made[path] += 1
+        if self.counting:
+            return inner(*args)
+        y = run_or_reuse(self.run[path][here], inner, args, self.outputs[path][here])
+        if path not in self.number:
+            return y
+        change = functools.partial(self._changed, path)
+        return jax.lax.cond(self.hit[self.number[path]], change, lambda x, y: y, *args, y)
+
+    def loop(self, body: Round, start: Any, times: int) -> Any:
+        outputs, run, made = self.outputs, self.run, self.made
+        self.made, self.counting = collections.Counter(), True
+        jax.eval_shape(lambda x: body(x, jnp.int32(0)), start)
+        each, self.counting = self.made, False
+
+        def of_rounds(calls: Mapping[str, Calls]) -> dict[str, Calls]:
+            return {p: rounds_of(calls[p][made[p] :], n, times) for p, n in each.items()}
+
+        def one_round(x: Any, numbered: tuple[Array, Any, Any]) -> tuple[Any, None]:
+            number, self.outputs, self.run = numbered
+            self.made = collections.Counter()
+            return body(x, number), None
+
+        scanned = jnp.arange(times), of_rounds(outputs), of_rounds(run)
+        end, _ = jax.lax.scan(one_round, start, scanned)
+        self.outputs, self.run = outputs, run
+        self.made = made + collections.Counter({p: n * times for p, n in each.items()})
+        return end
+
+    def _changed(self, path: str, x: Array, y: Array) -> Array:
+        """The layer's output, with the perturbation if it is this layer's."""
+        item = self.item
+        if path in self.once:
+            added = item.change[:, : y.size // y.shape[-1] // self.frames]
+        else:
+            row = item.row[: x.shape[-1]]
+            x = x.astype(row.dtype)
+            added = jnp.matmul(x, row, precision=jax.lax.Precision.HIGHEST) + item.bias
+        added = added.reshape(y.shape[:-1]).astype(y.dtype)
+        channel = jnp.where(item.layer == self.number[path], item.channel, -1)
+        at = jnp.arange(y.shape[-1]).reshape((1,) * (y.ndim - 1) + (-1,)) == channel
+        return y + jnp.where(at, added[..., None], 0)

@@ -4,9 +4,9 @@ The network's stages (patch embeddings, transformer blocks, projectors) run one 
 each compiled separately, and only their inputs are kept. On the way back a stage's weights are read
 again, its forward pass runs again, and its layers' inputs and cotangents are contracted before the
 next stage's weights are read. The layers of a stage that is called several times wait for the way
-back through all of its calls. Everything between stages (embeddings, norms, the head) runs as in
-the model's own code. With weights in files (`load_policy(..., mapped=True)`) a 7B policy needs the
-memory of its largest stage.
+back through all of its calls; its weights are read again for each. Everything between stages
+(embeddings, norms, the head) runs as in the model's own code. With weights in files
+(`load_policy(..., mapped=True)`) a 7B policy needs the memory of its largest stage.
 """
 
 import collections
@@ -23,14 +23,15 @@ from jax.custom_batching import custom_vmap
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.errors import InputError
 from qvla_jax.mapping import release_pages
+from qvla_jax.models.loops import looping, unrolled
 from qvla_jax.sensitivity.instrument import (
     Calls,
     check_frames,
-    layer_outputs,
     no_perturbations,
     perturbed_call,
     side_by_side,
 )
+from qvla_jax.sensitivity.replay import ReplaySpec, order_of
 from qvla_jax.sensitivity.reverse import Contraction, Probed, ReverseSpec, sum_in_blocks
 from qvla_jax.sensitivity.stages import wrap_stages
 
@@ -57,16 +58,10 @@ def streamed_sweep(
         are absent.
 
     Raises:
-        InputError: a layer that the forward pass reaches is part of no stage.
+        InputError: the forward pass calls a layer outside of every stage.
     """
-    layers = {s: tuple(p for p in spec.paths if p.startswith(f"{s}.")) for s in stages}
-    outside = set(spec.paths).difference(*layers.values())
-    # Layers that nothing reads, such as a tower's attention pool, need no stage.
-    if outside and (outside := layer_outputs(spec.graphdef, state, (probed.inputs,), outside)):
-        raise InputError(
-            f"{sorted(outside)[0]} is part of no stage (a block, a patch embedding); streamed "
-            "sweeps measure the layers of stages only: exclude it"
-        )
+    layers = {s: tuple(p for p in spec.paths if p == s or p.startswith(f"{s}.")) for s in stages}
+    _check_stages(spec, stages, state, probed.inputs)
     tape = _Tape(spec.contraction, layers, constants, probed.frames.shape[0])
 
     def run(token: Float[Array, ""]) -> Float[Array, "b h a"]:
@@ -74,10 +69,32 @@ def streamed_sweep(
         wrap_stages(model, stages, functools.partial(tape.call, token))
         return model(probed.inputs)
 
-    with jax.default_matmul_precision("float32"):
+    # Each call of a stage reads its weights again.
+    with jax.default_matmul_precision("float32"), looping(unrolled):
         action, pull_back = jax.vjp(run, jnp.zeros((), jnp.float32))
         jax.vmap(pull_back)(spec.vectors(probed, action))
     return tape.contracted()
+
+
+def _check_stages(spec: ReverseSpec, stages: Sequence[str], state: Any, inputs: Any) -> None:
+    """Checks that every call of a layer is one of a stage.
+
+    Layers that nothing reads, such as a tower's attention pool, need no stage.
+
+    Raises:
+        InputError: a call is not.
+    """
+    parts = tuple(dict.fromkeys((*stages, *spec.paths)))
+    order = order_of(ReplaySpec(spec.graphdef, spec.paths, parts, spec.mesh), state, inputs)
+    within, layers = 0, frozenset(spec.paths)
+    for place, path in enumerate(order.paths):
+        if path in stages:
+            within = max(within, order.ends[place])
+        if path in layers and place >= within:
+            raise InputError(
+                f"{path} is called outside of every stage (a block, a patch embedding); streamed "
+                "sweeps measure the layers of stages only: exclude it"
+            )
 
 
 @dataclasses.dataclass
@@ -94,7 +111,7 @@ class _Tape:
     passed: dict[str, list[tuple[Calls, Calls]]] = dataclasses.field(default_factory=dict)
     found: dict[str, Array] = dataclasses.field(default_factory=dict)
 
-    def call(self, token: Float[Array, ""], path: str, inner: nnx.Module, *args: Any) -> Array:
+    def call(self, token: Float[Array, ""], path: str, inner: nnx.Module, *args: Any) -> Any:
         """One stage; see `stages.wrap_stages`.
 
         Args:
@@ -104,18 +121,20 @@ class _Tape:
             inner: its module.
             args: its arguments.
         """
+        layers = self.layers[path]
+        inside = tuple(layer.removeprefix(f"{path}.") for layer in layers)
+        if layers == (path,):  # the stage is a layer itself
+            inner, inside = _Alone(inner), ("layer",)
         stage, state, fixed, given = split_stage(inner, args)
         self.calls[path] += 1
 
-        def forward(values: list[Array]) -> Array:
+        def forward(values: list[Array]) -> Any:
             # Queued stages would all hold their weights.
             y = jax.block_until_ready(_run(stage, state, fixed, values))
             _release(state)
             return y
 
-        def backward(values: list[Array], cotangents: Float[Array, "s ..."]) -> list[Array]:
-            layers = self.layers[path]
-            inside = tuple(layer.removeprefix(f"{path}.") for layer in layers)
+        def backward(values: list[Array], cotangents: Any) -> list[Array]:
             seen, at_outputs, at_inputs = pull_back_stage(
                 stage, inside, state, fixed, values, cotangents
             )
@@ -149,10 +168,20 @@ class _Tape:
         self.found[layer] = _contract(self.contraction, self.frames, constants, inputs, cotangents)
 
 
+class _Alone(nnx.Module):
+    """A layer as a module that holds it, for hooks to take its place."""
+
+    def __init__(self, layer: nnx.Module):
+        self.layer = layer
+
+    def __call__(self, x: Array) -> Array:
+        return self.layer(x)  # type: ignore[operator]
+
+
 def _pulled_back_together(
-    function: Callable[[list[Array]], Array],
-    backward: Callable[[list[Array], Float[Array, "s ..."]], list[Array]],
-) -> Callable[[Float[Array, ""], list[Array]], Array]:
+    function: Callable[[list[Array]], Any],
+    backward: Callable[[list[Array], Any], list[Array]],
+) -> Callable[[Float[Array, ""], list[Array]], Any]:
     """A function whose `backward` gets the cotangents of all probes at once, outside any trace.
 
     Differentiation and `vmap` run eagerly here, so that the transposed function's batching rule
@@ -160,26 +189,29 @@ def _pulled_back_together(
     """
 
     @jax.custom_vjp
-    def step(token: Array, values: list[Array]) -> Array:
+    def step(token: Array, values: list[Array]) -> Any:
         del token
         return function(values)
 
-    def forward(token: Array, values: list[Array]) -> tuple[Array, list[Array]]:
+    def forward(token: Array, values: list[Array]) -> tuple[Any, list[Array]]:
         return step(token, values), values
 
-    def transposed(values: list[Array], cotangent: Array) -> tuple[Array, list[Array]]:
+    def transposed(values: list[Array], cotangent: Any) -> tuple[Array, list[Array]]:
         @custom_vmap
-        def pull(cotangent: Array) -> list[Array]:  # for its shapes alone
+        def pull(cotangent: Any) -> list[Array]:  # for its shapes alone
             del cotangent
             return [jnp.zeros_like(v) for v in values]
 
         @pull.def_vmap
         def pull_all(
-            probes: int, batched: list[bool], cotangents: Array
+            probes: int, batched: list[Any], cotangents: Any
         ) -> tuple[list[Array], list[bool]]:
-            if not batched[0]:
-                cotangents = jnp.broadcast_to(cotangents, (probes, *cotangents.shape))
-            return backward(values, cotangents), [True] * len(values)
+            of_all = jax.tree.map(
+                lambda x, each: x if each else jnp.broadcast_to(x, (probes, *x.shape)),
+                cotangents,
+                batched[0],
+            )
+            return backward(values, of_all), [True] * len(values)
 
         return jnp.zeros((), jnp.float32), pull(cotangent)
 
@@ -220,7 +252,7 @@ def split_stage(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(stage: StaticStage, state: Any, fixed: list[Any], values: list[Array]) -> Array:
+def _run(stage: StaticStage, state: Any, fixed: list[Any], values: list[Array]) -> Any:
     return perturbed_call(stage.graphdef, state, stage.arguments(fixed, values), {})[0]
 
 
@@ -231,7 +263,7 @@ def pull_back_stage(
     state: Any,
     fixed: list[Any],
     values: list[Array],
-    cotangents: Float[Array, "s ..."],
+    cotangents: Any,
 ) -> tuple[dict[str, Calls], dict[str, Calls], list[Array]]:
     """Inputs of the stage's layers, and cotangents of their outputs and of the stage's inputs."""
 

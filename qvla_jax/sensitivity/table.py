@@ -16,7 +16,7 @@ from qvla_jax.quantization.codes import BITS, SOURCE
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.quantizer import Quantizer, QuantizerSettings
 from qvla_jax.quantization.statistics import InputStatistics
-from qvla_jax.solvers import AllocationProblem
+from qvla_jax.solvers import AllocationProblem, Resource
 
 _KIND = "qvla_jax.sensitivity_table"
 
@@ -53,6 +53,8 @@ class SensitivityTable:
     # For each option, by how much the joint error of many channels exceeds the sum of their costs
     # (sensitivity.joint); None if not measured.
     joint: tuple[float, ...] | None = None
+    # How often a call of the policy reads each layer's weights (`Layout.reads_of`); None: once.
+    reads: tuple[int, ...] | None = None
     # Standard error of the mean over frames; None if the method has none.
     standard_error: Float[np.ndarray, "C n"] | None = None
     # Statistics of the layers' inputs, as that quantizer needs them. They are large and not part of
@@ -84,6 +86,12 @@ class SensitivityTable:
             len(self.joint) == len(self.bits) and all(1 <= f < np.inf for f in self.joint)
         ):
             raise InputError(f"joint: expected {len(self.bits)} factors from 1, got {self.joint}")
+        if self.reads is not None and not (
+            len(self.reads) == len(self.index.layers) and all(n >= 0 for n in self.reads)
+        ):
+            raise InputError(
+                f"reads: expected {len(self.index.layers)} numbers from 0, got {self.reads}"
+            )
         if self.statistics is not None:
             self.statistics.check(self.index, covariances=self.settings.rounding == "feedback")
 
@@ -106,11 +114,29 @@ class SensitivityTable:
         """Costs that add up: each option's cost times its joint factor."""
         return self.costs if self.joint is None else self.costs * np.asarray(self.joint)
 
+    @functools.cached_property
+    def reads_of_channels(self) -> Int[np.ndarray, " C"]:
+        """How often a call of the policy reads each channel's weights."""
+        reads = (1,) * len(self.index.layers) if self.reads is None else self.reads
+        return np.asarray(reads, np.int64)[self.index.layer_of]
+
+    @property
+    def read_sizes(self) -> Int[np.ndarray, "C n"]:
+        """Bytes that a call of the policy reads for each option."""
+        return self.sizes * self.reads_of_channels[:, None]
+
+    @property
+    def weights_read(self) -> int:
+        """Weights that a call of the policy reads, each counted as often as it is read."""
+        fan_in = np.asarray([layer.fan_in for layer in self.index.layers])[self.index.layer_of]
+        return int(fan_in @ self.reads_of_channels)
+
     def problem(
         self,
         *,
         budget_bits: float | None = None,
         budget_bytes: int | None = None,
+        budget_read: float | None = None,
         minimum_bits: Mapping[str, int] | None = None,
     ) -> AllocationProblem:
         """The allocation problem under a budget; give one of the two.
@@ -121,6 +147,8 @@ class SensitivityTable:
             budget_bits: bits per quantized weight, counting everything stored (scales, biases,
                 permutation, padding).
             budget_bytes: the same in bytes.
+            budget_read: a second budget: bits per weight that a call of the policy reads, each
+                counted as often as it is read; None: any.
             minimum_bits: regular expression (`re.match` on the path) -> minimum bits of the layers
                 that it matches; if several match, the largest.
 
@@ -136,6 +164,12 @@ class SensitivityTable:
                 raise InputError(f"budget_bits: expected a positive number, got {budget_bits}")
             budget_bytes = int(budget_bits * self.index.num_weights / 8)
         assert budget_bytes is not None
+        resources: tuple[Resource, ...] = ()
+        if budget_read is not None:
+            if not np.isfinite(budget_read) or budget_read <= 0:
+                raise InputError(f"budget_read: expected a positive number, got {budget_read}")
+            limit = int(budget_read * self.weights_read / 8)
+            resources = (Resource("bytes that a call reads", self.read_sizes, limit),)
         return AllocationProblem(
             costs=self.joint_costs,
             sizes=self.sizes,
@@ -143,6 +177,7 @@ class SensitivityTable:
             groups=self.index.layer_of.astype(np.int64),
             group_names=self.index.paths,
             minimums=self._minimums(minimum_bits) if minimum_bits else None,
+            resources=resources,
         )
 
     def _minimums(self, minimum_bits: Mapping[str, int]) -> Int[np.ndarray, " L"]:
@@ -196,6 +231,7 @@ class SensitivityTable:
             "bits": list(self.bits),
             "quantizer": dataclasses.asdict(self.settings),
             "joint": None if self.joint is None else list(self.joint),
+            "reads": None if self.reads is None else list(self.reads),
             "layers": [dataclasses.asdict(layer) for layer in self.index.layers],
             "provenance": dict(self.provenance),
         }
@@ -225,6 +261,8 @@ class SensitivityTable:
                 method=str(header["method"]),
                 settings=QuantizerSettings.from_dict(header["quantizer"]),
                 joint=None if header["joint"] is None else tuple(map(float, header["joint"])),
+                # Files of earlier versions have none.
+                reads=None if header.get("reads") is None else tuple(map(int, header["reads"])),
                 provenance=dict(header["provenance"]),
                 standard_error=arrays.get("standard_error"),
                 statistics=statistics,

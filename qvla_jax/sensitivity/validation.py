@@ -279,13 +279,13 @@ def joint_error(
 ) -> float:
     """Measured mean over frames of || A_quantized(x) - A*(x) ||^2, summed over the chunk.
 
-    Comparable with `SensitivityTable.predicted(bits)`: their ratio shows how well single errors add
-    up.
+    Of each action count the entries that the robot executes. Comparable with
+    `SensitivityTable.predicted(bits)`: their ratio shows how well single errors add up.
     """
     total, frames = 0.0, 0
     for observations in calibration.batches(batch):
         change = quantized.infer_normalized(observations).astype(np.float64)
         change -= policy.infer_normalized(observations)
-        total += float(np.sum(change**2))
+        total += float(np.sum(policy.layout.executed(change) ** 2))
         frames += len(change)
     return total / frames

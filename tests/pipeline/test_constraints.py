@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from qvla_jax import cli
+from qvla_jax.allocation import allocate, read_front
+from qvla_jax.errors import BudgetError, InputError
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations
 from qvla_jax.quantization import InputStatistics, QuantizerSettings
@@ -98,3 +100,59 @@ def test_all_constraints_together(table):
             assert (np.ptp(bits[rows].reshape(-1, 8), axis=1) == 0).all()
     for gate, up in pairs:
         np.testing.assert_array_equal(bits[gate == PATHS], bits[up == PATHS])
+
+
+def test_two_budgets_are_met_at_the_least_cost(table):
+    """Block 1 is read five times in a call; against an exact search."""
+    times = np.array([5 if ".1." in path else 1 for path in INDEX.paths])
+    often = dataclasses.replace(table, reads=tuple(times.tolist()))
+    assert often.weights_read == 6 * 32 * 64 * 3
+    one = allocate(often, budget_bits=5)
+    both = allocate(often, budget_bits=5, budget_read=3.5)
+    limit = 3.5 * often.weights_read / 8
+    assert both.read_bytes <= limit < one.read_bytes
+    assert both.stored_bytes <= both.budget_bytes
+    assert both.bits[np.char.startswith(PATHS, "blocks.1.")].mean() < both.bits.mean()
+    searched = solve(often.problem(budget_bits=5, budget_read=3.5), "ilp", time_limit=None)
+    assert both.lower_bound <= searched.cost * (1 + 1e-9)
+    assert both.predicted_sse_normalized <= searched.cost * 1.05
+    # Where all weights are read equally often, both budgets are the same.
+    same = allocate(table, budget_bits=5, budget_read=4)
+    assert same.stored_bytes == same.read_bytes <= 4 * table.index.num_weights / 8
+    assert read_front(table, (5.0,)) == ()
+    with pytest.raises(BudgetError, match="bytes that a call reads cannot be met"):
+        allocate(often, budget_bits=5, budget_read=0.1)
+
+
+def test_no_point_of_the_front_is_better_than_another(table):
+    times = tuple(5 if ".1." in path else 1 for path in INDEX.paths)
+    often = dataclasses.replace(table, reads=times)
+    front = read_front(often, (4.0, 6.0))
+    for bits in (4.0, 6.0):
+        line = [point for point in front if point.budget_bits == bits]
+        error = allocate(often, budget_bits=bits).predicted_sse_normalized
+        assert all(point.cost <= error * 1.1 for point in line)
+        assert line[-1].read_bytes < line[0].read_bytes
+        assert line[-1].stored_bytes > line[0].stored_bytes
+
+
+def test_how_often_layers_are_read_is_kept(table, tmp_path):
+    often = dataclasses.replace(table, reads=(1, 2, 3, 4, 5, 6))
+    often.save(tmp_path / "table.safetensors")
+    assert SensitivityTable.load(tmp_path / "table.safetensors").reads == (1, 2, 3, 4, 5, 6)
+    with pytest.raises(InputError, match="reads: expected 6 numbers from 0"):
+        dataclasses.replace(table, reads=(1,))
+
+
+def test_a_budget_of_reads_is_an_option(table, tmp_path):
+    often = dataclasses.replace(table, reads=(1, 1, 1, 5, 5, 5))
+    often.save(tmp_path / files.SENSITIVITY)
+    table.statistics.save(tmp_path / files.STATISTICS)
+    arguments = ["allocate", "--out", str(tmp_path), "--budget-bits", "5", "--sweep", "7"]
+    assert cli.main([*arguments, "--budget-read", "3.5"]) == 0
+    found = Allocations.load(tmp_path / files.ALLOCATION)
+    assert found.chosen.solver == "lagrangian"
+    assert found.chosen.budget == "5,read3.5"
+    assert found.at("7").budget_read is None
+    assert {point.budget_bits for point in found.front} == {5.0, 7.0}
+    assert cli.main([*arguments, "--budget-read", "0"]) == 2

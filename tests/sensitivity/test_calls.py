@@ -16,7 +16,7 @@ from qvla_jax.quantization import LayerRules, Quantizer, QuantizerSettings
 from qvla_jax.quantization.grid import on_grid
 from qvla_jax.sensitivity import input_statistics, sensitivities
 from qvla_jax.sensitivity.input_hessian import input_hessians
-from qvla_jax.sensitivity.stages import downstream
+from qvla_jax.sensitivity.stages import Order, downstream
 from qvla_jax.sensitivity.sweep import Sweep
 
 from .toys import ACTIONS, HORIZON, LAYOUT, TEXT, WIDTH, ToyPolicy, toy_policy
@@ -235,8 +235,16 @@ def test_moments_of_qwix_know_layers_that_run_once(stepping, frames):
 
 
 def test_a_later_call_depends_on_layers_with_the_same_input(stepping):
-    once = ["expert", "expert.gate", "expert.up", "expert.out"]
-    layout = stepping.layout
-    assert downstream(once, ["expert.gate"], layout) == {"expert", "expert.out"}
-    assert downstream(once * 2, ["expert.gate"], layout) == set(once)
-    assert downstream(["prefix", *once * 2], ["expert.out"], layout) == set(once)
+    once = Order(["expert", "expert.gate", "expert.up", "expert.out"], [4, 2, 3, 4])
+    prefix, twice = Order(["prefix"], [1]), Order()
+    twice.extend(once, 2)
+    prefix.extend(once, 2)
+
+    def again(order, layer):
+        return sorted(downstream(order, [layer], stepping.layout))
+
+    assert again(once, "expert.gate") == [("expert", 0), ("expert.out", 0)]
+    later = [(part, 1) for part in once.paths]
+    assert again(twice, "expert.gate") == sorted([("expert", 0), ("expert.out", 0), *later])
+    # The prefix stays, and so does what comes before the first change.
+    assert again(prefix, "expert.out") == sorted([("expert", 0), *later])

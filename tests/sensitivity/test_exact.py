@@ -10,7 +10,7 @@ from qvla_jax.families.prismatic.layout import layout
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.models import get_module
 from qvla_jax.sensitivity.exact import exact_costs
-from qvla_jax.sensitivity.stages import downstream, stage_paths
+from qvla_jax.sensitivity.stages import Order, downstream, stage_paths
 from qvla_jax.sharding import sweep_mesh
 
 from .toys import LLM, UNREACHED
@@ -93,8 +93,14 @@ def test_only_what_lies_behind_a_perturbation_runs_again():
     order += [f"{s}{p}" for s in (one, two) for p in ("", *(f".{p}" for p in inside[s]))]
     order += ["proprio_projector", *behind]
 
+    inner = [sum(other.startswith(f"{part}.") for other in order) for part in order]
+    ends = [place + 1 + count for place, count in enumerate(inner)]
+    ends[0] = order.index("proprio_projector")  # both towers
+    calls = Order(order, ends)
+
     def running(*layers):
-        return [part for part in order if part in downstream(order, layers, LAYOUT)]
+        found = downstream(calls, layers, LAYOUT)
+        return [part for part in order if (part, 0) in found]
 
     # Two halves of a block, two towers, and the proprio projector beside them.
     half = [f"{one}{p}" for p in ("", ".mlp", ".mlp.fc2")]

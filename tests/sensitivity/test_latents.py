@@ -45,5 +45,5 @@ def test_jacobian_ranks_as_exact_probing_in_all_layers(policy):
     rows = dict((layer.path, rows) for layer, rows in table.index.items())
     constant = table.costs[rows["action_decoder.visual_pool.attn.q"]]
     assert constant.max() < 1e-9 * table.costs.max()
-    ranks = validate(policy, frames, table, channels=48, frames=4, rules=rules)["spearman"]
-    assert {r["bits"]: r["spearman"] > 0.9 for r in ranks} == {0: True, 4: True}
+    ranks = validate(policy, frames, table, channels=48, frames=4, rules=rules).spearman
+    assert {r.bits: r.spearman > 0.9 for r in ranks} == {0: True, 4: True}

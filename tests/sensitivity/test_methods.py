@@ -12,6 +12,7 @@ from qvla_jax.allocation import allocate
 from qvla_jax.errors import InputError
 from qvla_jax.inference.quantize import quantize
 from qvla_jax.models import get_module
+from qvla_jax.plain import to_plain
 from qvla_jax.sensitivity import ESTIMATORS, joint_error, sensitivities, spearman, validate
 from qvla_jax.sensitivity.batches import FirstFrames
 from qvla_jax.sensitivity.joint import alternate
@@ -113,15 +114,15 @@ def test_the_walk_from_table_to_quantized_policy(policy, frames, table):
 
 def test_validation_ranks_like_exact(policy, frames, table):
     result = validate(policy, frames, table, channels=30, frames=5)
-    json.dumps(result, allow_nan=False)
-    assert result["channels"] == 30
-    assert result["frames"] == 5
-    assert [row["bits"] for row in result["spearman"]] == [0, 2, 4, 8]
+    json.dumps(to_plain(result), allow_nan=False)
+    assert result.channels == 30
+    assert result.frames == 5
+    assert [row.bits for row in result.spearman] == [0, 2, 4, 8]
     # The table has these very frames and all probes, so both comparisons are the same.
-    assert result["spearman_table"] == result["spearman"]
+    assert result.spearman_table == result.spearman
     # A toy of width 12 is strongly curved: pruning a channel is far from first order.
-    for row, least in zip(result["spearman"], (0.5, 0.8, 0.98, 0.99), strict=True):
-        assert row["spearman"] > least
+    for row, least in zip(result.spearman, (0.5, 0.8, 0.98, 0.99), strict=True):
+        assert row.spearman > least
 
 
 def test_a_table_of_other_layers_is_not_validated(frames, table):

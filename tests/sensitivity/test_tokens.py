@@ -66,5 +66,5 @@ def test_jacobian_ranks_as_exact_probing(policy, frames):
     table = sensitivities(policy, frames, bits=(0, 4, 16), probes="full", joint=False)
     assert np.isfinite(table.costs).all()
     assert (table.costs[:, 2] == 0).all()
-    ranks = validate(policy, frames, table, channels=48, frames=4)["spearman"]
-    assert {r["bits"]: r["spearman"] > 0.9 for r in ranks} == {0: True, 4: True}
+    ranks = validate(policy, frames, table, channels=48, frames=4).spearman
+    assert {r.bits: r.spearman > 0.9 for r in ranks} == {0: True, 4: True}

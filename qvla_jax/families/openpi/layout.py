@@ -42,12 +42,15 @@ def layout(config: OpenpiConfig) -> Layout:
             r"action_time_mlp_(in|out)",
             _CONDITIONING,
         ),
-        # The decoder's layers are not called as a whole: prefix and suffix take different ways
-        # through them.
-        stages=(r"PaliGemma\.img\.Transformer\.encoderblock\.\d+",),
+        stages=(
+            r"PaliGemma\.img\.(embedding|head)",
+            r"PaliGemma\.img\.Transformer\.encoderblock\.\d+",
+            # Called once for the prefix, and for the suffix once a step.
+            r"PaliGemma\.llm\.layers\.\d+",
+            r"action_(in|out)_proj|state_proj|action_time_mlp_(in|out)|time_mlp_(in|out)",
+        ),
         parts=(
             r"PaliGemma\.img",
-            r"PaliGemma\.img\.(embedding|head)",
             r".+\.(MultiHeadDotProductAttention_0|MlpBlock_0)",
             r"PaliGemma\.llm\.layers\.\d+\.mlp(_1)?",
         ),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tokenizers
 
 from qvla_jax.checkpoints.weights import assign_tensors
 from qvla_jax.families.openpi import checkpoint
@@ -14,6 +15,7 @@ from qvla_jax.families.openpi.checkpoint import NamedTensors
 from qvla_jax.families.openpi.config import GemmaConfig, OpenpiConfig, SiglipConfig, preset
 from qvla_jax.families.openpi.names import parameters, public_shapes, slots
 from qvla_jax.families.openpi.network import FlowMatching, abstract_model
+from qvla_jax.inference import load_policy
 
 STATISTICS = {
     "norm_stats": {
@@ -109,3 +111,25 @@ def published(trees, configs, tmp_path_factory):
         (folder / "tiny_archs.json").write_text(json.dumps(sizes))
         made[variant] = folder
     return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A tokenizers file with a few words."""
+    words = ("<pad>", "<eos>", "<bos>", "<unk>", "pick", "up", "the", "black", "bowl")
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = tmp_path_factory.mktemp("tokenizer") / "words.json"
+    made.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def policies(published, tokenizer):
+    """Variant -> the policy of its public directory."""
+    return {
+        variant: load_policy(published[variant], preset=f"{variant}_libero", tokenizer=tokenizer)
+        for variant in VARIANTS
+    }

@@ -13,6 +13,7 @@ from flax import nnx
 from qvla_jax.families.openpi.names import slots
 from qvla_jax.families.openpi.network import Pi0Inputs, abstract_model, unread_modules
 from qvla_jax.families.openpi.network.gemma import KeysValues, attend
+from qvla_jax.models.loops import looping, unrolled
 from qvla_jax.models.surgery import named_modules
 
 
@@ -115,9 +116,9 @@ def test_every_layer_runs_as_often_as_it_is_read(models, inputs, variant):
         calls.setdefault(paths[id(self)], []).append(x.shape)
         return original(self, x, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, looping(unrolled):
         patch.setattr(nnx.Linear, "__call__", counted)
-        jax.eval_shape(lambda x: model(x), inputs)
+        jax.eval_shape(lambda x: model.actions(x), inputs)
     config = model.config
     unread = tuple(f"{path}." for path in unread_modules(config))
     assert set(paths.values()) - set(calls) == {

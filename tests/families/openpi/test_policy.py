@@ -4,8 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import import_policy, load_policy
@@ -14,28 +12,6 @@ from qvla_jax.report.modules import describe
 
 ASSET = "physical-intelligence/libero"
 VARIANTS = ("pi0", "pi05")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A tokenizers file with a few words."""
-    words = ("<pad>", "<eos>", "<bos>", "<unk>", "pick", "up", "the", "black", "bowl")
-    made = tokenizers.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    path = tmp_path_factory.mktemp("tokenizer") / "words.json"
-    made.save(str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
-def policies(published, tokenizer):
-    """Variant -> the policy of its public directory."""
-    return {
-        variant: load_policy(published[variant], preset=f"{variant}_libero", tokenizer=tokenizer)
-        for variant in VARIANTS
-    }
 
 
 @pytest.fixture(scope="module")

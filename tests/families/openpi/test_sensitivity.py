@@ -5,17 +5,23 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
+from qvla_jax.errors import InputError
 from qvla_jax.families.openpi.layout import layout
 from qvla_jax.families.openpi.network import Pi0Inputs
 from qvla_jax.models import get_module
 from qvla_jax.quantization import Quantizer, QuantizerSettings
-from qvla_jax.quantization.layers import channel_index, quantizable_layers
+from qvla_jax.quantization.layers import LayerRules, channel_index, quantizable_layers
+from qvla_jax.sensitivity.accumulate import mean_over_frames
 from qvla_jax.sensitivity.exact import exact_costs
+from qvla_jax.sensitivity.jacobian import frame_costs, layer_constants, streamed_frame_costs
+from qvla_jax.sensitivity.ranks import spearman
+from qvla_jax.sensitivity.strata import module_types
 from qvla_jax.sensitivity.sweep import Sweep
 
-BITS = (0, 4)
+BITS = (0, 2, 4, 8)
 FRAMES = 2
 
 
@@ -64,12 +70,98 @@ def observations(config):
     )
 
 
+class Rounding(Quantizer):
+    """To nearest, up to the largest weight of a row; in numpy, for which nothing is compiled."""
+
+    def __init__(self):
+        super().__init__(QuantizerSettings(rounding="nearest", bias_correction=False), None)
+
+    def clips(self, weight, options):
+        return {}
+
+    def row_changes(self, path, weight, options, *, clips=None):
+        del path, clips
+        weight = np.asarray(weight)
+        largest = np.abs(weight).max(axis=1, keepdims=True)
+        steps = [max(2 ** (bits - 1) - 1, 0) for bits in options]
+        return np.stack(
+            [np.round(weight / largest * n) * largest / max(n, 1) - weight for n in steps]
+        ).astype(np.float32)
+
+
+QUANTIZER = Rounding()
+
+
+def sweep_of(model, rules=None, **settings):
+    own = layout(model.config)
+    layers = quantizable_layers(model, own.rules if rules is None else rules)
+    return Sweep(
+        policy=Stub(model, own), calibration=observations(model.config),
+        index=channel_index(layers), quantizer=QUANTIZER, bits=BITS, batch=FRAMES, **settings,
+    )  # fmt: skip
+
+
+def mean(batches):
+    return mean_over_frames(batches)[0]
+
+
+# The last block of each part, the embedding of patches, and all layers that keep their bits.
+SWEPT = LayerRules(
+    include=(
+        r".*(encoderblock|layers)\.1\.",
+        r"PaliGemma\.(img\.(embedding|head)|llm\.final_norm_1)",
+        r"action_|state_|time_",
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def swept(models):
+    """A sweep and its first-order costs."""
+    sweep = sweep_of(models["pi05"], SWEPT)
+    constants = layer_constants(sweep.layers, QUANTIZER, BITS)
+    return sweep, mean(frame_costs(sweep, constants, probes="full"))
+
+
+def test_first_order_orders_channels_as_exact_probing_does(swept):
+    sweep, costs = swept
+    index = sweep.index
+    # Two rows of every module type.
+    _, numbers = module_types(index, sweep.policy.layout)
+    rows = np.sort([row for kind in set(numbers) for row in np.flatnonzero(numbers == kind)[-2:]])
+    exact, _ = exact_costs(sweep, rows=rows)
+    for column, (bits, least) in enumerate(zip(BITS, (0.9, 0.9, 0.98, 0.98), strict=True)):
+        assert spearman(costs[rows, column], exact[:, column]) >= least, bits
+
+
+def test_layers_that_keep_their_bits_are_measured_and_unread_ones_cost_nothing(swept):
+    sweep, costs = swept
+    own = sweep.policy.layout
+    for layer, rows in sweep.index.items():
+        unread = any(f"{layer.path}.".startswith(f"{path}.") for path in own.unread)
+        assert costs[rows].any() != unread, layer.path
+
+
+def test_streamed_costs_are_those_of_the_whole_pass(models):
+    sweep = sweep_of(models["pi0"], SWEPT)
+    constants = layer_constants(sweep.layers, QUANTIZER, BITS)
+    whole = mean(frame_costs(sweep, constants, probes=2))
+    streamed = mean(streamed_frame_costs(sweep, probes=2))
+    np.testing.assert_allclose(streamed, whole, rtol=1e-3, atol=1e-6 * whole.max())
+
+
+def test_conditioning_is_not_streamed(models):
+    sweep = sweep_of(models["pi05"], LayerRules(include=(r".*Dense_0",)))
+    with pytest.raises(InputError, match="Dense_0 is called outside of every stage"):
+        next(streamed_frame_costs(sweep, probes=2))
+
+
 def test_exact_costs_are_those_of_quantized_weights(models):
     model = models["pi05"]
     policy, frames = Stub(model, layout(model.config)), observations(model.config)
     layers = quantizable_layers(model, policy.layout.rules)
     index = channel_index(layers)
-    quantizer = Quantizer(QuantizerSettings(rounding="nearest", bias_correction=False), None)
+    quantizer = QUANTIZER
     # One row of every layer of the last block, expert and language model, and of the tower.
     rows = np.asarray(
         [
@@ -79,7 +171,7 @@ def test_exact_costs_are_those_of_quantized_weights(models):
         ]
     )
     sweep = Sweep(
-        policy=policy, calibration=frames, index=index, quantizer=quantizer, bits=BITS, batch=2
+        policy=policy, calibration=frames, index=index, quantizer=quantizer, bits=(0, 4), batch=2
     )
     found, _ = exact_costs(sweep, rows=rows)
 
@@ -96,8 +188,8 @@ def test_exact_costs_are_those_of_quantized_weights(models):
     for place, row in enumerate(rows):
         path, channel = index.paths[index.layer_of[row]], int(index.channel[row])
         weight = layers[path].kernel[...]
-        changes = np.asarray(quantizer.row_changes(path, weight.T, BITS))
-        for column in range(len(BITS)):
+        changes = np.asarray(quantizer.row_changes(path, weight.T, sweep.bits))
+        for column in range(len(sweep.bits)):
             copy = nnx.merge(graphdef, state)
             changed = np.asarray(weight).copy()
             changed[:, channel] += changes[column, channel]

@@ -194,6 +194,24 @@ class Block(nnx.Module):
         self.mlp = FeedForward(first, dtype=dtype, rngs=rngs)
         self.mlp_1 = FeedForward(second, dtype=dtype, rngs=rngs)
 
+    def __call__(
+        self,
+        x: Float[Array, "b t c"],
+        angles: Angles,
+        mask: Bool[Array, "#b 1 #t t"] | None = None,
+        prefix: KeysValues | None = None,
+        valid: Bool[Array, "b 1 1 s"] | None = None,
+        modulations: tuple[Modulation, Modulation] | None = None,
+    ) -> Any:
+        """One of the three ways through the layer, as one call that others can wrap.
+
+        With keys and values of a prefix it is `step`; without, `fill`; and without a mask, either,
+        `keys_values`.
+        """
+        if prefix is not None and valid is not None:
+            return self.step(x, angles, prefix, valid, mask, modulations)
+        return self.keys_values(x, angles) if mask is None else self.fill(x, angles, mask)
+
     def fill(
         self, x: Float[Array, "b s c"], angles: Angles, mask: Bool[Array, "b 1 #s s"]
     ) -> tuple[Float[Array, "b s c"], KeysValues]:
@@ -326,9 +344,9 @@ class Gemma(nnx.Module):
         *layers, last = self.layers
         held = []
         for layer in layers:
-            x, kept = layer.fill(x, angles, mask)
+            x, kept = layer(x, angles, mask)
             held.append(kept)
-        return [*held, last.keys_values(x, angles)]
+        return [*held, last(x, angles)]
 
     def step(
         self,
@@ -344,6 +362,6 @@ class Gemma(nnx.Module):
         x = x.astype(self.dtype)
         of_layers = [None] * len(prefix) if modulations is None else modulations.layers
         for layer, held, own in zip(self.layers, prefix, of_layers, strict=True):
-            x = layer.step(x, angles, held, valid, mask, own)
+            x = layer(x, angles, mask, held, valid, own)
         final = None if modulations is None else modulations.final
         return _norm(self.final_norm_1, x, final)[0]

@@ -20,6 +20,7 @@ from qvla_jax.families.openpi.network.gemma import Gemma, KeysValues, Modulation
 from qvla_jax.families.openpi.network.siglip import Siglip
 from qvla_jax.models.abstract import abstract
 from qvla_jax.models.linear import Linear
+from qvla_jax.models.loops import repeat
 
 # Shortest and longest period of the time embedding; t runs from 0 to 1.
 _PERIODS: Final = (4e-3, 4.0)
@@ -107,34 +108,31 @@ class FlowMatching(Network):
         self.action_in_proj = _linear(config.action_dim, width, rngs)
         self.action_out_proj = _linear(width, config.action_dim, rngs)
 
-    def __call__(
+    def __call__(self, inputs: Pi0Inputs) -> Float[Array, "b h a"]:
+        """Normalized action chunk of each observation; differentiable through all steps."""
+        # Conditioning of each observation, so that passes with hooks tell frames apart in it, too.
+        times = jnp.broadcast_to(self.times, (len(inputs.noise), self.config.num_steps))
+        return self._integrated(inputs, self.conditioning(times))
+
+    def actions(
         self, inputs: Pi0Inputs, conditioning: Conditioning | None = None
     ) -> Float[Array, "b h a"]:
-        """Normalized action chunk of each observation; differentiable, every step unrolled.
+        """The normalized chunk that the robot executes.
 
         Args:
             inputs: observations and noise.
             conditioning: of all steps, from `self.conditioning(self.times[None])`, which is the
                 same for every call; None computes it.
         """
+        return self._integrated(inputs, conditioning or self.conditioning(self.times[None]))
+
+    def _integrated(self, inputs: Pi0Inputs, conditioning: Conditioning) -> Float[Array, "b h a"]:
         prefix = self.prefix(inputs)
-        conditioning = conditioning or self.conditioning(self.times[None])
-        x = inputs.noise
-        for step in range(self.config.num_steps):
-            x = self.step(x, prefix, conditioning.at(step))
-        return x
 
-    def actions(
-        self, inputs: Pi0Inputs, conditioning: Conditioning | None = None
-    ) -> Float[Array, "b h a"]:
-        """As a call, in a program of one step: what the robot executes."""
-        prefix = self.prefix(inputs)
-        steps = conditioning or self.conditioning(self.times[None])
+        def step(x: Float[Array, "b h a"], number: int | Int[Array, ""]) -> Float[Array, "b h a"]:
+            return self.step(x, prefix, conditioning.at(number))
 
-        def step(x: Float[Array, "b h a"], number: Int[Array, ""]) -> tuple[Any, None]:
-            return self.step(x, prefix, steps.at(number)), None
-
-        return jax.lax.scan(step, inputs.noise, jnp.arange(self.config.num_steps))[0]
+        return repeat(step, jnp.asarray(inputs.noise), self.config.num_steps)
 
     @property
     def times(self) -> Float32[np.ndarray, " n"]:

@@ -1,0 +1,137 @@
+"""pi0.5 walks the whole street: from calibration to a report and a file that loads again."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from qvla_jax.allocation import allocate
+from qvla_jax.checkpoints.weights import assign_tensors
+from qvla_jax.cli import main
+from qvla_jax.data import calibration_set
+from qvla_jax.errors import InputError
+from qvla_jax.families.openpi.checkpoint import NamedTensors
+from qvla_jax.families.openpi.config import GemmaConfig, SiglipConfig
+from qvla_jax.families.openpi.names import parameters
+from qvla_jax.families.openpi.network import abstract_model
+from qvla_jax.inference import load_policy
+from qvla_jax.inference.policy import make_policy
+from qvla_jax.inference.unpacking import unpacked
+from qvla_jax.pipeline.allocate import Allocations, load_tables
+from qvla_jax.pipeline.calibrate import check_frames, load_calibration
+
+from .conftest import STATISTICS
+
+# One shape of weights, which takes little time to compile.
+_WIDTH = 8
+_GEMMA = GemmaConfig(
+    width=_WIDTH, depth=2, mlp_dim=_WIDTH, num_heads=2, num_kv_heads=2, head_dim=_WIDTH // 2
+)
+_TOWER = SiglipConfig(width=_WIDTH, depth=1, mlp_dim=_WIDTH, num_heads=2, image_size=28)
+
+
+@pytest.fixture(scope="module")
+def walked(configs, tokenizer, tmp_path_factory):
+    """The folder of a run, and the policy that it began with."""
+    source, out = (tmp_path_factory.mktemp(name) for name in ("published", "run"))
+    config = dataclasses.replace(
+        configs["pi05"], vision=_TOWER, language=_GEMMA, action_expert=_GEMMA, num_steps=10
+    )
+    model = abstract_model(config)
+    rng = np.random.default_rng(0)
+    random = {
+        path: 0.4 * rng.normal(size=variable.shape).astype(np.float32)
+        for path, variable in parameters(model)
+    }
+    assign_tensors(model, NamedTensors(model, random), source="test")
+    files = {"tokenizer.json": tokenizer.read_bytes()}
+    statistics = {config.asset_id: STATISTICS}
+    make_policy(config, model, files, statistics, source="test").export(source / "policy")
+    options = dict(preset="pi05_libero", tokenizer=str(tokenizer))
+    given = {
+        **options, "model": source / "policy", "out": out, "frames": 3, "probes": 1,
+        "budget-bits": 14, "budget-read": 12, "eval-frames": 2, "latency-calls": 0,
+    }  # fmt: skip
+    arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    nothing_beside = ["--sweep", "--match-uniform", "--uniform-bits"]
+    assert main(["run", *arguments, *nothing_beside]) == 0
+    return out, load_policy(source / "policy", **options)
+
+
+def test_the_packed_file_acts_as_its_values_do(walked):
+    out, policy = walked
+    packed = load_policy(out / "policy.qvla")
+    assert packed.config == policy.config
+    observation = policy.fake_observation()
+    found = packed.infer(observation, seed=3)
+    assert np.abs(found - policy.infer(observation, seed=3)).max() > 1e-5
+    same = unpacked(policy, packed).infer(observation, seed=3)
+    np.testing.assert_allclose(found, same, rtol=1e-3, atol=1e-3)  # of a network of high gain
+    assert json.loads((out / "report.json").read_text())["heldout"]["frames"] == 2
+
+
+def test_costs_are_of_the_entries_that_the_robot_executes(walked):
+    out, policy = walked
+    (result,) = [
+        entry
+        for entry in json.loads((out / "evaluation.json").read_text())["methods"]
+        if entry["family"] == "ours"
+    ]
+    assert len(result["versus_full_precision"]["mse_by_dimension"]) == 7 < policy.config.action_dim
+
+
+def test_both_budgets_are_kept(walked):
+    out, policy = walked
+    table, allocations = load_tables(out)[0], Allocations.load(out / "allocation.safetensors")
+    chosen = allocations.chosen
+    assert chosen.name.endswith("lagrangian@14,read12")
+    steps = {
+        path: times for path, times in zip(table.index.paths, table.reads, strict=True) if times > 1
+    }
+    assert set(steps.values()) == {policy.config.num_steps}
+    assert all("_1" in path for path in steps)
+    widths = [table.bits.index(b) for b in chosen.bits]
+    sizes = table.sizes[np.arange(len(widths)), widths]
+    assert chosen.read_bytes == int(sizes @ table.reads_of_channels)
+    assert chosen.stored_bytes == sizes.sum() <= 14 * table.index.num_weights / 8
+    assert chosen.read_bytes <= 12 * table.weights_read / 8
+    alone = allocate(table, budget_bits=14)
+    assert alone.read_bytes > chosen.read_bytes
+    assert alone.predicted_sse_normalized <= chosen.predicted_sse_normalized
+    # Along the front, fewer bytes are read and more are stored.
+    line = [p for p in allocations.front if p.budget_bits == 14]
+    assert len(line) > 3
+    assert line[-1].read_bytes < line[0].read_bytes
+    assert line[-1].stored_bytes > line[0].stored_bytes
+    assert "Bytes read against bytes stored" in (out / "report.html").read_text()
+
+
+def test_the_manifest_tells_the_noise(walked):
+    out, policy = walked
+    drawn = load_calibration(out)
+    assert drawn.manifest["noise"]["draw"] == 0
+    (batch,) = drawn.batches(3)
+    noise = policy.prepare(batch).noise
+    (again,) = load_calibration(out).batches(3)
+    np.testing.assert_array_equal(policy.prepare(again).noise, noise)
+    assert len(np.unique(noise)) == noise.size  # each frame has its own
+    other = drawn.with_noise(1)
+    assert other.hash != drawn.hash
+    (changed,) = other.batches(3)
+    np.testing.assert_array_equal(changed["image"], batch["image"])
+    assert not set(changed["seed"]) & set(batch["seed"])
+
+
+def test_frames_of_another_robot_are_refused(policies):
+    frames = calibration_set("bundled", frames=1, horizon=3)
+    check_frames(policies["pi0"], frames)
+    config = policies["pi0"].config
+
+    def of(robot):
+        return dataclasses.replace(policies["pi0"], config=dataclasses.replace(config, robot=robot))
+
+    with pytest.raises(InputError, match="actions of 8 entries, this data set has 7"):
+        check_frames(of("droid"), frames)
+    with pytest.raises(InputError, match="state of 14 entries, this data set has 8"):
+        check_frames(of("aloha"), frames)
