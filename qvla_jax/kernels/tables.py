@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Final
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -73,4 +74,4 @@ def table_rows(w: PackedWeight, ids: Int[Array, " n"]) -> Float[Array, "n c"]:
         segments=(dataclasses.replace(w.segments[0], rows=len(ids)),),
         shape=(len(ids), w.shape[1]),
     )
-    return segment_values(found, 0)
+    return jnp.asarray(segment_values(found, 0))

@@ -254,7 +254,7 @@ def make_processor(
         raise CheckpointError(
             f"{where}: has {tokenizer.vocab_size} tokens, but the policy embeds {config.vocab_size}"
         )
-    if tokenizer.vocab_size < config.vocab_size // 2:
+    if tokenizer.vocab_size < config.vocab_size // 16:
         warnings.warn(
             f"{where}: knows {tokenizer.vocab_size} of {config.vocab_size} tokens: a stand-in, "
             f"good for measuring time and memory alone; PaliGemma's is {SOURCES}",
