@@ -110,6 +110,12 @@ class SensitivityTable:
         return self.statistics is not None or not self.settings.needs_statistics
 
     @property
+    def action_weights(self) -> Float[np.ndarray, " a"] | None:
+        """What the costs weigh the entries of an action with; None: all equally."""
+        weights = self.provenance.get("settings", {}).get("action_weights")
+        return None if weights is None else np.asarray(weights, np.float32)
+
+    @property
     def joint_costs(self) -> Float[np.ndarray, "C n"]:
         """Costs that add up: each option's cost times its joint factor."""
         return self.costs if self.joint is None else self.costs * np.asarray(self.joint)

@@ -71,6 +71,7 @@ def trajectory_costs(
         index=table.index,
         seed=seed,
         batch=batch,
+        weights=table.action_weights,
         progress=progress,
     )
     constants = layer_constants(layers, table.quantizer, table.bits)

@@ -133,6 +133,7 @@ def probe_sample(
         index=table.index,
         quantizer=table.quantizer,
         bits=bits,
+        weights=table.action_weights,
         progress=progress,
     )
     costs, _ = exact_costs(sweep, rows=rows)
@@ -171,6 +172,7 @@ def same_frames(
         probes=_probes(policy, table, sample.part.frames),
         exact_share=table.provenance["settings"].get("exact_share") or DEFAULT_SHARE,
         seed=seed,
+        action_weights=table.action_weights,
         quantizer=table.settings,
         statistics=table.statistics,
         joint=False,

@@ -24,6 +24,7 @@ STATISTICS = {
     }
 }
 VARIANTS = ("pi0", "pi05")
+VOCABULARY = 20
 # More than one key-value head, and heads that are not as wide as the network.
 _GEMMA = dict(depth=2, mlp_dim=10, num_heads=4, num_kv_heads=2, head_dim=4)
 
@@ -37,7 +38,7 @@ def configs() -> dict[str, OpenpiConfig]:
             vision=SiglipConfig(width=12, depth=2, mlp_dim=14, num_heads=3, image_size=28),
             language=GemmaConfig(width=8, **_GEMMA),
             action_expert=GemmaConfig(width=6, **_GEMMA),
-            vocab_size=20,
+            vocab_size=VOCABULARY,
             action_dim=9,
             action_horizon=3,
             max_prompt_tokens=5,
@@ -116,7 +117,8 @@ def published(trees, configs, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A tokenizers file with a few words."""
-    words = ("<pad>", "<eos>", "<bos>", "<unk>", "pick", "up", "the", "black", "bowl", "plate")
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "pick", "up", "the", "black", "bowl"]
+    words += [f"<unused{i}>" for i in range(len(words), VOCABULARY)]
     made = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
