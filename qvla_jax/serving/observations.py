@@ -98,10 +98,10 @@ class ObservationReader:
                 "observation has no unnorm_key, and the policy has statistics of several data "
                 f"sets: {', '.join(self._policy.statistics)}"
             )
+        if key is not None and not isinstance(key, str):
+            raise InputError(f"unnorm_key: expected text, got {type(key).__name__}")
         if key is None or key == self._own_key:
             return self._policy
-        if not isinstance(key, str):
-            raise InputError(f"unnorm_key: expected text, got {type(key).__name__}")
         if key not in self._policies:
             self._policies[key] = self._policy.with_unnorm_key(key)
         return self._policies[key]

@@ -143,6 +143,8 @@ def test_statistics_that_do_not_fit_are_refused_and_others_still_hold(policy):
             read(policy.fake_observation() | {"unnorm_key": "broken"})
     with pytest.raises(InputError, match="unnorm_key: expected text, got list"):
         read(policy.fake_observation() | {"unnorm_key": ["libero_spatial"]})
+    with pytest.raises(InputError, match="unnorm_key: expected text, got ndarray"):
+        read(policy.fake_observation() | {"unnorm_key": np.zeros(2)})
     assert read(policy.fake_observation()).policy.config.unnorm_key == "libero_spatial"
 
 
