@@ -53,7 +53,7 @@ def test_a_table_of_other_layers_is_refused(policy, table):
     index = dataclasses.replace(table.index, layers=table.index.layers[:-1])
     count = len(index)
     other = dataclasses.replace(
-        table, index=index, costs=table.costs[:count], sizes=table.sizes[:count],
+        table, index=index, reads=None, costs=table.costs[:count], sizes=table.sizes[:count],
         standard_error=None,
     )  # fmt: skip
     with pytest.raises(InputError, match="other layers"):
