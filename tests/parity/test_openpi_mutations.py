@@ -357,7 +357,7 @@ def _chunk_stages(case: Case) -> dict[str, np.ndarray]:
         return {"actions": found["x_t"][config.num_steps - case.steps_left_out]}
     arrays = case.reference.arrays
     chunks = np.stack([arrays["policy_model_actions0"], arrays["policy_model_actions1"]])
-    return {"env_actions": case.processor.robot_actions(chunks, case.states)}
+    return {"env_actions": case.processor.unnormalize_actions(chunks, case.states)}
 
 
 def _unchanged(case: Case) -> dict[str, np.ndarray]:

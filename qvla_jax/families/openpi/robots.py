@@ -103,7 +103,11 @@ def _image(observation: Mapping[str, Any], key: str) -> UInt8[np.ndarray, "H W 3
 
 def _numbers(observation: Mapping[str, Any], key: str) -> np.ndarray:
     value = _entry(observation, key)
-    array = value if isinstance(value, np.ndarray) else np.asarray(value, object)
+    array = (
+        np.asarray(value)
+        if isinstance(value, np.ndarray | np.generic)
+        else np.asarray(value, object)
+    )
     if array.dtype == object and all(type(v) in (int, float) for v in array.ravel()):
         array = array.astype(np.float64)
     if array.dtype.kind not in "fiu" or array.ndim > 1:
