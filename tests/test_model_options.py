@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import typing
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -114,7 +115,11 @@ def test_every_command_hands_them_to_the_policy_that_it_loads(
         found = importlib.import_module(f"qvla_jax.pipeline.{module}")
         for needed in ("load_calibration", "load_tables", "describe"):
             monkeypatch.setattr(found, needed, lambda *_, **__: [None], raising=False)
-    monkeypatch.setattr(importlib.import_module("qvla_jax.commands.inspect"), "describe", DESCRIBED)
+    inspect = importlib.import_module("qvla_jax.commands.inspect")
+    monkeypatch.setattr(inspect, "describe", DESCRIBED)
+    # It reads the settings of a public directory and leaves the weights.
+    family = SimpleNamespace(read=lambda folder, options: load(folder, **options.said()))
+    monkeypatch.setattr(inspect, "public_family", lambda folder: family)
     arguments = example_arguments(name, tmp_path / "out", option, model=public)
     assert cli.main([name, *arguments, *spelled(said)]) == cli.BAD_INPUT
     assert seen == [(str(public), said)]
