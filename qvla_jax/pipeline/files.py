@@ -119,7 +119,8 @@ def read_result(path: Path, kind: type[Content]) -> Content:
     Raises:
         InputError: as `read_json`, or a key is unknown, missing or of the wrong type.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    fields: Any = dataclasses.fields(kind)  # type: ignore[arg-type]  # of a dataclass
+    defaults = {field.name: field.default for field in fields}
     content = read_json(path, kind=str(defaults["format"]))
     return from_plain(kind, content, str(path))
 
