@@ -212,9 +212,10 @@ def _curve(report: Report) -> str:
 
 def _read_front(report: Report) -> str:
     """Bytes stored against bytes read, where a call reads some weights more often than others."""
-    own = next(a for a in report.allocations if a.method == report.chosen)
-    if not report.front or own.read_bytes is None:
+    if not report.front:
         return ""
+    own = next(a for a in report.allocations if a.method == report.chosen)
+    assert own.read_bytes is not None  # there is a front
     chart = figures.read_against_stored(
         report.front,
         (own.stored_bytes, own.read_bytes),
