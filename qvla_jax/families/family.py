@@ -243,7 +243,7 @@ class Family(abc.ABC):
             config: the architecture.
             dtype: of all parameters; float32 by default. The arithmetic's does not change.
         """
-        return abstract(lambda rngs: self.make_model(config, rngs=rngs), dtype=dtype)
+        return abstract(self.make_model, config, dtype=dtype)
 
     @abc.abstractmethod
     def layout(self, config: Any) -> Layout:

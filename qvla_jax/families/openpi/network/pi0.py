@@ -324,7 +324,7 @@ def abstract_model(config: OpenpiConfig, *, dtype: Any = None) -> FlowMatching:
         config: the architecture.
         dtype: of all parameters; float32 if left out. The arithmetic's is in the configuration.
     """
-    return abstract(lambda rngs: make_model(config, rngs=rngs), dtype=dtype)
+    return abstract(make_model, config, dtype=dtype)
 
 
 def unread_modules(config: OpenpiConfig) -> tuple[str, ...]:

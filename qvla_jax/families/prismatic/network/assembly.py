@@ -24,4 +24,4 @@ def abstract_model(config: OpenVLAConfig, *, dtype: Any = None) -> Prismatic:
         config: the architecture.
         dtype: dtype of all parameters; float32 by default. Arithmetic stays in float32.
     """
-    return abstract(lambda rngs: make_model(config, rngs=rngs), dtype=dtype)
+    return abstract(make_model, config, dtype=dtype)
