@@ -31,7 +31,7 @@ from qvla_jax.provenance import provenance
 from qvla_jax.training.augmentation import proprio_noise, random_shift
 from qvla_jax.training.config import TrainConfig, claim_folder, of_a_step, portable
 from qvla_jax.training.frames import Frames, load_frames
-from qvla_jax.training.optimizer import make_optimizer
+from qvla_jax.training.optimizer import learning_rate, make_optimizer
 
 POLICY_FOLDER = "policy"
 LOG_FILE = "log.jsonl"
@@ -50,6 +50,7 @@ def _train_step(
     params: nnx.State,
     opt_state: optax.OptState,
     step: Array,
+    rate: Float[Array, ""],
     batch: tuple[Any, Float[Array, "b h a"]],
 ) -> tuple[nnx.State, optax.OptState, Float[Array, ""]]:
     inputs, chunks = batch
@@ -65,7 +66,8 @@ def _train_step(
         params
     )
     updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
-    updated: Any = optax.apply_updates(params, updates)
+    scaled = jax.tree.map(lambda update: rate * update, updates)
+    updated: Any = optax.apply_updates(params, scaled)
     return updated, opt_state, loss
 
 
@@ -165,6 +167,7 @@ def _run(
     graphdef, params = nnx.split(policy.model)
     params = sharding.replicate(mesh, params)
     opt_state = sharding.replicate(mesh, make_optimizer(config).init(params))
+    rate = learning_rate(config)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((config.out / "checkpoints").resolve(), options=options) as manager:
         first = 0
@@ -188,6 +191,7 @@ def _run(
                 params,
                 opt_state,
                 jnp.asarray(step),
+                jnp.asarray(rate(step), jnp.float32),
                 sharding.shard_batch(mesh, (batch.inputs, batch.chunks)),
             )
             losses.append(loss)

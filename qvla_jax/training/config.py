@@ -95,6 +95,7 @@ def of_a_step(config: TrainConfig) -> TrainConfig:
     default = TrainConfig(data=Path(), out=Path())
     same = ("data", "out", "more_data", "model", "initial_policy", "train_split", "heldout_split")
     same += ("spec", "checkpoint_every", "evaluate_every")
+    same += ("steps", "peak_learning_rate", "warmup_steps", "decay_steps")
     return dataclasses.replace(config, **{name: getattr(default, name) for name in same})
 
 

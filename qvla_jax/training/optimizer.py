@@ -31,14 +31,14 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """The recipe's optimizer with clipped gradients; vectors (norms, biases) are not decayed.
 
-    Muon takes the matrices and leaves everything else to Adam.
+    Muon takes the matrices and leaves everything else to Adam. Updates are those of a learning rate
+    of 1: times `learning_rate`, which the compiled step takes as a number, they are the step's.
     """
-    rate = learning_rate(config)
     if config.optimizer == "muon":
-        rule = contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=_MUON_UPDATE_RMS)
+        rule = contrib.muon(1.0, weight_decay=config.weight_decay, consistent_rms=_MUON_UPDATE_RMS)
     else:
         rule = optax.adamw(
-            rate,
+            1.0,
             weight_decay=config.weight_decay,
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
         )
