@@ -136,7 +136,8 @@ def assign_tensors(
         for variable, value in flax_tensors(model, tensors, source=source, cast=not mapped):
             # Not an assignment into an array, because an abstract model has none yet.
             if not mapped:
-                variable.set_value(jax.device_put(jnp.asarray(value), sharding))
+                # A copy: files are closed, and buffers used again.
+                variable.set_value(jax.device_put(value, sharding, may_alias=False))
                 continue
             kept = value
             if region_of(value) is None:

@@ -49,11 +49,10 @@ def _train_step(
     family: Family,
     params: nnx.State,
     opt_state: optax.OptState,
-    step: Array,
-    rate: Float[Array, ""],
+    now: tuple[Array, Float[Array, ""]],
     batch: tuple[Any, Float[Array, "b h a"]],
 ) -> tuple[nnx.State, optax.OptState, Float[Array, ""]]:
-    inputs, chunks = batch
+    (step, rate), (inputs, chunks) = now, batch  # the step's number and its learning rate
     shift_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
     if (name := family.input_images) is not None:
         shifted = random_shift(shift_key, getattr(inputs, name), pixels=config.shift_pixels)
@@ -190,8 +189,7 @@ def _run(
                 policy.family,
                 params,
                 opt_state,
-                jnp.asarray(step),
-                jnp.asarray(rate(step), jnp.float32),
+                (jnp.asarray(step), jnp.asarray(rate(step), jnp.float32)),
                 sharding.shard_batch(mesh, (batch.inputs, batch.chunks)),
             )
             losses.append(loss)
