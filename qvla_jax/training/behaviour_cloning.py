@@ -20,7 +20,7 @@ from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints.checksums import check_checksums, write_checksums
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.statistics import dataset_statistics
-from qvla_jax.errors import InputError
+from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family
 from qvla_jax.families.registry import family_of, preset
 from qvla_jax.inference import Policy, load_policy
@@ -88,7 +88,8 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     Raises:
         InputError: `out` holds a run with another recipe or other data, or the initial policy has
             another architecture.
-        CheckpointError: the last checkpoint is corrupt; the message says how to continue.
+        CheckpointError: the last checkpoint is corrupt or of another version; the message says how
+            to continue.
         DatasetError: the data set cannot be read.
     """
     architecture = preset(config.model)
@@ -171,13 +172,21 @@ def _run(
     with ocp.CheckpointManager((config.out / "checkpoints").resolve(), options=options) as manager:
         first = 0
         if (latest := manager.latest_step()) is not None:
+            folder = Path(manager.directory) / str(latest)
             check_checksums(
-                Path(manager.directory) / str(latest),
+                folder,
                 remedy="delete this step's folder, and the run goes on from the one before",
             )
-            saved = manager.restore(
-                latest, args=ocp.args.StandardRestore({"params": params, "opt_state": opt_state})
-            )
+            try:
+                saved = manager.restore(
+                    latest,
+                    args=ocp.args.StandardRestore({"params": params, "opt_state": opt_state}),
+                )
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{folder}: another version of this program wrote it, with another optimizer "
+                    "state; go on with that version, or train anew in another folder"
+                ) from error
             params, opt_state, first = saved["params"], saved["opt_state"], latest
         log = _Log(config.out / LOG_FILE, first)
         losses: list[Any] = []

@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -13,7 +14,7 @@ from qvla_jax.data import bundled_path
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import CheckpointError, DatasetError, InputError
 from qvla_jax.inference import load_policy, random_policy
-from qvla_jax.training import TrainConfig, train
+from qvla_jax.training import TrainConfig, behaviour_cloning, train
 from qvla_jax.training.optimizer import learning_rate
 
 
@@ -118,6 +119,14 @@ def test_a_changed_byte_of_a_checkpoint_is_found(config, whole):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{largest.name}: not the bytes .* delete"):
+        train(config)
+
+
+def test_a_checkpoint_of_another_optimizer_is_named(config, whole, monkeypatch):
+    shutil.copytree(whole.out, config.out)
+    other = optax.sgd(1.0, momentum=0.9)
+    monkeypatch.setattr(behaviour_cloning, "make_optimizer", lambda config: other)
+    with pytest.raises(CheckpointError, match=r"checkpoints.6: another version .* train anew"):
         train(config)
 
 
