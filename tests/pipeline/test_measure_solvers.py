@@ -142,7 +142,7 @@ def test_the_command_measures_every_allocation(config, content, policy_folder, c
     arguments = (
         "measure-solvers", "--model", policy_folder, "--out", config.out, "--budgets", "9",
         "--solvers", "greedy:marginal", "greedy:qvla", "--rounds", "1", "--population", "4",
-        "--turns", "1", "--eval-frames", "5",
+        "--turns", "1", "--eval-frames", "5", "--eval-batch", "4",
     )  # fmt: skip
     assert cli.main([str(argument) for argument in arguments]) == 0
     printed = capsys.readouterr().out
