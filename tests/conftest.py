@@ -4,6 +4,7 @@ Two virtual CPU devices, so that sharded code paths run in plain CI; no implicit
 no implicit rank promotion, so that neither hides a mistake.
 """
 
+import ctypes
 import gc
 import os
 from collections.abc import Iterator
@@ -114,6 +115,10 @@ def _compiled_programs_stay_few() -> Iterator[None]:
         or int(_STATM.read_text().split()[1]) > _MANY_PAGES
     ):
         jax.clear_caches()
+        # The allocator keeps what was freed: the process would stay large, and drop what other
+        # modules need again after every one of them.
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -112,17 +112,18 @@ compiled_matmul = jax.jit(kernels.mixed_matmul, static_argnums=2)
 
 def check_agreement(implementation, activation_bits, dtype, weight, rows, seed):
     w, w_hat, bias = weight
-    x = np.random.default_rng(seed).normal(size=(rows, w.shape[1]))
-    x = jnp.asarray(x, jnp.float32).astype(dtype)
+    # In numpy, as drawn shapes would have every operation compiled anew.
+    x = np.random.default_rng(seed).normal(size=(rows, w.shape[1])).astype(np.float32)
+    x = x.astype(dtype)
     # One program instead of one for each of its operations, as in policies.
     y = compiled_matmul(x, kernels.prepare(w, implementation), activation_bits)
     assert y.dtype == dtype
     assert y.shape == (rows, w.shape[0])
-    want = expected(np.asarray(x.astype(jnp.float32)), w, w_hat, bias, activation_bits)
-    allowed = tolerance(x.astype(jnp.float32), w_hat, 2e-5)
+    want = expected(x, w, w_hat, bias, activation_bits)
+    allowed = tolerance(x, w_hat, 2e-5)
     if dtype == jnp.bfloat16:
         allowed = allowed + np.abs(want) * 2.0**-8
-    assert (np.abs(np.asarray(y.astype(jnp.float32)) - want) <= allowed).all()
+    assert (np.abs(np.asarray(y).astype(np.float64) - want) <= allowed).all()
 
 
 @each_implementation
@@ -180,8 +181,8 @@ def test_gradient_with_respect_to_activations(weight, implementation, activation
         return jnp.vdot(kernels.mixed_matmul(x, prepared, activation_bits), dy)
 
     want = np.asarray(dy, np.float64) @ np.asarray(kernels.dequantize(weight), np.float64)
-    np.testing.assert_allclose(jax.grad(loss)(x, dy), want, rtol=1e-4, atol=1e-4)
-    rows = jax.vmap(jax.grad(lambda x, dy: loss(x[None], dy[None])))(x, dy)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x, dy), want, rtol=1e-4, atol=1e-4)
+    rows = jax.jit(jax.vmap(jax.grad(lambda x, dy: loss(x[None], dy[None]))))(x, dy)
     np.testing.assert_allclose(rows, want, rtol=1e-4, atol=1e-4)
 
 

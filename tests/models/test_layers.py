@@ -37,8 +37,8 @@ def test_attention_equals_the_library_one(kv_heads):
     q, k, v = _normal(2, 6, 4, 8), _normal(2, 9, kv_heads, 8, seed=1), _normal(2, 9, kv_heads, 8)
     mask = np.random.default_rng(3).random((2, 1, 6, 9)) < 0.7
     mask[..., 0] = True
-    expected = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask))
-    np.testing.assert_allclose(attention(*map(jnp.asarray, (q, k, v)), mask), expected, atol=2e-6)
+    expected = jax.jit(jax.nn.dot_product_attention)(q, k, v, mask=mask)
+    np.testing.assert_allclose(jax.jit(attention)(q, k, v, mask), expected, atol=2e-6)
 
 
 def test_rotary_embedding_rotates_half_split_pairs():
@@ -72,7 +72,7 @@ def test_patch_embedding_is_the_public_convolution():
     ("mask_of", "sees_future"), [(causal_mask, False), (bidirectional_mask, True)]
 )
 def test_masks_decide_who_sees_later_and_padded_positions(mask_of, sees_future):
-    model = LlamaModel(preset("tiny-test").text, rngs=nnx.Rngs(0))
+    model = jax.jit(LlamaModel(preset("tiny-test").text, rngs=nnx.Rngs(0)).__call__)
     x = _normal(1, 6, 32)
     valid = jnp.asarray([[True] * 5 + [False]])
     changed, padded = x.copy(), x.copy()
@@ -95,17 +95,19 @@ def test_tokens_through_the_cache_are_those_of_the_whole_sequence(key_value_head
     rng = np.random.default_rng(1)
     # Prompts of 5 and 3 tokens, padded to 6 places that later tokens take over.
     lengths, steps = np.array([5, 3]), 3
-    sequences = jnp.asarray(rng.normal(size=(2, 5 + steps, 32)), jnp.float32)
-    prompt = sequences[:, :6].at[0, 5].set(7.0).at[1, 3:].set(7.0)
+    sequences = rng.normal(size=(2, 5 + steps, 32)).astype(np.float32)
+    prompt = sequences[:, :6].copy()
+    prompt[0, 5], prompt[1, 3:] = 7.0, 7.0
     valid = jnp.arange(6)[None] < lengths[:, None]
+    fill, step_on, call = map(jax.jit, (model.fill, model.step, model.__call__))
     with jax.default_matmul_precision("float32"):
-        _, caches = model.fill(prompt, causal_mask(valid))
+        _, caches = fill(prompt, causal_mask(valid))
         for step in range(steps):
             places = lengths + step
-            token = sequences[jnp.arange(2), places][:, None]
-            found, caches = model.step(token, jnp.asarray(places), caches)
+            token = sequences[np.arange(2), places][:, None]
+            found, caches = step_on(token, jnp.asarray(places), caches)
             for row, place in enumerate(places):
                 whole = sequences[row : row + 1, : place + 1]
                 mask = causal_mask(jnp.ones((1, place + 1), bool))
-                expected = model(whole, mask)[0, -1]
+                expected = call(whole, mask)[0, -1]
                 np.testing.assert_allclose(found[row, 0], expected, rtol=2e-5, atol=2e-5)

@@ -26,7 +26,7 @@ from qvla_jax.families.openpi.robots import SLOTS
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.models.linear import Linear
 
-from .reference import recording
+from .reference import Programs, install, programs_of, recording
 from .trim_openpi import FIXTURES, PLACES_STEP, THINNED
 
 PRESETS = {"pi0_tiny": "pi0_libero", "pi05_tiny": "pi05_libero"}
@@ -45,8 +45,25 @@ _RECORDED = {
     gemma.Block: ("fill", "step"),
     gemma.Gemma: ("embed", "step"),
 }
-# No mistake and no stage lies inside, and op by op it takes most of the time of these tests.
-COMPILED_ATTEND = jax.jit(gemma.attend)
+# What runs compiled: no recorded stage lies inside, and mistakes in the code take its place.
+PROGRAMS: Programs = {
+    **programs_of(
+        {
+            Linear: ("__call__",),
+            nnx.LayerNorm: ("__call__",),
+            siglip.MultiHeadAttention: ("__call__",),
+            gemma.RMSNorm: ("__call__",),
+            gemma.AdaRMSNorm: ("__call__",),
+        }
+    ),
+    (gemma, "rotary_angles"): jax.jit(gemma.rotary_angles, static_argnums=1),
+    (gemma, "apply_rotary"): jax.jit(gemma.apply_rotary),
+    # Softmax over 800 places, which is most of what these tests compute: worth optimizing.
+    (gemma, "attend"): jax.jit(
+        gemma.attend, compiler_options={"xla_backend_optimization_level": 2}
+    ),
+    (jax.nn, "gelu"): jax.jit(jax.nn.gelu, static_argnames="approximate"),
+}
 _TOWER = "PaliGemma.img"
 _LAYERS = "PaliGemma.llm.layers"
 
@@ -127,7 +144,7 @@ def open_openpi(name: str, folder: Path) -> OpenpiReference:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One pass over the prefix and the first step, op by op (not compiled)."""
+    """One pass over the prefix and the first step, compiled in small parts."""
 
     prefix: Prefix
     conditioning: Conditioning
@@ -140,11 +157,11 @@ def stages(model: FlowMatching, inputs: Pi0Inputs, reference: OpenpiReference) -
     found: dict[str, np.ndarray] = {}
     with (
         jax.default_matmul_precision("float32"),
-        recording(model, _RECORDED) as calls,
+        recording(model, _RECORDED, PROGRAMS) as calls,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(gemma, "attend", COMPILED_ATTEND)
         tokens, valid = model.embed_prefix(inputs)
+        patch.setattr(type(model), "embed_prefix", lambda self, inputs: (tokens, valid))
         prefix = model.prefix(inputs)
         conditioning = model.conditioning(model.times[None])
         velocity = model.velocity(jnp.asarray(inputs.noise), prefix, conditioning.at(0))
@@ -227,10 +244,11 @@ def _variant_stages(
 def integrate(
     model: FlowMatching, noise: np.ndarray, prefix: Prefix, conditioning: Conditioning
 ) -> dict[str, np.ndarray]:
-    """All steps, op by op: noisy actions before each and behind the last, and velocities."""
+    """All steps: noisy actions before each and behind the last, and velocities."""
     x = jnp.asarray(noise)
     path, velocities = [x], []
-    with jax.default_matmul_precision("float32"):
+    with jax.default_matmul_precision("float32"), pytest.MonkeyPatch.context() as patch:
+        install(PROGRAMS, patch)
         for step in range(model.config.num_steps):
             velocities.append(model.velocity(x, prefix, conditioning.at(step)))
             x = x - 1.0 / model.config.num_steps * velocities[-1]

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -54,6 +55,49 @@ _RECORDED = {
     Linear: ("__call__",),
     nnx.LayerNorm: ("__call__",),
 }
+
+# What runs in place of a method or function, by its owner and name.
+Programs = dict[tuple[object, str], Callable[..., object]]
+
+
+def compiled(method: Callable[..., object]) -> Callable[..., object]:
+    """A method of a module as one program for each configuration of the module."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(graphdef, state, args, kwargs):
+        return method(nnx.merge(graphdef, state), *args, **kwargs)
+
+    return lambda self, *args, **kwargs: run(*nnx.split(self), args, kwargs)
+
+
+def programs_of(methods: Mapping[type, tuple[str, ...]]) -> Programs:
+    """Methods of modules, compiled."""
+    return {(kind, n): compiled(getattr(kind, n)) for kind, names in methods.items() for n in names}
+
+
+# To compile every operation takes most of the time of these tests, so what follows is one program
+# each. No recorded stage and no change of the code lies inside; a changed attribute of a module is
+# part of its configuration.
+PROGRAMS: Programs = {
+    **programs_of(
+        {
+            vision.Attention: ("__call__",),
+            llama.LlamaDecoderLayer: ("__call__", "fill", "step"),
+            Linear: ("__call__",),
+            nnx.LayerNorm: ("__call__",),
+            nnx.RMSNorm: ("__call__",),
+        }
+    ),
+    (action_decoder, "attention"): jax.jit(action_decoder.attention),
+    (llama, "rotary_angles"): jax.jit(llama.rotary_angles, static_argnums=(1, 2)),
+    (jax.nn, "gelu"): jax.jit(jax.nn.gelu, static_argnames="approximate"),
+}
+
+
+def install(programs: Programs, patch: pytest.MonkeyPatch) -> None:
+    """Runs these programs in place of what they are compiled from."""
+    for (owner, name), program in programs.items():
+        patch.setattr(owner, name, program)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +168,9 @@ def open_reference(name: str, folder: Path) -> Reference:
 
 @contextlib.contextmanager
 def recording(
-    model: nnx.Module, kinds: Mapping[type, tuple[str, ...]] = _RECORDED
+    model: nnx.Module,
+    kinds: Mapping[type, tuple[str, ...]] = _RECORDED,
+    programs: Programs = PROGRAMS,
 ) -> Iterator[dict[str, list[np.ndarray]]]:
     """Collects the outputs of all modules by path (and `path:in`, first inputs), call by call."""
     paths = {id(module): path for path, module in named_modules(model, nnx.Module).items()}
@@ -143,6 +189,7 @@ def recording(
         return method
 
     with pytest.MonkeyPatch.context() as patch:
+        install(programs, patch)
         for kind, methods in kinds.items():
             for name in methods:
                 patch.setattr(kind, name, wrap(getattr(kind, name)))
@@ -150,7 +197,7 @@ def recording(
 
 
 def stages(model: nnx.Module, inputs: ModelInputs) -> dict[str, np.ndarray]:
-    """Every stage of one forward pass under the names of the record, op by op (not compiled).
+    """Every stage of one forward pass under the names of the record, compiled in small parts.
 
     Sequences are cut to their places before the padding and thinned out as the record is.
     """

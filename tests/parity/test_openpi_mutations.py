@@ -18,7 +18,8 @@ from qvla_jax.families.openpi.network import Pi0Inputs, gemma, pi0, siglip
 from qvla_jax.families.openpi.processor import Processor
 from qvla_jax.models.surgery import named_modules
 
-from .openpi import COMPILED_ATTEND, OpenpiReference, Run, integrate
+from .openpi import PROGRAMS, OpenpiReference, Run, integrate
+from .reference import install
 from .trim_openpi import NAMES
 
 
@@ -321,7 +322,9 @@ CHUNK = {
 
 
 def _prefix_stages(case: Case) -> tuple[pi0.Prefix, dict[str, np.ndarray]]:
-    tokens, _ = case.model.embed_prefix(case.inputs)
+    tokens, valid = case.model.embed_prefix(case.inputs)
+    # Not computed again.
+    case.patch.setattr(type(case.model), "embed_prefix", lambda self, inputs: (tokens, valid))
     prefix = case.model.prefix(case.inputs)
     patches = case.model.config.vision.num_patches
     images = case.inputs.images.shape[1] * patches
@@ -433,7 +436,7 @@ def test_a_porting_mistake_breaks_parity_as_far_as_in_openpi(
         reference.policy.processor,
         np.stack([reference.arrays[f"policy_obs{i}_state"] for i in range(2)]),
     )
-    monkeypatch.setattr(gemma, "attend", COMPILED_ATTEND)
+    install(PROGRAMS, monkeypatch)
     for group in (IMAGES, PREFIX, SUFFIX, CHUNK):
         if mutation in group:
             group[mutation](case)

@@ -13,7 +13,8 @@ from qvla_jax.families.openpi.checkpoint import NamedTensors, open_tensors
 from qvla_jax.families.openpi.names import parameters
 from qvla_jax.families.openpi.network import abstract_model
 
-from .openpi import integrate
+from .openpi import PROGRAMS, integrate
+from .reference import install
 from .trim_openpi import NAMES
 
 _EXACT = ("prefix_mask", "prefix_positions", "suffix_positions", "suffix_attn_mask")
@@ -76,8 +77,9 @@ def test_every_euler_step_is_matched(openpi_runs, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_four_steps_are_matched(openpi_runs, name):
+def test_four_steps_are_matched(openpi_runs, monkeypatch, name):
     reference, run = openpi_runs(name)
+    install(PROGRAMS, monkeypatch)
     model = nnx.clone(reference.policy.model)
     model.config = dataclasses.replace(model.config, num_steps=4)
     with jax.default_matmul_precision("float32"):
@@ -89,8 +91,9 @@ def test_four_steps_are_matched(openpi_runs, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_training_loss_is_matched_with_a_time_for_each_sample(openpi_runs, name):
+def test_the_training_loss_is_matched_with_a_time_for_each_sample(openpi_runs, monkeypatch, name):
     reference, run = openpi_runs(name)
+    install(PROGRAMS, monkeypatch)
     model, arrays = reference.policy.model, reference.arrays
     with jax.default_matmul_precision("float32"):
         conditioning = model.conditioning(jnp.asarray(arrays["loss_time"])[:, None])

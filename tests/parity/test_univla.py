@@ -14,6 +14,7 @@ from qvla_jax.families.prismatic.network.openvla import RollOut
 from qvla_jax.inference.ensembling import TemporalEnsemble
 from qvla_jax.models import get_module
 
+from .reference import PROGRAMS, install
 from .trim import PLACES_STEP
 
 NAME = "univla_tiny"
@@ -255,6 +256,7 @@ MUTATIONS = {
 def test_a_porting_mistake_breaks_parity(univla, rolled, monkeypatch, mutation):
     reference, policy, _ = univla
     model = nnx.clone(policy.model)
+    install(PROGRAMS, monkeypatch)
     with jax.default_matmul_precision("float32"):
         states = MUTATIONS[mutation](model, rolled, monkeypatch)
         chunk = np.asarray(model.action_decoder(*states))
