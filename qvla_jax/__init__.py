@@ -17,11 +17,14 @@
 `ServeConfig` hold the options of `qvla run` and `qvla serve`.
 
 The public names are loaded when they are first used: `import qvla_jax` itself imports no JAX,
-TensorFlow or solver library and touches no device.
+TensorFlow or solver library and touches no device. With JAX 0.10 it adds a flag to XLA_FLAGS
+(`qvla_jax.compiler`): import it before JAX makes its first device.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from qvla_jax.compiler import avoid_wrong_sums as _avoid_wrong_sums
 
 if TYPE_CHECKING:
     from qvla_jax import data as data
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from qvla_jax.serving import serve as serve
 
 __version__ = "0.1.0"
+
+_avoid_wrong_sums()
 
 # Public name -> module that has it.
 _LAZY = {

@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from qvla_jax import compiler
 from qvla_jax.errors import InputError
 from qvla_jax.programs import run_apart
 
@@ -120,8 +121,8 @@ def check_flags(environment: Mapping[str, str]) -> None:
     Raises:
         InputError: XLA rejects them; the message names the flag.
     """
-    flags = environment.get(_FLAGS, "").strip()
-    if not flags:
+    flags = environment.get(_FLAGS, "").replace(compiler.SETTING, "").strip()
+    if not flags:  # none but our own
         return
     without = {key: value for key, value in environment.items() if key not in _CHOICES}
     code, output = _run(_START, {**without, "JAX_PLATFORMS": "cpu"})
