@@ -120,6 +120,8 @@ class Evaluation:
     short_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # What the entries of an action mean; empty if nobody says.
     action_names: tuple[str, ...] = ()
+    # Actions of a chunk that errors count, from the first; None: all.
+    executed_steps: int | None = None
     # Wall-clock time of the stage.
     seconds: float
     provenance: Mapping[str, Any]

@@ -83,6 +83,7 @@ def evaluate(
     held = PreparedFrames.of(policy, heldout, config.eval_batch)
     index = policy_index(policy)
     table = load_tables(config.out)[0] if table is None else table
+    files.check_steps(config.out, table, policy.layout.executed_steps)
 
     difference = 0.0
     feedback = Quantizer(UNIFORM_FEEDBACK, table.statistics)
@@ -141,6 +142,7 @@ def evaluate(
         methods=tuple(entries),
         short_names={path: policy.layout.short_name(path) for path in index.paths},
         action_names=policy.layout.action_names,
+        executed_steps=policy.layout.executed_steps,
         seconds=time.perf_counter() - started,
         provenance=provenance(seed=config.seed),
     )

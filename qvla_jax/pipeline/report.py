@@ -87,6 +87,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> Report:
         allocations=tuple(map(describe_allocation, allocations.items)),
         front=allocations.front,
         action_names=evaluation.action_names,
+        executed_steps=evaluation.executed_steps,
         layers=describe_layers(tables[0], chosen, names),
         seconds=StageSummary(
             sensitivity=load_seconds(config.out).get(tables[0].method),

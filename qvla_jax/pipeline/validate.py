@@ -61,6 +61,7 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Val
         {"policy fingerprint": policy.fingerprint, "calibration hash": calibration.hash},
         remedy=f"run `qvla sensitivity --out {config.out}` again",
     )
+    files.check_steps(config.out, table, policy.layout.executed_steps)
     heldout = heldout_set(config, horizon=policy.config.action_horizon)
     check_disjoint(calibration, heldout)
     validation = Validation(

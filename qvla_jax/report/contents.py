@@ -129,6 +129,8 @@ class Report:
     front: tuple[FrontPoint, ...] = ()
     # What the entries of an action mean; empty if nobody says.
     action_names: tuple[str, ...]
+    # Actions of a chunk that errors count, from the first; None: all.
+    executed_steps: int | None = None
     layers: tuple[LayerFacts, ...]
     seconds: StageSummary
     # None where the stages ran one by one.

@@ -20,6 +20,7 @@ from qvla_jax.inference.policy import make_policy
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.calibrate import check_frames, load_calibration
+from qvla_jax.pipeline.files import check_steps
 
 from .conftest import STATISTICS
 
@@ -48,10 +49,11 @@ def walked(configs, tokenizer, tmp_path_factory):
     files = {"tokenizer.json": tokenizer.read_bytes()}
     statistics = {config.asset_id: STATISTICS}
     make_policy(config, model, files, statistics, source="test").export(source / "policy")
-    options = dict(preset="pi05_libero", tokenizer=str(tokenizer))
+    options = dict(preset="pi05_libero", tokenizer=str(tokenizer), executed_steps=2)
     given = {
-        **options, "model": source / "policy", "out": out, "frames": 3, "probes": 1,
-        "budget-bits": 14, "budget-read": 12, "eval-frames": 2, "latency-calls": 0,
+        "model": source / "policy", "out": out, "frames": 3, "probes": 1, "budget-bits": 14,
+        "budget-read": 12, "eval-frames": 2, "latency-calls": 0,
+        **{name.replace("_", "-"): value for name, value in options.items()},
     }  # fmt: skip
     arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     nothing_beside = ["--sweep", "--match-uniform", "--uniform-bits"]
@@ -79,6 +81,19 @@ def test_costs_are_of_the_entries_that_the_robot_executes(walked):
         if entry["family"] == "ours"
     ]
     assert len(result["versus_full_precision"]["mse_by_dimension"]) == 7 < policy.config.action_dim
+
+
+def test_costs_and_errors_are_of_the_steps_that_the_client_executes(walked):
+    out, policy = walked
+    assert policy.layout.executed_steps == 2 < policy.config.action_horizon
+    table = load_tables(out)[0]
+    assert table.executed_steps == 2
+    check_steps(out, table, 2)
+    with pytest.raises(InputError, match="count the first 2 actions of a chunk, here count all"):
+        check_steps(out, table, None)
+    for name in ("evaluation.json", "report.json"):
+        assert json.loads((out / name).read_text())["executed_steps"] == 2
+    assert load_policy(out / "policy.qvla").layout.executed_steps == 2
 
 
 def test_both_budgets_are_kept(walked):
