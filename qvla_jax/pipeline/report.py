@@ -88,6 +88,7 @@ def report(config: ReportConfig, *, progress: Progress = no_progress) -> Report:
         front=allocations.front,
         action_names=evaluation.action_names,
         executed_steps=evaluation.executed_steps,
+        embeddings=evaluation.embeddings,
         layers=describe_layers(tables[0], chosen, names),
         seconds=StageSummary(
             sensitivity=load_seconds(config.out).get(tables[0].method),

@@ -6,6 +6,7 @@ from typing import Any, Final
 import numpy as np
 from jax.sharding import Mesh
 
+from qvla_jax.array_typing import Float
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.quantize import policy_index
@@ -256,14 +257,19 @@ def _check_weights(weights: np.ndarray | None, policy: Policy) -> np.ndarray | N
     """Weights of the action dimensions, or None if all count equally."""
     dimensions = policy.config.action_dim
     if weights is None:
-        own = policy.layout.action_weights({}, dimensions)
-        return None if all(own) else np.asarray(own, np.float32)
+        return counted_weights(policy)
     weights = np.asarray(weights, np.float32)
     if weights.shape != (dimensions,) or not np.isfinite(weights).all() or (weights < 0).any():
         raise InputError(
             f"action_weights: expected {dimensions} finite numbers, none negative, got {weights}"
         )
     return weights
+
+
+def counted_weights(policy: Policy) -> Float[np.ndarray, " a"] | None:
+    """Weights that count the entries of an action that the robot executes; None: all."""
+    own = policy.layout.action_weights({}, policy.config.action_dim)
+    return None if all(own) else np.asarray(own, np.float32)
 
 
 def _check_steps(steps: int | None, policy: Policy) -> int | None:

@@ -180,8 +180,9 @@ def test_first_order_orders_channels_as_exact_probing_does(swept):
         assert spearman(costs[rows, column], exact[:, column]) >= least, bits
 
 
-def test_layers_that_keep_their_bits_are_measured_and_unread_ones_cost_nothing(swept):
-    sweep, _, costs = swept("pi05")
+@pytest.mark.parametrize("variant", ["pi0", "pi05"])
+def test_layers_that_keep_their_bits_are_measured_and_unread_ones_cost_nothing(swept, variant):
+    sweep, _, costs = swept(variant)
     own = sweep.policy.layout
     for layer, rows in sweep.index.items():
         unread = any(f"{layer.path}.".startswith(f"{path}.") for path in own.unread)
