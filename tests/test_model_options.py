@@ -34,6 +34,7 @@ SAID = st.fixed_dictionaries(
         "action_horizon": st.integers(1, 99),
         "action_normalization": st.sampled_from(["quantiles", "min_max"]),
         "merge_adapter": st.just(True),
+        "executed_steps": st.integers(1, 99),
     },
 )
 
@@ -96,6 +97,7 @@ def test_every_command_hands_them_to_the_policy_that_it_loads(
     said = {
         "unnorm_key": "bridge_orig", "num_images": 2, "center_crop": False, "action_horizon": 5,
         "action_normalization": "min_max", "merge_adapter": True,
+        "executed_steps": 4,
     }  # fmt: skip
     seen = []
 

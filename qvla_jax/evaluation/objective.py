@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
+from qvla_jax.families.layout import Layout
 from qvla_jax.inference.policy import Policy
 from qvla_jax.quantization.bias import corrected_bias
 from qvla_jax.quantization.codes import SOURCE
@@ -37,7 +38,8 @@ class Layer(TypedDict):
 class ActionErrorObjective:
     """`objective(choices[p, C]) -> f64[p]`: squared error of the normalized chunk, summed over it.
 
-    The mean over the frames of || A_choice(x) - A*(x) ||^2, in the unit of the sensitivities. The
+    The mean over the frames of || A_choice(x) - A*(x) ||^2, in the unit of the sensitivities: what
+    the robot executes counts. The
     allocations are those of `quantize(policy, allocate(table, ...))`, in floating point.
     """
 
@@ -123,7 +125,7 @@ class ActionErrorObjective:
             for start in range(0, len(padded), self._at_once)
         ]
         change = np.concatenate(found)[:count].astype(np.float64) - self.reference
-        return np.sum(change**2, axis=(2, 3))
+        return np.sum(self.policy.layout.executed(change) ** 2, axis=(2, 3))
 
     def select(self, choice: Int[np.ndarray, " C"]) -> dict[str, Layer]:
         """The quantized layers' arrays under a choice."""
@@ -135,7 +137,7 @@ class ActionErrorObjective:
         """Derivative of the error with respect to the quantized layers' arrays at a choice."""
         selected = self.select(choice)
         graphdef, state = nnx.split(self._model)
-        spec, start = (graphdef, self._rules), 0
+        spec, start = (graphdef, self._rules, self.policy.layout), 0
         total: Any = None
         for inputs, count in self._inputs:
             placed = self.policy.complete(sharding.shard_batch(self._mesh, inputs))
@@ -248,19 +250,20 @@ def _forward(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(
-    spec: tuple[nnx.GraphDef[Any], LayerRules],
+    spec: tuple[nnx.GraphDef[Any], LayerRules, Layout],
     state: nnx.State,
     selected: dict[str, Layer],
     inputs: Any,
     reference: Float[Array, "b h a"],
     real: Float[Array, " b"],
 ) -> dict[str, Layer]:
-    graphdef, rules = spec
+    graphdef, rules, layout = spec
 
     def error(arrays: dict[str, Layer]) -> Array:
         model = nnx.merge(graphdef, state)
         put_layers(quantizable_layers(model, rules), arrays)
-        square = jnp.sum(jnp.square(model(inputs) - reference), axis=(1, 2))
+        change = layout.executed(model(inputs) - reference)
+        square = jnp.sum(jnp.square(change), axis=(1, 2))
         return jnp.sum(square * real)
 
     return jax.grad(error)(selected)

@@ -49,16 +49,16 @@ class _Frames(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """Chunks of one policy on a set of frames; of actions, the entries that the robot executes.
+    """Chunks of one policy on a set of frames: the actions and entries that the robot executes.
 
     Attributes:
-        chunks: `[N, h, a]`, normalized.
-        expert: `[N, h, a]`, the demonstrator's actions from each frame on, normalized.
+        chunks: `[N, s, e]`, normalized.
+        expert: `[N, s, e]`, the demonstrator's actions from each frame on, normalized.
         grippers: entries among these that open and close grippers.
     """
 
-    chunks: Float[NpArray, "N h a"]
-    expert: Float[NpArray, "N h a"]
+    chunks: Float[NpArray, "N s e"]
+    expert: Float[NpArray, "N s e"]
     grippers: tuple[int, ...]
 
     @classmethod

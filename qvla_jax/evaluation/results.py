@@ -45,6 +45,9 @@ class MethodResult:
     # Of the quantized layers, everything counted (quantization.layout).
     stored_bytes: int
     stored_bits_per_weight: float
+    # Of the token embeddings, which are not among these; None where no policy of the run rounds
+    # them.
+    embedding_bytes: int | None = dataclasses.field(default=None, metadata=ABSENT_IF_NONE)
     # Mean width of the weights, without scales and index.
     avg_bits_per_weight: float
     # Bits as text -> channels.
@@ -100,6 +103,20 @@ class PackedFacts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingFacts:
+    """Token embeddings that a run rounds, in all of its policies but the full-precision one."""
+
+    # Of every row.
+    bits: int
+    rows: int
+    # As rounded, scales included, and in full precision.
+    stored_bytes: int
+    source_bytes: int
+    # Of full precision with these embeddings: the error that they alone make.
+    versus_full_precision: ActionErrors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """The content of evaluation.json."""
 
@@ -120,6 +137,10 @@ class Evaluation:
     short_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # What the entries of an action mean; empty if nobody says.
     action_names: tuple[str, ...] = ()
+    # Actions of a chunk that errors count, from the first; None: all.
+    executed_steps: int | None = None
+    # None if they keep their bits.
+    embeddings: EmbeddingFacts | None = dataclasses.field(default=None, metadata=ABSENT_IF_NONE)
     # Wall-clock time of the stage.
     seconds: float
     provenance: Mapping[str, Any]

@@ -71,11 +71,38 @@ class ModuleCosts:
     module: str
     # All of its layers keep 16 bits by default.
     kept: bool
+    # Output channels; of token embeddings, rows that the calibration frames use.
     channels: int
     weights: int
     # Bits as text -> cost of a channel, and of a thousand weights.
     cost_of_channel: Mapping[str, float]
     cost_of_thousand_weights: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenCosts:
+    """The row of one token."""
+
+    token: int
+    # Frames of the set whose prompt holds it.
+    frames: int
+    # Bits as text -> cost of rounding this row alone, to first order.
+    costs: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingCosts:
+    """Costs of the rows of a token embedding."""
+
+    module: str
+    rows: int
+    # Rows that no prompt of the set holds: they have no measured cost, and count in no sum.
+    unmeasured_rows: int
+    # Rows that are measured, the most expensive first.
+    tokens: tuple[TokenCosts, ...]
+    # Bits as text -> sum of the costs, and the measured error with all rows rounded.
+    summed: Mapping[str, float]
+    measured: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,5 +126,7 @@ class Validation:
     noise: tuple[Stability, ...] = ()
     # None if it was skipped.
     cumulative: Cumulative | None
+    # Token embeddings are among them: the rows that are measured.
     modules: tuple[ModuleCosts, ...]
+    embeddings: tuple[EmbeddingCosts, ...] = ()
     provenance: Mapping[str, Any]

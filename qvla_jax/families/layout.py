@@ -7,10 +7,9 @@ no module of any family. Each family makes the layout of a configuration in its 
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-
-from qvla_jax.array_typing import Float
+from qvla_jax.array_typing import AnyArray, Float
 from qvla_jax.quantization.layers import LayerRules
 
 
@@ -54,6 +53,8 @@ class Layout:
     action_entries: tuple[int, ...]
     grippers: tuple[int, ...] = ()
     action_names: tuple[str, ...] = ()
+    # Actions of a chunk, from the first, that the robot executes before it asks again; None: all.
+    executed_steps: int | None = None
 
     def module_type(self, path: str) -> str:
         """The module type of a layer."""
@@ -86,8 +87,14 @@ class Layout:
         """Whether a part is declared independent of a layer, even if it runs later."""
         return any(re.match(p, part) and re.match(q, layer) for p, q in self.independent)
 
-    def executed(self, chunks: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... e"]:
-        """The entries of normalized actions that the robot executes."""
+    def executed(self, chunks: Float[AnyArray, "*b h a"]) -> Any:
+        """What the robot executes of normalized chunks: the first actions, its own entries.
+
+        Returns:
+            [..., s, e], an array of the same kind.
+        """
+        if self.executed_steps is not None:
+            chunks = chunks[..., : self.executed_steps, :]
         if self.action_entries == tuple(range(chunks.shape[-1])):
             return chunks
         return chunks[..., list(self.action_entries)]

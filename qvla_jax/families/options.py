@@ -28,6 +28,8 @@ class LoadOptions:
         merge_adapter: the weights are the base of `lora_adapter/`, which is merged into them.
         preset: openpi's training configuration, such as pi05_libero.
         tokenizer: file of the tokenizer, where checkpoints come without one (openpi).
+        executed_steps: actions of a chunk that the robot's client executes before it asks again,
+            which errors count (openpi).
 
     Raises:
         InputError: a value is out of range.
@@ -41,13 +43,14 @@ class LoadOptions:
     merge_adapter: bool = False
     preset: str | None = None
     tokenizer: str | None = None
+    executed_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, what in (("unnorm_key", "name"), ("preset", "name"), ("tokenizer", "path")):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise InputError(f"{name}: expected a {what}, got {value!r}")
-        for name in ("num_images", "action_horizon"):
+        for name in ("num_images", "action_horizon", "executed_steps"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name}: expected a whole number from 1 on, got {value!r}")

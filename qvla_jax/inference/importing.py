@@ -28,6 +28,7 @@ def import_policy(
     merge_adapter: bool = False,
     preset: str | None = None,
     tokenizer: str | Path | None = None,
+    executed_steps: int | None = None,
     dtype: Any = None,
 ) -> None:
     """Imports a public directory into one of ours, with its weights as an orbax checkpoint.
@@ -45,6 +46,7 @@ def import_policy(
         merge_adapter: see there.
         preset: see there.
         tokenizer: see there.
+        executed_steps: see there.
         dtype: dtype of all weights; by default bfloat16, as published.
 
     Raises:
@@ -63,6 +65,7 @@ def import_policy(
         merge_adapter=merge_adapter,
         preset=preset,
         tokenizer=None if tokenizer is None else str(tokenizer),
+        executed_steps=executed_steps,
     )
     folder, out = Path(source), Path(out)
     if (family := public_family(folder)) is None:

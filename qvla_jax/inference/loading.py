@@ -46,6 +46,7 @@ def load_policy(
     merge_adapter: bool = False,
     preset: str | None = None,
     tokenizer: str | Path | None = None,
+    executed_steps: int | None = None,
     dtype: Any = None,
     sharding: jax.sharding.Sharding | None = None,
     mapped: bool = False,
@@ -82,6 +83,9 @@ def load_policy(
             what no file does.
         tokenizer: for checkpoints of openpi, the file of PaliGemma's tokenizer, which comes with
             none of them.
+        executed_steps: for pi0 and pi0.5, actions of a chunk that the robot's client executes
+            before it asks again, which sensitivities and errors count; by default as the preset
+            says, or all.
         dtype: dtype of the weights in memory, by default float32. bfloat16 halves them; arithmetic
             stays in float32.
         sharding: sharding of every weight; None uses the default device.
@@ -110,6 +114,7 @@ def load_policy(
         merge_adapter=merge_adapter,
         preset=preset,
         tokenizer=None if tokenizer is None else str(tokenizer),
+        executed_steps=executed_steps,
     )
     folder = Path(source)
     if mapped and (not stays_in_files(folder) or dtype is not None or sharding is not None):

@@ -8,6 +8,7 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
+from qvla_jax.inference.packed_embed import round_embeddings
 from qvla_jax.inference.packed_linear import replace_by_packed
 from qvla_jax.inference.packing import pack_layer
 from qvla_jax.inference.policy import Policy
@@ -56,6 +57,7 @@ def quantize(
     quantizer: Quantizer | None = None,
     rules: LayerRules | None = None,
     packed: bool = True,
+    embedding_bits: int = SOURCE,
 ) -> Policy:
     """A copy of the policy with every channel at its bit-width; the source is not changed.
 
@@ -85,6 +87,8 @@ def quantize(
             of full precision. All allocations then share one compiled program, while packed layers
             of other shapes are recompiled; useful for searches and sweeps. A layer whose channels
             all have 16 bits is then the unchanged source layer.
+        embedding_bits: bits of the rows of token embeddings, rounded to nearest with a scale for
+            each row: 8 (4, 3 and 2 work, too), or 16, as they are.
 
     Raises:
         InputError: a weight is NaN or infinite (named by layer and channel), the allocation is for
@@ -92,7 +96,15 @@ def quantize(
             is no quantizer, or its statistics do not fit a layer.
     """
     quantizer = _quantizer_of(allocation) if quantizer is None else quantizer
-    return _quantize(policy, allocation, quantizer, rules, packed=packed, index=True)
+    found = _quantize(policy, allocation, quantizer, rules, packed=packed, index=True)
+    return _with_embeddings(found, embedding_bits, packed=packed)
+
+
+def _with_embeddings(policy: Policy, bits: int, *, packed: bool) -> Policy:
+    """A quantized policy with token embeddings of these bits; its modules are changed."""
+    if bits != SOURCE:
+        round_embeddings(policy.model, bits, packed=packed)
+    return policy
 
 
 def _quantizer_of(allocation: Allocation | Int[np.ndarray, " C"]) -> Quantizer:
@@ -180,6 +192,7 @@ def quantize_uniform(
     quantizer: Quantizer | None = None,
     rules: LayerRules | None = None,
     packed: bool = True,
+    embedding_bits: int = SOURCE,
 ) -> Policy:
     """A baseline with one bit-width everywhere, which stores no output index.
 
@@ -189,10 +202,12 @@ def quantize_uniform(
         quantizer: None rounds to nearest on the "rtn" grid, without bias correction.
         rules: as in `quantize`.
         packed: as in `quantize`.
+        embedding_bits: as in `quantize`.
     """
     widths = np.full(len(policy_index(policy, rules)), bits)
     quantizer = Quantizer(UNIFORM_BASELINE) if quantizer is None else quantizer
-    return _quantize(policy, widths, quantizer, rules, packed=packed, index=bits == PRUNED)
+    found = _quantize(policy, widths, quantizer, rules, packed=packed, index=bits == PRUNED)
+    return _with_embeddings(found, embedding_bits, packed=packed)
 
 
 def rotated_source(linear: nnx.Linear, info: LayerInfo) -> Float[Array, "c k"]:

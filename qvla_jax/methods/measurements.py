@@ -206,6 +206,8 @@ class Measurements:
         return {
             "quantizer": dataclasses.asdict(quantizer),
             "weights": weights,
+            # No part of the fingerprint: they change what counts, and no action.
+            "executed steps": self.policy.layout.executed_steps,
             "options": options,
             "measured options": self._options,
             "sweep": self._sweep.to_json(),

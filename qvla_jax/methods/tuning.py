@@ -2,7 +2,8 @@
 
 Codes are fixed, so w_hat = s q is linear in the scale of its row and needs no gradient through the
 rounding of weights; rounding of activations uses a straight-through estimator. The loss is the
-squared error of the action against full precision on calibration frames, so no labels are needed.
+squared error of what the robot executes of a chunk, against full precision on calibration frames,
+so no labels are needed.
 (EfficientQAT, arXiv 2407.11062, tunes step sizes end to end on the loss of a language model.) The
 last frames are held back to choose the epoch; if none is better than the start, nothing is changed.
 """
@@ -21,6 +22,7 @@ from flax import nnx
 
 from qvla_jax import kernels
 from qvla_jax.array_typing import Array, Float
+from qvla_jax.families.layout import Layout
 from qvla_jax.inference.packed_linear import packed_layers, replace_by_packed, scale_inputs
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.unpacking import RoundingLinear, unpacked
@@ -100,33 +102,35 @@ def _stored(own: Tuned, fixed: Fixed) -> tuple[Float[Array, " c"], Float[Array, 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _error(
-    graphdef: nnx.GraphDef[Any],
+    spec: tuple[nnx.GraphDef[Any], Layout],
     state: Any,
     tuned: Mapping[str, Tuned],
     fixed: Mapping[str, Fixed],
     inputs: Any,
     target: Float[Array, "b h a"],
 ) -> Float[Array, ""]:
+    graphdef, layout = spec
     model: Any = nnx.merge(graphdef, state)
     layers = named_modules(model, RoundingLinear)
     replace_modules(
         model, {path: _TunedLinear(layers[path], own, fixed[path]) for path, own in tuned.items()}
     )
     with jax.default_matmul_precision("float32"):
-        return jnp.mean(jnp.square(model(inputs).astype(jnp.float32) - target))
+        change = layout.executed(model(inputs).astype(jnp.float32) - target)
+        return jnp.mean(jnp.square(change))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(
     optimizer: optax.GradientTransformation,
-    graphdef: nnx.GraphDef[Any],
+    spec: tuple[nnx.GraphDef[Any], Layout],
     state: Any,
     tuned: Any,
     memory: Any,
     fixed: Mapping[str, Fixed],
     batch: tuple[Any, Float[Array, "b h a"]],
 ) -> tuple[Any, Any]:
-    gradient = jax.grad(lambda own: _error(graphdef, state, own, fixed, *batch))(tuned)
+    gradient = jax.grad(lambda own: _error(spec, state, own, fixed, *batch))(tuned)
     updates, memory = optimizer.update(gradient, memory, tuned)
     return optax.apply_updates(tuned, updates), memory
 
@@ -156,6 +160,7 @@ def tune(
     """
     model = unpacked(policy, packed, rounding=True).model
     graphdef, state = nnx.split(model)
+    spec = graphdef, policy.layout
     layers = packed_layers(packed.model)
     weights = {path: layer.weight for path, layer in layers.items()}
     fixed = {path: _fixed(weight) for path, weight in weights.items()}
@@ -169,7 +174,7 @@ def tune(
         memory = optimizer.init(tuned)
 
     def error(own: Mapping[str, Tuned]) -> float:
-        found = [float(_error(graphdef, state, own, fixed, *batch)) for batch in held_back]
+        found = [float(_error(spec, state, own, fixed, *batch)) for batch in held_back]
         return float(np.mean(found))
 
     best, errors = tuned, [error(tuned)]
@@ -179,9 +184,7 @@ def tune(
         for number in order.permutation(len(used)):
             # Optax mixes Python numbers and integers.
             with jax.numpy_dtype_promotion("standard"):
-                tuned, memory = _step(
-                    optimizer, graphdef, state, tuned, memory, fixed, used[number]
-                )
+                tuned, memory = _step(optimizer, spec, state, tuned, memory, fixed, used[number])
         errors.append(error(tuned))
         if errors[-1] <= min(errors):
             best = tuned

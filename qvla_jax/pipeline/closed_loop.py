@@ -72,7 +72,8 @@ class ClosedLoopConfig(ModelOptions):
     episodes_per_task: int = 10
     # Tasks by number; by default the whole suite.
     tasks: tuple[int, ...] = ()
-    # Actions executed before the policy is queried again; 0 executes the whole chunk.
+    # Actions executed before the policy is queried again; 0 executes as many as the policy's own
+    # client, else the whole chunk.
     open_loop_steps: int = 0
     # fast (no reflections, supersampled instead of multisampled) or libero (its default, slower).
     # Use the rendering that the policy was trained on.
@@ -231,6 +232,13 @@ def horizon_and_size(policy: Actor) -> tuple[int, int]:
     return policy.config.action_horizon, policy.observation.image_size
 
 
+def executed_steps(policy: Actor) -> int:
+    """Actions of a policy's chunk that its own client executes before it asks again."""
+    if isinstance(policy, ExpertPolicy):
+        return 1
+    return policy.layout.executed_steps or policy.config.action_horizon
+
+
 def patience_with(policies: Iterable[Actor]) -> float:
     """How long to wait for full batches: the expert gains nothing from them."""
     return 0.0 if all(isinstance(policy, ExpertPolicy) for policy in policies) else PATIENCE
@@ -247,7 +255,7 @@ def plan(config: ClosedLoopConfig, policy: Actor, simulator: str) -> list[Episod
             initial_state=state,
             seed=episode_seed(config.seed, task, state),
             max_steps=suites.get(config.sim).max_steps,
-            open_loop_steps=min(config.open_loop_steps or horizon, horizon),
+            open_loop_steps=min(config.open_loop_steps or executed_steps(policy), horizon),
             size=config.size or size,
             rendering=config.rendering,
             simulator=simulator,

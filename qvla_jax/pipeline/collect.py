@@ -24,6 +24,7 @@ from qvla_jax.pipeline.closed_loop import (
     EPISODES_FILE,
     Actor,
     check_simulator,
+    executed_steps,
     horizon_and_size,
     load_actors,
     patience_with,
@@ -185,7 +186,7 @@ class _Run:
 
     def __init__(self, config: CollectConfig, policy: Actor, simulator: str, keep: Keep):
         self._config, self._keep = config, keep
-        horizon, size = horizon_and_size(policy)
+        _, size = horizon_and_size(policy)
         self.size = config.size or size
         self.tasks = suites.get(config.sim).chosen(config.tasks)
         self.wanted = len(self.tasks) * config.episodes_per_task
@@ -197,7 +198,7 @@ class _Run:
             "suite": config.sim,
             "initial_state": None,
             "max_steps": suites.get(config.sim).max_steps,
-            "open_loop_steps": horizon,
+            "open_loop_steps": executed_steps(policy),
             "size": self.size,
             "rendering": config.rendering,
             "simulator": simulator,

@@ -161,6 +161,9 @@ class QuantizeConfig(StageConfig, ModelOptions):
 
     # The policy that the bits were chosen for.
     model: str = "libero-mini"
+    # Bits of the rows of token embeddings: 8, with a scale for each row, or 16, as they are. They
+    # are not part of the budget.
+    embedding_bits: Literal[8, 16] = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

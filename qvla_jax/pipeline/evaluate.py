@@ -17,6 +17,7 @@ from qvla_jax.evaluation.latency import WARM_UP, Latency, chunk_seconds, summari
 from qvla_jax.evaluation.offline import PreparedFrames
 from qvla_jax.evaluation.results import (
     AllocationFacts,
+    EmbeddingFacts,
     Evaluation,
     MethodResult,
     PackedFacts,
@@ -24,21 +25,25 @@ from qvla_jax.evaluation.results import (
 )
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
+from qvla_jax.inference.packed_embed import packed_embeddings
 from qvla_jax.inference.quantize import policy_index, quantize, quantize_uniform
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.methods import check_setting, title
+from qvla_jax.models import named_modules
+from qvla_jax.models.linear import Embed
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocation, Allocations, load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import EvaluateConfig, HeldoutConfig
 from qvla_jax.pipeline.methods import load_method, method_files
-from qvla_jax.pipeline.quantize import load_packed, packed_bits
+from qvla_jax.pipeline.quantize import embedding_bits, load_packed, packed_bits
 from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, track
 from qvla_jax.provenance import provenance
 from qvla_jax.quantization import ChannelIndex, Quantizer, uniform_bytes
 from qvla_jax.quantization.codes import SOURCE
+from qvla_jax.quantization.layout import source_bytes
 from qvla_jax.quantization.quantizer import UNIFORM_FEEDBACK
 from qvla_jax.sensitivity import SensitivityTable
 
@@ -83,21 +88,39 @@ def evaluate(
     held = PreparedFrames.of(policy, heldout, config.eval_batch)
     index = policy_index(policy)
     table = load_tables(config.out)[0] if table is None else table
+    files.check_steps(config.out, table, policy.layout.executed_steps)
 
     difference = 0.0
     feedback = Quantizer(UNIFORM_FEEDBACK, table.statistics)
     packed = load_packed(config.out / files.POLICY, allocations)
+    # Of all quantized policies of the run alike, so that their errors compare.
+    rounded = embedding_bits(config.out / files.POLICY, policy)
+    tables = _embedding_bytes(policy, packed)
     methods = method_files(config.out)
     total = 1 + 2 * len(config.uniform_bits) + len(allocations.items) + len(methods)
     progress("evaluate", 0, total)
     reference = held.predict(comparable(policy))
     entries = [_full_entry(index, reference)]
+    embeddings = None
+    if rounded != SOURCE:
+        alone = quantize_uniform(policy, SOURCE, packed=False, embedding_bits=rounded)
+        embeddings = EmbeddingFacts(
+            bits=rounded,
+            rows=sum(len(table) for table in _embeddings(policy).values()),
+            stored_bytes=tables[1],
+            source_bytes=tables[0],
+            versus_full_precision=held.predict(comparable(alone)).errors(reference.chunks),
+        )
     for bits in config.uniform_bits:
         progress("evaluate", len(entries), total)
-        uniform = comparable(quantize_uniform(policy, bits, packed=False))
+        made = quantize_uniform(policy, bits, packed=False, embedding_bits=rounded)
+        uniform = comparable(made)
         entries.append(_uniform_entry(index, bits, held.predict(uniform), reference))
         progress("evaluate", len(entries), total)
-        uniform = comparable(quantize_uniform(policy, bits, quantizer=feedback, packed=False))
+        made = quantize_uniform(
+            policy, bits, quantizer=feedback, packed=False, embedding_bits=rounded
+        )
+        uniform = comparable(made)
         entries.append(_feedback_entry(index, bits, held.predict(uniform), reference))
     # Solvers and budgets may agree on the bits.
     known: dict[bytes, Predictions] = {}
@@ -105,7 +128,13 @@ def evaluate(
         progress("evaluate", len(entries), total)
         same = allocation.bits.tobytes()
         if same not in known:
-            floats = quantize(policy, allocation, quantizer=table.quantizer, packed=False)
+            floats = quantize(
+                policy,
+                allocation,
+                quantizer=table.quantizer,
+                packed=False,
+                embedding_bits=rounded,
+            )
             known[same] = held.predict(comparable(floats))
         predictions, execution = known[same], "float32"
         if allocation is allocations.chosen:
@@ -120,7 +149,18 @@ def evaluate(
         progress("evaluate", len(entries), total)
         other = load_method(path, allocations.made_from)
         predictions = held.predict(comparable(unpacked(policy, other)))
-        entries.append(_method_entry(index, path, other, predictions, reference))
+        entry = _method_entry(index, path, other, predictions, reference)
+        if rounded != SOURCE:
+            size = _embedding_bytes(policy, other)[1]
+            entry = dataclasses.replace(entry, embedding_bytes=size)
+        entries.append(entry)
+    if rounded != SOURCE:
+        entries = [
+            dataclasses.replace(entry, embedding_bytes=tables[entry.family != "full"])
+            if entry.embedding_bytes is None
+            else entry
+            for entry in entries
+        ]
     progress("evaluate", total, total)
     latency = _latency(config, policy, packed, heldout, progress)
     evaluation = Evaluation(
@@ -134,13 +174,15 @@ def evaluate(
             channels=len(index),
             quantized_weights=index.num_weights,
         ),
-        packed=describe_packed(config.out / files.POLICY, allocations.chosen, difference),
+        packed=describe_packed(config.out / files.POLICY, allocations, difference, embeddings),
         latency=latency,
         heldout=heldout.describe(),
         chosen=allocations.chosen.name,
         methods=tuple(entries),
         short_names={path: policy.layout.short_name(path) for path in index.paths},
         action_names=policy.layout.action_names,
+        executed_steps=policy.layout.executed_steps,
+        embeddings=embeddings,
         seconds=time.perf_counter() - started,
         provenance=provenance(seed=config.seed),
     )
@@ -172,28 +214,60 @@ def _latency(
     )
 
 
-def describe_packed(path: Path, chosen: Allocation, difference: float) -> PackedFacts:
+def _embeddings(policy: Policy) -> dict[str, np.ndarray]:
+    """The token embeddings of a full-precision policy, by path."""
+    return {
+        path: np.asarray(embed.embedding[...])
+        for path, embed in named_modules(policy.model, Embed).items()
+    }
+
+
+def _embedding_bytes(policy: Policy, quantized: Policy) -> tuple[int, int]:
+    """Bytes that files store for the token embeddings of a policy, and of one made from it."""
+    source = {path: t.size * source_bytes(t) for path, t in _embeddings(policy).items()}
+    own = {path: t.weight.nbytes for path, t in packed_embeddings(quantized.model).items()}
+    return sum(source.values()), sum((source | own).values())
+
+
+def describe_packed(
+    path: Path, allocations: Allocations, difference: float, embeddings: EmbeddingFacts | None
+) -> PackedFacts:
     """Describes the packed policy's file, and how far its actions are from those in float32.
+
+    Args:
+        path: the file.
+        allocations: whose chosen one it holds.
+        difference: the largest one of an action.
+        embeddings: of the token embeddings, if it rounds them.
 
     Raises:
         InputError: the file does not store the bytes that the allocator counted.
     """
-    file = PackedFile(path)
-    if file.packed_bytes != chosen.stored_bytes:
+    file, chosen = PackedFile(path), allocations.chosen
+    size = sum(file.layers[layer].nbytes for layer in allocations.index.paths)
+    if size != chosen.stored_bytes:
         raise InputError(
-            f"{path}: stores {file.packed_bytes:,} bytes in packed layers, the allocation counted "
+            f"{path}: stores {size:,} bytes in quantized layers, the allocation counted "
             f"{chosen.stored_bytes:,}"
+        )
+    note = ""
+    if embeddings is not None:
+        alone = embeddings.versus_full_precision.action_mse_normalized
+        note = (
+            f" Token embeddings have {embeddings.bits} bits a row in all of them "
+            f"({embeddings.stored_bytes:,} instead of {embeddings.source_bytes:,} bytes, which no "
+            f"budget counts); alone they make a mean squared action error of {alone:.1e}."
         )
     return PackedFacts(
         file=path.name,
         file_bytes=path.stat().st_size,
-        packed_bytes=file.packed_bytes,
-        other_bytes=file.other_bytes,
+        packed_bytes=size,
+        other_bytes=file.packed_bytes - size + file.other_bytes,
         largest_action_difference_normalized=difference,
         note="The chosen policy ran from its packed weights; its actions differ from those of "
         f"the same values in float32 by at most {difference:.1e} (normalized). The other quantized "
         "policies ran in float32 on exactly the values of their grids; their bytes are counted by "
-        "the same rules.",
+        f"the same rules.{note}",
     )
 
 

@@ -147,6 +147,28 @@ def check_same(
             )
 
 
+def check_steps(folder: Path, table: SensitivityTable, executed_steps: int | None) -> None:
+    """Checks that a table's costs count as many actions of a chunk as errors now do.
+
+    Args:
+        folder: of the table.
+        table: the main sensitivity table.
+        executed_steps: of the policy's layout.
+
+    Raises:
+        InputError: they count others.
+    """
+    if table.executed_steps != executed_steps:
+        counted, wanted = (
+            "all actions" if steps is None else f"the first {steps} actions"
+            for steps in (table.executed_steps, executed_steps)
+        )
+        raise InputError(
+            f"{folder / SENSITIVITY}: its costs count {counted} of a chunk, here count {wanted}: "
+            f"say the same --executed-steps, or run `qvla sensitivity --out {folder}` again"
+        )
+
+
 def stale(path: Path, command: str) -> InputError:
     """Returns the error for a file that is older than its sources."""
     return InputError(f"{path}: older than the other files; run `qvla {command}` again")

@@ -21,6 +21,8 @@ from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.methods import is_method, load_method, method_file
+from qvla_jax.pipeline.quantize import embedding_bits
+from qvla_jax.quantization.codes import SOURCE
 
 
 def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
@@ -55,7 +57,12 @@ def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
     )
     table = load_tables(folder)[0]
     allocation = allocations.at(budget) if budget else allocations.chosen
-    return quantize(policy, allocation, quantizer=table.quantizer, packed=False)
+    # As the run packed them, if it got that far.
+    file = folder / files.POLICY
+    embeddings = embedding_bits(file, policy) if file.is_file() else SOURCE
+    return quantize(
+        policy, allocation, quantizer=table.quantizer, packed=False, embedding_bits=embeddings
+    )
 
 
 def model_of(name: str) -> tuple[str, str]:

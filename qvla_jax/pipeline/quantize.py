@@ -5,15 +5,19 @@ from pathlib import Path
 import numpy as np
 
 from qvla_jax.array_typing import Int
+from qvla_jax.checkpoints.packed_file import PackedFile
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.inference.quantize import quantize as pack_policy
+from qvla_jax.models import named_modules
+from qvla_jax.models.linear import Embed
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.configs import QuantizeConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
+from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.sensitivity import SensitivityTable
 
 
@@ -52,7 +56,12 @@ def quantize(
         remedy=remedy,
     )
     files.check_same(config.out / files.ALLOCATION, allocations.made_from, made_from, remedy=remedy)
-    packed = pack_policy(policy, allocations.chosen, quantizer=table.quantizer)
+    packed = pack_policy(
+        policy,
+        allocations.chosen,
+        quantizer=table.quantizer,
+        embedding_bits=config.embedding_bits,
+    )
     packed.save(config.out / files.POLICY)
     progress("quantize", 1, 1)
     return packed
@@ -76,6 +85,17 @@ def load_packed(path: Path, allocations: Allocations) -> Policy:
     remedy = f"run `qvla quantize --out {path.parent}` again"
     files.check_same(path, policy.quantization, allocations.made_from, remedy=remedy)
     return policy
+
+
+def embedding_bits(path: Path, policy: Policy) -> int:
+    """Bits of the rows of token embeddings in a packed file; 16 where it keeps them.
+
+    Args:
+        path: the file.
+        policy: the full-precision policy that it was made from.
+    """
+    entries, embeds = PackedFile(path).layers, named_modules(policy.model, Embed)
+    return max((entries[name].segments[0].bits for name in entries.keys() & embeds), default=SOURCE)
 
 
 def packed_bits(policy: Policy) -> dict[str, Int[np.ndarray, " c"]]:

@@ -9,18 +9,21 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from qvla_jax.array_typing import Float
 from qvla_jax.atomic import write_json
 from qvla_jax.data.calibration import CalibrationSet
 from qvla_jax.evaluation.validation import (
     Additivity,
     Cumulative,
+    EmbeddingCosts,
     ModuleCosts,
     Ranks,
     Stability,
+    TokenCosts,
     Validation,
 )
 from qvla_jax.inference import Policy, load_policy
-from qvla_jax.inference.quantize import quantize
+from qvla_jax.inference.quantize import quantize, quantize_uniform
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
@@ -30,10 +33,11 @@ from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress, prefixed
 from qvla_jax.provenance import provenance
-from qvla_jax.quantization.codes import SOURCE
+from qvla_jax.quantization.codes import GRID_BITS, SOURCE
 from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.report.validation import draw
 from qvla_jax.sensitivity import SensitivityTable, joint_error, sensitivities, spearman
+from qvla_jax.sensitivity import embeddings as measured_embeddings
 from qvla_jax.sensitivity.probes import DEFAULT_PROBES
 from qvla_jax.sensitivity.ranks import top_overlap
 from qvla_jax.sensitivity.strata import module_types
@@ -61,8 +65,12 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Val
         {"policy fingerprint": policy.fingerprint, "calibration hash": calibration.hash},
         remedy=f"run `qvla sensitivity --out {config.out}` again",
     )
+    files.check_steps(config.out, table, policy.layout.executed_steps)
     heldout = heldout_set(config, horizon=policy.config.action_horizon)
     check_disjoint(calibration, heldout)
+    embeddings = measured_embeddings.embedding_costs(
+        policy, calibration, bits=table.bits, seed=config.seed, progress=progress
+    )
     validation = Validation(
         made_from=files.made_from(table),
         model_options=config.said(),
@@ -75,7 +83,11 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Val
         cumulative=_cumulative(config, policy, calibration, table, progress)
         if config.trajectories
         else None,
-        modules=tuple(_modules(config, policy, calibration, table, progress)),
+        modules=(
+            *_modules(config, policy, calibration, table, progress),
+            *map(_embedding_module, embeddings),
+        ),
+        embeddings=tuple(_embedding(policy, calibration, costs) for costs in embeddings),
         provenance=provenance(seed=config.seed),
     )
     write_json(config.out / files.VALIDATION, to_plain(validation))
@@ -271,21 +283,73 @@ def _modules(
             # No action reads these layers.
             continue
         rows.append(
-            ModuleCosts(
-                module=name,
-                kept=bool(is_kept[of_type].all()),
-                channels=int(of_type.sum()),
+            _module_costs(
+                name,
+                costs,
+                whole.bits,
                 weights=int(fan_in[of_type].sum()),
-                cost_of_channel=dict(
-                    zip(map(str, whole.bits), costs.mean(axis=0).tolist(), strict=True)
-                ),
-                cost_of_thousand_weights=dict(
-                    zip(
-                        map(str, whole.bits),
-                        (1000 * costs.sum(axis=0) / fan_in[of_type].sum()).tolist(),
-                        strict=True,
-                    )
-                ),
+                kept=bool(is_kept[of_type].all()),
             )
         )
     return rows
+
+
+def _module_costs(
+    name: str,
+    costs: Float[np.ndarray, "c n"],
+    bits: tuple[int, ...],
+    *,
+    weights: int,
+    kept: bool,
+) -> ModuleCosts:
+    """Means over the channels of a module type."""
+
+    def by_bits(values: Float[np.ndarray, " n"]) -> dict[str, float]:
+        return dict(zip(map(str, bits), values.tolist(), strict=True))
+
+    return ModuleCosts(
+        module=name,
+        kept=kept,
+        channels=len(costs),
+        weights=weights,
+        cost_of_channel=by_bits(costs.mean(axis=0)),
+        cost_of_thousand_weights=by_bits(1000 * costs.sum(axis=0) / weights),
+    )
+
+
+def _embedding_module(found: measured_embeddings.EmbeddingCosts) -> ModuleCosts:
+    """The measured rows of a token embedding as a module, which keeps its bits by default."""
+    weights = len(found.tokens) * found.shape[1]
+    return _module_costs(found.path, found.costs, found.bits, weights=weights, kept=True)
+
+
+def _embedding(
+    policy: Policy, calibration: CalibrationSet, found: measured_embeddings.EmbeddingCosts
+) -> EmbeddingCosts:
+    """Costs of single rows, and the error of rounding all tables at once."""
+    bits = [b for b in found.bits if b in GRID_BITS]
+    columns = {str(b): found.bits.index(b) for b in bits}
+    order = np.argsort(-found.costs.sum(axis=1), kind="stable")
+    measured = {
+        str(b): joint_error(
+            policy,
+            quantize_uniform(policy, SOURCE, packed=False, embedding_bits=b),
+            calibration,
+        )
+        for b in bits
+    }
+    return EmbeddingCosts(
+        module=found.path,
+        rows=found.shape[0],
+        unmeasured_rows=found.shape[0] - len(found.tokens),
+        tokens=tuple(
+            TokenCosts(
+                token=int(found.tokens[i]),
+                frames=int(found.frames[i]),
+                costs={name: float(found.costs[i, column]) for name, column in columns.items()},
+            )
+            for i in order
+        ),
+        summed={name: float(found.costs[:, column].sum()) for name, column in columns.items()},
+        measured=measured,
+    )

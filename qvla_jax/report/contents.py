@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qvla_jax.evaluation.latency import Latency
-from qvla_jax.evaluation.results import MethodResult, PackedFacts, PolicyFacts
+from qvla_jax.evaluation.results import EmbeddingFacts, MethodResult, PackedFacts, PolicyFacts
 from qvla_jax.evaluation.success import ClosedLoop
+from qvla_jax.plain import ABSENT_IF_NONE
 from qvla_jax.quantization.allocation import FrontPoint
 from qvla_jax.sensitivity.validation import RankCorrelation
 from qvla_jax.stage_times import StageSeconds
@@ -129,6 +130,10 @@ class Report:
     front: tuple[FrontPoint, ...] = ()
     # What the entries of an action mean; empty if nobody says.
     action_names: tuple[str, ...]
+    # Actions of a chunk that errors count, from the first; None: all.
+    executed_steps: int | None = None
+    # Token embeddings, if the run rounds them.
+    embeddings: EmbeddingFacts | None = dataclasses.field(default=None, metadata=ABSENT_IF_NONE)
     layers: tuple[LayerFacts, ...]
     seconds: StageSummary
     # None where the stages ran one by one.

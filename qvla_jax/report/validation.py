@@ -91,6 +91,15 @@ def validation_tables(validation: Validation) -> list[Table]:
             f"{row.channels:,}",
             *(number(row.cost_of_thousand_weights[b]) for b in bits),
         )
+    for embedding in validation.embeddings:
+        title = (
+            f"{embedding.module}: {len(embedding.tokens)} rows in prompts, "
+            f"{embedding.unmeasured_rows:,} others not measured"
+        )
+        table = _table(title, [f"{b} bits" for b in embedding.summed])
+        table.add_row("sum of single rows", *map(number, embedding.summed.values()))
+        table.add_row("all rows, measured", *map(number, embedding.measured.values()))
+        tables.append(table)
     return [*tables, modules]
 
 

@@ -157,6 +157,7 @@ class _Prober:
         self.spec, self.state, self.block = spec, state, block
         self.layers, self.index, self.quantizer = sweep.layers, sweep.index, sweep.quantizer
         self.bits, self.rows, self.layout = sweep.bits, rows, sweep.policy.layout
+        self.steps = sweep.steps
         self.order: Order | None = None
         self.changes: dict[str, np.ndarray] = {}
         # Layer -> the calls of parts that run again behind it.
@@ -178,7 +179,7 @@ class _Prober:
     def squares(
         self, base: _Unperturbed, samples: Int[np.ndarray, " p"], root: float | np.ndarray
     ) -> Float[np.ndarray, "b p"]:
-        """|| root (A - A*) ||^2 of the batch's real frames, in float64.
+        """|| root (A - A*) ||^2 of the batch's real frames, over the steps that count, in float64.
 
         Args:
             base: the batch.
@@ -196,7 +197,7 @@ class _Prober:
             for block, of_block in zip(together, actions, strict=False):
                 # Compare with the zero perturbation of the same program, for equal rounding on both
                 # sides.
-                change = (of_block[1 : len(block) + 1] - of_block[:1]) * root
+                change = (of_block[1 : len(block) + 1] - of_block[:1])[:, :, : self.steps] * root
                 found.append(np.sum(change**2, axis=(2, 3)).T)
         return np.concatenate(found, axis=1)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qvla_jax.array_typing import Array, Float
+from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.errors import InputError
 from qvla_jax.models.loops import Loop, Round, looping, unrolled
 from qvla_jax.models.surgery import get_module, replace_modules
@@ -43,9 +43,23 @@ class HookedLinear(nnx.Module):
         return self.hook(self.path, x, self.linear(x))
 
 
+class HookedEmbed(HookedLinear):
+    """A token embedding whose rows pass through a hook; its input is a token's number."""
+
+    def __call__(self, tokens: Int[Array, "B t"]) -> Float[Array, "B t c"]:
+        """The rows of the tokens after the hook, which sees the tokens as [B, t, 1]."""
+        return self.hook(self.path, tokens[..., None], self.linear(tokens))
+
+
 def hook_layers(model: nnx.Module, paths: Iterable[str], hook: Hook) -> None:
-    """Puts a `HookedLinear` in place of each of these layers, in place."""
-    replace_modules(model, {p: HookedLinear(get_module(model, p), p, hook) for p in paths})
+    """Puts a `HookedLinear` or `HookedEmbed` in place of each of these layers, in place."""
+
+    def hooked(path: str) -> HookedLinear:
+        layer = get_module(model, path)
+        kind = HookedEmbed if isinstance(layer, nnx.Embed) else HookedLinear
+        return kind(layer, path, hook)
+
+    replace_modules(model, {path: hooked(path) for path in paths})
 
 
 def hooked_call(
@@ -62,7 +76,7 @@ def hooked_call(
         graphdef: from `nnx.split(module)`; a whole policy's network, or a part of it.
         state: from the same split.
         args: what the module takes.
-        paths: dotted paths of linear layers.
+        paths: dotted paths of linear layers and token embeddings.
         hook: called at each call of these layers, in the order of execution.
         loop: runs the module's loops.
     """

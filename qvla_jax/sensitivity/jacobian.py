@@ -152,7 +152,9 @@ def frame_costs(
     check_probes(probes)
     mesh = sweep.mesh
     graphdef, state = nnx.split(sweep.policy.model)
-    spec = ReverseSpec(graphdef, tuple(constants), CONTRACTIONS[method], probes, mesh)
+    spec = ReverseSpec(
+        graphdef, tuple(constants), CONTRACTIONS[method], probes, mesh, steps=sweep.steps
+    )
     made_with: dict[str, Any] = {}
     if sweep.store is not None:
         changes = digest_of(*(np.asarray(c["changes"]) for c in constants.values()))
@@ -187,7 +189,9 @@ def streamed_frame_costs(
     sweep = dataclasses.replace(sweep, mesh=sharding.one_device_mesh())
     policy, bits = sweep.policy, sweep.bits
     graphdef, state = nnx.split(policy.model)
-    spec = ReverseSpec(graphdef, sweep.index.paths, CONTRACTIONS[method], probes, sweep.mesh)
+    spec = ReverseSpec(
+        graphdef, sweep.index.paths, CONTRACTIONS[method], probes, sweep.mesh, steps=sweep.steps
+    )
     items = sweep.items(
         method=method, probes=probes, seed=sweep.seed, streamed=True, bits=sweep.bits
     )

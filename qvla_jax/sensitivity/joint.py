@@ -13,7 +13,7 @@ and allocates again.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -51,7 +51,7 @@ def joint_factors(
     Args:
         policy: the full-precision policy.
         calibration: the table's calibration set.
-        table: single-channel costs; where they weigh action dimensions, so do the factors.
+        table: single-channel costs; the factors count and weigh the entries of a chunk as they do.
         frames: frames that the joint errors are measured on.
         batch: frames at a time.
         rules: those of the table; None takes those of the policy's layout.
@@ -133,14 +133,15 @@ class _JointErrors:
             for few in part.batches(size)
         ]
         self._source = self._actions(policy)
-        self._weights = table.provenance.get("settings", {}).get("action_weights")
+        self._weights, self._steps = table.action_weights, table.executed_steps
 
     def error(self, bits: Int[np.ndarray, " C"]) -> float:
         """Squared error of the action with these bits, as costs weigh it."""
         changed = quantize(
             self._policy, bits, quantizer=self._table.quantizer, rules=self._rules, packed=False
         )
-        return _mean_square(self._actions(changed), self._source, self._weights)
+        change = (self._actions(changed).astype(np.float64) - self._source)[:, : self._steps]
+        return _mean_square(change, self._weights)
 
     def _actions(self, policy: Policy) -> Float[np.ndarray, "b h a"]:
         return np.concatenate(comparable(policy).run_all(self._inputs))[: self._frames]
@@ -172,9 +173,6 @@ def _sum(table: SensitivityTable, bits: np.ndarray, option: int) -> float:
 
 
 def _mean_square(
-    a: Float[np.ndarray, "b h a"],
-    b: Float[np.ndarray, "b h a"],
-    weights: Sequence[float] | None,
+    change: Float[np.ndarray, "b h a"], weights: Float[np.ndarray, " a"] | None
 ) -> float:
-    change = a.astype(np.float64) - b
     return float(np.mean(np.sum(change**2 * (1.0 if weights is None else weights), axis=(1, 2))))

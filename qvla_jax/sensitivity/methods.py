@@ -6,6 +6,7 @@ from typing import Any, Final
 import numpy as np
 from jax.sharding import Mesh
 
+from qvla_jax.array_typing import Float
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.quantize import policy_index
@@ -55,6 +56,7 @@ def sensitivities(
     batch: int | None = None,
     memory: int = DEFAULT_MEMORY,
     action_weights: np.ndarray | None = None,
+    executed_steps: int | None = None,
     quantizer: QuantizerSettings = DEFAULT_QUANTIZER,
     statistics: InputStatistics | None = None,
     joint: bool = True,
@@ -86,14 +88,16 @@ def sensitivities(
             least certain), "taylor" and "input_hessian" (proxies for comparison). The modules of
             these names have the equations.
         bits: options, out of 0, 2, 3, 4, 8, 16.
-        probes: Rademacher vectors for each frame, or "full" for all h a basis vectors (jacobian,
-            refined and taylor).
+        probes: Rademacher vectors for each frame, or "full" for all basis vectors of the steps
+            that count (jacobian, refined and taylor).
         exact_share: forward passes that `refined` may take, as a share of those of `exact`.
         seed: of the probes.
         batch: frames at a time on each device; memory grows with it.
         memory: bytes on each device for simultaneous perturbations in exact probing.
         action_weights: weight of each of the a action dimensions; None weighs those equally that
             the robot executes.
+        executed_steps: actions of a chunk that count, from the first; None takes those that the
+            robot executes before it asks again (`Layout.executed_steps`).
         quantizer: grid, rounding and bias correction of the quantizer to cost, which `quantize`
             then uses; `input_hessian` costs that of the released code.
         statistics: from `input_statistics` on the same set, if already known; None measures them in
@@ -115,14 +119,16 @@ def sensitivities(
         Costs in squared normalized action units (except for input_hessian), with sizes in bytes.
 
     Raises:
-        InputError: unknown method or option, unusable weights or probes, a weight or an activation
-            that is NaN or infinite (weights are named by layer and channel), an empty set.
+        InputError: unknown method or option, unusable weights, steps or probes, a weight or an
+            activation that is NaN or infinite (weights are named by layer and channel), an empty
+            set.
     """
     if method not in ESTIMATORS:
         raise InputError(unknown("estimator", method, ESTIMATORS))
     bits = _check_bits(bits)
     check_probes(probes)
     weights = _check_weights(action_weights, policy)
+    steps = _check_steps(executed_steps, policy)
     index = policy_index(policy, rules)
     if streamed:
         _check_streamed(policy, method, quantizer, joint)
@@ -159,6 +165,7 @@ def sensitivities(
         batch=batch or (1 if streamed else 4),
         memory=memory,
         weights=weights,
+        steps=steps,
         mesh=sweep_mesh() if mesh is None else mesh,
         split_weights=split_weights,
         store=store,
@@ -175,6 +182,7 @@ def sensitivities(
         "exact_share": exact_share if method == "refined" else None,
         "frames": calibration.frames,
         "action_weights": None if weights is None else weights.tolist(),
+        "executed_steps": steps,
     }
     table = SensitivityTable(
         costs=with_source(costs),
@@ -249,11 +257,28 @@ def _check_weights(weights: np.ndarray | None, policy: Policy) -> np.ndarray | N
     """Weights of the action dimensions, or None if all count equally."""
     dimensions = policy.config.action_dim
     if weights is None:
-        own = policy.layout.action_weights({}, dimensions)
-        return None if all(own) else np.asarray(own, np.float32)
+        return counted_weights(policy)
     weights = np.asarray(weights, np.float32)
     if weights.shape != (dimensions,) or not np.isfinite(weights).all() or (weights < 0).any():
         raise InputError(
             f"action_weights: expected {dimensions} finite numbers, none negative, got {weights}"
         )
     return weights
+
+
+def counted_weights(policy: Policy) -> Float[np.ndarray, " a"] | None:
+    """Weights that count the entries of an action that the robot executes; None: all."""
+    own = policy.layout.action_weights({}, policy.config.action_dim)
+    return None if all(own) else np.asarray(own, np.float32)
+
+
+def _check_steps(steps: int | None, policy: Policy) -> int | None:
+    """Actions of a chunk that count, or None if all do."""
+    if steps is None:
+        return policy.layout.executed_steps
+    horizon = policy.config.action_horizon
+    if type(steps) is not int or not 1 <= steps <= horizon:
+        raise InputError(
+            f"executed_steps: expected a whole number from 1 to {horizon}, got {steps!r}"
+        )
+    return None if steps == horizon else steps

@@ -64,11 +64,13 @@ class ReverseSpec:
     mesh: Mesh
     # Probes pulled back together; more of them take more memory.
     block: int = 8
+    # Actions of a chunk that count, from the first; None: all.
+    steps: int | None = None
 
     def vectors(self, probed: Probed, action: Float[Array, "b h a"]) -> Float[Array, "s b h a"]:
         """What is pulled back from the actions of a batch."""
         vectors = probe_vectors(
-            self.probes, probed.key, probed.frames, action.shape[1:], probed.weights
+            self.probes, probed.key, probed.frames, action.shape[1:], probed.weights, self.steps
         )
         return vectors.astype(action.dtype)
 

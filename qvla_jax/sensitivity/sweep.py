@@ -49,6 +49,8 @@ class Sweep:
     memory: int = DEFAULT_MEMORY
     # Weight of each action dimension; None weighs all equally.
     weights: Float[np.ndarray, " a"] | None = None
+    # Actions of a chunk that count, from the first; None: all.
+    steps: int | None = None
     # From `sharding.sweep_mesh`.
     mesh: Mesh = dataclasses.field(default_factory=sharding.sweep_mesh)
     # Split the policy's weights over the mesh's `channel` axis, if they do not fit on one device.
@@ -89,5 +91,6 @@ class Sweep:
             "frames": self.calibration.frames,
             "batch": self.batch_size,
             "weights": None if self.weights is None else self.weights.tolist(),
+            "steps": self.steps,
         }
         return self.store.sweep(**settings, **made_with)

@@ -39,7 +39,8 @@ class SensitivityTable:
     """
 
     # Mean over calibration frames of the squared error of the normalized action chunk, summed over
-    # its h a entries, when this channel alone is quantized. `input_hessian` has its own unit.
+    # its entries that the robot executes, when this channel alone is quantized. `input_hessian` has
+    # its own unit.
     costs: Float[np.ndarray, "C n"]
     # Bytes actually stored (quantization.layout).
     sizes: Int[np.ndarray, "C n"]
@@ -114,6 +115,11 @@ class SensitivityTable:
         """What the costs weigh the entries of an action with; None: all equally."""
         weights = self.provenance.get("settings", {}).get("action_weights")
         return None if weights is None else np.asarray(weights, np.float32)
+
+    @property
+    def executed_steps(self) -> int | None:
+        """Actions of a chunk that the costs count, from the first; None: all."""
+        return self.provenance.get("settings", {}).get("executed_steps")
 
     @property
     def joint_costs(self) -> Float[np.ndarray, "C n"]:

@@ -72,6 +72,7 @@ def trajectory_costs(
         seed=seed,
         batch=batch,
         weights=table.action_weights,
+        steps=table.executed_steps,
         progress=progress,
     )
     constants = layer_constants(layers, table.quantizer, table.bits)

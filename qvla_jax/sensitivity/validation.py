@@ -134,6 +134,7 @@ def probe_sample(
         quantizer=table.quantizer,
         bits=bits,
         weights=table.action_weights,
+        steps=table.executed_steps,
         progress=progress,
     )
     costs, _ = exact_costs(sweep, rows=rows)
@@ -173,6 +174,7 @@ def same_frames(
         exact_share=table.provenance["settings"].get("exact_share") or DEFAULT_SHARE,
         seed=seed,
         action_weights=table.action_weights,
+        executed_steps=table.executed_steps or policy.config.action_horizon,
         quantizer=table.settings,
         statistics=table.statistics,
         joint=False,
@@ -240,7 +242,8 @@ def _probes(policy: Policy, table: SensitivityTable, frames: int) -> Probes:
     if settings["probes"] is None or settings["probes"] == "full":
         return "full"
     probes = -(-settings["probes"] * settings["frames"] // frames)
-    entries = policy.config.action_horizon * policy.config.action_dim
+    steps = table.executed_steps or policy.config.action_horizon
+    entries = steps * policy.config.action_dim
     return probes if probes < entries else "full"
 
 
@@ -281,8 +284,8 @@ def joint_error(
 ) -> float:
     """Measured mean over frames of || A_quantized(x) - A*(x) ||^2, summed over the chunk.
 
-    Of each action count the entries that the robot executes. Comparable with
-    `SensitivityTable.predicted(bits)`: their ratio shows how well single errors add up.
+    Of a chunk counts what the robot executes. Comparable with `SensitivityTable.predicted(bits)`:
+    their ratio shows how well single errors add up.
     """
     total, frames = 0.0, 0
     for observations in calibration.batches(batch):

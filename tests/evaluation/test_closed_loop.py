@@ -65,6 +65,7 @@ class Constant:
     def __init__(self, step: float, fingerprint: str):
         self.step, self.fingerprint = step, fingerprint
         self.config, self.observation = preset("tiny-test"), SimpleNamespace(image_size=8)
+        self.layout = SimpleNamespace(executed_steps=None)
         self.batches: list[dict] = []
 
     def infer_normalized(self, batch):

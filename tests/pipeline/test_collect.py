@@ -52,6 +52,7 @@ class Still:
 
     def __init__(self):
         self.config, self.observation = preset("tiny-test"), SimpleNamespace(image_size=8)
+        self.layout = SimpleNamespace(executed_steps=None)
 
     def infer_normalized(self, batch):
         return np.zeros((len(batch["instruction"]), 4, 7), np.float32)

@@ -88,6 +88,7 @@ def test_stored_bytes_keep_the_budget_and_count_everything(content):
 
 def test_the_chosen_policy_ran_from_the_bytes_that_were_counted(content, config):
     packed, path = content["packed"], config.out / files.POLICY
+    assert "embeddings" not in content  # which keep their bits unless a run says otherwise
     chosen = next(e for e in entries(content) if e["method"] == content["chosen"])
     assert packed["packed_bytes"] == chosen["stored_bytes"]
     assert packed["largest_action_difference_normalized"] < 1e-3

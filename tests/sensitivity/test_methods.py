@@ -73,6 +73,37 @@ def test_joint_factors_weigh_action_dimensions_as_costs_do(policy, frames, table
     np.testing.assert_allclose(weighed.joint, table.joint, rtol=1e-4)
 
 
+def test_costs_of_the_executed_steps_are_those_of_quantized_channels(policy, frames, index):
+    steps = policy.config.action_horizon - 1
+    made = {
+        method: sensitivities(
+            policy, frames, method=method, bits=(4,), probes="full", executed_steps=steps, batch=4,
+            joint=method == "exact",
+        )
+        for method in ("exact", "jacobian")
+    }  # fmt: skip
+    exact = made["exact"]
+    assert exact.executed_steps == steps
+    assert made["jacobian"].provenance["settings"]["executed_steps"] == steps
+
+    def measured(bits):
+        changed = quantize(policy, bits, quantizer=exact.quantizer, packed=False)
+        (batch,) = frames.batches(frames.frames)
+        change = changed.infer_normalized(batch) - policy.infer_normalized(batch)
+        return np.mean(np.sum(change[:, :steps].astype(np.float64) ** 2, axis=(1, 2)))
+
+    for row in range(0, len(index), len(index) // 12):
+        bits = np.full(len(index), 16)
+        bits[row] = 4
+        np.testing.assert_allclose(exact.costs[row, 0], measured(bits), rtol=1e-3, atol=1e-12)
+    together = measured(np.full(len(index), 4)) / exact.costs.sum()
+    np.testing.assert_allclose(exact.joint, max(together, 1), rtol=1e-3)
+    assert spearman(made["jacobian"].costs[:, 0], exact.costs[:, 0]) > 0.97
+    assert sensitivities(
+        policy, frames, probes=1, executed_steps=steps + 1, joint=False
+    ).executed_steps is None  # fmt: skip
+
+
 def test_alternation_takes_the_allocation_with_the_smallest_measured_error(policy, frames, table):
     rng = np.random.default_rng(0)
     offers = [rng.choice(BITS, len(table.index), p=p) for p in _SHARES]
@@ -147,6 +178,7 @@ def test_a_table_of_other_layers_is_not_validated(frames, table):
         ({"probes": 0}, "probes"),
         ({"action_weights": np.ones(2)}, "expected 3 finite numbers"),
         ({"action_weights": np.array([1.0, -1, 1])}, "none negative"),
+        ({"executed_steps": 0}, "executed_steps: expected a whole number from 1 to"),
     ],
 )
 def test_bad_arguments_are_refused(policy, frames, arguments, message):

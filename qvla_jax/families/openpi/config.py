@@ -65,6 +65,9 @@ class OpenpiConfig:
     action_horizon: int = 50
     # Longest prompt in tokens; shorter ones are padded, longer ones cut.
     max_prompt_tokens: int
+    # Actions of a chunk, from the first, that the robot's client executes before it asks again;
+    # None: all. Errors count these.
+    executed_steps: int | None = None
     # Euler steps from noise to actions.
     num_steps: int = 10
     # Of the arithmetic. The public policy server computes in bfloat16.
@@ -102,6 +105,10 @@ class OpenpiConfig:
             )
         if self.num_steps < 1:
             raise InputError(f"{self.name}: num_steps is {self.num_steps}, expected at least 1")
+        if self.executed_steps is not None and self.executed_steps < 1:
+            raise InputError(
+                f"{self.name}: executed_steps is {self.executed_steps}, expected at least 1"
+            )
         if self.action_expert.width % 2:
             raise InputError(
                 f"{self.name}: action_expert.width is {self.action_expert.width}; the time's sines "
@@ -123,9 +130,12 @@ class OpenpiConfig:
         return to_plain(self)
 
     def identity(self) -> dict[str, Any]:
-        """`to_dict` without what is only told to clients; part of a fingerprint."""
-        told = ("reset_pose",)
-        return {key: value for key, value in self.to_dict().items() if key not in told}
+        """`to_dict` without what clients are told or do, which changes no action.
+
+        Part of a fingerprint.
+        """
+        of_clients = ("reset_pose", "executed_steps")
+        return {key: value for key, value in self.to_dict().items() if key not in of_clients}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OpenpiConfig":
@@ -170,11 +180,19 @@ def _preset(name: str, **settings: Any) -> OpenpiConfig:
     return OpenpiConfig(name=name, **(sizes | variant_defaults(variant) | settings))
 
 
-_LIBERO: dict[str, Any] = dict(robot="libero", asset_id="physical-intelligence/libero")
-_DROID: dict[str, Any] = dict(robot="droid", asset_id="droid")
+# How many actions of a chunk are executed is in the code of openpi's clients, in `examples/`:
+# `replan_steps` of LIBERO's, `open_loop_horizon` of DROID's, `action_horizon` of ALOHA's.
+_LIBERO: dict[str, Any] = dict(
+    robot="libero", asset_id="physical-intelligence/libero", executed_steps=5
+)
+_DROID: dict[str, Any] = dict(robot="droid", asset_id="droid", executed_steps=8)
 # Actions are joint positions there, and joint velocities in the others.
 _DROID_POSITIONS: dict[str, Any] = dict(**_DROID, delta_actions=True)
-_ALOHA: dict[str, Any] = dict(robot="aloha", asset_id="trossen", delta_actions=True)
+# Their client is that of PolaRiS, which openpi does not hold.
+_POLARIS: dict[str, Any] = _DROID_POSITIONS | dict(executed_steps=None)
+_ALOHA: dict[str, Any] = dict(
+    robot="aloha", asset_id="trossen", delta_actions=True, executed_steps=25
+)
 _RESET: Final = (0.0, -1.5, 1.5, 0.0, 0.0, 0.0)
 
 PRESETS: Final[Mapping[str, OpenpiConfig]] = {
@@ -192,17 +210,17 @@ PRESETS: Final[Mapping[str, OpenpiConfig]] = {
         _preset("pi05_full_droid_finetune", **_DROID_POSITIONS, action_horizon=16),
         _preset(
             "pi0_droid_jointpos_polaris",
-            **_DROID_POSITIONS,
+            **_POLARIS,
             action_horizon=10,
             max_prompt_tokens=100,
         ),
         _preset(
             "pi0_droid_jointpos_100k_polaris",
-            **_DROID_POSITIONS,
+            **_POLARIS,
             action_horizon=10,
             max_prompt_tokens=100,
         ),
-        _preset("pi05_droid_jointpos_polaris", **_DROID_POSITIONS, action_horizon=15),
+        _preset("pi05_droid_jointpos_polaris", **_POLARIS, action_horizon=15),
         _preset("paligemma_diffusion_droid", **_DROID, action_dim=8, action_horizon=10),
         _preset("pi0_aloha", **_ALOHA, reset_pose=_RESET),
         _preset("pi05_aloha", **_ALOHA, reset_pose=_RESET),
@@ -219,6 +237,7 @@ PRESETS: Final[Mapping[str, OpenpiConfig]] = {
             "pi0_aloha_sim",
             robot="aloha",
             asset_id="lerobot/aloha_sim_transfer_cube_human",
+            executed_steps=10,
             default_prompt="Transfer cube",
         ),
     )

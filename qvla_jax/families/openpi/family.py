@@ -43,7 +43,7 @@ class OpenpiFamily(Family):
 
     name = "openpi"
     kinds = "pi0 and pi0.5"
-    options = frozenset({"preset", "tokenizer", "unnorm_key"})
+    options = frozenset({"executed_steps", "preset", "tokenizer", "unnorm_key"})
     files = FILES
     input_images = "images"
     input_state = "state"
@@ -67,7 +67,9 @@ class OpenpiFamily(Family):
             raise InputError(
                 f"{source}: preset={options.preset!r} contradicts the recorded {config.name!r}"
             )
-        return super().adjusted(config, dataclasses.replace(options, preset=None), source)
+        config = _executing(config, options, source)
+        rest = dataclasses.replace(options, preset=None, executed_steps=None)
+        return super().adjusted(config, rest, source)
 
     def make_model(self, config: OpenpiConfig, *, rngs: nnx.Rngs) -> FlowMatching:
         return make_model(config, rngs=rngs)
@@ -176,7 +178,24 @@ def _config(folder: Path, options: LoadOptions) -> tuple[Path, OpenpiConfig]:
     config = read_config(folder, preset_name=options.preset)
     if options.unnorm_key is not None:
         config = dataclasses.replace(config, asset_id=options.unnorm_key)
-    return folder, config
+    return folder, _executing(config, options, folder)
+
+
+def _executing(config: OpenpiConfig, options: LoadOptions, source: str | Path) -> OpenpiConfig:
+    """The configuration with the client's steps that the user says, if any.
+
+    Raises:
+        InputError: a chunk has fewer actions.
+    """
+    steps = options.executed_steps
+    if steps is None:
+        return config
+    if steps > config.action_horizon:
+        raise InputError(
+            f"{source}: executed_steps={steps}: a chunk of {config.name} has "
+            f"{config.action_horizon} actions"
+        )
+    return dataclasses.replace(config, executed_steps=steps)
 
 
 def _tokenizer_file(folder: Path, options: LoadOptions) -> Path:

@@ -27,7 +27,8 @@ def layout(config: OpenpiConfig) -> Layout:
     projections of images, state and actions and all that time passes through keep their bits.
     """
     robot = None if config.robot is None else ROBOTS[config.robot]
-    executed = config.action_dim if robot is None else robot.action_dim
+    entries = config.action_dim if robot is None else robot.action_dim
+    steps = config.executed_steps
     return Layout(
         rules=LayerRules(
             include=(
@@ -76,7 +77,9 @@ def layout(config: OpenpiConfig) -> Layout:
             (r"_einsum", ""),
         ),
         groups=(r"PaliGemma\.img", r"PaliGemma\.llm", r"[^.]+"),
-        action_entries=tuple(range(executed)),
+        action_entries=tuple(range(entries)),
         # Joints are relative to the state, grippers are not.
         grippers=() if robot is None else tuple(i for i, r in enumerate(robot.relative) if not r),
+        # A shorter chunk is executed whole.
+        executed_steps=None if steps is None or steps >= config.action_horizon else steps,
     )

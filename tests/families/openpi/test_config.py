@@ -44,7 +44,19 @@ def test_what_only_clients_are_told_is_no_part_of_the_identity():
     assert told == {"pi0_aloha", "pi05_aloha", "pi0_aloha_towel", "pi0_aloha_tupperware"}
     config = preset("pi0_aloha")
     assert config.reset_pose == (0.0, -1.5, 1.5, 0.0, 0.0, 0.0)
-    assert dataclasses.replace(config, reset_pose=None).identity() == config.identity()
+    other = dataclasses.replace(config, reset_pose=None, executed_steps=4)
+    assert other.identity() == config.identity()
+
+
+def test_presets_execute_what_openpis_clients_do():
+    """Read off main.py of openpi's examples libero, droid, aloha_real and aloha_sim."""
+    steps = {"libero": {5}, "droid": {8}, "aloha": {10, 25}}
+    for name, config in PRESETS.items():
+        if config.robot is None or "polaris" in name:  # whose clients openpi does not hold
+            assert config.executed_steps is None
+        else:
+            assert config.executed_steps in steps[config.robot]
+    assert preset("pi0_aloha_sim").executed_steps == 10
 
 
 def test_an_unknown_preset_lists_close_matches():
@@ -58,13 +70,14 @@ def test_an_unknown_preset_lists_close_matches():
     ("change", "message"),
     [
         ({"num_steps": 0}, "num_steps is 0"),
+        ({"executed_steps": 0}, "executed_steps is 0"),
         ({"head_dim": 8}, "language.head_dim is 256 and action_expert.head_dim is 8"),
         ({"width": 7}, "action_expert.width is 7"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, message):
     config = preset("pi05_libero")
-    if "num_steps" not in change:
+    if not change.keys() & {"num_steps", "executed_steps"}:
         change = {"action_expert": dataclasses.replace(config.action_expert, **change)}
     with pytest.raises(InputError, match=message):
         dataclasses.replace(config, **change)

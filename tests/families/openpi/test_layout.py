@@ -1,7 +1,9 @@
 """The layout of pi0 and pi0.5 against their networks."""
 
+import dataclasses
 import re
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -48,3 +50,13 @@ def test_names_and_entries(configs, variant):
     assert own.action_entries == tuple(range(7))
     assert own.grippers == (6,)
     assert own.action_weights({6: 10.0}, 9) == (1, 1, 1, 1, 1, 1, 10, 0, 0)
+
+
+def test_the_first_actions_are_executed(configs):
+    config = configs["pi05"]
+    assert config.executed_steps == 5 > config.action_horizon
+    assert layout(config).executed_steps is None  # all of a chunk that is as short
+    chunks = np.arange(2 * 3 * 9).reshape(2, 3, 9)
+    np.testing.assert_array_equal(layout(config).executed(chunks), chunks[..., :7])
+    two = layout(dataclasses.replace(config, executed_steps=2))
+    np.testing.assert_array_equal(two.executed(chunks), chunks[:, :2, :7])

@@ -98,6 +98,7 @@ def test_a_directory_is_described_without_options(published, configs):
         ({"preset": "pi0_libero"}, "come without their tokenizer; name its file with tokenizer="),
         ({"preset": "pi0_libero", "num_images": 2}, "num_images: pi0 and pi0.5 policies do not"),
         ({"preset": "pi0_libero", "unnorm_key": "x"}, "name one with unnorm_key=.*there are: phys"),
+        ({"preset": "pi0_libero", "executed_steps": 4}, "executed_steps=4: a chunk .* has 3 actio"),
         ({"preset": "pi0_base"}, "which statistics are used is told by no file"),
     ],
 )
@@ -122,8 +123,18 @@ def test_what_is_recorded_is_not_contradicted(policy, tmp_path, options, message
     assert load_policy(tmp_path / "saved", preset="pi0_libero", unnorm_key=ASSET).config
 
 
+def test_the_steps_that_a_client_executes_may_be_said(published, tokenizer, policy, tmp_path):
+    options = {"preset": "pi0_libero", "tokenizer": tokenizer, "executed_steps": 2}
+    two = load_policy(published["pi0"], **options)
+    assert two.layout.executed_steps == 2
+    assert two.fingerprint == policy.fingerprint  # no action changes
+    two.save(tmp_path / "saved")
+    assert load_policy(tmp_path / "saved").config.executed_steps == 2
+    assert load_policy(tmp_path / "saved", executed_steps=1).config.executed_steps == 1
+
+
 def test_options_of_openpi_are_refused_by_others():
-    for options in ({"preset": "pi0_libero"}, {"tokenizer": "t.model"}):
+    for options in ({"preset": "pi0_libero"}, {"tokenizer": "t.model"}, {"executed_steps": 4}):
         with pytest.raises(InputError, match="OpenVLA, OpenVLA-OFT and UniVLA policies do not"):
             load_policy("libero-mini", **options)
     policy = load_policy("libero-mini")
