@@ -193,20 +193,6 @@ def layer_outputs(
     return shapes
 
 
-def has_loops(graphdef: nnx.GraphDef[Any], state: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a pass runs a part of the network several times, by `models.loops.repeat`."""
-    found: list[int] = []
-
-    def loop(body: Round, start: Any, times: int) -> Any:
-        found.append(times)
-        return body(start, jnp.int32(0))
-
-    jax.eval_shape(
-        lambda s, a: hooked_call(graphdef, s, a, (), lambda path, x, y: y, loop), state, args
-    )
-    return bool(found)
-
-
 def per_frame(x: Float[Array, "B t c"], frames: int) -> Float[Array, "b T c"]:
     """Tokens of all cameras of a frame side by side: [b v, t, c] -> [b, v t, c]."""
     return x.reshape(frames, -1, x.shape[-1])

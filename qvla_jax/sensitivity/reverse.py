@@ -18,7 +18,6 @@ from jax.sharding import Mesh, PartitionSpec
 from qvla_jax.array_typing import Array, Float, Int
 from qvla_jax.sensitivity.instrument import (
     check_frames,
-    has_loops,
     no_perturbations,
     perturbed_call,
     side_by_side,
@@ -127,10 +126,7 @@ def _sweep(
         return {path: contract[path](side_by_side(g, count)) for path, g in cotangents.items()}
 
     vectors = spec.vectors(probed, action)
-    # Batched over probes, the pull-back of a loop gives wrong cotangents of what stands before it
-    # (seen on CPU with JAX 0.10.2; one probe at a time agrees with finite differences).
-    block = 1 if has_loops(spec.graphdef, state, args) else spec.block
-    return sum_in_blocks(of_probe, vectors, block)
+    return sum_in_blocks(of_probe, vectors, spec.block)
 
 
 def sum_in_blocks(function: Callable[[Any], Any], vectors: Any, block: int) -> Any:
