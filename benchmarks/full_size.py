@@ -14,9 +14,9 @@ The packed policy runs whole. The same architecture in bfloat16 and float32 does
 (nor, at 7B, at all on a small machine), so of PyTorch (bfloat16) and JAX (both) one transformer
 block of each kind runs, with random weights and the same inputs' shapes, and its time is multiplied
 by the number of blocks: those figures are **extrapolated**, and leave out patch embeddings and
-norms between blocks. (Of pi0 and pi0.5 only JAX is measured beside.) PyTorch runs prompts without
-padding, as the public code does. All are timed in turn, round after round; figures are medians of
-wall time on all cores or, with `--cpu-time`, of the time of all cores added up.
+norms between blocks. PyTorch runs prompts without padding, which favors it. All are timed in turn,
+round after round; figures are medians of wall time on all cores or, with `--cpu-time`, of the time
+of all cores added up.
 """
 
 import argparse
@@ -312,16 +312,7 @@ def torch_timers(config: OpenVLAConfig, tokens: int) -> list[Timer]:
     except ImportError:
         return []
     torch.set_grad_enabled(False)
-    half = torch.bfloat16
-
-    def filled(make: Callable[[], Any]) -> Any:
-        with torch.device("meta"):
-            module = make().to(half)
-        module = module.to_empty(device="cpu")
-        for parameter in module.parameters():
-            parameter.normal_(0.0, 0.02)
-        return module
-
+    half, filled = torch.bfloat16, torch_filled
     name, timers = "PyTorch bfloat16", []
     for tower in config.vision:
         x = torch.randn(config.num_images, patches(tower), tower.embed_dim).to(half)
@@ -365,6 +356,55 @@ def torch_timers(config: OpenVLAConfig, tokens: int) -> list[Timer]:
     timers.append(Timer(name, STEP, steps * text.num_hidden_layers, step))
     timers.append(Timer(name, STEP, steps, lambda: output(one[0])))
     return timers
+
+
+def flow_torch_timers(config: OpenpiConfig, inputs: Pi0Inputs) -> list[Timer]:
+    """One block of each kind of pi0 or pi0.5 in PyTorch, bfloat16; none where it is missing.
+
+    Prompts have no padding, as in `torch_timers`.
+    """
+    try:
+        import torch
+        import torch_flow
+    except ImportError:
+        return []
+    torch.set_grad_enabled(False)
+    name, half = "PyTorch bfloat16", torch.bfloat16
+    language, expert = config.language, config.action_expert
+    cameras, adaptive = inputs.images.shape[1], config.variant == "pi05"
+    length = cameras * config.vision.num_patches + int(np.asarray(inputs.token_mask).sum())
+    suffix = config.action_horizon + (not adaptive)
+
+    def angles(start: int, count: int) -> list[Any]:
+        place = start + torch.arange(count)[:, None]
+        angle = place / torch.arange(1, language.head_dim // 2 + 1)[None]
+        return [angle.cos().to(half), angle.sin().to(half)]
+
+    tower = torch_filled(lambda: torch_flow.TowerBlock(config.vision))
+    first = torch_filled(lambda: torch_flow.GemmaBlock(language, adaptive=False))
+    second = torch_filled(lambda: torch_flow.GemmaBlock(expert, adaptive=adaptive))
+    x = torch.randn(cameras, config.vision.num_patches, config.vision.width).to(half)
+    prefix = [torch.randn(1, length, language.width).to(half), *angles(0, length)]
+    held = first(*prefix)[1]
+    now = torch.randn(1, 1, 3 * expert.width).to(half) if adaptive else None
+    step = [torch.randn(1, suffix, expert.width).to(half), *angles(length, suffix), held, now]
+    return [
+        Timer(name, TOWERS, config.vision.depth, lambda: tower(x)),
+        Timer(name, PREFIX, language.depth - 1, lambda: first(*prefix)),
+        Timer(name, EULER, config.num_steps * language.depth, lambda: second(*step)),
+    ]
+
+
+def torch_filled(make: Callable[[], Any]) -> Any:
+    """A module with random weights in bfloat16."""
+    import torch
+
+    with torch.device("meta"):
+        module = make().to(torch.bfloat16)
+    module = module.to_empty(device="cpu")
+    for parameter in module.parameters():
+        parameter.normal_(0.0, 0.02)
+    return module
 
 
 def head_dim(text: LlamaConfig) -> int:
@@ -439,6 +479,7 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"peak resident memory of the first call {peak / 2**20:.2f} GiB")
         if flow and not arguments.alone:
+            timers += flow_torch_timers(config, inputs)
             timers += flow_jax_timers(config, inputs, jnp.bfloat16)
             timers += flow_jax_timers(config, inputs, jnp.float32)
         elif not arguments.alone:
