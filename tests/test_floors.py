@@ -16,6 +16,7 @@ FOLDERS = {
 # From the ground up. Rooms of one floor do not know each other.
 FLOORS = (
     {"array_typing", "errors", "output", "precision", "programs", "progress", "provenance"},
+    {"compiler"},
     {"atomic", "devices", "failures", "mapping", "plain", "stage_times"},
     {"array_files", "repeating", "sharding"},
     {"data", "models", "solvers"},

@@ -25,7 +25,7 @@ def config(policy_folder, tmp_path_factory) -> pipeline.RunConfig:
         probes=2,
         thorough=True,
         validate=24,
-        validate_frames=4,
+        validate_frames=6,
         budget_bits=10.0,
         sweep=(0.1, 9.0, 12.0),
         uniform_bits=(3, 4, 8),

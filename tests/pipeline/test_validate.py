@@ -24,7 +24,7 @@ from qvla_jax.sensitivity import sensitivities, spearman
 @pytest.fixture(scope="module")
 def settings(config):
     return pipeline.ValidateConfig(
-        model=config.model, out=config.out, channels=24, frames=4, eval_frames=5,
+        model=config.model, out=config.out, channels=24, frames=6, eval_frames=5,
         estimators=("taylor",), budgets=(9.0, 12.0), sizes=(6,), seeds=(0, 1),
         trajectories=2,
     )  # fmt: skip

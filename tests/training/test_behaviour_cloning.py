@@ -24,7 +24,7 @@ def _optax_promotes_dtypes():
         yield
 
 
-EPISODES = {"calibration": 4, "heldout": 2}
+EPISODES = {"calibration": 4, "heldout": 1}
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,7 @@ def test_validation_measures_kept_layers_and_embeddings(walked, source):
     (out, policy), (folder, options) = walked, source
     found = validate(
         ValidateConfig(
-            model=str(folder), out=out, channels=4, frames=1, eval_frames=2, estimators=(),
+            model=str(folder), out=out, channels=4, frames=3, eval_frames=2, estimators=(),
             budgets=(), sizes=(), seeds=(), noises=(), trajectories=0, **options,
         )
     )  # fmt: skip
