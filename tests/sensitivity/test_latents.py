@@ -17,8 +17,10 @@ from qvla_jax.sensitivity import sensitivities, validate
 
 @pytest.fixture(scope="module")
 def policy():
+    small = preset("tiny-test")
     config = dataclasses.replace(
-        preset("tiny-test"),
+        small,
+        text=dataclasses.replace(small.text, num_hidden_layers=1),
         decoding="latents",
         latent_action=LatentActionConfig(embed_dim=16, num_heads=2, mlp_dim=24),
         action_horizon=2,

@@ -70,7 +70,8 @@ def test_what_no_action_reads_costs_nothing(calibration, tmp_path, monkeypatch):
         for tower in small.vision
     )
     second = dataclasses.replace(second, attention_pool=True)
-    config = dataclasses.replace(small, name="unread-test", vision=(first, second))
+    text = dataclasses.replace(small.text, num_hidden_layers=1)
+    config = dataclasses.replace(small, name="unread-test", vision=(first, second), text=text)
     monkeypatch.setitem(PRESETS, config.name, config)
     random_policy(config.name).export(tmp_path / "policy")
     policy = load_policy(tmp_path / "policy", mapped=True)
