@@ -331,11 +331,8 @@ def torch_timers(config: OpenVLAConfig, tokens: int) -> list[Timer]:
     timers.append(Timer(name, PROJECTOR, 1, lambda: projector(x)))
     layer = filled(lambda: torch_twin.Layer(text))
 
-    def angles(length: int) -> list[Any]:
-        place = torch.arange(length)[:, None] / torch.arange(1, head_dim(text) // 2 + 1)[None]
-        return [place.cos().to(half), place.sin().to(half)]
-
-    inside = [torch.randn(1, tokens, dim).to(half), *angles(tokens)]
+    head = head_dim(text)
+    inside = [torch.randn(1, tokens, dim).to(half), *torch_angles(head, 0, tokens)]
     mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
     timers.append(
         Timer(name, PREFILL, text.num_hidden_layers, lambda: layer(*inside, mask)),
@@ -343,7 +340,11 @@ def torch_timers(config: OpenVLAConfig, tokens: int) -> list[Timer]:
     if config.decoding == "l1":
         return timers
     steps = config.num_decoded_tokens - 1
-    one = [torch.randn(1, 1, dim).to(half), *angles(1), torch.ones(1, 1, 1, 1, dtype=torch.bool)]
+    one = [
+        torch.randn(1, 1, dim).to(half),
+        *torch_angles(head, 0, 1),
+        torch.ones(1, 1, 1, 1, dtype=torch.bool),
+    ]
     heads = text.num_attention_heads
     q = torch.randn(1, heads, 1, head_dim(text)).to(half)
     k, v = (torch.randn(1, heads, tokens, head_dim(text)).to(half) for _ in range(2))
@@ -375,24 +376,32 @@ def flow_torch_timers(config: OpenpiConfig, inputs: Pi0Inputs) -> list[Timer]:
     length = cameras * config.vision.num_patches + int(np.asarray(inputs.token_mask).sum())
     suffix = config.action_horizon + (not adaptive)
 
-    def angles(start: int, count: int) -> list[Any]:
-        place = start + torch.arange(count)[:, None]
-        angle = place / torch.arange(1, language.head_dim // 2 + 1)[None]
-        return [angle.cos().to(half), angle.sin().to(half)]
-
     tower = torch_filled(lambda: torch_flow.TowerBlock(config.vision))
     first = torch_filled(lambda: torch_flow.GemmaBlock(language, adaptive=False))
     second = torch_filled(lambda: torch_flow.GemmaBlock(expert, adaptive=adaptive))
     x = torch.randn(cameras, config.vision.num_patches, config.vision.width).to(half)
-    prefix = [torch.randn(1, length, language.width).to(half), *angles(0, length)]
+    prefix = [
+        torch.randn(1, length, language.width).to(half),
+        *torch_angles(language.head_dim, 0, length),
+    ]
     held = first(*prefix)[1]
     now = torch.randn(1, 1, 3 * expert.width).to(half) if adaptive else None
-    step = [torch.randn(1, suffix, expert.width).to(half), *angles(length, suffix), held, now]
+    angles = torch_angles(language.head_dim, length, suffix)
+    step = [torch.randn(1, suffix, expert.width).to(half), *angles, held, now]
     return [
         Timer(name, TOWERS, config.vision.depth, lambda: tower(x)),
         Timer(name, PREFIX, language.depth - 1, lambda: first(*prefix)),
         Timer(name, EULER, config.num_steps * language.depth, lambda: second(*step)),
     ]
+
+
+def torch_angles(width: int, start: int, count: int) -> list[Any]:
+    """Cosines and sines of rotary positions in bfloat16; their values do not change times."""
+    import torch
+
+    place = start + torch.arange(count)[:, None]
+    angle = place / torch.arange(1, width // 2 + 1)[None]
+    return [angle.cos().to(torch.bfloat16), angle.sin().to(torch.bfloat16)]
 
 
 def torch_filled(make: Callable[[], Any]) -> Any:

@@ -39,8 +39,8 @@ class ActionErrorObjective:
     """`objective(choices[p, C]) -> f64[p]`: squared error of the normalized chunk, summed over it.
 
     The mean over the frames of || A_choice(x) - A*(x) ||^2, in the unit of the sensitivities: what
-    the robot executes counts. The
-    allocations are those of `quantize(policy, allocate(table, ...))`, in floating point.
+    the robot executes counts. The allocations are those of `quantize(policy, allocate(table,
+    ...))`, in floating point.
     """
 
     def __init__(
