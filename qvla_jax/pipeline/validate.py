@@ -37,7 +37,7 @@ from qvla_jax.quantization.codes import GRID_BITS, SOURCE
 from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.report.validation import draw
 from qvla_jax.sensitivity import SensitivityTable, joint_error, sensitivities, spearman
-from qvla_jax.sensitivity import embeddings as measured_embeddings
+from qvla_jax.sensitivity.embeddings import RowCosts, embedding_costs
 from qvla_jax.sensitivity.probes import DEFAULT_PROBES
 from qvla_jax.sensitivity.ranks import top_overlap
 from qvla_jax.sensitivity.strata import module_types
@@ -68,7 +68,7 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Val
     files.check_steps(config.out, table, policy.layout.executed_steps)
     heldout = heldout_set(config, horizon=policy.config.action_horizon)
     check_disjoint(calibration, heldout)
-    embeddings = measured_embeddings.embedding_costs(
+    embeddings = embedding_costs(
         policy, calibration, bits=table.bits, seed=config.seed, progress=progress
     )
     validation = Validation(
@@ -317,15 +317,13 @@ def _module_costs(
     )
 
 
-def _embedding_module(found: measured_embeddings.EmbeddingCosts) -> ModuleCosts:
+def _embedding_module(found: RowCosts) -> ModuleCosts:
     """The measured rows of a token embedding as a module, which keeps its bits by default."""
     weights = len(found.tokens) * found.shape[1]
     return _module_costs(found.path, found.costs, found.bits, weights=weights, kept=True)
 
 
-def _embedding(
-    policy: Policy, calibration: CalibrationSet, found: measured_embeddings.EmbeddingCosts
-) -> EmbeddingCosts:
+def _embedding(policy: Policy, calibration: CalibrationSet, found: RowCosts) -> EmbeddingCosts:
     """Costs of single rows, and the error of rounding all tables at once."""
     bits = [b for b in found.bits if b in GRID_BITS]
     columns = {str(b): found.bits.index(b) for b in bits}

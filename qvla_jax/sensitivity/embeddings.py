@@ -36,7 +36,7 @@ from qvla_jax.sensitivity.reverse import FromCotangent, Probed, ReverseSpec, rev
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class EmbeddingCosts:
+class RowCosts:
     """Costs of the rows of one token embedding that a calibration set uses.
 
     Attributes:
@@ -68,7 +68,7 @@ def embedding_costs(
     seed: int = 0,
     batch: int = 4,
     progress: Progress = no_progress,
-) -> list[EmbeddingCosts]:
+) -> list[RowCosts]:
     """What each token's row costs under each option, to first order.
 
     Args:
@@ -130,9 +130,7 @@ def embedding_costs(
         mean, _ = mean_over_frames(costs())
         v, c = embed.embedding.shape
         found.append(
-            EmbeddingCosts(
-                path=path, shape=(v, c), bits=bits, tokens=tokens, frames=frames, costs=mean
-            )
+            RowCosts(path=path, shape=(v, c), bits=bits, tokens=tokens, frames=frames, costs=mean)
         )
     return found
 

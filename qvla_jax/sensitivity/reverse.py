@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from qvla_jax.array_typing import Array, Float, Int
+from qvla_jax.compiler import check_sums
 from qvla_jax.sensitivity.instrument import (
     check_frames,
     no_perturbations,
@@ -65,6 +66,10 @@ class ReverseSpec:
     block: int = 8
     # Actions of a chunk that count, from the first; None: all.
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` where the compiler's sums are wrong."""
+        check_sums()
 
     def vectors(self, probed: Probed, action: Float[Array, "b h a"]) -> Float[Array, "s b h a"]:
         """What is pulled back from the actions of a batch."""

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from qvla_jax import sharding
 from qvla_jax.array_typing import Float
-from qvla_jax.compiler import check_sums
 from qvla_jax.models.surgery import get_module
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.quantization.index import ChannelIndex
@@ -58,10 +57,6 @@ class Sweep:
     # Keeps finished items.
     store: SweepStore | None = None
     progress: Progress = no_progress
-
-    def __post_init__(self) -> None:
-        """Raises `InputError` where the compiler's sums are wrong."""
-        check_sums()
 
     @functools.cached_property
     def layers(self) -> dict[str, nnx.Linear]:
