@@ -5,9 +5,11 @@ reads its result.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable
 
 import numpy as np
+from flax import nnx
 
 from qvla_jax.array_typing import Float
 from qvla_jax.atomic import write_json
@@ -24,6 +26,7 @@ from qvla_jax.evaluation.validation import (
 )
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.quantize import quantize, quantize_uniform
+from qvla_jax.models.surgery import named_modules
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import load_tables
 from qvla_jax.pipeline.calibrate import load_calibration
@@ -38,15 +41,12 @@ from qvla_jax.quantization.layers import LayerRules
 from qvla_jax.report.validation import draw
 from qvla_jax.sensitivity import SensitivityTable, joint_error, sensitivities, spearman
 from qvla_jax.sensitivity.embeddings import RowCosts, embedding_costs
-from qvla_jax.sensitivity.probes import DEFAULT_PROBES
+from qvla_jax.sensitivity.probes import DEFAULT_PROBES, Probes
 from qvla_jax.sensitivity.ranks import top_overlap
 from qvla_jax.sensitivity.strata import module_types
 from qvla_jax.sensitivity.trajectories import trajectory_costs
 from qvla_jax.sensitivity.validation import probe_sample, same_frames
 from qvla_jax.solvers import solve
-
-# Every linear layer, including those that keep 16 bits by default.
-_ALL_LAYERS = LayerRules(include=(r".",))
 
 
 @in_32_bits
@@ -69,7 +69,12 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Val
     heldout = heldout_set(config, horizon=policy.config.action_horizon)
     check_disjoint(calibration, heldout)
     embeddings = embedding_costs(
-        policy, calibration, bits=table.bits, seed=config.seed, progress=progress
+        policy,
+        calibration,
+        bits=table.bits,
+        probes=_probes(table),
+        seed=config.seed,
+        progress=progress,
     )
     validation = Validation(
         made_from=files.made_from(table),
@@ -231,8 +236,8 @@ def _cumulative(
         trajectories=config.trajectories, stride=horizon, seed=config.seed, horizon=horizon
     )
     sums = trajectory_costs(
-        policy, drawn, table, probes=table.provenance["settings"]["probes"] or DEFAULT_PROBES,
-        seed=config.seed, progress=prefixed(progress, "trajectories"),
+        policy, drawn, table, probes=_probes(table), seed=config.seed,
+        progress=prefixed(progress, "trajectories"),
     )  # fmt: skip
     reached = table.costs.any(axis=1)
     mean = sums.mean(axis=0)
@@ -266,32 +271,40 @@ def _modules(
     progress: Progress,
 ) -> list[ModuleCosts]:
     """Mean cost of a channel and of a weight for each module type, kept layers included."""
-    whole = sensitivities(
-        policy, calibration, method="jacobian", bits=table.bits, seed=config.seed,
-        quantizer=table.settings, joint=False, rules=_ALL_LAYERS,
-        progress=prefixed(progress, "all layers"),
-    )  # fmt: skip
-    kept = set(whole.index.paths) - set(table.index.paths)
-    names, numbers = module_types(whole.index, policy.layout)
-    fan_in = np.asarray([layer.fan_in for layer in whole.index.layers])[whole.index.layer_of]
-    is_kept = np.asarray([path in kept for path in whole.index.paths])[whole.index.layer_of]
-    rows = []
-    for number, name in enumerate(names):
-        of_type = numbers == number
-        costs = whole.costs[of_type]
-        if not costs.any():
-            # No action reads these layers.
-            continue
-        rows.append(
-            _module_costs(
-                name,
-                costs,
-                whole.bits,
-                weights=int(fan_in[of_type].sum()),
-                kept=bool(is_kept[of_type].all()),
-            )
+    rows = _module_rows(table, policy, kept=False)
+    quantized = frozenset(table.index.paths)
+    kept = [path for path in named_modules(policy.model, nnx.Linear) if path not in quantized]
+    if kept:
+        of_kept = sensitivities(
+            policy, calibration, method=table.method, bits=table.bits, probes=_probes(table),
+            seed=config.seed, quantizer=table.settings, joint=False,
+            rules=LayerRules(include=tuple(f"{re.escape(path)}$" for path in kept)),
+            progress=prefixed(progress, "kept layers"),
+        )  # fmt: skip
+        rows += _module_rows(of_kept, policy, kept=True)
+    return sorted(rows, key=lambda row: row.module)
+
+
+def _module_rows(table: SensitivityTable, policy: Policy, *, kept: bool) -> list[ModuleCosts]:
+    """One row for each module type of a table, without those that no action reads."""
+    names, numbers = module_types(table.index, policy.layout)
+    fan_in = np.asarray([layer.fan_in for layer in table.index.layers])[table.index.layer_of]
+    return [
+        _module_costs(
+            name,
+            table.costs[numbers == number],
+            table.bits,
+            weights=int(fan_in[numbers == number].sum()),
+            kept=kept,
         )
-    return rows
+        for number, name in enumerate(names)
+        if table.costs[numbers == number].any()
+    ]
+
+
+def _probes(table: SensitivityTable) -> Probes:
+    """The probes that a table was measured with."""
+    return table.provenance["settings"]["probes"] or DEFAULT_PROBES
 
 
 def _module_costs(

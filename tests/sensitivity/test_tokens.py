@@ -21,7 +21,7 @@ def policy():
     config = dataclasses.replace(
         small,
         decoding="tokens",
-        text=dataclasses.replace(small.text, vocab_size=320),
+        text=dataclasses.replace(small.text, vocab_size=320, num_hidden_layers=1),
         action_vocab_size=320,
         action_horizon=1,
         proprio_dim=0,

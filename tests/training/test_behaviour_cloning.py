@@ -24,7 +24,7 @@ def _optax_promotes_dtypes():
         yield
 
 
-EPISODES = {"calibration": 4, "heldout": 1}
+EPISODES = {"calibration": 2, "heldout": 1}
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +156,10 @@ def test_another_recipe_in_the_same_folder_is_refused(whole):
 
 
 def test_a_run_may_be_prolonged_only_before_its_decay(config):
-    train(dataclasses.replace(config, decay_steps=0))
-    train(dataclasses.replace(config, steps=8, decay_steps=2))
+    train(dataclasses.replace(config, steps=2, decay_steps=0))
+    train(dataclasses.replace(config, steps=4, decay_steps=1))
     with pytest.raises(InputError, match="past the start of a decay"):
-        train(dataclasses.replace(config, steps=12, decay_steps=2))
+        train(dataclasses.replace(config, steps=6, decay_steps=1))
 
 
 def test_wrong_data_are_named(config, tmp_path):
@@ -194,10 +194,10 @@ def test_training_goes_on_from_another_policy(config, tmp_path):
 
 def test_sets_are_trained_on_together(config, data):
     frames = sum(RldsDataset(data, config.train_split).lengths.values())
-    config = dataclasses.replace(config, more_data=(data,))
+    config = dataclasses.replace(config, more_data=(data,), steps=2, decay_steps=0)
     record = json.loads((train(config) / "training.json").read_text())
-    assert [data["episodes"] for data in record["train_sets"]] == [4, 4]
-    assert record["train_episodes"] == 8
+    assert [data["episodes"] for data in record["train_sets"]] == [2, 2]
+    assert record["train_episodes"] == 4
     assert record["train_frames"] == 2 * frames
     with pytest.raises(InputError, match=r"holds a run with data = \['.*', '.*'\], asked for"):
         train(dataclasses.replace(config, more_data=()))
