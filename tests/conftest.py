@@ -14,8 +14,8 @@ from typing import Any
 # Matrices of tests are small: OpenBLAS's threads, which wait busily, would only take time from the
 # other worker. It reads the variable when NumPy and SciPy load it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Tests must not reach for the internet: the Hub's library, which reads the variable when it is loaded,
-# fails at once instead of timing out.
+# Tests must not reach for the internet: the Hub's library, which reads the variable when it is
+# loaded, fails at once instead of timing out.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax

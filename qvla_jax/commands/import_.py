@@ -17,8 +17,8 @@ from qvla_jax.progress import ProgressBars
 class Config(ModelOptions):
     """Imports a public directory into one of ours, one tensor at a time, with weights in orbax."""
 
-    # A public directory: OpenVLA, OpenVLA-OFT, UniVLA, or a checkpoint of openpi; or the name of one:
-    # OWNER/NAME@REVISION of the Hugging Face Hub, gs://BUCKET/FOLDER.
+    # A public directory: OpenVLA, OpenVLA-OFT, UniVLA, or a checkpoint of openpi; or the name of
+    # one: OWNER/NAME@REVISION of the Hugging Face Hub, gs://BUCKET/FOLDER.
     model: str
     # An empty or new folder.
     out: Path

@@ -224,7 +224,7 @@ def load_actors(
     for model in models.values():
         check_acting(model, options)
     return {
-        name: load_named_policy(name, options if name in taking else None, progress=progress)
+        name: load_named_policy(name, options if name in taking else None)
         if name in models
         else ExpertPolicy()
         for name in names

@@ -25,7 +25,6 @@ from qvla_jax.pipeline import files
 from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.methods import is_method, load_method, method_file
 from qvla_jax.pipeline.quantize import embedding_bits
-from qvla_jax.progress import Progress
 from qvla_jax.quantization.codes import SOURCE
 from qvla_jax.remote.hub import looks_like_one
 
@@ -33,22 +32,18 @@ from qvla_jax.remote.hub import looks_like_one
 _BITS: Final = r"\d{1,2}"
 
 
-def load_named_policy(
-    name: str, options: ModelOptions | None = None, *, progress: Progress | None = None
-) -> Policy:
+def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
     """Loads a policy by its name.
 
     Args:
         name: as described above.
         options: what its files do not say.
-        progress: see `load_policy`.
 
     Raises:
         InputError: there is no such policy or run, or the allocation is another policy's.
     """
     model, quantized = model_of(name)
-    said = {} if options is None else options.said()
-    policy = load_policy(model, progress=progress, **said)
+    policy = load_policy(model, **({} if options is None else options.said()))
     if not quantized:
         return policy
     if re.fullmatch(_BITS, quantized):

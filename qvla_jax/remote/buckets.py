@@ -198,7 +198,7 @@ class BucketFolder(RemoteFolder):
         if found == expected or kind != "md5" or not hasattr(self._store, "call_s3"):
             return found == expected
         # Where S3 encrypts with a key of its own, which no listing says, the ETag is no checksum.
-        bucket, _, key = f"{self._root.rstrip('/')}/{name}".partition("/")
+        bucket, _, key = f"{self._root.strip('/')}/{name}".partition("/")
         head = self._store.call_s3("head_object", Bucket=bucket, Key=key)
         return str(head.get("ServerSideEncryption", "")).startswith("aws:kms")
 
@@ -213,7 +213,7 @@ def _file(info: Mapping[str, Any], *, s3: bool) -> RemoteFile:
     etag = str(info.get("ETag", "")).strip('"')
     if s3 and _MD5.fullmatch(etag):  # of files that were not put together
         digests["md5"] = etag
-    marks = (info.get(key) for key in ("generation", "etag", "ETag", "mtime", "LastModified"))
+    marks = (info.get(key) for key in ("generation", "etag", "ETag", "mtime", "created"))
     version = next((str(mark) for mark in marks if mark is not None), "")
     return RemoteFile(int(info["size"]), digests, version)
 

@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -27,6 +28,12 @@ class Repository:
     revisions: dict[str, str] = dataclasses.field(default_factory=lambda: {"main": COMMIT})
     kind: str = "model"
     gated: bool = False
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, by their path in it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 class FakeHub:
@@ -122,12 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             self._refuse(404, "RevisionNotFound", "Invalid rev id")
         elif what == "tree":
-            found = {
-                n: c
-                for n, c in repository.files.items()
-                if n.startswith(f"{below}/"[: -1 if not below else None])
-            }
-            self._send_json([_entry(n, c) for n, c in found.items()])
+            start = f"{below}/" if below else ""
+            found = (item for item in repository.files.items() if item[0].startswith(start))
+            self._send_json([_entry(file, content) for file, content in found])
         else:
             siblings = [{"rfilename": file} for file in repository.files]
             self._send_json({"id": name, "sha": commit, "siblings": siblings, "tags": []})
