@@ -55,7 +55,8 @@ class BucketFolder(RemoteFolder):
         self.folder = self._cache.joinpath("files", *parts)
         self._record_path = self._cache.joinpath("records", *parts[:-1], f"{parts[-1]}.json")
         known = self._recall()
-        self._store, self._root = None, ""
+        self._store: Any = None
+        self._root = ""
         self.files = self._listed(known)
 
     @property

