@@ -115,8 +115,9 @@ class HubFolder(RemoteFolder):
             files = {str(path.relative_to(self.folder)): _blob(path) for path in found}
         if not files:
             raise RemoteError(
-                f"{self.source}: {self._unreached(error)}, and the cache ({self._cache.parent}) "
-                f"does not hold the {self.kind}; fetch it once with the network, or name a folder"
+                f"{self.source}: there is no such file or directory here. If it is a {self.kind} "
+                f"of the Hugging Face Hub: {self._unreached(error)}, and the cache "
+                f"({self._cache.parent}) does not hold it; fetch it once with the network"
             ) from error
         if not self._offline:
             warnings.warn(
