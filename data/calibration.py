@@ -330,7 +330,7 @@ def calibration_set(
         raise InputError(f"weights of data sets must be positive, got {dict(weights)}")
     opened = []
     for place, weight in weights.items():
-        path = _resolve(place, progress)
+        path = _resolve(place, None if progress is no_progress else progress)
         dataset = RldsDataset(path, split or _default_split(path), spec=spec)
         name = place if place == BUNDLED else _absolute(dataset)
         opened.append((dataset, name, weight))

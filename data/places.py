@@ -38,7 +38,7 @@ def dataset_folder(
     remote = elsewhere(source, "dataset")
     if remote is None:
         return source
-    remote.progress = progress
+    remote.progress = progress or remote.progress
     folders = ((name, *name.rpartition("/")[::2]) for name in remote.files)
     remote.fetch(
         name

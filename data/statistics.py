@@ -20,6 +20,7 @@ from qvla_jax.data.episode import Episode
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import DatasetError, InputError
+from qvla_jax.remote.folder import remote_name
 
 _VALUES: Final = ("mean", "std", "max", "min", "q01", "q99")
 # Part of the cache's key: a change in what is computed or refused makes old caches stale.
@@ -203,7 +204,7 @@ def dataset_statistics(
     fingerprint = f"{_VERSION} {hashlib.sha256(read_as.encode()).hexdigest()} {content}"
     name = f"dataset_statistics_{split}_{dataset.spec.name}.json"
     folders = [cache_folder("statistics") / f"{dataset.name}-{content[:16]}"]
-    if "://" not in str(dataset.path):
+    if "://" not in str(dataset.path) and remote_name(Path(dataset.path)) is None:
         folders.insert(0, Path(dataset.path))
     if cache:
         for folder in folders:

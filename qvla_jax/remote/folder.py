@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -190,13 +191,15 @@ class Meter:
     def __init__(self, progress: Progress, stage: str, total: int):
         self._progress, self._stage = progress, stage
         self._done, self._total = 0, total
+        self._lock = threading.Lock()
         self.add(0)
 
     def add(self, count: int) -> None:
         """Says that bytes have arrived, or, if negative, that some arrive again."""
-        self._done += count
         total = -(-self._total // _MEGABYTE)
-        self._progress(self._stage, min(-(-self._done // _MEGABYTE), total), total)
+        with self._lock:
+            self._done += count
+            self._progress(self._stage, min(-(-self._done // _MEGABYTE), total), total)
 
 
 def digests_of(path: Path, kinds: Iterable[str], size: int) -> dict[str, str]:
