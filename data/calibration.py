@@ -26,12 +26,14 @@ from qvla_jax.data.manifest import (
 )
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.pictures import Pictures, check_each, decode_each
+from qvla_jax.data.places import dataset_folder
 from qvla_jax.data.records import split_names
 from qvla_jax.data.rlds import RldsDataset, find_version
 from qvla_jax.data.samples import bundled_path
 from qvla_jax.data.sampling import apportion
 from qvla_jax.errors import DatasetError, InputError
 from qvla_jax.progress import Progress, no_progress
+from qvla_jax.remote.folder import remote_name
 
 DEFAULT_FRAMES: Final = 128
 # Maximum number of episodes to read from each data set.
@@ -328,7 +330,7 @@ def calibration_set(
         raise InputError(f"weights of data sets must be positive, got {dict(weights)}")
     opened = []
     for place, weight in weights.items():
-        path = _resolve(place)
+        path = _resolve(place, None if progress is no_progress else progress)
         dataset = RldsDataset(path, split or _default_split(path), spec=spec)
         name = place if place == BUNDLED else _absolute(dataset)
         opened.append((dataset, name, weight))
@@ -451,12 +453,14 @@ def _open(entry: Mapping[str, Any], source: Source | None = None) -> RldsDataset
     return RldsDataset(_resolve(source or entry["source"]), entry["split"], spec=spec)
 
 
-def _resolve(source: Source) -> Source:
-    return bundled_path() if source == BUNDLED else source
+def _resolve(source: Source, progress: Progress | None = None) -> Source:
+    return bundled_path() if source == BUNDLED else dataset_folder(source, progress=progress)
 
 
 def _absolute(dataset: RldsDataset) -> str:
     path = dataset.path
+    if (name := remote_name(Path(path))) is not None:
+        return name
     return str(path) if "://" in str(path) else str(path.resolve())
 
 

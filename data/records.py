@@ -12,6 +12,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ from etils import epath
 from qvla_jax.array_typing import Int64, NpArray
 from qvla_jax.data.open_x.features import Feature
 from qvla_jax.errors import DatasetError
+from qvla_jax.remote.folder import ensure
 
 INFO_FILE: Final = "dataset_info.json"
 # Where our writer says which specification reads the data set.
@@ -160,6 +162,7 @@ class SplitRecords:
         )
 
     def _check_there(self, path: epath.Path) -> None:
+        ensure(Path(path))
         if path.exists():
             return
         there = f"; there are {self._other_files}" if self._other_files else ""

@@ -19,6 +19,7 @@ from qvla_jax.data.episode import EncodedEpisode, Episode, Frame
 from qvla_jax.data.open_x.features import check_features
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.open_x.standardize import standardize
+from qvla_jax.data.places import dataset_folder
 from qvla_jax.data.records import INFO_FILE, SplitRecords
 from qvla_jax.errors import DatasetError, InputError, QvlaError, unknown
 
@@ -46,7 +47,8 @@ class RldsDataset:
 
         Args:
             path: the directory of one version, or a parent with only one data set below it; or the
-                address of one, such as gs://gresearch/robotics/taco_play/0.1.0.
+                address of one, such as gs://gresearch/robotics/taco_play/0.1.0; or the name of one
+                on the Hugging Face Hub.
             split: a split's name; no slices.
             spec: how to read it: a specification, the name of one, or the name of a JSON file with
                 one. By default it is found by the data set's name.
@@ -206,10 +208,12 @@ class RldsDataset:
 def find_version(path: str | PathLike[str]) -> epath.Path:
     """The directory with dataset_info.json at `path`, or the only one up to two levels below.
 
+    Of a data set elsewhere (see `dataset_folder`) it is the local one.
+
     Raises:
         DatasetError: there is none, or more than one, or it cannot be reached.
     """
-    path = epath.Path(path)
+    path = epath.Path(dataset_folder(path))
     try:
         if (path / INFO_FILE).exists():
             return path

@@ -6,7 +6,6 @@ reads the other's. Everything is computed in float64 over all steps.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ import numpy as np
 
 from qvla_jax.array_typing import Bool, Float, Float64, NpArray
 from qvla_jax.atomic import write_json
+from qvla_jax.caches import cache_folder
 from qvla_jax.data.episode import Episode
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import DatasetError, InputError
+from qvla_jax.remote.folder import remote_name
 
 _VALUES: Final = ("mean", "std", "max", "min", "q01", "q99")
 # Part of the cache's key: a change in what is computed or refused makes old caches stale.
@@ -202,8 +203,8 @@ def dataset_statistics(
     read_as = json.dumps(dataset.spec.to_json(), sort_keys=True)
     fingerprint = f"{_VERSION} {hashlib.sha256(read_as.encode()).hexdigest()} {content}"
     name = f"dataset_statistics_{split}_{dataset.spec.name}.json"
-    folders = [user_cache() / f"{dataset.name}-{content[:16]}"]
-    if "://" not in str(dataset.path):
+    folders = [cache_folder("statistics") / f"{dataset.name}-{content[:16]}"]
+    if "://" not in str(dataset.path) and remote_name(Path(dataset.path)) is None:
         folders.insert(0, Path(dataset.path))
     if cache:
         for folder in folders:
@@ -220,12 +221,6 @@ def dataset_statistics(
         except InputError:  # it cannot be written there
             continue
     return computed
-
-
-def user_cache() -> Path:
-    """The user's cache folder for statistics (it may not exist)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qvla_jax" / "statistics"
 
 
 def _read_cache(path: Path, dataset_name: str, fingerprint: str) -> DatasetStatistics | None:

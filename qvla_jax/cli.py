@@ -387,7 +387,8 @@ def _execute(call: _Call) -> int:
     if result is None:
         return DONE
     if call.for_machines:
-        print_json({"command": call.name, "config": kept and str(kept), "result": result.content})
+        told = {"command": call.name, "config": kept and str(kept), "result": result.content}
+        print_json(told | _sources(call))
     else:
         print_result(result)
     if result.failure is not None:
@@ -412,6 +413,15 @@ def _result_of(call: _Call) -> Any:
         if (known := in_one_line(error)) is None:
             raise
         raise known from error
+
+
+def _sources(call: _Call) -> dict[str, Any]:
+    """What was fetched from elsewhere, for the result."""
+    if call.command.bare:
+        return {}
+    from qvla_jax.remote.folder import origins
+
+    return {"sources": found} if (found := origins()) else {}
 
 
 _SHOW = warnings.showwarning

@@ -424,5 +424,9 @@ _OTHERS: Final[Mapping[str, Callable[[], Iterable[Check] | Check]]] = {
     "MuJoCo": mujoco,
     "OpenGL": opengl,
     "PyAV": functools.partial(package, "PyAV (videos)", ("av",), "libero"),
+    "the Hub": functools.partial(
+        package, "huggingface_hub (policies on the Hub)", ("huggingface_hub",), "hub"
+    ),
+    "buckets": functools.partial(package, "gcsfs (policies in buckets)", ("gcsfs",), "buckets"),
     "aiohttp": functools.partial(package, "aiohttp (serving)", ("aiohttp",), "serve"),
 }

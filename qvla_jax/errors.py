@@ -30,6 +30,10 @@ class DatasetError(InputError):
     """A dataset is missing, lacks a key, or has values of the wrong type or shape."""
 
 
+class RemoteError(InputError):
+    """A model or data set elsewhere cannot be reached, or its files are not those announced."""
+
+
 class BudgetError(InputError):
     """No allocation fits the requested budget."""
 

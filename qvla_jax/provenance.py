@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from qvla_jax.remote.folder import origins
+
 # The packages whose version can change a number.
 PACKAGES = (
     "qvla-jax",
@@ -55,6 +57,8 @@ def provenance(*, seed: int | None = None) -> dict[str, Any]:
             "count": len(devices),
         },
         "seed": seed,
+        # What was fetched: by name, with its revision and the hashes of the files that were read.
+        **({"sources": found} if (found := origins()) else {}),
     }
 
 

@@ -9,6 +9,7 @@ from qvla_jax.atomic import write_json
 from qvla_jax.errors import InputError
 from qvla_jax.plain import to_plain
 from qvla_jax.provenance import git_commit, package_versions
+from qvla_jax.remote.folder import origins
 
 SUFFIX = ".config.json"
 _KIND = "qvla_jax.command"
@@ -65,6 +66,7 @@ def write_settings(path: Path, command: str, variant: str | None, settings: Any)
             "settings": to_plain(settings),
             "packages": package_versions(),
             "commit": git_commit(),
+            **({"sources": found} if (found := origins()) else {}),
         },
     )
 

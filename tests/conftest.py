@@ -14,6 +14,9 @@ from typing import Any
 # Matrices of tests are small: OpenBLAS's threads, which wait busily, would only take time from the
 # other worker. It reads the variable when NumPy and SciPy load it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Tests must not reach for the internet: the Hub's library, which reads the variable when it is
+# loaded, fails at once instead of timing out.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import pytest
@@ -98,12 +101,6 @@ def pytest_collection_finish() -> None:
     """Modules and tests stay: the garbage collector need not look through them again and again."""
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _no_network_proxies_needed() -> None:
-    """Tests must not reach for the internet: make hubs fail at once instead of timing out."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,9 +15,11 @@ FOLDERS = {
 }
 # From the ground up. Rooms of one floor do not know each other.
 FLOORS = (
-    {"array_typing", "errors", "output", "precision", "programs", "progress", "provenance"},
+    {"array_typing", "caches", "errors", "output", "precision", "programs", "progress"},
     {"compiler"},
     {"atomic", "devices", "failures", "mapping", "plain", "stage_times"},
+    {"remote"},
+    {"provenance"},
     {"array_files", "repeating", "sharding"},
     {"data", "models", "solvers"},
     {"quantization"},

@@ -9,6 +9,9 @@ from qvla_jax.errors import CheckpointError, InputError
 CONFIG_FILE: Final = "config.json"
 STATISTICS_FILE: Final = "dataset_statistics.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
+# Weights in a directory of ours: one file, or an orbax checkpoint.
+WEIGHTS_FILE: Final = "model.safetensors"
+ORBAX_FOLDER: Final = "weights"
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
 
 
@@ -46,6 +49,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def folder_name(folder: Path) -> str:
+    """The name of a policy's directory; in the cache of the Hugging Face Hub, the repository's."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def check_empty(out: Path) -> None:

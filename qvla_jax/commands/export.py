@@ -10,8 +10,10 @@ from qvla_jax.commands.results import written
 from qvla_jax.families.registry import public_family
 from qvla_jax.inference import load_policy
 from qvla_jax.inference.loading import stays_in_files
+from qvla_jax.inference.places import policy_folder
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result
+from qvla_jax.progress import ProgressBars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,10 @@ class Config(ModelOptions):
 
 def main(config: Config) -> Result:
     """Exports a policy; reports the peak resident memory."""
-    family = public_family(Path(config.model)) if config.dtype is None else None
-    if family is None or not family.reexport(Path(config.model), config.out, config):
+    with ProgressBars() as progress:
+        folder = policy_folder(config.model, config, progress=progress)
+    family = public_family(folder) if config.dtype is None else None
+    if family is None or not family.reexport(folder, config.out, config):
         # Each tensor that can stay in its file is read when it is written, in its own dtype.
         mapped = stays_in_files(config.model)
         policy = load_policy(config.model, mapped=mapped, **config.said())

@@ -11,8 +11,10 @@ from qvla_jax.commands.results import packed
 from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.registry import public_family
 from qvla_jax.inference import load_policy
+from qvla_jax.inference.places import policy_folder
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result
+from qvla_jax.progress import ProgressBars
 from qvla_jax.quantization.layout import uniform_bytes
 from qvla_jax.report.modules import describe, modules_table
 
@@ -33,6 +35,8 @@ def main(config: Config) -> Result:
         if config.said():
             load_policy(config.model, **config.said())  # refuses options that contradict it
         return packed(Path(config.model), layers=True)
+    with ProgressBars() as progress:
+        folder = policy_folder(config.model, config, progress=progress)
     described = describe(config.model)
     index = described.index
     uniform = {bits: uniform_bytes(index, bits) for bits in (16, 8, 4, 3, 2)}
@@ -56,11 +60,11 @@ def main(config: Config) -> Result:
         f"channels of {len(index.layers)} layers",
     ]
     if config.said():
-        family = public_family(Path(config.model))
+        family = public_family(folder)
         found = (
             load_policy(config.model, **config.said()).config
             if family is None
-            else family.read(Path(config.model), config).config
+            else family.read(folder, config).config
         )
         names = (field.name for field in dataclasses.fields(LoadOptions))
         content["settings"] = {n: getattr(found, n) for n in names if hasattr(found, n)}

@@ -2,12 +2,12 @@
 
 import contextlib
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 
 from qvla_jax.families.registry import public_family
 from qvla_jax.inference import load_policy
+from qvla_jax.inference.places import policy_folder
 from qvla_jax.progress import ProgressBars
 from qvla_jax.serving import ServeConfig as Config
 
@@ -30,6 +30,7 @@ def main(config: Config) -> None:
             stack.close()  # the bars
             print(text, flush=True)
 
+        policy_folder(config.policy, config, progress=progress)  # fetched, if it is elsewhere
         said, keys = config.said(), undecided_statistics(config)
         if keys:
             said["unnorm_key"] = keys[0]  # used only by requests that name it
@@ -51,5 +52,6 @@ def undecided_statistics(config: Config) -> list[str]:
     Raises:
         CheckpointError: a file is missing or broken.
     """
-    family = public_family(Path(config.policy))
-    return [] if family is None else family.undecided_statistics(Path(config.policy), config)
+    folder = policy_folder(config.policy, config)
+    family = public_family(folder)
+    return [] if family is None else family.undecided_statistics(folder, config)

@@ -314,6 +314,26 @@ class Family(abc.ABC):
         """
         return False
 
+    def public_files(
+        self, source: str, names: Sequence[str], settings: Mapping[str, Any], options: LoadOptions
+    ) -> list[str]:
+        """The files that loading a public directory reads, of one that is elsewhere.
+
+        Args:
+            source: the directory, for errors.
+            names: paths of all its files.
+            settings: the content of its config.json; empty without one.
+            options: what the files do not say; some need more files.
+
+        Returns:
+            Some of `names`; none if this is no directory of the family.
+
+        Raises:
+            CheckpointError: its weights are in no format that is read, or a file would be passed
+                over.
+        """
+        return []
+
     def read(self, folder: Path, options: LoadOptions) -> Parts:
         """A public directory without its weights.
 

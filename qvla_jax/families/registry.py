@@ -1,14 +1,21 @@
 """Families by name, by preset, by what a directory holds, and by what a file of ours records."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from qvla_jax.checkpoints.files import CONFIG_FILE, read_json
+from qvla_jax.checkpoints.files import (
+    CONFIG_FILE,
+    ORBAX_FOLDER,
+    STATISTICS_FILE,
+    WEIGHTS_FILE,
+    read_json,
+)
 from qvla_jax.errors import CheckpointError, InputError, unknown
 from qvla_jax.families import FAMILIES
 from qvla_jax.families.family import Config, Family
+from qvla_jax.families.options import LoadOptions
 
 # Key of recorded configurations that names the family.
 FAMILY_KEY: Final = "family"
@@ -64,6 +71,28 @@ def public_family(folder: Path) -> Family | None:
     if path.is_file() and FAMILY_KEY in read_json(path):
         return None  # one of ours
     return next((family for family in _families() if family.recognizes(folder)), None)
+
+
+def files_to_read(
+    source: str, names: Sequence[str], settings: Mapping[str, Any], options: LoadOptions
+) -> list[str]:
+    """The files that loading a directory reads, of one that is elsewhere; see `Family`.
+
+    Args:
+        source: the directory, for errors.
+        names: paths of all its files.
+        settings: the content of its config.json; empty without one.
+        options: what the files do not say.
+
+    Returns:
+        Some of `names`; none if it holds no policy.
+    """
+    if FAMILY_KEY not in settings:
+        found = (f.public_files(source, names, settings, options) for f in _families())
+        return next(filter(None, found), [])
+    own = family_of(from_record(settings, source))
+    single = (CONFIG_FILE, STATISTICS_FILE, WEIGHTS_FILE, *own.files)
+    return [n for n in names if n in single or n.partition("/")[0] == ORBAX_FOLDER]
 
 
 def to_record(config: Config) -> dict[str, Any]:

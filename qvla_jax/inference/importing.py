@@ -6,13 +6,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qvla_jax.checkpoints.files import check_empty
+from qvla_jax.checkpoints.files import ORBAX_FOLDER, check_empty
 from qvla_jax.checkpoints.orbax_weights import save_orbax
 from qvla_jax.errors import InputError
 from qvla_jax.families.options import ActionNormalization, LoadOptions
 from qvla_jax.families.registry import public_family
-from qvla_jax.inference.saving import ORBAX_FOLDER, save_settings
+from qvla_jax.inference.places import policy_folder
+from qvla_jax.inference.saving import save_settings
 from qvla_jax.precision import in_32_bits
+from qvla_jax.progress import Progress
 
 
 @in_32_bits
@@ -30,6 +32,7 @@ def import_policy(
     tokenizer: str | Path | None = None,
     executed_steps: int | None = None,
     dtype: Any = None,
+    progress: Progress | None = None,
 ) -> None:
     """Imports a public directory into one of ours, with its weights as an orbax checkpoint.
 
@@ -48,6 +51,7 @@ def import_policy(
         tokenizer: see there.
         executed_steps: see there.
         dtype: dtype of all weights; by default bfloat16, as published.
+        progress: see there.
 
     Raises:
         InputError: `source` is not a public directory, or `out` already holds files.
@@ -67,13 +71,14 @@ def import_policy(
         tokenizer=None if tokenizer is None else str(tokenizer),
         executed_steps=executed_steps,
     )
-    folder, out = Path(source), Path(out)
+    out = Path(out)
+    check_empty(out)
+    folder = policy_folder(source, options, progress=progress)
     if (family := public_family(folder)) is None:
         raise InputError(
             f"{folder}: not a public directory: there is no config.json of one, and no checkpoint "
             "of openpi"
         )
-    check_empty(out)
     parts = family.read(folder, options)
     model = family.abstract_model(parts.config, dtype=dtype or jnp.bfloat16)
     tensors = family.tensors(folder, parts.config, options)

@@ -13,7 +13,9 @@ from qvla_jax import devices
 from qvla_jax.checkpoints import load_weights
 from qvla_jax.checkpoints.files import (
     CONFIG_FILE,
+    ORBAX_FOLDER,
     STATISTICS_FILE,
+    WEIGHTS_FILE,
     check_fetched,
     read_json,
 )
@@ -27,11 +29,13 @@ from qvla_jax.families.options import ActionNormalization, LoadOptions
 from qvla_jax.families.registry import family_of, from_record, preset, public_family
 from qvla_jax.inference.packed_embed import PackedEmbed
 from qvla_jax.inference.packed_linear import replace_by_packed
+from qvla_jax.inference.places import policy_folder
 from qvla_jax.inference.policy import Policy, make_policy
-from qvla_jax.inference.saving import DROPPED, ORBAX_FOLDER, WEIGHTS_FILE
+from qvla_jax.inference.saving import DROPPED
 from qvla_jax.models import named_modules, replace_modules
 from qvla_jax.models.linear import Embed
 from qvla_jax.precision import in_32_bits
+from qvla_jax.progress import Progress
 
 
 @in_32_bits
@@ -50,6 +54,7 @@ def load_policy(
     dtype: Any = None,
     sharding: jax.sharding.Sharding | None = None,
     mapped: bool = False,
+    progress: Progress | None = None,
 ) -> Policy:
     """Loads a policy; weights are read, cast and placed one at a time.
 
@@ -63,7 +68,10 @@ def load_policy(
     Args:
         source: the name of a preset that ships with weights ("libero-mini"), a directory or `.qvla`
             file written by `Policy.save`, one written by `import_policy`, or a public directory: of
-            OpenVLA, OpenVLA-OFT or UniVLA, or a checkpoint of openpi (pi0, pi0.5).
+            OpenVLA, OpenVLA-OFT or UniVLA, or a checkpoint of openpi (pi0, pi0.5). A directory may
+            be elsewhere: `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hugging Face Hub, or an
+            address such as gs://BUCKET/FOLDER; what is read of it is fetched into a cache. A path
+            that exists is never taken for another place.
         unnorm_key: which data set's statistics un-normalize the actions (openpi's asset id);
             optional if there is only one, or one is recorded or told by the preset.
         num_images: for public directories of OpenVLA's kind, the number of cameras, which the files
@@ -93,6 +101,7 @@ def load_policy(
             are checked once and read again on each use: for streamed sweeps of policies that do not
             fit in memory, not for inference. Those of a compressed checkpoint (openpi's `params/`)
             are decoded once into a temporary file (in TMPDIR), which is gone with the policy.
+        progress: called with the megabytes that arrive, if the policy is elsewhere.
 
     Raises:
         InputError: neither a preset nor a directory; the message lists close matches. Or `mapped`
@@ -100,6 +109,7 @@ def load_policy(
             argument does not apply, or contradicts what is recorded.
         CheckpointError: a file of the directory is missing, broken or requires something
             unsupported, or an argument is needed.
+        RemoteError: a name or an address leads nowhere, or a file cannot be fetched.
 
     Warns:
         CheckpointWarning: there is an adapter that is not merged.
@@ -116,7 +126,7 @@ def load_policy(
         tokenizer=None if tokenizer is None else str(tokenizer),
         executed_steps=executed_steps,
     )
-    folder = Path(source)
+    folder = policy_folder(source, options, progress=progress)
     if mapped and (not stays_in_files(folder) or dtype is not None or sharding is not None):
         raise InputError(
             f"{folder}: only the weights of a public directory can stay in their files, in their "
@@ -136,10 +146,11 @@ def load_policy(
     return _load_saved(folder, options, dtype, sharding)
 
 
-def stays_in_files(source: str | Path) -> bool:
+def stays_in_files(source: str | Path, *, progress: Progress | None = None) -> bool:
     """Whether the weights of a policy may stay in their files: see `mapped` of `load_policy`."""
-    family = public_family(Path(source))
-    return family is not None and family.stays_in_files(Path(source))
+    folder = policy_folder(source, progress=progress)
+    family = public_family(folder)
+    return family is not None and family.stays_in_files(folder)
 
 
 def _named(source: str) -> Any:
@@ -152,12 +163,7 @@ def _named(source: str) -> Any:
     except InputError:
         if len(path.parts) == 1 and path.suffix != SUFFIX:
             raise
-    raise InputError(
-        f"{source}: there is no such file or directory. If this names a model on the Hugging "
-        f"Face hub, fetch it (hf download {source} --local-dir DIR) and give DIR"
-        if len(path.parts) == 2 and not path.is_absolute() and path.suffix != SUFFIX
-        else f"{source}: there is no such file or directory"
-    )
+    raise InputError(f"{source}: there is no such file or directory")
 
 
 def _load_public(

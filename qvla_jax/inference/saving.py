@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qvla_jax.atomic import write_bytes, write_json
 from qvla_jax.checkpoints import public_tensors, save_weights
-from qvla_jax.checkpoints.files import CONFIG_FILE, STATISTICS_FILE
+from qvla_jax.checkpoints.files import CONFIG_FILE, ORBAX_FOLDER, STATISTICS_FILE, WEIGHTS_FILE
 from qvla_jax.checkpoints.packed_file import SUFFIX, write_packed
 from qvla_jax.errors import InputError
 from qvla_jax.families.registry import to_record
@@ -16,13 +16,12 @@ from qvla_jax.inference.packed_embed import packed_embeddings
 from qvla_jax.inference.packed_linear import packed_layers
 from qvla_jax.kernels import LayerInputs
 from qvla_jax.provenance import package_versions
+from qvla_jax.remote.folder import origins
 
 if TYPE_CHECKING:
     from qvla_jax.families.family import Processor
     from qvla_jax.inference.policy import Policy
 
-WEIGHTS_FILE: Final = "model.safetensors"
-ORBAX_FOLDER: Final = "weights"
 # Value of the key `unread` in the header of a packed file without weights that nothing reads.
 DROPPED: Final = "dropped"
 
@@ -71,6 +70,7 @@ def packed_header(
         "statistics": policy.statistics,
         "quantization": quantization,
         "packages": package_versions(),
+        **({"sources": found} if (found := origins()) else {}),
         **({"unread": DROPPED} if dropped else {}),
     }
 

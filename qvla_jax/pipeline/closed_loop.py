@@ -26,6 +26,7 @@ from qvla_jax.evaluation.success import (
 from qvla_jax.evaluation.video import film, has_video_writer
 from qvla_jax.evaluation.workers import MakeEnvironment, Replay
 from qvla_jax.inference import Policy
+from qvla_jax.inference.places import policy_folder
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
 from qvla_jax.pipeline.policies import (
@@ -132,7 +133,7 @@ def closed_loop(
             "videos need PyAV: pip install 'qvla-jax[libero]', or leave them out with --no-videos"
         )
     if policies is None:
-        policies = load_actors(config.policy, config)
+        policies = load_actors(config.policy, config, progress=progress)
     planned = {name: plan(config, policies[name], simulator) for name in config.policy}
     names = {policies[name].fingerprint: name for name in reversed(config.policy)}
     episodes = [
@@ -197,18 +198,23 @@ def shadows(policies: Mapping[str, Actor], names: Sequence[str]) -> dict[str, li
     }
 
 
-def load_actors(names: Sequence[str], options: ModelOptions) -> dict[str, Actor]:
+def load_actors(
+    names: Sequence[str], options: ModelOptions, *, progress: Progress | None = None
+) -> dict[str, Actor]:
     """The scripted expert, or policies by their names.
 
     Args:
         names: as `ClosedLoopConfig.policy`.
         options: options of policies that are public directories, or were made from one.
+        progress: see `load_policy`.
 
     Raises:
         InputError: there is no such policy, options apply to none of them, or a fine-tune's crop is
             not given.
     """
     models = {name: model_of(name)[0] for name in names if name != EXPERT}
+    for model in models.values():
+        policy_folder(model, options, progress=progress)  # fetched, if it is elsewhere
     taking = {name for name, model in models.items() if takes_options(model)}
     if options.said() and not taking:
         raise InputError(

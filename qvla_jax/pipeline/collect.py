@@ -157,7 +157,7 @@ def collect(
         raise DatasetError(f"{existing}: exists already; remove it or choose another --name")
     simulator = check_simulator(make_libero if make is None else make)
     if policy is None:
-        policy = load_actors([config.policy], config)[config.policy]
+        policy = load_actors([config.policy], config, progress=progress)[config.policy]
     if isinstance(policy, ExpertPolicy):
         policy = ExpertPolicy(config.noise)
     run = _Run(config, policy, simulator, keep)

@@ -73,7 +73,9 @@ def evaluate(
             evaluation frames are those of the calibration.
     """
     started = time.perf_counter()
-    policy = load_policy(config.model, **config.said()) if policy is None else policy
+    policy = (
+        load_policy(config.model, progress=progress, **config.said()) if policy is None else policy
+    )
     path = config.out / files.ALLOCATION
     allocations = Allocations.load(path)
     calibration = load_calibration(config.out)

@@ -87,7 +87,9 @@ def measure_solvers(
             evaluation frames are those of the calibration.
         BudgetError: a budget is below what can be stored.
     """
-    policy = load_policy(config.model, **config.said()) if policy is None else policy
+    policy = (
+        load_policy(config.model, progress=progress, **config.said()) if policy is None else policy
+    )
     table = load_tables(config.out)[0]
     calibration = load_calibration(config.out)
     files.check_same(

@@ -57,7 +57,9 @@ def quantize_by_methods(
     Raises:
         InputError: there is no calibration manifest, a name is wrong, or the policy is quantized.
     """
-    policy = load_policy(config.model, **config.said()) if policy is None else policy
+    policy = (
+        load_policy(config.model, progress=progress, **config.said()) if policy is None else policy
+    )
     calibration = load_calibration(config.out)
     measured = Measurements(policy, calibration, folder=config.out, progress=progress)
     settings = [check_setting(name) for name in config.method]

@@ -56,7 +56,8 @@ def pack(config: PackConfig, *, progress: Progress = no_progress) -> None:
     if config.file.suffix != SUFFIX:
         raise InputError(f"{config.file}: a packed policy is one file; its name ends in {SUFFIX}")
     # Our own directories and presets are loaded: they are small, or were imported for loading.
-    policy = load_policy(config.model, mapped=stays_in_files(config.model), **config.said())
+    mapped = stays_in_files(config.model, progress=progress)
+    policy = load_policy(config.model, mapped=mapped, progress=progress, **config.said())
     if policy.quantization is not None:
         raise InputError(f"{config.model}: is packed already; pack the full-precision policy")
     fingerprint = policy.fingerprint

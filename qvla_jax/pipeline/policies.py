@@ -4,17 +4,20 @@ After the `@` comes a bit-width (uniform round-to-nearest) or the folder of a ru
 allocation is applied with the quantizer that it was made for, in float32 on exactly the values of
 the grids; `runs/x:3.5` and `runs/x:uniform4` are the run's allocations at another budget, and
 `runs/x:gptq-w4` is the result of `qvla quantize --method gptq-w4` there. A `.qvla` file, such as
-the run's own policy.qvla, runs from its packed weights.
+the run's own policy.qvla, runs from its packed weights. In `OWNER/NAME@REVISION`, a model of the
+Hugging Face Hub, the first `@` names a revision, and another one may follow.
 """
 
 import re
 from pathlib import Path
+from typing import Final
 
 from qvla_jax.checkpoints.files import CONFIG_FILE, read_json
 from qvla_jax.checkpoints.packed_file import SUFFIX, PackedFile
 from qvla_jax.errors import InputError
 from qvla_jax.families.registry import family_of, from_record, public_family
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.places import policy_folder
 from qvla_jax.inference.quantize import quantize, quantize_uniform
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.model_options import ModelOptions
@@ -23,6 +26,10 @@ from qvla_jax.pipeline.allocate import Allocations, load_tables
 from qvla_jax.pipeline.methods import is_method, load_method, method_file
 from qvla_jax.pipeline.quantize import embedding_bits
 from qvla_jax.quantization.codes import SOURCE
+from qvla_jax.remote.hub import looks_like_one
+
+# A bit-width after the `@`; a revision may have more digits.
+_BITS: Final = r"\d{1,2}"
 
 
 def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
@@ -39,7 +46,7 @@ def load_named_policy(name: str, options: ModelOptions | None = None) -> Policy:
     policy = load_policy(model, **({} if options is None else options.said()))
     if not quantized:
         return policy
-    if re.fullmatch(r"\d+", quantized):
+    if re.fullmatch(_BITS, quantized):
         return quantize_uniform(policy, int(quantized), packed=False)
     folder, budget = _folder_and_budget(quantized)
     if not folder.is_dir():
@@ -70,6 +77,11 @@ def model_of(name: str) -> tuple[str, str]:
     model, separator, quantized = name.rpartition("@")
     if not separator or Path(name).is_dir():
         return name, ""
+    if looks_like_one(model, "model") and not Path(model).exists():
+        # After the name of a model on the Hub, all but bits and runs is a revision.
+        run = "/" in quantized and not quantized.startswith("refs/")
+        if not (run or re.fullmatch(_BITS, quantized) or _folder_and_budget(quantized)[0].is_dir()):
+            return name, ""
     return model, quantized
 
 
@@ -79,7 +91,7 @@ def takes_options(model: str) -> bool:
     Raises:
         CheckpointError: a file that tells is missing or damaged.
     """
-    folder = Path(model)
+    folder = policy_folder(model)
     if folder.suffix == SUFFIX and folder.is_file():
         record = PackedFile(folder).header.get("config")
     elif not folder.is_dir() or public_family(folder) is not None:
@@ -96,8 +108,9 @@ def check_acting(model: str, options: ModelOptions) -> None:
     Raises:
         InputError: a public directory does not say it, and neither do the options.
     """
-    if (family := public_family(Path(model))) is not None:
-        family.check_acting(Path(model), options)
+    folder = policy_folder(model, options)
+    if (family := public_family(folder)) is not None:
+        family.check_acting(folder, options)
 
 
 def _folder_and_budget(text: str) -> tuple[Path, str]:

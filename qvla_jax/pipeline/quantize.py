@@ -44,7 +44,9 @@ def quantize(
         InputError: a file is missing, or was made for another policy or calibration set.
     """
     progress("quantize", 0, 1)
-    policy = load_policy(config.model, **config.said()) if policy is None else policy
+    policy = (
+        load_policy(config.model, progress=progress, **config.said()) if policy is None else policy
+    )
     allocations = Allocations.load(config.out / files.ALLOCATION)
     table = load_tables(config.out)[0] if table is None else table
     made_from = files.made_from(table)

@@ -52,7 +52,7 @@ def run(config: RunConfig, *, progress: Progress = no_progress) -> Report:
 
 
 def _run(config: RunConfig, times: StageTimes) -> Report:
-    policy = load_policy(config.model, **config.said())
+    policy = load_policy(config.model, progress=times, **config.said())
     horizon = policy.config.action_horizon
     check_budget(policy, config.budget_bits)
     heldout = heldout_set(config, horizon=horizon)

@@ -56,7 +56,9 @@ def sensitivity(
     check_estimators(config)
     calibration = load_calibration(config.out) if calibration is None else calibration
     if policy is None:
-        policy = load_policy(config.model, mapped=config.streamed, **config.said())
+        policy = load_policy(
+            config.model, mapped=config.streamed, progress=progress, **config.said()
+        )
         check_frames(policy, calibration)
     measured = Measurements(
         policy,

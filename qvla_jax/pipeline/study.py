@@ -38,6 +38,7 @@ from qvla_jax.evaluation.success import EpisodesSuccess, compare_policies, polic
 from qvla_jax.evaluation.workers import MakeEnvironment
 from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.comparable import comparable
+from qvla_jax.inference.places import policy_folder
 from qvla_jax.inference.quantize import policy_index
 from qvla_jax.inference.unpacking import unpacked
 from qvla_jax.methods import RECIPES, Measurements, Setting, SweepSettings, check_setting, title
@@ -179,8 +180,11 @@ def study(
     files.check_folder(config.out)
     if config.sim is not None:
         closed_loop.check_simulator(make)
+        policy_folder(config.model, config, progress=progress)  # fetched, if it is elsewhere
         check_acting(config.model, config)
-    policy = load_policy(config.model, **config.said()) if policy is None else policy
+    policy = (
+        load_policy(config.model, progress=progress, **config.said()) if policy is None else policy
+    )
     horizon = policy.config.action_horizon
     heldout = heldout_set(config, horizon=horizon)
     if (config.out / files.CALIBRATION).is_file():

@@ -56,7 +56,7 @@ def validate(config: ValidateConfig, *, progress: Progress = no_progress) -> Val
     Raises:
         InputError: the calibration set or the table is missing, or belongs to another policy.
     """
-    policy = load_policy(config.model, **config.said())
+    policy = load_policy(config.model, progress=progress, **config.said())
     calibration = load_calibration(config.out)
     table = load_tables(config.out)[0]
     files.check_same(

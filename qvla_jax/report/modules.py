@@ -8,7 +8,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -16,14 +15,14 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from qvla_jax.checkpoints.files import CONFIG_FILE, read_json
+from qvla_jax.checkpoints.files import CONFIG_FILE, ORBAX_FOLDER, WEIGHTS_FILE, read_json
 from qvla_jax.checkpoints.orbax_weights import orbax_dtypes
 from qvla_jax.checkpoints.tensor_files import TensorFile
 from qvla_jax.checkpoints.weights import Source, check_shapes, public_shapes
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.families.layout import Layout
 from qvla_jax.families.registry import family_of, from_record, preset, public_family
-from qvla_jax.inference.saving import ORBAX_FOLDER, WEIGHTS_FILE
+from qvla_jax.inference.places import policy_folder
 from qvla_jax.models.surgery import named_modules
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import LayerRules, quantizable_layers
@@ -78,14 +77,14 @@ def describe(source: str, *, rules: LayerRules | None = None) -> Description:
 
     Args:
         source: a preset (with weights or without), a directory written by `Policy.save` or
-            `import_policy`, or a public directory.
+            `import_policy`, or a public directory, here or elsewhere (see `load_policy`).
         rules: which layers are quantized; None takes those of the policy's layout.
 
     Raises:
         InputError: neither a preset nor a directory, or a rule that matches nothing.
         CheckpointError: a file is missing or broken, or its tensors do not fit the architecture.
     """
-    folder = Path(source)
+    folder = policy_folder(source)
     if not folder.is_dir():
         config = preset(source)
         folder = bundled_policy_path(config.name)

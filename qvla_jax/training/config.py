@@ -20,13 +20,14 @@ _MAY_CHANGE = ("steps", "decay_steps", "checkpoint_every", "evaluate_every")
 class TrainConfig:
     """Everything that determines the trained weights."""
 
-    # RLDS directory with the two splits below. Its training split determines the normalization.
-    data: Path
+    # RLDS directory with the two splits below, or its name on the Hugging Face Hub. Its training
+    # split determines the normalization.
+    data: str | Path
     # Folder for checkpoints, log and the finished policy; an interrupted run resumes from here.
     out: Path
     # More RLDS directories to train on, such as states that a policy visited and the expert
     # labeled.
-    more_data: tuple[Path, ...] = ()
+    more_data: tuple[str | Path, ...] = ()
     # Preset of the architecture.
     model: str = "libero-mini"
     # Start from the weights of this policy (a preset or a directory); None starts from random ones.
@@ -92,7 +93,7 @@ def portable(config: TrainConfig, *, initial_fingerprint: str | None) -> dict[st
 
 def of_a_step(config: TrainConfig) -> TrainConfig:
     """The recipe without what no training step depends on, to share one compiled program."""
-    default = TrainConfig(data=Path(), out=Path())
+    default = TrainConfig(data="", out=Path())
     same = ("data", "out", "more_data", "model", "initial_policy", "train_split", "heldout_split")
     same += ("spec", "checkpoint_every", "evaluate_every")
     same += ("steps", "peak_learning_rate", "warmup_steps", "decay_steps")

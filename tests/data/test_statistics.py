@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qvla_jax import data
+from qvla_jax.caches import cache_folder
 from qvla_jax.data import statistics as statistics_module
 from qvla_jax.data.statistics import ArrayStatistics
 from qvla_jax.errors import DatasetError, InputError
@@ -135,7 +136,7 @@ def test_folder_that_cannot_be_written_caches_for_the_user(
     monkeypatch.setattr(statistics_module, "write_json", refuse)
     data.dataset_statistics(copy, "heldout")
     assert not cache_of(copy).exists()
-    assert len(list(statistics_module.user_cache().rglob("*.json"))) == 1
+    assert len(list(cache_folder("statistics").rglob("*.json"))) == 1
 
 
 @pytest.mark.parametrize(

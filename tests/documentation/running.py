@@ -57,6 +57,7 @@ STAND_INS = {
     r"gs://gresearch/robotics/taco_play/0\.1\.0": "data/taco_play",
     r"gs://my-bucket/my_robot/1\.0\.0": "data/my_robot",
     r"gs://bucket/open_x": "data/open_x",
+    r"(openvla/|moojink/|gs://openpi-)\S+": "checkpoints/my-openvla-oft",
     r"openvla-oft-(7b|directory)\b": "checkpoints/my-openvla-oft",
     r" --preset \S+ --tokenizer \S+": "",  # of a directory of openpi
     r"--preset \S+": "--preset tiny-test",

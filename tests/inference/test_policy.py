@@ -112,7 +112,7 @@ def test_unknown_models_suggest_close_names():
     [
         (
             "openvla/openvla-7b",
-            r"^openvla/openvla-7b: there is no such file .*\(hf download",
+            r"^openvla/openvla-7b: there is no such file .* Hub: HF_HUB_OFFLINE is set",
         ),
         ("/nowhere/run", "^/nowhere/run: there is no such file or directory$"),
         ("run.qvla", "^run.qvla: (there is )?no such file"),

@@ -14,14 +14,14 @@ openpi's trainer writes such a directory for each step, `<experiment>/<step>/`.
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from qvla_jax.atomic import write_json
-from qvla_jax.checkpoints.files import check_empty, read_json
+from qvla_jax.checkpoints.files import check_empty, folder_name, read_json
 from qvla_jax.checkpoints.weights import flax_leaves
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families import family
@@ -39,6 +39,7 @@ from qvla_jax.families.openpi.lora import Adapters
 from qvla_jax.families.openpi.names import Slot, public_shapes, slots
 from qvla_jax.families.openpi.network import FlowMatching, abstract_model
 from qvla_jax.families.openpi.orbax_tree import Parts, StoredTree, write_tree
+from qvla_jax.families.openpi.tokenizer import FILES as TOKENIZERS
 from qvla_jax.plain import finite, from_plain, to_plain
 
 PARAMS: Final = "params"
@@ -88,6 +89,35 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name))
 
 
+def public_files(source: str, names: Sequence[str]) -> list[str]:
+    """See `Family.public_files`; the settings are in no config.json, and no option needs a file."""
+    steps = {step for name in names if (step := _step_of(name)) is not None}
+    if not steps:
+        torch = torch_file.FILE in names
+        return [name for name in names if torch and _is_read(name, torch=True)]
+    if "" not in steps and len(steps) > 1:
+        listed = ", ".join(sorted(steps, key=int))
+        raise CheckpointError(f"{source}: holds the steps {listed}; name one of them")
+    step = "" if "" in steps else f"{steps.pop()}/"
+    return [n for n in names if n.startswith(step) and _is_read(n.removeprefix(step), torch=False)]
+
+
+def _step_of(name: str) -> str | None:
+    """The step whose weights a file is part of, "" without steps; None if it is of no weights."""
+    first, _, rest = name.partition("/")
+    if first == PARAMS and rest:
+        return ""
+    return first if first.isdigit() and rest.startswith(f"{PARAMS}/") else None
+
+
+def _is_read(name: str, *, torch: bool) -> bool:
+    folder, _, last = name.rpartition("/")
+    if folder:
+        first = folder.partition("/")[0]
+        return (first == PARAMS and not torch) or (first == ASSETS and last == STATISTICS_FILE)
+    return last in (SIZES_FILE, CONFIG_FILE, *TOKENIZERS, *([torch_file.FILE] if torch else ()))
+
+
 def sizes_of(folder: Path) -> OpenpiConfig:
     """A configuration with the sizes of a directory; everything else about it is made up.
 
@@ -96,7 +126,7 @@ def sizes_of(folder: Path) -> OpenpiConfig:
     """
     if (folder / CONFIG_FILE).is_file():
         return read_config(folder)
-    config = dataclasses.replace(preset(f"{_variant(folder)}_base"), name=folder.resolve().name)
+    config = dataclasses.replace(preset(f"{_variant(folder)}_base"), name=folder_name(folder))
     return _with_sizes(config, folder)
 
 

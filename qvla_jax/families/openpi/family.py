@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from qvla_jax.families.openpi.checkpoint import (
     export,
     is_openpi,
     open_tensors,
+    public_files,
     read_config,
     read_statistics,
     sizes_of,
@@ -114,6 +115,11 @@ class OpenpiFamily(Family):
 
     def recognizes(self, folder: Path) -> bool:
         return is_openpi(folder)
+
+    def public_files(
+        self, source: str, names: Sequence[str], settings: Mapping[str, Any], options: LoadOptions
+    ) -> list[str]:
+        return public_files(source, names)
 
     def read(self, folder: Path, options: LoadOptions) -> Parts:
         self.check_options(options, folder)

@@ -1,7 +1,7 @@
 """OpenVLA, OpenVLA-OFT, UniVLA, and small policies of their kind."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ from qvla_jax.families.prismatic.checkpoint.huggingface import (
     is_huggingface,
     read_config,
 )
+from qvla_jax.families.prismatic.checkpoint.listing import public_files
 from qvla_jax.families.prismatic.checkpoint.univla import check_latent_tokens
 from qvla_jax.families.prismatic.config import CAMERA_KEYS, PRESETS, OpenVLAConfig
 from qvla_jax.families.prismatic.layout import layout
@@ -134,6 +135,11 @@ class PrismaticFamily(Family):
 
     def recognizes(self, folder: Path) -> bool:
         return is_huggingface(folder)
+
+    def public_files(
+        self, source: str, names: Sequence[str], settings: Mapping[str, Any], options: LoadOptions
+    ) -> list[str]:
+        return public_files(source, names, settings, options)
 
     def read(self, folder: Path, options: LoadOptions) -> Parts:
         self.check_options(options, folder)

@@ -57,12 +57,23 @@ def check_tensor_files(folder: Path) -> None:
     Raises:
         CheckpointError: there is one. The message names it.
     """
-    for path in sorted(folder.iterdir()):
-        name = path.name
-        if not path.is_file() or not _matches(name, _TENSORS):
+    check_tensor_names(folder, (path.name for path in folder.iterdir() if path.is_file()))
+    if (folder / ADAPTER_CONFIG).is_file() and not is_adapter_only(folder):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: an adapter beside weights, where transformers would load "
+            f"its base instead of them; take it away if the weights hold it, or move it to "
+            f"{ADAPTER_FOLDER}/ if they do not"
+        )
+
+
+def check_tensor_names(folder: Path | str, names: Iterable[str]) -> None:
+    """The same by the names of the files that lie directly in a directory, here or elsewhere."""
+    for name in sorted(names):
+        if not _matches(name, _TENSORS):
             continue
         if _matches(name, _NOT_READ) or _matches(name, COMPONENTS.values()):
             continue
+        path = f"{folder}/{name}"
         if "noisy_action_projector" in name:
             raise CheckpointError(
                 f"{path}: belongs to a diffusion head, which is not supported; L1 heads are"
@@ -75,12 +86,6 @@ def check_tensor_files(folder: Path) -> None:
                 if part is None
                 else f"call it {part}--0_checkpoint.pt if it is the {part}, or take it away"
             )
-        )
-    if (folder / ADAPTER_CONFIG).is_file() and not is_adapter_only(folder):
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: an adapter beside weights, where transformers would load "
-            f"its base instead of them; take it away if the weights hold it, or move it to "
-            f"{ADAPTER_FOLDER}/ if they do not"
         )
 
 

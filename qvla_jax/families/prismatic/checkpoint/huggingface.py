@@ -29,7 +29,7 @@ from typing import Any, Final
 import tokenizers
 
 from qvla_jax.checkpoints.declared import check_declared, shown
-from qvla_jax.checkpoints.files import CONFIG_FILE, STATISTICS_FILE, read_json
+from qvla_jax.checkpoints.files import CONFIG_FILE, STATISTICS_FILE, folder_name, read_json
 from qvla_jax.errors import CheckpointError, InputError, unknown
 from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.prismatic.checkpoint import keys
@@ -232,7 +232,7 @@ def _inferred(folder: Path, raw: Mapping[str, Any], empty_token_id: int | None) 
                 f"{folder / CONFIG_FILE}: {key!r} is {shown(raw[key])}, expected a whole number"
             )
     return OpenVLAConfig(
-        name=folder.resolve().name,
+        name=folder_name(folder),
         vision=_towers(folder, raw),
         text=text,
         decoding="l1" if oft else "tokens" if latent is None else "latents",

@@ -1,6 +1,8 @@
 """Whether a public directory has weights and adapters, and the errors if it lacks the former."""
 
+import fnmatch
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -56,6 +58,28 @@ def check_weights(folder: Path) -> None:
         raise _missing_weights(folder, index)
 
 
+def check_read_format(folder: Path | str, names: Iterable[str]) -> None:
+    """Checks that the weights are not in another format.
+
+    Args:
+        folder: the directory, here or elsewhere, for errors.
+        names: of the files in it, without safetensors.
+
+    Raises:
+        CheckpointError: they are; the message names the files.
+    """
+    names = list(names)
+    for pattern in _OTHER_FORMATS:
+        found = fnmatch.filter(names, pattern)
+        others = sorted(name for name in found if pattern != "*.bin" or "model" in name)
+        if others:
+            raise CheckpointError(
+                f"{folder}: the weights are {others[0]}"
+                f"{f' and {len(others) - 1} more' if len(others) > 1 else ''}, which are not read; "
+                f"convert them to safetensors ({SINGLE_FILE}, or shards with {INDEX_FILE})"
+            )
+
+
 def _missing_weights(folder: Path, index: Path) -> CheckpointError:
     check_not_adapter_only(folder)
     shards = sorted(path.name for path in folder.glob("model*.safetensors"))
@@ -64,17 +88,7 @@ def _missing_weights(folder: Path, index: Path) -> CheckpointError:
             f"{index}: missing; the shards are there ({shards[0]}"
             f"{f' and {len(shards) - 1} more' if len(shards) > 1 else ''}): fetch the index again"
         )
-    for pattern in _OTHER_FORMATS:
-        others = sorted(
-            p.name for p in folder.glob(pattern) if pattern != "*.bin" or "model" in p.name
-        )
-        if others:
-            return CheckpointError(
-                f"{folder}: the weights are {others[0]}"
-                f"{f' and {len(others) - 1} more' if len(others) > 1 else ''}, which are not read; "
-                "convert them to safetensors (model.safetensors, or shards with "
-                f"{index.name})"
-            )
+    check_read_format(folder, (path.name for path in folder.iterdir()))
     return CheckpointError(
         f"{folder / 'model.safetensors'}: missing, and so is {index.name}: there are no weights"
     )
