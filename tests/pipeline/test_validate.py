@@ -25,7 +25,7 @@ from qvla_jax.sensitivity import sensitivities, spearman
 def settings(config):
     return pipeline.ValidateConfig(
         model=config.model, out=config.out, channels=24, frames=6, eval_frames=5,
-        estimators=("taylor",), budgets=(9.0, 12.0), sizes=(6,), seeds=(0, 1),
+        estimators=("input_hessian",), budgets=(9.0, 12.0), sizes=(6,), seeds=(0, 1),
         trajectories=2,
     )  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_the_file_and_the_picture_are_there(found, validation, settings):
 
 
 def test_every_method_is_compared_at_every_bit_width(validation):
-    assert list(validation["ranks"]["methods"]) == ["jacobian", "taylor"]
+    assert list(validation["ranks"]["methods"]) == ["jacobian", "input_hessian"]
     for rows in validation["ranks"]["methods"].values():
         assert [row["bits"] for row in rows] == [0, 2, 4, 8]
         assert all(-1 <= row["spearman"] <= 1 and 0 <= row["top"] <= 1 for row in rows)
