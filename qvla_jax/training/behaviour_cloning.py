@@ -18,7 +18,7 @@ from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints.checksums import check_checksums, write_checksums
-from qvla_jax.data.rlds import RldsDataset
+from qvla_jax.data.opening import open_source
 from qvla_jax.data.statistics import dataset_statistics
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family
@@ -94,10 +94,10 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     """
     architecture = preset(config.model)
     train_sets = [
-        RldsDataset(path, config.train_split, spec=config.spec)
+        open_source(path, config.train_split, spec=config.spec)
         for path in (config.data, *config.more_data)
     ]
-    heldout_set = RldsDataset(config.data, config.heldout_split, spec=config.spec)
+    heldout_set = open_source(config.data, config.heldout_split, spec=config.spec)
     fingerprints = [data.fingerprint() for data in train_sets]
     initial = None if config.initial_policy is None else load_policy(config.initial_policy)
     if initial is not None and initial.config != architecture:
