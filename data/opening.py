@@ -47,6 +47,4 @@ def open_source(
     if split is None:
         names = split_names(place) if kind == RLDS else read_info(place).splits
         split = next((name for name in _SPLITS if name in names), _SPLITS[-1])
-    return reader(
-        place, split, spec=spec, process_index=process_index, process_count=process_count
-    )
+    return reader(place, split, spec=spec, process_index=process_index, process_count=process_count)

@@ -165,7 +165,10 @@ class EpisodeSource(abc.ABC):
             )
 
     def sample_ids(self, count: int, *, seed: int) -> Int64[NpArray, " e"]:
-        """Draws ids of `count` of this process's episodes from few groups; all if there are no more."""
+        """Draws ids of `count` of this process's episodes; all if there are no more.
+
+        They come from few files where each file is a fair sample.
+        """
         if len(self.episode_ids) <= count:
             return self.episode_ids
         # A separate stream: later draws do not depend on whether this one is made.

@@ -423,6 +423,7 @@ _OTHERS: Final[Mapping[str, Callable[[], Iterable[Check] | Check]]] = {
     "LIBERO": provider,
     "MuJoCo": mujoco,
     "OpenGL": opengl,
-    "PyAV": functools.partial(package, "PyAV (videos)", ("av",), "libero"),
+    "PyAV": functools.partial(package, "PyAV (videos)", ("av",), "lerobot"),
     "aiohttp": functools.partial(package, "aiohttp (serving)", ("aiohttp",), "serve"),
+    "pyarrow": functools.partial(package, "pyarrow (LeRobot data sets)", ("pyarrow",), "lerobot"),
 }

@@ -14,7 +14,7 @@ from qvla_jax.data import open_x
 from qvla_jax.data.episode import EncodedEpisode
 from qvla_jax.data.hashing import digest, sample
 from qvla_jax.data.lerobot.episodes import Episodes, read_episodes, read_tasks, tasks_file
-from qvla_jax.data.lerobot.info import TASK, Info, read_info
+from qvla_jax.data.lerobot.info import TASK, read_info
 from qvla_jax.data.lerobot.rows import RowFiles, StoredPictures, values
 from qvla_jax.data.lerobot.videos import TOLERANCE, VideoFrames
 from qvla_jax.data.location import DESCRIPTIONS, LEROBOT, locate
@@ -83,12 +83,12 @@ class LeRobotDataset(EpisodeSource):
         self._share(process_index, process_count)
 
     def _find_spec(self) -> DatasetSpec:
-        names = _public_names(self.path)
-        spec = next((spec for name in names if (spec := open_x.find(name)) is not None), None)
+        name = _public_name(self.path)
+        spec = open_x.find(name)
         if spec is None:
             known = [name for name in sorted(open_x.NAMES) if "/" in name]
             raise DatasetError(
-                f"{self.path}: {unknown('data set', names[0], known)} If it has the layout of one "
+                f"{self.path}: {unknown('data set', name, known)} If it has the layout of one "
                 "of these, name that (--spec, such as lerobot/libero); else write a spec as a JSON "
                 "file and name the file. docs/data.md shows how."
             )
@@ -216,8 +216,8 @@ class LeRobotDataset(EpisodeSource):
             if len(wrong):
                 raise DatasetError(
                     f"step {wrong[0]}: {name} is {columns[name][wrong[0]]} in row "
-                    f"{rows[wrong[0]]} of {file}, expected {expected[wrong[0]]}; rows and the table "
-                    "of episodes do not fit each other"
+                    f"{rows[wrong[0]]} of {file}, expected {expected[wrong[0]]}; rows do not fit the "
+                    "table of episodes"
                 )
         if self.spec.instruction == TASK:
             columns[TASK] = self._instructions(place, columns[_TASK_INDEX])
@@ -261,6 +261,12 @@ class LeRobotDataset(EpisodeSource):
         return VideoFrames(self.path / videos.files[place], start + times)
 
 
-def _public_names(path: epath.Path) -> list[str]:
-    """The names that a data set may have on the Hub, by where it lies."""
-    return ["/".join(path.parts[-2:]), path.name]
+def _public_name(path: epath.Path) -> str:
+    """The name that a data set seems to have on the Hub, by where it lies.
+
+    The last two directories, or what the cache of huggingface_hub makes of the name.
+    """
+    parts = path.parts if "://" in str(path) else path.resolve().parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("datasets--"):
+        return parts[-3].removeprefix("datasets--").replace("--", "/")
+    return "/".join(parts[-2:])

@@ -119,9 +119,7 @@ def values(column: Any, name: str, feature: Feature) -> Sequence[Any]:
     except ValueError as error:
         raise DatasetError(f"{name}: steps differ in shape") from error
     if array.dtype.kind not in _HELD_BY[feature.dtype.kind]:
-        raise DatasetError(
-            f"{name}: found {array.dtype}, the data set declares {feature.dtype}"
-        )
+        raise DatasetError(f"{name}: found {array.dtype}, the data set declares {feature.dtype}")
     if array.shape[1:] == (1,) and not feature.shape:
         array = array[:, 0]  # a list of one number
     if array.shape[1:] != feature.shape:

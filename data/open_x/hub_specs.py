@@ -60,8 +60,8 @@ HUB_SPECS: Final = (
         notes="Episodes without an instruction are left out, as in the public training code.",
     ),
     # Made by any4lerobot (openx2lerobot/openx_rlds.py and oxe_utils/ there), which stores what
-    # OpenVLA's transform makes of bridge_orig: differences of reached poses, the gripper settled and
-    # 1 for open, state with a column of zeros before the gripper.
+    # OpenVLA's transform makes of bridge_orig: differences of reached poses, a settled gripper that
+    # is 1 for open, a state with a column of zeros before the gripper.
     DatasetSpec(
         name="IPEC-COMMUNITY/bridge_orig_lerobot",
         aliases=("lerobot/bridge",),

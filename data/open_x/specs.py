@@ -475,9 +475,7 @@ _SPECS: Final = (
 
 SPECS: Final[Mapping[str, DatasetSpec]] = {spec.name: spec for spec in _SPECS}
 # By every name of a data set, those of LeRobot sets included.
-NAMES: Final = {
-    name: spec for spec in (*_SPECS, *HUB_SPECS) for name in (spec.name, *spec.aliases)
-}
+NAMES: Final = {name: spec for spec in (*_SPECS, *HUB_SPECS) for name in (spec.name, *spec.aliases)}
 
 # Open-X sets that move joints: there is no end-effector delta to take from them.
 JOINT_ACTIONS: Final = (
