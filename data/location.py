@@ -10,8 +10,8 @@ from etils import epath
 from qvla_jax.errors import DatasetError, QvlaError
 
 Format: TypeAlias = Literal["RLDS", "LeRobot"]
-RLDS: Final = "RLDS"
-LEROBOT: Final = "LeRobot"
+RLDS: Final[Format] = "RLDS"
+LEROBOT: Final[Format] = "LeRobot"
 # The file that describes a data set of each format.
 DESCRIPTIONS: Final[Mapping[Format, str]] = MappingProxyType(
     {RLDS: "dataset_info.json", LEROBOT: "meta/info.json"}
@@ -35,7 +35,7 @@ def find(path: str | PathLike[str]) -> tuple[Format, epath.Path]:
         if not path.is_dir():
             raise DatasetError(f"{path}: no such directory; expected an RLDS or LeRobot data set")
         for above in ("*", "*/*"):
-            found = [
+            found: list[tuple[Format, epath.Path]] = [
                 (kind, match.parents[description.count("/")])
                 for kind, description in DESCRIPTIONS.items()
                 for match in sorted(path.glob(f"{above}/{description}"))

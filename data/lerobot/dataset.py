@@ -49,7 +49,7 @@ class LeRobotDataset(EpisodeSource):
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Opens a data set; reads only its tables.
+        """Opens a data set; reads only meta/info.json.
 
         Args:
             path: the directory with meta/info.json, or a parent with only one data set below it.
@@ -97,12 +97,12 @@ class LeRobotDataset(EpisodeSource):
     def _check_spec(self) -> None:
         needed = [_INDEX, _STEP, _TASK_INDEX, *([_TIME] if self._videos else [])]
         try:
-            check_features(self.spec, self._info.features)
-            if missing := [name for name in needed if name not in self._info.features]:
-                raise DatasetError(f"steps lack {', '.join(missing)}, which every set has")
             for name in self.spec.features():
                 if name in self._info.refused:
                     raise DatasetError(f"{name}: {self._info.refused[name]}")
+            check_features(self.spec, self._info.features)
+            if missing := [name for name in needed if name not in self._info.features]:
+                raise DatasetError(f"steps lack {', '.join(missing)}, which every set has")
         except DatasetError as error:
             raise DatasetError(f"{self.path}: {error}") from error
 
@@ -203,7 +203,7 @@ class LeRobotDataset(EpisodeSource):
         except DatasetError as error:
             raise DatasetError(f"{name}: {error}") from error
 
-    def _read_columns(self, place: int, rows: range) -> dict[str, Sequence[Any]]:
+    def _read_columns(self, place: int, rows: range) -> dict[str, Any]:
         """The numbers and texts of an episode, its instructions among them."""
         file = self._episodes.files[place]
         table = self._rows.read(file, rows, self._columns, all_rows=not self._info.by_file)
@@ -212,18 +212,17 @@ class LeRobotDataset(EpisodeSource):
             for name in self._columns
         }
         for name, expected in ((_INDEX, np.full(len(rows), place)), (_STEP, np.arange(len(rows)))):
-            wrong = np.flatnonzero(columns[name] != expected)
-            if len(wrong):
+            if len(wrong := np.flatnonzero(columns[name] != expected)):
+                step = int(wrong[0])
                 raise DatasetError(
-                    f"step {wrong[0]}: {name} is {columns[name][wrong[0]]} in row "
-                    f"{rows[wrong[0]]} of {file}, expected {expected[wrong[0]]}; rows do not fit the "
-                    "table of episodes"
+                    f"step {step}: {name} is {columns[name][step]} in row {rows[step]} of {file}, "
+                    f"expected {expected[step]}; rows do not fit the table of episodes"
                 )
         if self.spec.instruction == TASK:
             columns[TASK] = self._instructions(place, columns[_TASK_INDEX])
         return columns
 
-    def _instructions(self, place: int, indices: Sequence[int]) -> list[str]:
+    def _instructions(self, place: int, indices: Any) -> list[str]:
         texts = []
         for step, index in enumerate(indices):
             text = self._tasks.get(int(index))

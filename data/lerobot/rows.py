@@ -103,7 +103,7 @@ def _file(scalar: Any) -> bytes:
     return file if isinstance(file, bytes) else b""
 
 
-def values(column: Any, name: str, feature: Feature) -> Sequence[Any]:
+def values(column: Any, name: str, feature: Feature) -> NpArray | list[Any]:
     """The values of a column, one for each step: an array of numbers, or a list of texts.
 
     Raises:

@@ -475,7 +475,7 @@ DECLARED: dict[str, tuple[Change, str]] = {
     ),
     "unknown dtype": (
         lambda made: made.features.update({sets.STATE: {"dtype": "sound", "shape": [8]}}),
-        "observation.state: expected numbers, found text|unknown dtype 'sound'",
+        "observation.state: unknown dtype 'sound'; there are: image, video, string",
     ),
     "no feature": (
         lambda made: made.features.update({sets.WRIST: None}),
