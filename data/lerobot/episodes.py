@@ -69,7 +69,7 @@ def read_tasks(info: Info) -> dict[int, str]:
             names = file.schema_arrow.names
             text = _UNNAMED if "task" not in names and _UNNAMED in names else "task"
             check_columns(path, file, ["task_index", text])
-            table = file.read(columns=["task_index", text]).to_pydict()
+            table = file.read(columns=["task_index", text], use_threads=False).to_pydict()
         pairs = list(zip(table["task_index"], table[text], strict=True))
     else:
         lines = _lines(path, {"task_index": int, "task": str})
@@ -160,7 +160,7 @@ def _by_file(info: Info, videos: Collection[str]) -> Episodes:
     for path in paths:
         with opened(path) as file:
             check_columns(path, file, columns)
-            part = file.read(columns=columns)
+            part = file.read(columns=columns, use_threads=False)
             for column in columns:
                 table[column] += part.column(column).to_pylist()
     where = paths[0].parent.parent
@@ -246,7 +246,7 @@ def _lines(path: epath.Path, kinds: Mapping[str, type]) -> list[dict[str, Any]]:
 def _parsed(path: epath.Path, kinds: Mapping[str, type]) -> Iterator[dict[str, Any]]:
     if not path.exists():
         raise DatasetError(f"{path}: missing; copy the data set again")
-    for number, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         if not text.strip():
             continue
         try:

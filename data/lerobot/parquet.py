@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from etils import epath
 
 from qvla_jax.errors import DatasetError, QvlaError
 
-_COPY: str = "copy the data set again"
+_COPY: Final = "copy the data set again"
 
 
 @contextmanager
@@ -18,12 +18,14 @@ def opened(path: epath.Path) -> Iterator[Any]:
     Raises:
         DatasetError: it is missing or damaged, also where it is read inside of the context.
     """
-    parquet = _library()
+    arrow, parquet = _library()
     if not path.exists():
         raise DatasetError(f"{path}: missing; {_COPY}")
     try:
-        with path.open("rb") as file:
-            yield parquet.ParquetFile(file)
+        # Not a file of Python's: threads of pyarrow would call it.
+        source = arrow.BufferReader(path.read_bytes()) if "://" in str(path) else str(path)
+        with parquet.ParquetFile(source) as file:
+            yield file
     except QvlaError:
         raise
     except Exception as error:
@@ -47,11 +49,12 @@ def check_columns(path: epath.Path, file: Any, columns: Sequence[str]) -> None:
         )
 
 
-def _library() -> Any:
+def _library() -> tuple[Any, Any]:
     try:
+        import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise DatasetError(
             "LeRobot data sets need pyarrow: pip install 'qvla-jax[lerobot]'"
         ) from error
-    return parquet
+    return arrow, parquet

@@ -60,7 +60,9 @@ class RowFiles:
             # Files may hold one row group of many episodes, which are often read one by one.
             held = self._held.get(tuple(columns))
             if held is None or held[0] != (file, groups):
-                table = parquet.read_row_groups(list(groups), columns=list(columns))
+                table = parquet.read_row_groups(
+                    list(groups), columns=list(columns), use_threads=False
+                )
                 held = (file, groups), table
                 self._held[tuple(columns)] = held
         return held[1].slice(rows.start - int(ends[first]), len(rows))

@@ -4,6 +4,7 @@ A frame is wanted at a time of the file's own time line, which need not begin at
 at the key frame before it, and goes on to the last frame that is wanted.
 """
 
+import io
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
@@ -76,7 +77,10 @@ def _shown(
         raise DatasetError(f"{path}: missing; copy the data set again")
     seen: list[float] = []
     try:
-        with path.open("rb") as file, av.open(file) as container:
+        remote = "://" in str(path)
+        source = io.BytesIO(path.read_bytes()) if remote else str(path.resolve())
+        # Other formats than the one that lerobot writes may open further files.
+        with av.open(source, format="mp4") as container:
             if not container.streams.video:
                 raise DatasetError(f"{path}: holds no video")
             stream = container.streams.video[0]

@@ -44,7 +44,7 @@ HUB_SPECS: Final = (
     # which renames those of the RLDS set and changes no value; read as OpenVLA reads that one.
     DatasetSpec(
         name="lerobot/droid_1.0.1",
-        aliases=("lerobot/droid", "cadene/droid_1.0.1"),
+        aliases=("cadene/droid_1.0.1",),
         image="observation.images.exterior_1_left",
         wrist_image="observation.images.wrist_left",
         instruction=_TASK,
@@ -64,7 +64,6 @@ HUB_SPECS: Final = (
     # is 1 for open, a state with a column of zeros before the gripper.
     DatasetSpec(
         name="IPEC-COMMUNITY/bridge_orig_lerobot",
-        aliases=("lerobot/bridge",),
         image="observation.images.image_0",
         instruction=_TASK,
         action=ActionSpec(
