@@ -173,9 +173,9 @@ class EpisodeSource(abc.ABC):
             return self.episode_ids
         # A separate stream: later draws do not depend on whether this one is made.
         rng = np.random.default_rng([seed, 2])
-        group = self._groups(self.episode_ids)
-        drawn = [self.episode_ids[group == g] for g in rng.permutation(np.unique(group))]
-        return np.sort(np.concatenate(drawn)[:count])
+        groups, group = np.unique(self._groups(self.episode_ids), return_inverse=True)
+        turn = np.argsort(rng.permutation(len(groups)))
+        return np.sort(self.episode_ids[np.argsort(turn[group], kind="stable")][:count])
 
     @cached_property
     def lengths(self) -> Mapping[int, int]:

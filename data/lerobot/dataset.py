@@ -97,7 +97,7 @@ class LeRobotDataset(EpisodeSource):
     def _check_spec(self) -> None:
         needed = [_INDEX, _STEP, _TASK_INDEX, *([_TIME] if self._videos else [])]
         try:
-            for name in self.spec.features():
+            for name in (*self.spec.features(), *self._columns):
                 if name in self._info.refused:
                     raise DatasetError(f"{name}: {self._info.refused[name]}")
             check_features(self.spec, self._info.features)

@@ -50,12 +50,13 @@ class _Declared:
     video_path: str | None = None
     chunks_size: int = 1000
     # Known to change nothing that is read: sizes at which the writer begins another file, counts
-    # that follow from others, and what describes the robot.
+    # that follow from others, what describes the robot, and the rate that became fps (any4lerobot).
     data_files_size_in_mb: Any = None
     video_files_size_in_mb: Any = None
     total_videos: Any = None
     total_chunks: Any = None
     robot_type: Any = None
+    control_frequency: Any = None
     tools: Any = None
 
 
@@ -67,7 +68,6 @@ class Info:
         path: the directory of the data set.
         version: such as v3.0.
         by_file: whether files hold many episodes (v3.0), and not one each.
-        fps: steps per second.
         features: features of a step, by name, the task in words among them.
         videos: names of the features that are frames of videos.
         refused: why some features cannot be read, by name.
@@ -77,7 +77,6 @@ class Info:
     path: epath.Path
     version: str
     by_file: bool
-    fps: float
     features: Mapping[str, Feature]
     videos: frozenset[str]
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -90,11 +89,11 @@ class Info:
     video_path: str | None
 
     def data_file(self, **numbers: int) -> str:
-        """The file of some rows, relative to `path`; see `numbers_of_files`."""
+        """A file of rows, relative to `path`, by the numbers that its version names files by."""
         return self.data_path.format(**numbers)
 
     def video_file(self, feature: str, **numbers: int) -> str:
-        """The file of some frames of a video feature, relative to `path`."""
+        """A file of a video feature, in the same way."""
         return str(self.video_path).format(video_key=feature, **numbers)
 
 
@@ -154,7 +153,6 @@ def _info(path: epath.Path, tree: Any) -> Info:
         path=path,
         version=version,
         by_file=by_file,
-        fps=declared.fps,
         features=features,
         videos=frozenset(videos),
         refused=refused,

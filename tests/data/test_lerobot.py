@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from qvla_jax import cli, data
@@ -181,6 +182,16 @@ def test_frames_of_an_episode_may_have_several_tasks(tmp_path: Path) -> None:
     assert episode.instructions == (*[sets.TASKS[1]] * 2, *[sets.TASKS[0]] * 3)
     (outline,) = source.outlines([1], gripper=False)
     assert (outline.instruction, outline.length) == (sets.TASKS[1], 5)
+
+
+def test_the_table_of_tasks_may_have_an_index_without_a_name(tmp_path: Path) -> None:
+    """As pandas writes it."""
+    path = sets.write(tmp_path / "set", sets.parts())
+    table = pq.read_table(path / "meta" / "tasks.parquet")
+    table = table.rename_columns(["task_index", "__index_level_0__"])
+    pq.write_table(table, path / "meta" / "tasks.parquet")
+    (episode,) = data.open_source(path, spec=SPEC).episodes([1], images=False)
+    assert episode.instruction == sets.TASKS[1]
 
 
 # What is read.
