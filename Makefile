@@ -10,7 +10,7 @@ KILLS ?= 50
 # versions run a selection that reaches every dependency in about two CPU minutes.
 TESTS ?=
 SELECTION := $(addprefix tests/, solvers/test_solvers.py kernels/test_codes.py \
-  inference/test_packed_linear.py serving/test_server.py \
+  inference/test_packed_linear.py serving/test_server.py data/test_lerobot.py \
   pipeline/test_run.py::test_every_file_is_there_and_nothing_half_written)
 # The newest interpreter that is supported, wherever it can be found. Only running it tells: pyenv has
 # a python3.13 on the path that runs nothing while another version is chosen.

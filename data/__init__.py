@@ -1,7 +1,7 @@
-"""Robot episodes: readers of RLDS data sets, statistics, calibration sets, the bundled sample.
+"""Robot episodes: readers of RLDS and LeRobot sets, statistics, calibration, the bundled sample.
 
     >>> from qvla_jax import data
-    >>> dataset = data.RldsDataset(data.bundled_path(), "heldout")
+    >>> dataset = data.open_source(data.bundled_path(), "heldout")
     >>> episode = next(dataset.episodes())
     >>> episode.image.shape[1:], episode.action.shape[1:]
     ((128, 128, 3), (7,))
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from qvla_jax.data.calibration import calibration_set as calibration_set
     from qvla_jax.data.episode import Episode as Episode
     from qvla_jax.data.episode import Frame as Frame
+    from qvla_jax.data.lerobot import LeRobotDataset as LeRobotDataset
+    from qvla_jax.data.opening import open_source as open_source
     from qvla_jax.data.rlds import RldsDataset as RldsDataset
     from qvla_jax.data.samples import bundled_path as bundled_path
+    from qvla_jax.data.source import EpisodeSource as EpisodeSource
     from qvla_jax.data.statistics import DatasetStatistics as DatasetStatistics
     from qvla_jax.data.statistics import dataset_statistics as dataset_statistics
 
@@ -30,22 +33,28 @@ _LAZY = {
     "CalibrationSet": "calibration",
     "DatasetStatistics": "statistics",
     "Episode": "episode",
+    "EpisodeSource": "source",
     "Frame": "episode",
+    "LeRobotDataset": "lerobot",
     "RldsDataset": "rlds",
     "bundled_path": "samples",
     "calibration_set": "calibration",
     "dataset_statistics": "statistics",
+    "open_source": "opening",
 }
 
 __all__ = [
     "CalibrationSet",
     "DatasetStatistics",
     "Episode",
+    "EpisodeSource",
     "Frame",
+    "LeRobotDataset",
     "RldsDataset",
     "bundled_path",
     "calibration_set",
     "dataset_statistics",
+    "open_source",
 ]
 
 

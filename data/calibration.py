@@ -25,12 +25,12 @@ from qvla_jax.data.manifest import (
     steps_by_source,
 )
 from qvla_jax.data.open_x.spec import DatasetSpec
+from qvla_jax.data.opening import open_source
 from qvla_jax.data.pictures import Pictures, check_each, decode_each
 from qvla_jax.data.places import dataset_folder
-from qvla_jax.data.records import split_names
-from qvla_jax.data.rlds import RldsDataset, find_version
 from qvla_jax.data.samples import bundled_path
 from qvla_jax.data.sampling import apportion
+from qvla_jax.data.source import EpisodeSource
 from qvla_jax.errors import DatasetError, InputError
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.remote.folder import remote_name
@@ -39,8 +39,6 @@ DEFAULT_FRAMES: Final = 128
 # Maximum number of episodes to read from each data set.
 DEFAULT_EPISODES: Final = 512
 BUNDLED: Final = "bundled"
-# Splits to calibrate on if none is named; the first that exists.
-_SPLITS: Final = ("calibration", "train")
 
 Source: TypeAlias = str | PathLike[str]
 Batch = dict[str, Any]
@@ -280,8 +278,8 @@ def calibration_set(
     True
 
     Args:
-        source: "bundled", an RLDS directory, the address of one (gs://...), or several of these
-            with their weights: each gets a proportional share of the frames.
+        source: "bundled", an RLDS or LeRobot directory, the address of one (gs://...), or several
+            of these with their weights: each gets a proportional share of the frames.
         frames: number of frames. Without it, every frame of the trajectories drawn; without either,
             128 frames.
         trajectories: draw from this many episodes only; by default from all, "all" also takes all
@@ -291,7 +289,7 @@ def calibration_set(
         seed: seed of the draw.
         split: split to draw from; by default "calibration" if there is one, else "train".
         horizon: number of actions of the expert with each frame.
-        spec: how a data set is read, if not as its name says; see `RldsDataset`.
+        spec: how a data set is read, if not as its name says; see `open_source`.
         max_episodes: maximum number of episodes to read from each data set (see `drawing.look`),
             unless all are requested.
         balance: multiply weights by the number of frames of each data set, as the public training
@@ -331,7 +329,7 @@ def calibration_set(
     opened = []
     for place, weight in weights.items():
         path = _resolve(place, None if progress is no_progress else progress)
-        dataset = RldsDataset(path, split or _default_split(path), spec=spec)
+        dataset = open_source(path, split, spec=spec)
         name = place if place == BUNDLED else _absolute(dataset)
         opened.append((dataset, name, weight))
     return _drawn(
@@ -349,7 +347,7 @@ def calibration_set(
 
 
 def _drawn(
-    opened: Sequence[tuple[RldsDataset, str, float]],
+    opened: Sequence[tuple[EpisodeSource, str, float]],
     *,
     frames: int | None,
     trajectories: int | None,
@@ -369,7 +367,7 @@ def _drawn(
             dataset,
             max_episodes=max_episodes,
             stride=stride,
-            horizon=horizon,
+            horizon=None if gripper_share is None else horizon,
             seed=seed,
             seen=lambda: progress("calibrate", next(done), total),
         )
@@ -388,7 +386,7 @@ def _drawn(
     rows: list[tuple[int, int, int]] = []
     sources: list[dict[str, Any]] = []
     left_out: list[str] = []
-    kept: list[RldsDataset] = []
+    kept: list[EpisodeSource] = []
     for pool, (dataset, name, _), weight, some, few in zip(
         pools, opened, weights, frame_shares, trajectory_shares, strict=True
     ):
@@ -448,29 +446,24 @@ def _shares(
     return apportion(total, weights, capacity).tolist()
 
 
-def _open(entry: Mapping[str, Any], source: Source | None = None) -> RldsDataset:
+def _open(entry: Mapping[str, Any], source: Source | None = None) -> EpisodeSource:
     spec = DatasetSpec.from_json(entry["spec"], f"manifest: {entry['dataset']}")
-    return RldsDataset(_resolve(source or entry["source"]), entry["split"], spec=spec)
+    return open_source(_resolve(source or entry["source"]), entry["split"], spec=spec)
 
 
 def _resolve(source: Source, progress: Progress | None = None) -> Source:
     return bundled_path() if source == BUNDLED else dataset_folder(source, progress=progress)
 
 
-def _absolute(dataset: RldsDataset) -> str:
+def _absolute(dataset: EpisodeSource) -> str:
     path = dataset.path
     if (name := remote_name(Path(path))) is not None:
         return name
     return str(path) if "://" in str(path) else str(path.resolve())
 
 
-def _default_split(source: Source) -> str:
-    names = split_names(find_version(source))
-    return next((name for name in _SPLITS if name in names), _SPLITS[-1])
-
-
 def _load(
-    datasets: Sequence[RldsDataset], drawn: Sequence[Mapping[int, Collection[int]]]
+    datasets: Sequence[EpisodeSource], drawn: Sequence[Mapping[int, Collection[int]]]
 ) -> dict[tuple[int, int], EncodedEpisode]:
     return {
         (place, encoded.episode.id): encoded.only(steps[encoded.episode.id])

@@ -7,8 +7,8 @@ import numpy as np
 
 from qvla_jax.array_typing import Float32, NpArray
 from qvla_jax.data.episode import next_steps
-from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.data.sampling import interleave, spread, stratified
+from qvla_jax.data.source import EpisodeSource
 from qvla_jax.errors import DatasetError
 
 
@@ -20,11 +20,12 @@ class Pool:
         tasks: ids of the episodes of each instruction.
         lengths: steps of each episode.
         stride: every `stride`-th step may be drawn, starting with the first.
-        deciding: steps of each episode whose next actions open or close the gripper.
+        deciding: steps of each episode whose next actions open or close the gripper; empty if that
+            was not asked for.
         unlabeled: number of episodes skipped because they have no instruction.
     """
 
-    dataset: RldsDataset
+    dataset: EpisodeSource
     tasks: dict[str, list[int]]
     lengths: dict[int, int]
     stride: int
@@ -53,11 +54,11 @@ class Pool:
 
 
 def look(
-    dataset: RldsDataset,
+    dataset: EpisodeSource,
     *,
     max_episodes: int,
     stride: int,
-    horizon: int,
+    horizon: int | None,
     seed: int,
     seen: Callable[[], None] = lambda: None,
 ) -> Pool:
@@ -67,11 +68,12 @@ def look(
 
     Args:
         dataset: the split.
-        max_episodes: maximum number of episodes to read. A larger split is not read completely:
-            files are drawn by the seed until they hold as many. Records were shuffled when the set
-            was written, so these files are a sample of the split.
+        max_episodes: maximum number of episodes to look at. Of a larger split a sample is drawn by
+            the seed: whole files of RLDS, whose records were shuffled when the set was written, and
+            single episodes of LeRobot.
         stride: see `Pool`.
-        horizon: number of actions from a step on that can make it a deciding one.
+        horizon: number of actions from a step on that can make it a deciding one; None does not
+            look for deciding steps.
         seed: draws the files.
         seen: called after each episode.
 
@@ -82,15 +84,16 @@ def look(
     lengths: dict[int, int] = {}
     deciding: dict[int, frozenset[int]] = {}
     unlabeled = 0
-    for encoded in dataset.encoded_episodes(dataset.sample_ids(max_episodes, seed=seed)):
-        episode = encoded.episode
+    ids = dataset.sample_ids(max_episodes, seed=seed)
+    for outline in dataset.outlines(ids, gripper=horizon is not None):
         seen()
-        if not episode.labeled:
+        if not outline.instruction.strip():
             unlabeled += 1
             continue
-        tasks.setdefault(episode.instruction, []).append(episode.id)
-        lengths[episode.id] = len(episode)
-        deciding[episode.id] = _deciding(episode.action[:, -1], horizon)
+        tasks.setdefault(outline.instruction, []).append(outline.id)
+        lengths[outline.id] = outline.length
+        if horizon is not None and outline.gripper is not None:
+            deciding[outline.id] = _deciding(outline.gripper, horizon)
     if not lengths:
         lacking = (
             f"an instruction: {dataset.spec.instruction} is empty in all {unlabeled} looked at"

@@ -6,12 +6,13 @@ looked up, transparency is dropped, CMYK is converted. Anything else stored in p
 raises a `DatasetError` that names set, episode, step and feature.
 """
 
+import abc
 import io
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Final, TypeAlias
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from qvla_jax.array_typing import NpArray, UInt8
 from qvla_jax.errors import DatasetError
 
 Picture: TypeAlias = UInt8[NpArray, "height width 3"]
+_T = TypeVar("_T")
 
 # What TensorFlow's decoder of pictures reads; Pillow reads many more, some by calling programs.
 _FORMATS: Final = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
@@ -26,6 +28,30 @@ _FORMATS: Final = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 _MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 # Offset of the bit depth in a PNG file.
 _PNG_BIT_DEPTH: Final = 24
+
+
+class LazyPictures(abc.ABC):
+    """Pictures that stay in their file until they are asked for."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of pictures."""
+
+    @abc.abstractmethod
+    def __getitem__(self, kept: slice) -> Self:
+        """The same with only some of the pictures."""
+
+    @abc.abstractmethod
+    def only(self, steps: Collection[int]) -> "Sequence[bytes | NpArray] | LazyPictures":
+        """What `Pictures.only` keeps of them."""
+
+    @abc.abstractmethod
+    def read(self, steps: Sequence[int]) -> list[bytes | NpArray | DatasetError]:
+        """The pictures of some steps, read in one pass.
+
+        Returns:
+            Each as `Pictures.stored` has it, or the error why it cannot be read.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +66,7 @@ class Pictures:
         first_step: number of the first step in the record.
     """
 
-    stored: Sequence[bytes | NpArray]
+    stored: Sequence[bytes | NpArray] | LazyPictures
     size: tuple[int | None, int | None]
     feature: str
     episode: str
@@ -51,17 +77,34 @@ class Pictures:
 
     def only(self, steps: Collection[int]) -> "Pictures":
         """The same with only the pictures of some steps; the others are empty."""
+        if isinstance(self.stored, LazyPictures):
+            return replace(self, stored=self._of_file(self.stored.only, steps))
         kept = [file if step in steps else b"" for step, file in enumerate(self.stored)]
         return replace(self, stored=kept)
 
-    def decode(self, step: int) -> Picture:
-        """The picture of a step.
+    def decode(self, steps: Sequence[int]) -> list[Picture]:
+        """The pictures of some steps.
 
         Raises:
-            DatasetError: it is not a picture, not 8 bits deep, or not of the declared size.
+            DatasetError: one is not a picture, not 8 bits deep, or not of the declared size.
         """
+        if isinstance(self.stored, LazyPictures):
+            found = self._of_file(self.stored.read, steps)
+        else:
+            found = [self.stored[step] for step in steps]
+        return [self._decoded(step, one) for step, one in zip(steps, found, strict=True)]
+
+    def _of_file(self, read: Callable[[Any], _T], steps: Collection[int]) -> _T:
         try:
-            image = _decode(self.stored[step])
+            return read(steps)
+        except DatasetError as error:
+            raise DatasetError(f"{self.episode}: {self.feature}: {error}") from error
+
+    def _decoded(self, step: int, stored: bytes | NpArray | DatasetError) -> Picture:
+        try:
+            if isinstance(stored, DatasetError):
+                raise stored
+            image = _decode(stored)
             self._check_size(image.shape[:2], self.size, "the data set declares")
         except DatasetError as error:
             raise DatasetError(f"{self._where(step)}: {error}") from error
@@ -69,7 +112,7 @@ class Pictures:
 
     def decode_all(self) -> UInt8[NpArray, "t height width 3"]:
         """The pictures of all steps, which must have the same size."""
-        images = list(_threads().map(self.decode, range(len(self))))
+        images = _decoded([(self, step) for step in range(len(self))])
         for step, image in enumerate(images):
             self.check_same_size(step, image.shape[:2], (0, images[0].shape[:2]))
         return np.stack(images)
@@ -96,10 +139,10 @@ class Pictures:
 
 
 def decode_each(
-    chosen: Iterable[tuple[Pictures, int]],
+    chosen: Sequence[tuple[Pictures, int]],
 ) -> UInt8[NpArray, "b height width 3"] | list[Picture]:
     """Decodes pictures, each given as (pictures of its camera, step); a list if sizes differ."""
-    images = list(_threads().map(lambda one: one[0].decode(one[1]), chosen))
+    images = _decoded(chosen)
     same = len({image.shape for image in images}) == 1
     return np.stack(images) if same else images
 
@@ -110,10 +153,52 @@ def check_each(chosen: Sequence[tuple[Pictures, int]]) -> None:
     Raises:
         DatasetError: one does not decode, or pictures of one episode and camera differ in size.
     """
-    sizes = _threads().map(lambda one: one[0].decode(one[1]).shape[:2], chosen)
+    passes = _passes(chosen)
     first: dict[int, tuple[int, tuple[int, ...]]] = {}
-    for (pictures, step), size in zip(chosen, sizes, strict=True):
-        pictures.check_same_size(step, size, first.setdefault(id(pictures), (step, size)))
+    for one, sizes in zip(passes, _threads().map(_sizes, passes), strict=True):
+        for step, size in zip(one.steps, sizes, strict=True):
+            one.pictures.check_same_size(
+                step, size, first.setdefault(id(one.pictures), (step, size))
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """Steps that one thread decodes, and where each was asked for."""
+
+    pictures: Pictures
+    steps: list[int]
+    places: list[int]
+
+
+def _passes(chosen: Iterable[tuple[Pictures, int]]) -> list[_Pass]:
+    """One for each picture, or for each file that holds several."""
+    passes: list[_Pass] = []
+    by_file: dict[int, _Pass] = {}
+    for place, (pictures, step) in enumerate(chosen):
+        known = by_file.get(id(pictures.stored))
+        if known is not None:
+            known.steps.append(step)
+            known.places.append(place)
+            continue
+        passes.append(_Pass(pictures=pictures, steps=[step], places=[place]))
+        if isinstance(pictures.stored, LazyPictures):
+            by_file[id(pictures.stored)] = passes[-1]
+    return passes
+
+
+def _decoded(chosen: Iterable[tuple[Pictures, int]]) -> list[Picture]:
+    passes = _passes(chosen)
+    images: dict[int, Picture] = {}
+    for one, found in zip(
+        passes, _threads().map(lambda one: one.pictures.decode(one.steps), passes), strict=True
+    ):
+        images.update(zip(one.places, found, strict=True))
+    return [image for _, image in sorted(images.items())]
+
+
+def _sizes(one: _Pass) -> list[tuple[int, ...]]:
+    return [image.shape[:2] for image in one.pictures.decode(one.steps)]
 
 
 @cache

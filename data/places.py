@@ -10,9 +10,11 @@ from typing import Final
 from qvla_jax.progress import Progress
 from qvla_jax.remote.places import elsewhere
 
-# Files of RLDS that describe a data set, and the folder of LeRobot that does.
+# Files of RLDS that describe a data set, and the folder of LeRobot that does, where some are not
+# read: its statistics.
 _DESCRIPTIONS: Final = ("dataset_info.json", "features.json", "metadata.json")
 _FOLDER: Final = "meta"
+_UNREAD: Final = ("stats.json", "episodes_stats.jsonl")
 # RLDS there is read in place, by TensorFlow: such sets have terabytes.
 _IN_PLACE: Final = "gs://"
 
@@ -43,6 +45,6 @@ def dataset_folder(
     remote.fetch(
         name
         for name, folder, last in folders
-        if last in _DESCRIPTIONS or _FOLDER in folder.split("/")
+        if last in _DESCRIPTIONS or (_FOLDER in folder.split("/") and last not in _UNREAD)
     )
     return remote.folder

@@ -19,16 +19,16 @@ import numpy as np
 from etils import epath
 
 from qvla_jax.array_typing import Int64, NpArray
+from qvla_jax.data.hashing import digest, sample
+from qvla_jax.data.location import DESCRIPTIONS, RLDS
 from qvla_jax.data.open_x.features import Feature
 from qvla_jax.errors import DatasetError
 from qvla_jax.remote.folder import ensure
 
-INFO_FILE: Final = "dataset_info.json"
+INFO_FILE: Final = DESCRIPTIONS[RLDS]
 # Where our writer says which specification reads the data set.
 METADATA_FILE: Final = "metadata.json"
 SPEC_KEY: Final = "spec"
-_SAMPLE_BYTES: Final = 1 << 16
-_BLOCK_BYTES: Final = 1 << 22
 # The name of a shard: prefix, number, and number of shards.
 _SHARD: Final = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})")
 # A TFRecord is its length (u64), the length's checksum (u32), the bytes, and their checksum (u32).
@@ -106,25 +106,19 @@ class SplitRecords:
         for place in self._places(ids):
             path = self.files[place]
             self._check_there(path)
-            with path.open("rb") as file:
-                hashes[path.name] = _digest(file)
+            hashes[path.name] = digest(path)
         return hashes
 
     def fingerprint(self) -> str:
         """A quick hash of the split: descriptions, file sizes, and both ends of every file."""
-        digest = hashlib.sha256(self.split.encode())
+        hashed = hashlib.sha256(self.split.encode())
         for name in (INFO_FILE, "features.json"):
             path = self.path / name
-            digest.update(path.read_bytes() if path.exists() else b"")
+            hashed.update(path.read_bytes() if path.exists() else b"")
         for path in self.files:
             self._check_there(path)
-            size = path.stat().length
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(max(0, size - _SAMPLE_BYTES))
-                digest.update(file.read(_SAMPLE_BYTES))
-        return digest.hexdigest()
+            sample(path, path.name, hashed)
+        return hashed.hexdigest()
 
     def examples(self, ids: Int64[NpArray, " e"]) -> Iterator[Mapping[str, Any]]:
         """Yields records in the order of `ids`, their steps as a list, images as stored.
@@ -295,13 +289,6 @@ def _import_tensorflow() -> Any:
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
     return tf
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK_BYTES):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _count_tfrecords(path: epath.Path) -> int:

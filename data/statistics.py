@@ -18,7 +18,7 @@ from qvla_jax.atomic import write_json
 from qvla_jax.caches import cache_folder
 from qvla_jax.data.episode import Episode
 from qvla_jax.data.open_x.spec import DatasetSpec
-from qvla_jax.data.rlds import RldsDataset
+from qvla_jax.data.opening import open_source
 from qvla_jax.errors import DatasetError, InputError
 from qvla_jax.remote.folder import remote_name
 
@@ -193,17 +193,18 @@ def dataset_statistics(
     whose fingerprint differs from the data's is stale and is replaced.
 
     Args:
-        path: RLDS directory.
+        path: RLDS or LeRobot directory.
         split: the split that a policy is trained on.
-        spec: how the data set is read, if not as its name says; see `RldsDataset`.
+        spec: how the data set is read, if not as its name says; see `open_source`.
         cache: whether to read and write the cache.
     """
-    dataset = RldsDataset(path, split, spec=spec)
+    dataset = open_source(path, split, spec=spec)
     content = dataset.fingerprint()
     read_as = json.dumps(dataset.spec.to_json(), sort_keys=True)
     fingerprint = f"{_VERSION} {hashlib.sha256(read_as.encode()).hexdigest()} {content}"
-    name = f"dataset_statistics_{split}_{dataset.spec.name}.json"
-    folders = [cache_folder("statistics") / f"{dataset.name}-{content[:16]}"]
+    spec_name, set_name = (name.replace("/", "_") for name in (dataset.spec.name, dataset.name))
+    name = f"dataset_statistics_{split}_{spec_name}.json"
+    folders = [cache_folder("statistics") / f"{set_name}-{content[:16]}"]
     if "://" not in str(dataset.path) and remote_name(Path(dataset.path)) is None:
         folders.insert(0, Path(dataset.path))
     if cache:

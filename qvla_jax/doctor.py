@@ -423,10 +423,11 @@ _OTHERS: Final[Mapping[str, Callable[[], Iterable[Check] | Check]]] = {
     "LIBERO": provider,
     "MuJoCo": mujoco,
     "OpenGL": opengl,
-    "PyAV": functools.partial(package, "PyAV (videos)", ("av",), "libero"),
+    "PyAV": functools.partial(package, "PyAV (videos)", ("av",), "lerobot"),
     "the Hub": functools.partial(
         package, "huggingface_hub (policies on the Hub)", ("huggingface_hub",), "hub"
     ),
     "buckets": functools.partial(package, "gcsfs (policies in buckets)", ("gcsfs",), "buckets"),
     "aiohttp": functools.partial(package, "aiohttp (serving)", ("aiohttp",), "serve"),
+    "pyarrow": functools.partial(package, "pyarrow (LeRobot data sets)", ("pyarrow",), "lerobot"),
 }

@@ -20,8 +20,8 @@ from qvla_jax.errors import DatasetError, InputError
 
 # Columns side by side; None is one column of zeros.
 Columns: TypeAlias = tuple[str | None, ...]
-# The values of a feature, one for each step.
-Values: TypeAlias = Callable[[str], Sequence[Any]]
+# The values of a feature, one for each step: a list, an array, or pictures that are not read yet.
+Values: TypeAlias = Callable[[str], Any]
 
 # Kinds of numpy dtypes that columns may have: booleans, integers, floats.
 NUMBERS: Final = "biuf"

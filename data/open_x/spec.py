@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -58,6 +58,8 @@ class DatasetSpec:
         joint_state: columns of the joint angles (rad), read if the data set has them.
         control_hz: steps per second.
         skip_first: number of steps to drop at the beginning.
+        same: features that have other names in some copies of the data set: groups of names, of
+            which the first that a copy has is taken.
         aliases: other names of the data set.
         notes: what to know before using it.
     """
@@ -71,6 +73,7 @@ class DatasetSpec:
     joint_state: Columns = ()
     control_hz: float
     skip_first: int = 0
+    same: tuple[tuple[str, ...], ...] = ()
     aliases: tuple[str, ...] = field(default_factory=tuple)
     notes: str = ""
 
@@ -106,6 +109,41 @@ class DatasetSpec:
         columns = [Entries.parse(text).path for text in self.columns()]
         return list(dict.fromkeys([path for path in single if path is not None] + columns))
 
+    def for_features(self, features: Collection[str]) -> Self:
+        """The specification with the names that a data set has; see `same`."""
+        if not self.same:
+            return self
+        names = {
+            name: next((other for other in group if other in features), name)
+            for group in self.same
+            for name in group
+        }
+
+        def columns(texts: Columns) -> Columns:
+            return tuple(None if text is None else renamed(text) for text in texts)
+
+        def renamed(text: str) -> str:
+            entries = Entries.parse(text)
+            return str(dataclasses.replace(entries, path=names.get(entries.path, entries.path)))
+
+        action = dataclasses.replace(
+            self.action,
+            translation=columns(self.action.translation),
+            rotation=columns(self.action.rotation),
+            gripper=columns(self.action.gripper),
+        )
+        wrist = self.wrist_image
+        return dataclasses.replace(
+            self,
+            image=names.get(self.image, self.image),
+            wrist_image=None if wrist is None else names.get(wrist, wrist),
+            instruction=names.get(self.instruction, self.instruction),
+            action=action,
+            proprio=columns(self.proprio),
+            joint_state=columns(self.joint_state),
+            same=(),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """As plain lists and strings, without defaults."""
         return _plain(self)
@@ -119,6 +157,7 @@ class DatasetSpec:
         return cls(**{**_arguments(cls, tree, where), "action": action})
 
 
+_GROUPS: Final = "same"
 _LISTS: Final = ("translation", "rotation", "gripper", "proprio", "joint_state", "aliases")
 _TYPES: Final = {"control_hz": (int, float), "skip_first": int, "action": Mapping}
 
@@ -133,8 +172,12 @@ def _plain(spec: Any) -> dict[str, Any]:
         if isinstance(value, ActionSpec):
             tree[item.name] = _plain(value)
         elif value != default:
-            tree[item.name] = list(value) if isinstance(value, tuple) else value
+            tree[item.name] = _as_lists(value)
     return tree
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _arguments(kind: type, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -148,7 +191,13 @@ def _arguments(kind: type, tree: Mapping[str, Any], where: str) -> dict[str, Any
         raise InputError(f"{where}: lacks {', '.join(lacking)}")
     arguments = {}
     for name, value in tree.items():
-        if name in _LISTS:
+        if name == _GROUPS:
+            fits = isinstance(value, list) and all(
+                isinstance(group, list) and group and all(isinstance(v, str) for v in group)
+                for group in value
+            )
+            value = tuple(map(tuple, value)) if fits else value
+        elif name in _LISTS:
             fits = isinstance(value, list) and all(v is None or isinstance(v, str) for v in value)
             value = tuple(value) if fits else value
         else:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from qvla_jax.data.open_x.hub_specs import HUB_JOINT_ACTIONS, HUB_SPECS
 from qvla_jax.data.open_x.spec import ActionSpec, DatasetSpec
 from qvla_jax.errors import InputError, unknown
 
@@ -473,8 +474,8 @@ _SPECS: Final = (
 )
 
 SPECS: Final[Mapping[str, DatasetSpec]] = {spec.name: spec for spec in _SPECS}
-# By every name of a data set.
-NAMES: Final = {name: spec for spec in _SPECS for name in (spec.name, *spec.aliases)}
+# By every name of a data set, those of LeRobot sets included.
+NAMES: Final = {name: spec for spec in (*_SPECS, *HUB_SPECS) for name in (spec.name, *spec.aliases)}
 
 # Open-X sets that move joints: there is no end-effector delta to take from them.
 JOINT_ACTIONS: Final = (
@@ -490,7 +491,7 @@ def find(name: str) -> DatasetSpec | None:
     Raises:
         InputError: the data set's actions are joint positions.
     """
-    if name in JOINT_ACTIONS:
+    if name in JOINT_ACTIONS or name.startswith(HUB_JOINT_ACTIONS):
         raise InputError(
             f"{name}: its actions are joint positions; a policy of end-effector deltas cannot be "
             "calibrated on it"

@@ -21,6 +21,17 @@ from qvla_jax.errors import DatasetError
 
 # How far noise may push a gripper outside [0, 1].
 _SLACK: Final = 0.01
+# Features that are passed through if they hold one number per step, with what stands for them.
+OPTIONAL: Final = {
+    "reward": (0.0, np.float32),
+    "discount": (1.0, np.float32),
+    "is_terminal": (False, np.bool_),
+}
+
+
+def kept_steps(spec: DatasetSpec, steps: int) -> range:
+    """The steps of a record of `steps` that its specification keeps; there may be none."""
+    return range(steps)[spec.skip_first : steps - (spec.action.movement == "reached")]
 
 
 def standardize(
@@ -51,7 +62,7 @@ def standardize(
         DatasetError: the gripper leaves [0, 1], a value is not finite, or an instruction is
             invalid; the message names step and feature. All kept steps are checked.
     """
-    kept = range(steps)[spec.skip_first : steps - (spec.action.movement == "reached")]
+    kept = kept_steps(spec, steps)
     if not kept:
         return None
     action = _actions(spec, values, steps)
@@ -62,7 +73,8 @@ def standardize(
             return None
         return numbers(columns, values, kept).astype(np.float32)
 
-    def optional(path: str, default: Any, dtype: type[np.generic]) -> NpArray:
+    def optional(path: str) -> NpArray:
+        default, dtype = OPTIONAL[path]
         feature = features.get(path)
         usable = feature is not None and feature.shape in ((), (1,))
         if feature is None or not usable or feature.dtype.kind not in NUMBERS:
@@ -87,9 +99,9 @@ def standardize(
         state=floats(spec.proprio),
         joint_state=floats(spec.joint_state),
         action=action,
-        reward=optional("reward", 0.0, np.float32),
-        discount=optional("discount", 1.0, np.float32),
-        is_terminal=optional("is_terminal", False, np.bool_),
+        reward=optional("reward"),
+        discount=optional("discount"),
+        is_terminal=optional("is_terminal"),
         metadata=metadata,
     )
     return EncodedEpisode(

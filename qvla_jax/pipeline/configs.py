@@ -31,8 +31,8 @@ class SeedConfig(StageConfig):
 class FramesConfig(SeedConfig):
     """The calibration frames."""
 
-    # "bundled", the directory of an RLDS data set, or its address (gs://...); with --mixture, the
-    # folder or address that holds the mixture's data sets.
+    # "bundled", the directory of an RLDS or LeRobot data set, or its address (gs://...); with
+    # --mixture, the folder or address that holds the mixture's data sets.
     dataset: str = "bundled"
     # A mixture of Open-X by name, such as oxe_magic_soup_plus: weights times frames of each set.
     mixture: str | None = None
@@ -42,8 +42,8 @@ class FramesConfig(SeedConfig):
     spec: str | None = None
     # Split to calibrate on; by default "calibration" if there is one, else "train".
     split: str | None = None
-    # Maximum number of episodes to read from each data set; of larger sets only some files are
-    # read.
+    # Maximum number of episodes to draw from in each data set; of larger sets only some files or
+    # episodes are read.
     max_episodes: int = 512
     # Frames to draw. Few frames overfit: 8 cost a factor of 10 to 60 in held-out error.
     frames: int = 128
@@ -172,7 +172,7 @@ class HeldoutConfig(SeedConfig, ModelOptions):
 
     # A policy that ships with the package, or a directory that holds one.
     model: str = "libero-mini"
-    # "bundled", the directory of an RLDS data set, or its address (gs://...).
+    # "bundled", the directory of an RLDS or LeRobot data set, or its address (gs://...).
     eval_dataset: str = "bundled"
     # Its specification: the name of one, or a JSON file; by default, found by its name.
     eval_spec: str | None = None

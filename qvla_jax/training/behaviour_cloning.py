@@ -18,7 +18,7 @@ from qvla_jax import sharding
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints.checksums import check_checksums, write_checksums
-from qvla_jax.data.rlds import RldsDataset
+from qvla_jax.data.opening import open_source
 from qvla_jax.data.statistics import dataset_statistics
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family
@@ -93,19 +93,20 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
         DatasetError: the data set cannot be read.
     """
     architecture = preset(config.model)
+    family = family_of(architecture)
     train_sets = [
-        RldsDataset(path, config.train_split, spec=config.spec)
+        open_source(path, config.train_split, spec=config.spec)
         for path in (config.data, *config.more_data)
     ]
-    heldout_set = RldsDataset(config.data, config.heldout_split, spec=config.spec)
+    heldout_set = open_source(config.data, config.heldout_split, spec=config.spec)
     fingerprints = [data.fingerprint() for data in train_sets]
     initial = None if config.initial_policy is None else load_policy(config.initial_policy)
-    if initial is not None and initial.config != architecture:
+    if initial is not None and not _same_network(family, initial.config, architecture):
         raise InputError(f"{config.initial_policy} is no {config.model}: its configuration differs")
     recipe = portable(config, initial_fingerprint=initial and initial.fingerprint)
     claim_folder(config, recipe, fingerprints)
     statistics = dataset_statistics(config.data, config.train_split, spec=config.spec)
-    family = family_of(architecture)
+    architecture = family.with_statistics(architecture, statistics.dataset_name)
     model = family.make_model(architecture, rngs=nnx.Rngs(config.seed))
     if initial is not None:
         model = initial.model
@@ -147,6 +148,13 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
         },
     )
     return folder
+
+
+def _same_network(family: Family, one: Any, other: Any) -> bool:
+    """Whether configurations differ in nothing but the data set whose statistics they name."""
+    return type(one) is type(other) and family.with_statistics(one, "") == family.with_statistics(
+        other, ""
+    )
 
 
 def heldout_l1(policy: Policy, frames: Frames, *, batch_size: int = 64) -> Float[np.ndarray, "h a"]:

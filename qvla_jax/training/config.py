@@ -20,12 +20,12 @@ _MAY_CHANGE = ("steps", "decay_steps", "checkpoint_every", "evaluate_every")
 class TrainConfig:
     """Everything that determines the trained weights."""
 
-    # RLDS directory with the two splits below, or its name on the Hugging Face Hub. Its training
-    # split determines the normalization.
+    # RLDS or LeRobot directory with the two splits below, or its name on the Hugging Face Hub. Its
+    # training split determines the normalization.
     data: str | Path
     # Folder for checkpoints, log and the finished policy; an interrupted run resumes from here.
     out: Path
-    # More RLDS directories to train on, such as states that a policy visited and the expert
+    # More such directories to train on, such as states that a policy visited and the expert
     # labeled.
     more_data: tuple[str | Path, ...] = ()
     # Preset of the architecture.

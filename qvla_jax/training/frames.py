@@ -10,7 +10,7 @@ import numpy as np
 
 from qvla_jax.array_typing import Float
 from qvla_jax.data.episode import next_steps
-from qvla_jax.data.rlds import RldsDataset
+from qvla_jax.data.source import EpisodeSource
 from qvla_jax.errors import DatasetError
 from qvla_jax.families.family import Processor
 from qvla_jax.progress import Progress, no_progress, track
@@ -35,7 +35,7 @@ class Frames:
 
 
 def load_frames(
-    datasets: Sequence[RldsDataset],
+    datasets: Sequence[EpisodeSource],
     processor: Processor,
     *,
     horizon: int,
@@ -50,7 +50,7 @@ def load_frames(
     20,000 frames.
 
     Args:
-        datasets: opened RLDS splits.
+        datasets: opened splits.
         processor: the processor of the policy to train.
         horizon: actions of its chunks.
         stage: name of the progress bar.

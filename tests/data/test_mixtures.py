@@ -19,6 +19,7 @@ from qvla_jax.errors import DatasetError, InputError
 if importlib.util.find_spec("tensorflow") is None:  # importing it takes seconds of every worker
     pytest.skip("writing RLDS needs TensorFlow (extra `rlds`)", allow_module_level=True)
 
+from . import lerobot_sets
 from . import open_x_sets as sets
 
 # TensorFlow and Beam warn about their own dependencies.
@@ -266,6 +267,7 @@ def test_the_commands_in_the_docs_run(
         sets.write(Path("data"), name, lengths=(70, 70))
     for name in open_x.mixture("oxe_magic_soup_plus"):
         sets.write(Path("data/open_x"), name, lengths=(25, 5))
+    lerobot_sets.write(Path("data/libero"), lerobot_sets.parts((70, 70)))
     example = DOCS.split("```json\n")[1].split("```")[0]
     Path("my_robot.json").write_text(example)
     structure = sets.Structure(
@@ -284,7 +286,8 @@ def test_the_commands_in_the_docs_run(
     sets.write(Path("data"), "my_robot", structure=structure, lengths=(70, 70))
     commands = [line.split() for line in DOCS.splitlines() if line.startswith("    qvla ")]
     run = [command[1:] for command in commands if "gs://" not in " ".join(command)]
-    assert len(run) == len(commands) - 1 == 4
+    run = [command for command in run if command[0] == "calibrate"]
+    assert len(run) == len(commands) - 2 == 5
     for command in run:
         assert main(command) == 0, command
     assert "toto (train): 43 frames" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from qvla_jax.pipeline import files
 from qvla_jax.plain import to_plain
 from qvla_jax.sensitivity import SensitivityTable
 
-from ..data import open_x_sets
+from ..data import lerobot_sets, open_x_sets
 from .pages import ROOT, markdown
 from .running import SIMULATOR, done
 
@@ -54,6 +54,7 @@ def world(tmp_path_factory, closed_loop_summary) -> Path:
         open_x_sets.write(folder / "data", name, **long)
     for name in open_x.MIXTURES["oxe_magic_soup_plus"]:
         open_x_sets.write(folder / "data" / "open_x", name, **long)
+    lerobot_sets.write(folder / "data" / "libero", lerobot_sets.parts((12, 10), videos=True))
     structure = open_x_sets.STRUCTURES["libero"]
     written, _ = open_x_sets.write(folder, "libero_spatial", structure=structure, **long)
     shutil.copytree(written, folder / "libero_spatial_rlds")

@@ -5,9 +5,11 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from qvla_jax.checkpoints.torch_writer import write_torch_zip
 from qvla_jax.data.open_x.features import Feature, check_features
 from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.open_x.specs import get, load
+from qvla_jax.data.opening import open_source
 from qvla_jax.data.records import SplitRecords
 from qvla_jax.data.samples import bundled_path
 from qvla_jax.errors import DatasetError
@@ -64,6 +67,7 @@ def targets(folder: Path) -> list[Target]:
         _spec(folder / "spec"),
         _features(),
         *_dataset(folder / "dataset"),
+        *_lerobot(folder / "lerobot"),
         *_messages(),
     ]
 
@@ -320,6 +324,41 @@ def _dataset(folder: Path) -> list[Target]:
         found.append(
             Target(f"rlds-{name}", seeds, own, damage_json, weight=0.2, warm_up=_load_tensorflow)
         )
+    return found
+
+
+RECORDED = Path(__file__).parents[1] / "data" / "fixtures" / "lerobot.zip"
+
+
+def _lerobot(folder: Path) -> list[Target]:
+    """Descriptions, tables and rows of the sets that lerobot wrote.
+
+    Not their videos: PyAV makes code where it raises an error, which is among what is forbidden.
+    """
+    if importlib.util.find_spec("av") is None:
+        return []
+    with zipfile.ZipFile(RECORDED) as file:
+        file.extractall(folder)
+    v3, v2 = folder / "v30_images", folder / "v21_videos"
+    chosen = {
+        "info.json": (v3 / "meta" / "info.json", damage_json),
+        "tasks.parquet": (v3 / "meta" / "tasks.parquet", damage_bytes),
+        "episodes.parquet": (v3 / "meta/episodes/chunk-000/file-000.parquet", damage_bytes),
+        "rows": (v3 / "data" / "chunk-000" / "file-000.parquet", damage_bytes),
+        "episodes.jsonl": (v2 / "meta" / "episodes.jsonl", damage_bytes),
+        "tasks.jsonl": (v2 / "meta" / "tasks.jsonl", damage_bytes),
+    }  # fmt: skip
+    found = []
+    for name, (original, damage) in chosen.items():
+        whole = v3 if v3 in original.parents else v2
+        path = folder / name / original.relative_to(whole)
+        shutil.copytree(whole, folder / name)
+
+        def read(_: Path, root: Path = folder / name) -> None:
+            next(open_source(root, spec="lerobot/libero").episodes([0]))
+
+        seeds = (original.read_bytes(),)
+        found.append(Target(f"lerobot-{name}", seeds, _file(path, read), damage, weight=0.1))
     return found
 
 

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 
 from qvla_jax import cli
@@ -24,6 +27,7 @@ from qvla_jax.remote.hub import HubFolder, looks_like_one
 from .fake_hub import COMMIT, FakeHub, Repository, contents, git_sha1
 
 NAME = "somebody/tiny"
+LEROBOT = Path(__file__).parents[1] / "data" / "fixtures" / "lerobot.zip"
 OTHERS = {
     "README.md": b"# tiny",
     "picture.png": bytes(3000),
@@ -294,3 +298,26 @@ def test_of_a_data_set_only_the_files_of_drawn_episodes_are_fetched(hub, tmp_pat
     forget()
     again = CalibrationSet.from_manifest(tmp_path / "set.json")
     assert again.manifest == drawn.manifest
+
+
+def test_of_a_lerobot_set_the_rows_and_videos_of_drawn_episodes_are_fetched(hub, tmp_path):
+    with zipfile.ZipFile(LEROBOT) as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "v21_videos"
+    hub.repositories["lerobot/libero"] = Repository(contents(folder), kind="dataset")
+    drawn = calibration_set("lerobot/libero", frames=2, trajectories=2, horizon=2)
+    (source,) = drawn.manifest["sources"]
+    assert source["source"] == f"lerobot/libero@{COMMIT}"
+    (batch,) = drawn.batches(2)
+    asked = {path.partition(COMMIT)[2] for method, path, _ in hub.log if method == "GET"}
+    episodes = {f"episode_{number:06d}" for number in drawn.manifest["episodes"]}
+    assert len(episodes) == 2
+    fetched = {name for path in asked for name in re.findall(r"episode_\d+", path)}
+    assert fetched == episodes
+    assert not any("stats" in path for path in asked)
+    local = calibration_set(
+        folder, frames=2, trajectories=2, horizon=2, spec="lerobot/libero", split="train"
+    )
+    (expected,) = local.batches(2)
+    for key in ("image", "wrist_image", "state", "actions"):
+        np.testing.assert_array_equal(batch[key], expected[key])

@@ -17,6 +17,8 @@ from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.training import TrainConfig, behaviour_cloning, train
 from qvla_jax.training.optimizer import learning_rate
 
+from ..data import lerobot_sets
+
 
 @pytest.fixture(autouse=True)
 def _optax_promotes_dtypes():
@@ -167,6 +169,32 @@ def test_wrong_data_are_named(config, tmp_path):
         train(dataclasses.replace(config, data=tmp_path / "nothing"))
     with pytest.raises(InputError, match="decay_steps 9 do not fit into steps 6"):
         train(dataclasses.replace(config, decay_steps=9))
+
+
+def test_a_lerobot_set_gives_frames_and_statistics(config, tmp_path, monkeypatch):
+    """No step is taken: that is the same for every source of frames."""
+    pytest.importorskip("av", reason="reading videos needs PyAV (extra `lerobot`)")
+    seen = []
+
+    def stands_still(_, policy, frames, heldout, progress):
+        seen.append((len(frames), len(heldout)))
+        return policy
+
+    monkeypatch.setattr(behaviour_cloning, "_run", stands_still)
+    monkeypatch.setattr(behaviour_cloning, "heldout_l1", lambda *_: np.zeros((8, 7)))
+    info = {"splits": {"train": "0:2", "heldout": "2:3"}}
+    made = lerobot_sets.parts((6, 5, 8), videos=True, info=info)
+    path = lerobot_sets.write(tmp_path / "set", made)
+    first = dataclasses.replace(
+        config, data=path, spec="lerobot/libero", train_split="train", out=tmp_path / "first"
+    )
+    folder = train(first)
+    assert seen == [(11, 8)]
+    statistics = json.loads((folder / "dataset_statistics.json").read_text())
+    assert statistics["lerobot/libero"]["num_transitions"] == 11
+    assert load_policy(folder).config.unnorm_key == "lerobot/libero"
+    # Another policy may start from it, whatever set that one sees.
+    train(dataclasses.replace(config, initial_policy=str(folder), out=tmp_path / "second"))
 
 
 def test_training_goes_on_from_another_policy(config, tmp_path):
