@@ -1,7 +1,7 @@
 """Settings that every test runs under.
 
-Two virtual CPU devices, so that sharded code paths run in plain CI; no implicit dtype promotion and
-no implicit rank promotion, so that neither hides a mistake.
+Two virtual CPU devices, so that sharded code paths run in plain CI: some tests see only the first.
+No implicit dtype promotion and no implicit rank promotion, so that neither hides a mistake.
 """
 
 import ctypes
@@ -80,6 +80,20 @@ def _group(nodeid: str) -> tuple[int, str]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _group(item.nodeid)[0])
+
+
+# Tests that see one device, as on a user's CPU: they run whole sweeps, and partitioning takes a
+# quarter of the time of compilation. Sweeps over meshes are compared in tests/sensitivity.
+_ONE_DEVICE = ("tests/pipeline/", "tests/families/", "tests/methods/", "tests/test_api.py")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hides the second device around a test and its fixtures, those of the session included."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.nodeid.startswith(_ONE_DEVICE):
+            patch.setattr(jax, "devices", lambda *backend: jax.local_devices()[:1])
+        return (yield)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -360,7 +360,7 @@ def example_of(kind, folder):
     """Settings with a value for all that is required, and for what is a mapping or None."""
     known = {
         "out": folder, "sim": "libero_spatial", "policy": ("libero-mini", "libero-mini@3"),
-        "data": folder, "more_data": (folder, folder), "model": "libero-mini",
+        "data": str(folder), "more_data": (str(folder),) * 2, "model": "libero-mini",
         "problem": "openvla", "file": folder / "a.qvla", "figure": folder / "a.png",
         "method": ("rtn-w4",), "minimum_bits": {r".*\.q_proj": 4}, "token_file": folder / "token",
     }  # fmt: skip

@@ -22,12 +22,12 @@ class TrainConfig:
 
     # RLDS or LeRobot directory with the two splits below, or its name on the Hugging Face Hub. Its
     # training split determines the normalization.
-    data: str | Path
+    data: str
     # Folder for checkpoints, log and the finished policy; an interrupted run resumes from here.
     out: Path
     # More such directories to train on, such as states that a policy visited and the expert
     # labeled.
-    more_data: tuple[str | Path, ...] = ()
+    more_data: tuple[str, ...] = ()
     # Preset of the architecture.
     model: str = "libero-mini"
     # Start from the weights of this policy (a preset or a directory); None starts from random ones.

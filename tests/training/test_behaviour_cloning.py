@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 
 def small(data, out):
     return TrainConfig(
-        data=data,
+        data=str(data),
         out=out,
         model="tiny-test",
         train_split="calibration",
@@ -79,7 +79,9 @@ def whole(data, tmp_path_factory):
 
 
 def test_the_rate_warms_up_stays_and_decays(tmp_path):
-    config = TrainConfig(data=tmp_path, out=tmp_path, steps=100, warmup_steps=10, decay_steps=20)
+    config = TrainConfig(
+        data=str(tmp_path), out=tmp_path, steps=100, warmup_steps=10, decay_steps=20
+    )
     rate = learning_rate(config)
     peak = config.peak_learning_rate
     expected = {0: 0.0, 5: peak / 2, 10: peak, 50: peak, 80: peak, 90: peak / 2, 100: 0.0}
@@ -166,7 +168,7 @@ def test_a_run_may_be_prolonged_only_before_its_decay(config):
 
 def test_wrong_data_are_named(config, tmp_path):
     with pytest.raises(DatasetError, match="no such directory"):
-        train(dataclasses.replace(config, data=tmp_path / "nothing"))
+        train(dataclasses.replace(config, data=str(tmp_path / "nothing")))
     with pytest.raises(InputError, match="decay_steps 9 do not fit into steps 6"):
         train(dataclasses.replace(config, decay_steps=9))
 
@@ -186,7 +188,7 @@ def test_a_lerobot_set_gives_frames_and_statistics(config, tmp_path, monkeypatch
     made = lerobot_sets.parts((6, 5, 8), videos=True, info=info)
     path = lerobot_sets.write(tmp_path / "set", made)
     first = dataclasses.replace(
-        config, data=path, spec="lerobot/libero", train_split="train", out=tmp_path / "first"
+        config, data=str(path), spec="lerobot/libero", train_split="train", out=tmp_path / "first"
     )
     folder = train(first)
     assert seen == [(11, 8)]
@@ -222,7 +224,7 @@ def test_training_goes_on_from_another_policy(config, tmp_path):
 
 def test_sets_are_trained_on_together(config, data):
     frames = sum(RldsDataset(data, config.train_split).lengths.values())
-    config = dataclasses.replace(config, more_data=(data,), steps=2, decay_steps=0)
+    config = dataclasses.replace(config, more_data=(str(data),), steps=2, decay_steps=0)
     record = json.loads((train(config) / "training.json").read_text())
     assert [data["episodes"] for data in record["train_sets"]] == [2, 2]
     assert record["train_episodes"] == 4
