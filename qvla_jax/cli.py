@@ -231,7 +231,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         devices.rest_idle_threads()
         devices.use_all_cpu_cores()
     call = _parse(name, rest)
-    if not call.command.bare and getattr(call.settings, "coordinator", None) is None:
+    if not call.command.bare and not getattr(call.settings, "joins", False):
         from qvla_jax import devices
 
         devices.ready()  # processes that join do so first

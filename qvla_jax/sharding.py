@@ -21,6 +21,8 @@ from qvla_jax.errors import InputError
 
 DATA_AXIS = "data"
 CHANNEL_AXIS = "channel"
+# After which the processes of a sweep take one for dead.
+_HEARTBEAT_SECONDS = 30
 
 Tree = TypeVar("Tree")
 
@@ -71,9 +73,29 @@ def join_processes(coordinator: str, processes: int, process: int) -> None:
             "from 0, below the number of processes"
         )
     try:
-        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=30)
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+        )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"process {process} cannot join {coordinator}: {error}") from error
+
+
+def join_cluster() -> None:
+    """Like `join_processes`, with what JAX finds out from the cluster's environment.
+
+    JAX knows Cloud TPU, SLURM, Kubernetes (GKE) and Open MPI.
+
+    Raises:
+        InputError: it finds none of them, or the processes do not come together.
+    """
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the processes of this cluster cannot be joined ({error}): JAX finds them on Cloud "
+            "TPU, under SLURM (srun), Kubernetes and Open MPI; elsewhere name them by "
+            "--coordinator, --processes and --process"
+        ) from error
 
 
 def is_main_process() -> bool:

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from qvla_jax import devices, sharding
+from qvla_jax.commands.sensitivity import Config
+from qvla_jax.errors import InputError
 
 
 def test_a_batch_is_split_over_all_devices():
@@ -40,3 +43,16 @@ def test_asking_for_cores_after_the_devices_exist_changes_nothing():
     devices.use_all_cpu_cores()
     assert len(jax.devices()) == before
     assert devices.cores() >= 1
+
+
+def test_a_process_that_no_cluster_started_is_told_what_to_name(monkeypatch, tmp_path):
+    def initialize(**settings):
+        assert settings.keys() == {"heartbeat_timeout_seconds"}
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(InputError, match=r"address should be defined.*SLURM.*--coordinator"):
+        sharding.join_cluster()
+    assert Config(out=tmp_path, distributed=True).joins
+    with pytest.raises(InputError, match="drop one of the two"):
+        Config(out=tmp_path, distributed=True, coordinator="a:1")

@@ -7,6 +7,7 @@ cannot have by the like of it (`STAND_INS`). Commands with `--sim` need the simu
 
 import importlib.util
 import itertools
+import os
 import re
 import shlex
 import signal
@@ -21,6 +22,8 @@ from contextlib import contextmanager
 import jax
 
 from qvla_jax import cli
+
+from ..sensitivity.cluster import slurm_variables
 
 SIMULATOR = importlib.util.find_spec("mujoco") is not None
 
@@ -117,8 +120,9 @@ def done(command: str) -> None:
     arguments = small(command)
     if arguments[0] == "serve":
         serves(arguments)
-    elif "--coordinator" in arguments:
-        subprocess.run([*PROGRAM, *arguments], check=True)
+    elif "--coordinator" in arguments or "--distributed" in arguments:
+        (cluster,) = slurm_variables(1)
+        subprocess.run([*PROGRAM, *arguments], env=os.environ | cluster, check=True)
     else:
         # As in a process of a reader's: optax's Muon promotes implicitly.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -38,11 +38,13 @@ def sweep(model, store, mesh):
 
 
 def main(model: str, store: str, tables: str, devices: str, *cluster: str) -> None:
-    from qvla_jax.sharding import join_processes
+    from qvla_jax.sharding import join_cluster, join_processes
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(devices))
-    if cluster:
+    if cluster == ("slurm",):
+        join_cluster()
+    elif cluster:
         address, processes, number = cluster
         join_processes(address, int(processes), int(number))
 

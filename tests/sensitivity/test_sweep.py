@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from qvla_jax.errors import InputError
 from qvla_jax.sensitivity import SensitivityTable, SweepStore
 from qvla_jax.solvers import solve
 
+from .cluster import slurm_variables
 from .sweep_process import sweep
 
 # Sums over more devices are taken in another order.
@@ -27,9 +29,10 @@ def items_in(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("*/[!.]*.npy")}
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
+        env=os.environ | variables,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -61,6 +64,17 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_bytes(tmp_path, one_device)
     assert resumed == saved(tmp_path / "another", "uninterrupted")
 
 
+def check_tables(folder: Path, one_device: Mesh) -> None:
+    """The saved tables are those of a sweep in this process."""
+    expected = sweep("both", None, one_device)
+    for method, tolerance in TOLERANCES.items():
+        found = SensitivityTable.load(folder / f"{method}.safetensors")
+        np.testing.assert_allclose(
+            found.costs, expected[method].costs, rtol=tolerance, atol=tolerance * 1e-8
+        )
+        np.testing.assert_array_equal(found.sizes, expected[method].sizes)
+
+
 @pytest.mark.long
 def test_two_processes_one_of_them_killed_give_the_table_of_one_device(tmp_path, one_device):
     store, tables = tmp_path / "store", tmp_path / "tables"
@@ -83,13 +97,17 @@ def test_two_processes_one_of_them_killed_give_the_table_of_one_device(tmp_path,
     for process in start_both():
         assert process.wait(timeout=900) == 0
     assert before.items() <= items_in(store).items()
-    expected = sweep("both", None, one_device)
-    for method, tolerance in TOLERANCES.items():
-        found = SensitivityTable.load(tables / f"{method}.safetensors")
-        np.testing.assert_allclose(
-            found.costs, expected[method].costs, rtol=tolerance, atol=tolerance * 1e-8
-        )
-        np.testing.assert_array_equal(found.sizes, expected[method].sizes)
+    check_tables(tables, one_device)
+
+
+@pytest.mark.long
+def test_two_processes_that_slurm_tells_who_they_are_give_the_table_of_one_device(
+    tmp_path, one_device
+):
+    store, tables = tmp_path / "store", tmp_path / "tables"
+    both = [start("both", store, tables, 4, "slurm", **own) for own in slurm_variables(2)]
+    assert [process.wait(timeout=900) for process in both] == [0, 0]
+    check_tables(tables, one_device)
 
 
 @pytest.mark.long
