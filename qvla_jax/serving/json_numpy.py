@@ -46,7 +46,7 @@ class _Arrays:
         return b"{%b__picture__%b: %d}" % (quote, quote, number)
 
     def hook(self, value: dict[str, Any]) -> Any:
-        """Replaces an object that represents an array by the array, and a picture's by its bytes."""
+        """Puts arrays in place of the objects that represent them, and bytes for pictures."""
         if "__numpy__" in value:
             data = self._bytes("__numpy__", value["__numpy__"])
             return checked_array(data, value.get("dtype"), value.get("shape"))

@@ -1,4 +1,4 @@
-"""Images that come as JPEG or PNG files: a client's header is checked before anything is decoded."""
+"""Images that come as JPEG or PNG files: the header is checked before anything is decoded."""
 
 import io
 from collections.abc import Mapping

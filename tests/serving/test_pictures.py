@@ -15,12 +15,12 @@ from PIL import Image
 
 pytest.importorskip("msgpack")
 
-from qvla_jax.errors import InputError  # noqa: E402
-from qvla_jax.serving import json_numpy, msgpack_numpy  # noqa: E402
-from qvla_jax.serving.observations import ObservationReader  # noqa: E402
-from qvla_jax.serving.pictures import MAX_PICTURES, decode_picture  # noqa: E402
+from qvla_jax.errors import InputError
+from qvla_jax.serving import json_numpy, msgpack_numpy
+from qvla_jax.serving.observations import ObservationReader
+from qvla_jax.serving.pictures import MAX_PICTURES, decode_picture
 
-from .checks import CHECKS  # noqa: E402
+from .checks import CHECKS
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
 
