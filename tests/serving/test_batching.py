@@ -152,7 +152,8 @@ def test_a_policy_without_finite_actions_is_not_served(policy):
         Batcher(hopeless, max_batch=2, window=0.0).warm_up()
 
 
-def test_latent_tokens_come_back_as_the_history_of_the_next_call():
+def latent_policy():
+    """A policy whose calls leave a history, of random weights."""
     config = dataclasses.replace(
         preset("tiny-test"),
         decoding="latents",
@@ -164,7 +165,11 @@ def test_latent_tokens_come_back_as_the_history_of_the_next_call():
     )
     statistics = {"x": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
     model = make_model(config, rngs=nnx.Rngs(0))
-    univla = make_policy(config, model, word_files(), statistics, source="x")
+    return make_policy(config, model, word_files(), statistics, source="x")
+
+
+def test_latent_tokens_come_back_as_the_history_of_the_next_call():
+    univla = latent_policy()
     found = answers(univla, [0, 1], max_batch=2)
     both = jax.tree.map(
         lambda *leaves: np.concatenate(leaves), *(inputs_of(univla, seed) for seed in (0, 1))

@@ -1,0 +1,228 @@
+"""vla-eval's protocol: the published harness evaluates a policy; odd messages are refused."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("aiohttp")
+msgpack = pytest.importorskip("msgpack")
+sync = pytest.importorskip("websockets.sync.client")
+
+from qvla_jax.serving import msgpack_numpy  # noqa: E402
+
+from .served import running  # noqa: E402
+from .test_batching import latent_policy  # noqa: E402
+
+PATIENCE = 60
+
+
+@pytest.fixture(scope="module")
+def server(policy):
+    with running(policy, max_batch=1, gripper="libero", max_image_side=64) as server:
+        yield server
+
+
+def address(server):
+    return f"ws://127.0.0.1:{server.port}/vla-eval"
+
+
+def observation(policy, seed=0):
+    """The same as vla-eval's LIBERO benchmark names it."""
+    own = policy.fake_observation(seed)
+    return {
+        "images": {"agentview": own["image"], "wrist": own["wrist_image"]},
+        "task_description": own["instruction"],
+        "states": own["state"].astype(np.float64),
+        "controller_states": np.zeros(8, np.float32),
+    }
+
+
+def expected(policy, seed=0):
+    """The chunk as LIBERO's environments take it."""
+    chunk = policy.infer(policy.fake_observation(seed)).copy()
+    chunk[:, -1] = np.where(chunk[:, -1] > 0.5, -1.0, 1.0)
+    return chunk
+
+
+def test_the_published_connection_gets_the_steps_of_chunks(policy, server):
+    connection = pytest.importorskip("vla_eval.connection")
+
+    async def episode():
+        async with connection.Connection(address(server), timeout=PATIENCE) as client:
+            found = []
+            for _ in range(2):
+                await client.start_episode({"task": {"name": "go"}})
+                # The steps left of the chunk are those of the first observation.
+                seeds = [0] * 3 + [1] * 5 + [2]
+                found.append([(await client.act(observation(policy, s)))["actions"] for s in seeds])
+                await client.end_episode({"metrics": {"success": False}})
+            return client.server_info, found
+
+    told, found = asyncio.run(episode())
+    steps = np.concatenate([expected(policy), expected(policy, 2)[:1]])
+    np.testing.assert_allclose(found, [steps, steps], atol=2e-5)
+    assert told["observation_params"] == {
+        "send_wrist_image": True,
+        "send_state": True,
+        "quat_no_antipodal": True,
+    }
+    assert told["policy"]["policies"] == ["tiny-test"]
+
+
+def test_the_published_harness_agrees_that_actions_fit_libero(policy, server):
+    specs = pytest.importorskip("vla_eval.specs")
+    with running(policy, max_batch=1) as own:
+        formats = {}
+        for which in (server, own):
+            told = hello(which)["action_spec"]
+            formats[which] = {k: specs.DimSpec.from_dict(v) for k, v in told.items()}
+    libero = {
+        "position": specs.POSITION_DELTA,
+        "rotation": specs.ROTATION_AA,
+        "gripper": specs.GRIPPER_CLOSE_POS,
+    }
+    assert specs.check_specs(formats[server], libero, {}, {}) == []
+    (warning,) = specs.check_specs(formats[own], libero, {}, {})
+    assert "action [gripper]" in warning
+
+
+BENCHMARK = """
+    import numpy as np
+    from vla_eval.benchmarks.base import StepBenchmark, StepResult
+
+    class Noise(StepBenchmark):
+        def __init__(self, seed=0, send_wrist_image=False, send_state=False):
+            super().__init__()
+            assert send_wrist_image and send_state  # what the server asks for
+            self.rng, self.steps = np.random.default_rng(seed), 0
+
+        def get_tasks(self):
+            return [{"name": "pick up the black bowl", "suite": "noise"}]
+
+        def reset(self, task):
+            self.steps = 0
+            return None
+
+        def step(self, action):
+            assert action["actions"].shape == (7,)
+            self.steps += 1
+            return StepResult(obs=None, reward=0.0, done=self.steps == 10, info={})
+
+        def make_obs(self, raw, task):
+            images = {k: self.rng.integers(0, 256, (32, 32, 3), np.uint8) for k in "ab"}
+            state = self.rng.random(8)
+            return {"images": images, "task_description": task["name"], "states": state}
+
+        def get_step_result(self, result):
+            return {"success": result.done}
+"""
+
+
+def test_one_command_of_the_published_harness_evaluates_a_policy(server, tmp_path):
+    pytest.importorskip("vla_eval.cli.main")
+    (tmp_path / "noise_benchmark.py").write_text(textwrap.dedent(BENCHMARK))
+    benchmark = {
+        "benchmark": "noise_benchmark:Noise",
+        "episodes_per_task": 2,
+        "params": {"seed": 1},
+    }
+    (tmp_path / "noise.yaml").write_text(json.dumps({"benchmarks": [benchmark]}))
+    command = "import sys; from vla_eval.cli.main import main; main()"
+    arguments = ["run", "-c", "noise.yaml", "--server-url", address(server), "--no-docker"]
+    result = subprocess.run(
+        [sys.executable, "-c", command, *arguments, "--output-dir", "results"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (file,) = (tmp_path / "results").rglob("*.json")
+    found = json.loads(file.read_text())
+    assert found["mean_success"] == 1.0
+    assert found["server_info"]["policy"]["policy"] == "tiny-test"
+
+
+def talk(server, *messages):
+    """Sends messages of our own; the replies to those that get one."""
+    silent = sum(b"episode_start" in message for message in messages if isinstance(message, bytes))
+    with sync.connect(address(server), compression=None, max_size=None) as connection:
+        for message in messages:
+            connection.send(message)
+        count = len(messages) - silent
+        return [msgpack.unpackb(connection.recv(PATIENCE)) for _ in range(count)]
+
+
+def message(kind, payload, seq, **changes):
+    content = {"type": kind, "payload": payload, "seq": seq, "timestamp": time.time(), **changes}
+    return msgpack_numpy.encode(content, text_keys=True)
+
+
+def hello(server):
+    (reply,) = talk(server, message("hello", {"protocol_version": 1}, 1))
+    return reply["payload"]
+
+
+def test_errors_name_what_is_wrong_and_the_connection_lives_on(policy, server):
+    good = observation(policy)
+    bad = [
+        {**good, "images": {"agentview": good["images"]["agentview"]}},
+        {**good, "states": {"joints": good["states"]}},
+        {key: value for key, value in good.items() if key != "task_description"},
+        {**good, "images": [good["images"]["agentview"]]},
+    ]
+    sent = [message("observation", payload, seq) for seq, payload in enumerate(bad, 1)]
+    late = message("observation", good, 5, timestamp="noon")
+    *errors, fine = talk(server, *sent, late, message("observation", good, 6))
+    assert [(error["type"], error["seq"]) for error in errors] == [
+        ("error", n) for n in range(1, 6)
+    ]
+    texts = [error["payload"]["error"] for error in errors]
+    assert texts[0].startswith("images: agentview; the policy takes 2 of them (image, wrist_image)")
+    assert texts[1] == "state: expected an array, got dict"
+    assert "observation has no instruction" in texts[2]
+    assert texts[3].startswith("images: none; the policy takes 2")
+    assert "captured_at: expected seconds since 1970" in texts[4]
+    assert (fine["type"], fine["seq"]) == ("action", 6)
+
+
+@pytest.mark.parametrize(
+    ("sent", "text"),
+    [
+        (b"\xc1", "not a msgpack observation"),
+        (msgpack.packb({"image": 1}), "no type; expected a message of vla-eval"),
+        (message("dance", {}, 9), "type 'dance'; expected hello, "),
+        (message("observation", [], 9), "payload: expected a map"),
+        (message("observation", {}, "9"), "seq: expected a whole number, got str"),
+        (message("hello", {"protocol_version": 2}, 9), "protocol version 2, expected 1"),
+        ("text", "expected a message in msgpack, got text"),
+    ],
+)
+def test_messages_of_another_kind_are_errors(server, sent, text):
+    (reply,) = talk(server, sent)
+    assert reply["type"] == "error"
+    assert text in reply["payload"]["error"]
+
+
+def test_latent_tokens_last_for_an_episode():
+    univla = latent_policy()
+    own = univla.fake_observation() | {"instruction": "pick"}  # leaves room for the history
+    sent = {"images": {"only": own["image"]}, "task_description": own["instruction"]}
+    with running(univla, max_batch=1) as server:
+        start = message("episode_start", {}, 0)
+        steps = [message("observation", sent, seq) for seq in range(1, 5)]
+        replies = talk(server, start, *steps[:3], start, steps[3])
+    shape = dict(dtype=np.float32, count=7)
+    found = [np.frombuffer(reply["payload"]["actions"]["data"], **shape) for reply in replies]
+    first = univla.infer(own)
+    np.testing.assert_allclose(found[:2], first, atol=2e-5)
+    np.testing.assert_allclose(found[3], first[0], atol=2e-5)
+    assert np.abs(found[2] - first[0]).max() > 1e-4  # another history
