@@ -142,7 +142,14 @@ class PolicyServer:
 
     async def _stop(self) -> None:
         if self._runner is not None:
+            server = self._runner.server
+            transports = [handler.transport for handler in server.connections] if server else []
             await self._runner.cleanup()
+            if self._tls is not None:
+                # An idle client does not read, and so does not confirm that TLS ends.
+                for transport in transports:
+                    if transport is not None:
+                        transport.abort()
         await self._service.stop()
 
     def _connect(self) -> asyncio.BaseProtocol:

@@ -159,6 +159,7 @@ def latent_policy():
         decoding="latents",
         latent_action=LatentActionConfig(embed_dim=16, num_heads=2, mlp_dim=24),
         action_horizon=2,
+        max_prompt_tokens=48,
         proprio_dim=0,
         num_images=1,
         unnorm_key="x",

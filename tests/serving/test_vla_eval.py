@@ -214,7 +214,7 @@ def test_messages_of_another_kind_are_errors(server, sent, text):
 
 def test_latent_tokens_last_for_an_episode():
     univla = latent_policy()
-    own = univla.fake_observation() | {"instruction": "pick"}  # leaves room for the history
+    own = univla.fake_observation()
     sent = {"images": {"only": own["image"]}, "task_description": own["instruction"]}
     with running(univla, max_batch=1) as server:
         start = message("episode_start", {}, 0)
