@@ -97,8 +97,9 @@ def named_policy(served: Sequence[ServedPolicy], query: Mapping[str, str]) -> Se
     Raises:
         InputError: there is no such policy, or the address asks for something else.
     """
-    if others := [key for key in query if key != _PARAMETER]:
-        raise InputError(f"address: {others[0][:60]!r} is unknown; only ?policy=NAME is")
+    if len(query) > 1 or (query and _PARAMETER not in query):
+        asked = " and ".join(key[:60] for key in query)
+        raise InputError(f"address: asks for {asked}; expected ?policy=NAME or nothing")
     name = query.get(_PARAMETER, served[0].name)
     for candidate in served:
         if candidate.name == name:

@@ -90,6 +90,7 @@ class PolicyServer:
         for served in self._service.policies:
             warm_up = functools.partial(served.batcher.warm_up, progress=self._progress)
             await loop.run_in_executor(None, warm_up)
+        for served in self._service.policies:
             served.batcher.start()
         self._runner = web.AppRunner(
             make_application(self._service, self._websockets),

@@ -4,7 +4,6 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -27,6 +26,8 @@ Message = TypeVar("Message")
 Result = TypeVar("Result")
 # Health checks fail if a call of the policy takes longer than this.
 _STALLED = 60.0
+# No time that anybody means, in seconds since 1970; larger numbers may not even be floats.
+_FAR = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Service:
 
         def prepare() -> tuple[Observation, float | None]:
             entries = decode(message)
-            if entries.get("policy", served.name) != served.name:
+            asked = entries.get("policy", served.name)
+            if not isinstance(asked, str) or asked != served.name:
                 raise InputError(
                     f"policy: this address is that of {served.name}; ask another one with "
                     "?policy=NAME"
@@ -185,7 +187,7 @@ def _captured_at(entries: Mapping[str, Any]) -> float | None:
     value = entries.get("captured_at")
     if value is None:
         return None
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) < _FAR:
         raise InputError(
             "captured_at: expected seconds since 1970, as time.time() has them, got "
             f"{type(value).__name__}"

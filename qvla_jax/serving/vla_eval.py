@@ -49,13 +49,11 @@ class VlaEvalConversation:
 
     async def reply(self, message: bytes, *, received: float, last: float | None) -> bytes | None:
         """Answers a greeting or an observation, and takes note of the rest."""
-        seq = 0
         try:
             envelope = await self._service.in_thread(lambda: _opened(message))
         except InputError as error:
             self._service.counters.refused += 1
             return self.refusal(str(error))
-        seq = envelope.seq
         if envelope.type == "hello":
             return self._hello(envelope)
         if envelope.type != "observation":
@@ -65,8 +63,8 @@ class VlaEvalConversation:
             if not self._steps:
                 await self._infer(envelope, received)
         except QvlaError as error:
-            return _message("error", {"error": str(error)}, seq)
-        return _message("action", {"actions": self._steps.pop(0)}, seq)
+            return _message("error", {"error": str(error)}, envelope.seq)
+        return _message("action", {"actions": self._steps.pop(0)}, envelope.seq)
 
     def refusal(self, text: str) -> bytes:
         """An error about a message that could not be read."""
@@ -87,7 +85,7 @@ class VlaEvalConversation:
 
     def _hello(self, envelope: _Envelope) -> bytes:
         version = envelope.payload.get("protocol_version")
-        if version != PROTOCOL_VERSION:
+        if type(version) is not int or version != PROTOCOL_VERSION:
             self._service.counters.refused += 1
             return _message(
                 "error",
@@ -139,7 +137,7 @@ def _opened(message: bytes) -> _Envelope:
     if missing := [key for key in ("type", "payload", "seq", "timestamp") if key not in content]:
         raise InputError(f"message: no {missing[0]}; expected a message of vla-eval")
     kind, payload, seq = content["type"], content["payload"], content["seq"]
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise InputError(f"message: type {kind!r:.60}; expected {', '.join(_TYPES)}")
     if not isinstance(payload, dict) or not all(isinstance(key, str) for key in payload):
         raise InputError("message: payload: expected a map with text for keys")

@@ -13,7 +13,6 @@ from qvla_jax.families.prismatic.word_tokenizer import word_files
 from qvla_jax.inference.policy import make_policy
 
 from .served import running
-from .test_openpi import policies  # noqa: F401
 
 pytest.importorskip("aiohttp")
 types = pytest.importorskip("inspect_robots.types")
@@ -73,7 +72,7 @@ def test_widowx_asks_over_openpis_protocol():
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_franka_asks_a_droid_policy(policies):  # noqa: F811
+def test_franka_asks_a_droid_policy(policies):
     franka = pytest.importorskip(
         "inspect_robots_franka.policy",
         reason="pip install --no-deps inspect-robots-franka (it asks for OpenCV, for cameras)",

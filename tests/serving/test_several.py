@@ -79,11 +79,15 @@ def test_policies_that_are_not_there_are_refused_by_name(policy, server):
     refused = post(server, observation, "?policy=othr")
     assert refused.status_code == 400
     assert refused.json()["error"] == "unknown policy 'othr'; did you mean other?"
-    assert "'model' is unknown" in post(server, observation, "?model=other").json()["error"]
+    for query in ("?model=other", "?policy=other&policy=tiny-test"):
+        assert "expected ?policy=NAME or" in post(server, observation, query).json()["error"]
     with pytest.raises(InvalidStatus, match="400"):
         ask(server, observation, "?policy=othr")
-    _, reply = ask(server, observation | {"policy": "other"})
-    assert reply == "policy: this address is that of tiny-test; ask another one with ?policy=NAME"
+    for odd in ("other", 1, np.zeros(2)):
+        _, reply = ask(server, observation | {"policy": odd})
+        assert reply == (
+            "policy: this address is that of tiny-test; ask another one with ?policy=NAME"
+        )
 
 
 def test_policies_of_one_name_are_refused(policy):
@@ -186,6 +190,7 @@ def test_replies_tell_the_age_of_the_observation(policy, server):
     found = dict(re.findall(r"(\w+);dur=([\d.]+)", reply.headers["Server-Timing"]))
     assert list(found) == ["prepare", "queue", "infer", "total", "age"]
     assert float(found["age"]) > 7000 > float(found["total"])
+    assert post(server, observation | {"captured_at": 10**400}).status_code == 400
     for odd in ("now", True, float("inf"), [1.0], np.zeros(1)):
         _, reply = ask(server, observation | {"captured_at": odd})
         assert reply.startswith("captured_at: expected seconds since 1970")

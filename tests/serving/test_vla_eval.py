@@ -200,6 +200,8 @@ def test_errors_name_what_is_wrong_and_the_connection_lives_on(policy, server):
         (b"\xc1", "not a msgpack observation"),
         (msgpack.packb({"image": 1}), "no type; expected a message of vla-eval"),
         (message("dance", {}, 9), "type 'dance'; expected hello, "),
+        (message(np.zeros(2), {}, 9), "expected hello, "),
+        (message("hello", {"protocol_version": np.ones(2)}, 9), "expected 1"),
         (message("observation", [], 9), "payload: expected a map"),
         (message("observation", {}, "9"), "seq: expected a whole number, got str"),
         (message("hello", {"protocol_version": 2}, 9), "protocol version 2, expected 1"),
@@ -226,3 +228,17 @@ def test_latent_tokens_last_for_an_episode():
     np.testing.assert_allclose(found[:2], first, atol=2e-5)
     np.testing.assert_allclose(found[3], first[0], atol=2e-5)
     assert np.abs(found[2] - first[0]).max() > 1e-4  # another history
+
+
+def test_a_policy_of_openpi_executes_as_many_steps_as_openpis_client(policies):
+    pi05 = policies["libero"]
+    first, second = (pi05.fake_observation(seed) for seed in (0, 1))
+    with running(pi05, max_batch=1) as server:
+        assert hello(server)["action_spec"] == {
+            "actions": {"name": "raw", "dims": 0, "format": "raw"}
+        }
+        sent = [observation(pi05, seed) for seed in [0] * 5 + [1]]
+        replies = talk(server, *(message("observation", o, n) for n, o in enumerate(sent, 1)))
+    found = [np.frombuffer(reply["payload"]["actions"]["data"], np.float32) for reply in replies]
+    np.testing.assert_allclose(found[:5], pi05.infer(first)[:5], atol=1e-5)
+    np.testing.assert_allclose(found[5], pi05.infer(second)[0], atol=1e-5)
