@@ -152,25 +152,19 @@ def test_a_policy_without_finite_actions_is_not_served(policy):
         Batcher(hopeless, max_batch=2, window=0.0).warm_up()
 
 
-def latent_policy():
-    """A policy whose calls leave a history, of random weights."""
+def test_latent_tokens_come_back_as_the_history_of_the_next_call():
     config = dataclasses.replace(
         preset("tiny-test"),
         decoding="latents",
         latent_action=LatentActionConfig(embed_dim=16, num_heads=2, mlp_dim=24),
         action_horizon=2,
-        max_prompt_tokens=48,
         proprio_dim=0,
         num_images=1,
         unnorm_key="x",
     )
     statistics = {"x": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
     model = make_model(config, rngs=nnx.Rngs(0))
-    return make_policy(config, model, word_files(), statistics, source="x")
-
-
-def test_latent_tokens_come_back_as_the_history_of_the_next_call():
-    univla = latent_policy()
+    univla = make_policy(config, model, word_files(), statistics, source="x")
     found = answers(univla, [0, 1], max_batch=2)
     both = jax.tree.map(
         lambda *leaves: np.concatenate(leaves), *(inputs_of(univla, seed) for seed in (0, 1))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ pytest.importorskip("aiohttp")
 msgpack = pytest.importorskip("msgpack")
 sync = pytest.importorskip("websockets.sync.client")
 
+from qvla_jax.families.observations import ObservationSpec  # noqa: E402
 from qvla_jax.serving import msgpack_numpy  # noqa: E402
+from qvla_jax.serving.service import Reply  # noqa: E402
+from qvla_jax.serving.vla_eval import VlaEvalConversation  # noqa: E402
 
 from .served import running  # noqa: E402
-from .test_batching import latent_policy  # noqa: E402
 
 PATIENCE = 60
+IMAGE = np.zeros((8, 8, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +156,11 @@ def test_one_command_of_the_published_harness_evaluates_a_policy(server, tmp_pat
 
 
 def talk(server, *messages):
-    """Sends messages of our own; the replies to those that get one."""
-    silent = sum(b"episode_start" in message for message in messages if isinstance(message, bytes))
+    """The replies to messages of our own, all of which get one."""
     with sync.connect(address(server), compression=None, max_size=None) as connection:
         for message in messages:
             connection.send(message)
-        count = len(messages) - silent
-        return [msgpack.unpackb(connection.recv(PATIENCE)) for _ in range(count)]
+        return [msgpack.unpackb(connection.recv(PATIENCE)) for _ in messages]
 
 
 def message(kind, payload, seq, **changes):
@@ -214,20 +216,36 @@ def test_messages_of_another_kind_are_errors(server, sent, text):
     assert text in reply["payload"]["error"]
 
 
-def test_latent_tokens_last_for_an_episode():
-    univla = latent_policy()
-    own = univla.fake_observation()
-    sent = {"images": {"only": own["image"]}, "task_description": own["instruction"]}
-    with running(univla, max_batch=1) as server:
-        start = message("episode_start", {}, 0)
-        steps = [message("observation", sent, seq) for seq in range(1, 5)]
-        replies = talk(server, start, *steps[:3], start, steps[3])
-    shape = dict(dtype=np.float32, count=7)
-    found = [np.frombuffer(reply["payload"]["actions"]["data"], **shape) for reply in replies]
-    first = univla.infer(own)
-    np.testing.assert_allclose(found[:2], first, atol=2e-5)
-    np.testing.assert_allclose(found[3], first[0], atol=2e-5)
-    assert np.abs(found[2] - first[0]).max() > 1e-4  # another history
+class Telling:
+    """Stands in for the service: answers with two steps, and a text for the next call."""
+
+    def __init__(self):
+        self.seen = []
+
+    async def in_thread(self, function):
+        return function()
+
+    async def answer(self, served, decode, envelope, *, received):
+        self.seen.append(decode(envelope).get("history"))
+        return Reply(np.zeros((2, 7)), f"after call {len(self.seen)}", 1, times=None)
+
+
+def test_a_history_lasts_for_an_episode():
+    texts = ("instruction", "history")
+    spec = ObservationSpec(cameras=("image",), texts=texts, optional=frozenset({"history"}))
+    layout = types.SimpleNamespace(executed_steps=None)
+    service = Telling()
+    served = types.SimpleNamespace(policy=types.SimpleNamespace(observation=spec, layout=layout))
+    conversation = VlaEvalConversation(service, served)
+    sent = message("observation", {"images": {"a": IMAGE}, "task_description": "go"}, 1)
+    start = message("episode_start", {}, 0)
+
+    async def episodes():
+        for step in (start, sent, sent, sent, start, sent):
+            await conversation.reply(step, received=0.0, last=None)
+
+    asyncio.run(episodes())
+    assert service.seen == [None, "after call 1", None]
 
 
 def test_a_policy_of_openpi_executes_as_many_steps_as_openpis_client(policies):
