@@ -34,10 +34,11 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-# openpi-client asks for numpy < 2, and works with newer ones.
+# openpi-client asks for numpy < 2, and works with newer ones. inspect-robots-franka asks for OpenCV, which
+# only cameras need.
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev,rlds]'
-	$(BIN)/python -m pip install --quiet --no-deps 'openpi-client>=0.1.2'
+	$(BIN)/python -m pip install --quiet --no-deps 'openpi-client>=0.1.2' 'inspect-robots-franka>=0.1'
 	@touch $@ $(VENV)/.core
 
 demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and report (2 to 5 minutes)
@@ -65,7 +66,7 @@ test-lowest:  ## Run a selection of the tests with every dependency at its lower
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python \
 	  --requirement build/lowest/requirements.txt --editable .
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python \
-	  --no-deps 'openpi-client==0.1.2'
+	  --no-deps 'openpi-client==0.1.2' 'inspect-robots-franka==0.1.0'
 	build/lowest/bin/python -m pytest -n auto --dist loadfile $(or $(TESTS),$(SELECTION))
 
 test-aarch64: $(VENV)/.dev  ## Cross-compile the CPU kernel for 64-bit ARM and check it in an emulator (g++-aarch64-linux-gnu, qemu-user)

@@ -70,7 +70,8 @@ def print_ranks(name: str, policy: Policy, frames: CalibrationSet) -> None:
     for rank, column, estimate, exact in zip(
         sample.ranks(table), columns, first_order.T, sample.costs.T, strict=True
     ):
-        ratio = (exact / estimate)[estimate > 0]
+        clear = estimate > 0
+        ratio = exact[clear] / estimate[clear]
         noise = spearman(other.costs[reached, column], table.costs[reached, column])
         print(
             f"{name}: {rank.bits} bits, {len(sample.rows)} channels: spearman with exact "

@@ -1,4 +1,4 @@
-"""`qvla serve`: a policy for robots."""
+"""`qvla serve`: policies for robots."""
 
 import contextlib
 import sys
@@ -6,17 +6,19 @@ import sys
 import jax.numpy as jnp
 
 from qvla_jax.families.registry import public_family
-from qvla_jax.inference import load_policy
+from qvla_jax.inference import Policy, load_policy
 from qvla_jax.inference.places import policy_folder
 from qvla_jax.progress import ProgressBars
 from qvla_jax.serving import ServeConfig as Config
 
 
 def main(config: Config) -> None:
-    """Serves a policy until it is stopped."""
+    """Serves policies until it is stopped."""
     from qvla_jax.serving import serve  # needs the extra
+    from qvla_jax.serving.policies import check_memory
 
     config.read_token()  # fail before the policy is loaded
+    config.read_tls()
     if config.token_file is None and config.host not in ("127.0.0.1", "::1", "localhost"):
         print(
             f"qvla: warning: everybody who reaches {config.host} can use this policy; --token-file "
@@ -39,8 +41,15 @@ def main(config: Config) -> None:
                 f"{', '.join(keys)}; --unnorm-key chooses for those that do not",
                 file=sys.stderr,
             )
-        policy = load_policy(config.policy, dtype=jnp.dtype(config.dtype), **said)
-        serve(policy, config, key_needed=bool(keys), progress=progress, ready=ready)
+        dtype = jnp.dtype(config.dtype)
+        policy = load_policy(config.policy, dtype=dtype, **said)
+        others: dict[str, Policy] = {}
+        # After each one, so that not much more than the limit is ever loaded.
+        check_memory({policy.config.name: policy}, config.memory_limit_gib)
+        for name, source in config.further().items():
+            others[name] = load_policy(source, dtype=dtype)
+            check_memory({policy.config.name: policy, **others}, config.memory_limit_gib)
+        serve(policy, config, others=others, key_needed=bool(keys), progress=progress, ready=ready)
 
 
 def undecided_statistics(config: Config) -> list[str]:

@@ -1,9 +1,10 @@
-"""Serves a policy to robots: the openpi websocket protocol and OpenVLA's REST API, on one port.
+"""Serves policies to robots: the protocols of openpi, OpenVLA and vla-eval, on one port.
 
     qvla serve --policy FILE.qvla
 
-A message is decoded (`msgpack_numpy`, `json_numpy`), checked and prepared (`observations`), joins a
-batch (`batching`) and is answered (`websocket`, `rest`); `server` opens and closes the port.
+A message is decoded (`msgpack_numpy`, `json_numpy`, `pictures`), checked and prepared
+(`observations`), joins a batch (`batching`) and is answered (`openpi`, `vla_eval`, `rest`);
+`server` opens and closes the port.
 Packages of the extra `serve` are imported on first use.
 """
 

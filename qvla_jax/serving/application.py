@@ -2,15 +2,20 @@
 
 import functools
 import hmac
+from collections.abc import Callable
 from http import HTTPStatus
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from qvla_jax.errors import InputError
 from qvla_jax.plain import to_plain
-from qvla_jax.serving import rest
+from qvla_jax.serving import metrics, rest
+from qvla_jax.serving.openpi import OpenpiConversation
+from qvla_jax.serving.policies import ServedPolicy
 from qvla_jax.serving.service import Service
-from qvla_jax.serving.websocket import Websockets
+from qvla_jax.serving.vla_eval import VlaEvalConversation
+from qvla_jax.serving.websocket import Conversation, Websockets
 
 # Schemes of the token: that of openpi's client, and the usual one.
 _SCHEMES = ("api-key", "bearer")
@@ -18,21 +23,27 @@ _HEALTH = "/healthz"
 
 
 def make_application(service: Service, websockets: Websockets) -> web.Application:
-    """The routes of both protocols, behind access control.
+    """The routes of all protocols, behind access control.
 
     Args:
         service: answers the requests.
-        websockets: its connections over openpi's protocol.
+        websockets: its connections over websockets.
     """
     application = web.Application(
         middlewares=[_guard(service)], client_max_size=service.config.max_message
     )
 
-    async def root(request: web.Request) -> web.StreamResponse:
+    async def connect(
+        kind: Callable[[Service, ServedPolicy], Conversation], request: web.Request
+    ) -> web.StreamResponse:
         if not web.WebSocketResponse().can_prepare(request):
-            text = "clients of openpi connect here with a websocket; others POST to /act"
+            text = "clients of openpi and vla-eval connect with a websocket; others POST to /act"
             return rest.failure(HTTPStatus.UPGRADE_REQUIRED, text)
-        return await websockets(request)
+        try:
+            served = service.named(request.query)
+        except InputError as error:
+            return rest.failure(HTTPStatus.BAD_REQUEST, str(error))
+        return await websockets(request, kind(service, served))
 
     async def health(request: web.Request) -> web.Response:
         if service.closing or service.stalled:
@@ -40,13 +51,19 @@ def make_application(service: Service, websockets: Websockets) -> web.Applicatio
         return web.Response(text="OK\n")
 
     async def stats(request: web.Request) -> web.Response:
-        return web.json_response({**service.metadata(), **to_plain(service.counters.snapshot())})
+        told = service.metadata(service.policies[0])
+        return web.json_response({**told, **to_plain(service.counters.snapshot())})
 
-    application.router.add_get("/", root)
+    async def prometheus(request: web.Request) -> web.Response:
+        page = metrics.prometheus(service.counters.snapshot())
+        return web.Response(body=page.encode(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    application.router.add_get("/", functools.partial(connect, OpenpiConversation))
+    application.router.add_get("/vla-eval", functools.partial(connect, VlaEvalConversation))
     application.router.add_post("/act", functools.partial(rest.act, service))
     application.router.add_get(_HEALTH, health)
     application.router.add_get("/stats", stats)
-
+    application.router.add_get("/metrics", prometheus)
     return application
 
 

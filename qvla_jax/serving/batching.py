@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,14 @@ class _Waiting:
     answer: asyncio.Future[Answer]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Called:
+    actions: list[Float[np.ndarray, "h a"]]
+    histories: Sequence[str | None]
+    start: float
+    seconds: float
+
+
 def batch_sizes(largest: int, devices: int) -> tuple[int, ...]:
     """The sizes that batches are padded to: powers of two times the devices, up to `largest`.
 
@@ -79,7 +87,7 @@ class Batcher:
         *,
         max_batch: int,
         window: float,
-        observe: Callable[[Answer], None] = lambda answer: None,
+        thread: concurrent.futures.ThreadPoolExecutor | None = None,
     ) -> None:
         """Prepares; `warm_up` and `start` follow.
 
@@ -87,16 +95,16 @@ class Batcher:
             policy: the policy to serve.
             max_batch: maximum number of observations in one call.
             window: seconds to wait for others after the first.
-            observe: called with every answer.
+            thread: a pool of one thread that runs the policy, shared by policies that take turns;
+                by default one of its own.
         """
         self.sizes = batch_sizes(max_batch, sharding.data_mesh().size)
         self.busy_since: float | None = None
         self._policy = policy
         self._max_batch = max_batch
         self._window = window
-        self._observe = observe
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "qvla-policy")
+        self._thread = thread or concurrent.futures.ThreadPoolExecutor(1, "qvla-policy")
         self._loop: asyncio.Task[None] | None = None
 
     def warm_up(self, *, progress: Progress = no_progress) -> None:
@@ -112,7 +120,7 @@ class Batcher:
         inputs, state = self._policy.prepare(observation), observation.get("state")
         for size in track(self.sizes, len(self.sizes), "compile", progress):
             batch = [(inputs, state, self._policy)] * size
-            actions, _ = self._thread.submit(self._call, batch).result()
+            actions = self._thread.submit(self._call, batch).result().actions
             if not all(np.isfinite(chunk).all() for chunk in actions):
                 raise PolicyError("the policy returns NaN or infinite actions; nothing to serve")
 
@@ -183,15 +191,14 @@ class Batcher:
                 break
 
     async def _answer(self, batch: Sequence[_Waiting]) -> None:
-        self.busy_since = start = time.monotonic()
+        self.busy_since = time.monotonic()
         try:
-            actions, histories = await asyncio.get_running_loop().run_in_executor(
+            called = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._call, [(w.inputs, w.state, w.policy) for w in batch]
             )
         finally:
             self.busy_since = None
-        seconds = time.monotonic() - start
-        for waiting, chunk, history in zip(batch, actions, histories, strict=True):
+        for waiting, chunk, history in zip(batch, called.actions, called.histories, strict=True):
             if not np.isfinite(chunk).all():
                 logger.error("the policy returned NaN or infinite actions")
                 _fail([waiting], PolicyError("the policy returned NaN or infinite actions"))
@@ -199,18 +206,18 @@ class Batcher:
             answer = Answer(
                 actions=chunk,
                 history=history,
-                queue_ms=1e3 * (start - waiting.since),
-                infer_ms=1e3 * seconds,
+                queue_ms=1e3 * (called.start - waiting.since),
+                infer_ms=1e3 * called.seconds,
                 batch=len(batch),
             )
             if not waiting.answer.done():
                 waiting.answer.set_result(answer)
-                self._observe(answer)
 
     def _call(
         self, batch: Sequence[tuple[Any, Float[np.ndarray, "1 p"] | None, Policy]]
-    ) -> tuple[list[Float[np.ndarray, "h a"]], Sequence[str | None]]:
+    ) -> _Called:
         """Runs the policy on a padded batch, in its thread."""
+        start = time.monotonic()
         size = next(size for size in self.sizes if size >= len(batch))
         stacked = self._policy.processor.join([inputs for inputs, _, _ in batch])
         padded, count = sharding.pad_batch(stacked, size)
@@ -223,7 +230,7 @@ class Batcher:
             policy.unnormalize_actions(chunk[None], state)[0]
             for chunk, (_, state, policy) in zip(chunks, batch, strict=True)
         ]
-        return actions, histories
+        return _Called(actions, histories, start, time.monotonic() - start)
 
 
 def _fail(batch: Sequence[_Waiting], error: PolicyError) -> None:

@@ -1,21 +1,24 @@
 """Settings of the server, shared by the Python API and the command line."""
 
 import dataclasses
+import re
+import ssl
 from pathlib import Path
 from typing import Literal
 
 from qvla_jax.errors import InputError
 from qvla_jax.model_options import ModelOptions
 
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # A token shorter than this can be guessed.
 _MIN_TOKEN = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig(ModelOptions):
-    """Serves a policy to robots: the openpi websocket protocol and OpenVLA's REST API, on one port.
+    """Serves policies to robots over the protocols of openpi, OpenVLA and vla-eval, on one port.
 
-    It is compiled for all batch sizes before the port opens. SIGTERM and Ctrl-C stop the server
+    They are compiled for all batch sizes before the port opens. SIGTERM and Ctrl-C stop the server
     after all accepted requests are answered.
 
     >>> from qvla_jax import ServeConfig
@@ -25,12 +28,20 @@ class ServeConfig(ModelOptions):
 
     # A policy that ships with the package, a directory that holds one, or a .qvla file.
     policy: str = "libero-mini"
+    # Further policies, each as NAME=POLICY. A client's address names the one that it asks
+    # (?policy=NAME); others ask the first, to which alone the settings of public directories apply.
+    also: tuple[str, ...] = ()
+    # Memory for the weights of all policies together, in GiB; the server does not start beyond it.
+    memory_limit_gib: float | None = None
     # Address to listen on; the default is reachable from this machine only.
     host: str = "127.0.0.1"
     # Port; 0 takes a free one.
     port: int = 8000
     # File with the token that clients must send; without one, all clients are served.
     token_file: Path | None = None
+    # Certificate chain and private key (PEM) for TLS; without them, nothing is encrypted.
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     # Gripper entry of the actions: the policy's own (for OpenVLA policies 1 opens, 0 closes), or
     # that of LIBERO's environments (-1 opens, +1 closes).
     gripper: Literal["policy", "libero"] = "policy"
@@ -61,6 +72,11 @@ class ServeConfig(ModelOptions):
         for name in ("max_message_mib", "io_timeout", "idle_timeout", "shutdown_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.memory_limit_gib is not None and not 0 < self.memory_limit_gib < float("inf"):
+            raise InputError(f"memory_limit_gib must be positive, got {self.memory_limit_gib}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise InputError("TLS needs both tls_cert and tls_key")
+        self.further()
         if not 0 <= self.batch_window_ms <= 1000:
             raise InputError(f"batch_window_ms: expected 0 to 1000, got {self.batch_window_ms}")
         if not 0 <= self.port <= 65535:
@@ -70,6 +86,45 @@ class ServeConfig(ModelOptions):
     def max_message(self) -> int:
         """Largest message in bytes."""
         return int(self.max_message_mib * 2**20)
+
+    def further(self) -> dict[str, str]:
+        """The further policies by their names.
+
+        Raises:
+            InputError: one has no name, or a name that another one has.
+        """
+        found: dict[str, str] = {}
+        for entry in self.also:
+            name, equals, source = entry.partition("=")
+            if not equals or not source or not _NAME.fullmatch(name):
+                raise InputError(
+                    f"also {entry!r}: expected NAME=POLICY, a name of letters, digits, . _ and -"
+                )
+            if name in found:
+                raise InputError(f"also: two policies have the name {name}")
+            found[name] = source
+        return found
+
+    def read_tls(self) -> ssl.SSLContext | None:
+        """What encrypts the connections.
+
+        Raises:
+            InputError: certificate and key cannot be read, do not fit, or the key has a passphrase.
+        """
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+
+        def passphrase() -> str:
+            raise InputError(f"{self.tls_key}: the key has a passphrase; give one without")
+
+        try:
+            context.load_cert_chain(self.tls_cert, self.tls_key, passphrase)
+        except OSError as error:
+            raise InputError(
+                f"{self.tls_cert}, {self.tls_key}: no certificate and its key in PEM ({error})"
+            ) from error
+        return context
 
     def read_token(self) -> str | None:
         """The token that clients must send.

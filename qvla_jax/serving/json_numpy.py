@@ -2,7 +2,8 @@
 
 The format is that of the package json-numpy, which OpenVLA's clients use. Arrays are cut out of a
 message before its JSON is parsed, so that parsing, whose lists and strings can take many times the
-bytes they come from, only ever sees a small text.
+bytes they come from, only ever sees a small text. So are strings that hold a JPEG or PNG file in
+base64, or its `data:` address.
 """
 
 import base64
@@ -20,7 +21,10 @@ from qvla_jax.serving.arrays import DTYPES, MAX_CONTAINERS, checked_array
 MAX_JSON: Final = 64 * 1024
 # The data of an array: quotes are escaped where JSON is inside a string of JSON. Within other text
 # they never match on both sides of the key.
-_DATA: Final = re.compile(rb'(\\?")__numpy__\1 *: *\1([A-Za-z0-9+/=]*)\1')
+_DATA: Final = re.compile(
+    rb'(\\?")__numpy__\1 *: *\1([A-Za-z0-9+/=]*)\1'
+    rb'|(\\?")(?:data:image/[a-z]{3,4};base64,)?((?:/9j/|iVBORw0KGgo)[A-Za-z0-9+/=]*)\3'
+)
 
 
 class _Arrays:
@@ -34,28 +38,35 @@ class _Arrays:
     def _cut(self, match: re.Match[bytes]) -> bytes:
         number = len(self._places)
         if number == MAX_CONTAINERS:
-            raise InputError(f"message: more than {MAX_CONTAINERS} arrays")
-        self._places[number] = match.span(2)
-        return b"%b__numpy__%b: %d" % (match[1], match[1], number)
+            raise InputError(f"message: more than {MAX_CONTAINERS} arrays and pictures")
+        quote = match[1] or match[3]
+        self._places[number] = match.span(2 if match[1] else 4)
+        if match[1]:
+            return b"%b__numpy__%b: %d" % (quote, quote, number)
+        return b"{%b__picture__%b: %d}" % (quote, quote, number)
 
     def hook(self, value: dict[str, Any]) -> Any:
-        """Replaces an object that represents an array by the array."""
-        if "__numpy__" not in value:
-            return value
-        number = value["__numpy__"]
+        """Puts arrays in place of the objects that represent them, and bytes for pictures."""
+        if "__numpy__" in value:
+            data = self._bytes("__numpy__", value["__numpy__"])
+            return checked_array(data, value.get("dtype"), value.get("shape"))
+        if "__picture__" in value:
+            return self._bytes("__picture__", value["__picture__"])
+        return value
+
+    def _bytes(self, kind: str, number: Any) -> bytes:
         place = self._places.pop(number, None) if type(number) is int else None
         if place is None:
-            raise InputError("message: __numpy__: expected the array's bytes in base64")
+            raise InputError(f"message: {kind}: expected the array's bytes in base64")
         try:
-            data = binascii.a2b_base64(self._message[slice(*place)], strict_mode=True)
+            return binascii.a2b_base64(self._message[slice(*place)], strict_mode=True)
         except binascii.Error as error:
-            raise InputError(f"message: __numpy__: no base64 ({error})") from error
-        return checked_array(data, value.get("dtype"), value.get("shape"))
+            raise InputError(f"message: {kind}: no base64 ({error})") from error
 
     def check_used(self) -> None:
-        """Raises an `InputError` if text only looked like an array."""
+        """Raises an `InputError` if text only looked like an array or a picture."""
         if self._places:
-            raise InputError("message: __numpy__ where no array can be")
+            raise InputError("message: __numpy__ or a picture in base64 where none can be")
 
 
 def decode(message: bytes) -> tuple[dict[str, Any], bool]:

@@ -9,6 +9,7 @@ import numpy as np
 from qvla_jax.array_typing import Float
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy
+from qvla_jax.serving.pictures import decode_pictures
 
 # Our names, and those of openpi's LIBERO example, of OpenVLA and of OpenVLA-OFT.
 NAMES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -62,17 +63,19 @@ class ObservationReader:
         """One observation -> model inputs with a batch of one, and the policy with its statistics.
 
         Args:
-            message: what `Policy.observation` lists: images u8[H, W, 3], such as `image`; `state`,
-                p finite numbers; `instruction`; each under one of its `NAMES`; or what clients of
-                this kind of policies send (`ObservationSpec.from_client`). Policies that sample
-                take `noise` [h, a] or `seed`. `unnorm_key` names statistics of the policy; without
-                it, its own apply. Other entries are ignored.
+            message: what `Policy.observation` lists: images u8[H, W, 3], or the bytes of JPEG or
+                PNG files, such as `image`; `state`, p finite numbers; `instruction`; each under one
+                of its `NAMES`; or what clients of this kind of policies send
+                (`ObservationSpec.from_client`). Policies that sample take `noise` [h, a] or `seed`.
+                `unnorm_key` names statistics of the policy; without it, its own apply. Other
+                entries are ignored.
 
         Raises:
             InputError: an entry is missing, has the wrong type, shape or dtype, or is too large; or
                 the policy has no statistics of this name.
         """
         spec = self._spec
+        message = decode_pictures(message, self._max_image_side)
         if spec.from_client is not None:
             message = spec.from_client(message)
         policy = self._with_statistics(message.get("unnorm_key"))
@@ -118,7 +121,9 @@ class ObservationReader:
     def _image(self, name: str, image: Any) -> np.ndarray:
         """Bounds the work of the policy's processor, which checks everything else."""
         if not isinstance(image, np.ndarray):
-            raise InputError(f"{name}: expected an array, got {type(image).__name__}")
+            raise InputError(
+                f"{name}: expected an array, or a JPEG or PNG picture, got {type(image).__name__}"
+            )
         if max(image.shape, default=0) > self._max_image_side:
             raise InputError(
                 f"{name}: {' x '.join(map(str, image.shape[:2]))} pixels, expected at most "

@@ -7,6 +7,8 @@ Server-Timing. Errors have a status and a message, where the reference replies "
 """
 
 import asyncio
+import dataclasses
+import time
 from http import HTTPStatus
 
 import numpy as np
@@ -24,6 +26,7 @@ async def act(service: Service, request: web.Request) -> web.Response:
     if isinstance(body, web.Response):
         service.counters.refused += 1
         return body
+    received = time.monotonic()
     twice = False
 
     def decode(body: bytes) -> dict[str, object]:
@@ -32,16 +35,15 @@ async def act(service: Service, request: web.Request) -> web.Response:
         return content
 
     try:
-        answer = await service.answer(decode, body)
+        answer = await service.answer(service.named(request.query), decode, body, received=received)
     except InputError as error:
         return failure(HTTPStatus.BAD_REQUEST, str(error))
     except PolicyError as error:
         return failure(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+    times = dataclasses.asdict(answer.times)
+    timing = ", ".join(f"{key.removesuffix('_ms')};dur={ms:.3f}" for key, ms in times.items())
     return web.json_response(
-        text=action_text(answer.actions, twice=twice),
-        headers={
-            "Server-Timing": f"queue;dur={answer.queue_ms:.3f}, infer;dur={answer.infer_ms:.3f}"
-        },
+        text=action_text(answer.actions, twice=twice), headers={"Server-Timing": timing}
     )
 
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Final, Self
 
@@ -29,14 +30,14 @@ class _Refusal(asyncio.Protocol):
 
 
 class PolicyServer:
-    """Serves a policy while used as an asynchronous context manager.
+    """Serves policies while used as an asynchronous context manager.
 
     async with PolicyServer(policy, ServeConfig(port=0)) as server:
         print(server.port)
 
     Raises (on entering):
         InputError: the server cannot listen on the address.
-        PolicyError: the policy returns NaN or infinite actions.
+        PolicyError: a policy returns NaN or infinite actions.
     """
 
     def __init__(
@@ -44,20 +45,29 @@ class PolicyServer:
         policy: Policy,
         config: ServeConfig,
         *,
+        others: Mapping[str, Policy] | None = None,
         key_needed: bool = False,
         progress: Progress = no_progress,
     ) -> None:
-        """Reads the token; nothing runs yet.
+        """Reads the token and the certificate; nothing runs yet.
 
         Args:
             policy: what answers.
-            config: the settings; `policy`, `dtype` and options of public directories are ignored.
+            config: the settings; those that name, load and choose policies are ignored.
+            others: further policies by their names.
             key_needed: requests must have `unnorm_key`; otherwise the policy's own is the default.
             progress: of compiling.
         """
         self._config = config
         self._progress = progress
-        self._service = Service(policy, config, token=config.read_token(), key_needed=key_needed)
+        self._tls = config.read_tls()
+        self._service = Service(
+            policy,
+            config,
+            others=others or {},
+            token=config.read_token(),
+            key_needed=key_needed,
+        )
         self._websockets = Websockets(self._service)
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
@@ -74,13 +84,14 @@ class PolicyServer:
         return self._service
 
     async def __aenter__(self) -> Self:
-        """Compiles the policy for every batch size, then opens the port."""
+        """Compiles the policies for every batch size, then opens the port."""
         config = self._config
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(
-            None, lambda: self._service.batcher.warm_up(progress=self._progress)
-        )
-        self._service.batcher.start()
+        for served in self._service.policies:
+            warm_up = functools.partial(served.batcher.warm_up, progress=self._progress)
+            await loop.run_in_executor(None, warm_up)
+        for served in self._service.policies:
+            served.batcher.start()
         self._runner = web.AppRunner(
             make_application(self._service, self._websockets),
             access_log=None,
@@ -97,7 +108,12 @@ class PolicyServer:
         await self._runner.setup()
         try:
             self._listener = await loop.create_server(
-                self._connect, config.host, config.port, backlog=config.max_clients
+                self._connect,
+                config.host,
+                config.port,
+                backlog=config.max_clients,
+                ssl=self._tls,
+                ssl_handshake_timeout=None if self._tls is None else config.io_timeout,
             )
         except (OSError, OverflowError, UnicodeError) as error:
             await self._stop()
@@ -127,7 +143,14 @@ class PolicyServer:
 
     async def _stop(self) -> None:
         if self._runner is not None:
+            server = self._runner.server
+            transports = [handler.transport for handler in server.connections] if server else []
             await self._runner.cleanup()
+            if self._tls is not None:
+                # An idle client does not read, and so does not confirm that TLS ends.
+                for transport in transports:
+                    if transport is not None:
+                        transport.abort()
         await self._service.stop()
 
     def _connect(self) -> asyncio.BaseProtocol:
@@ -144,6 +167,7 @@ def serve(
     policy: Policy,
     config: ServeConfig,
     *,
+    others: Mapping[str, Policy] | None = None,
     key_needed: bool = False,
     progress: Progress = no_progress,
     ready: Callable[[str], None] = print,
@@ -160,25 +184,32 @@ def serve(
 
     Args:
         policy: what answers.
-        config: the settings.
+        config: the settings; those that name, load and choose policies are ignored.
+        others: further policies by their names.
         key_needed: requests must have `unnorm_key`; otherwise the policy's own is the default.
         progress: of compiling.
         ready: called once the server listens, with one line that says where.
 
     Raises:
-        InputError: the server cannot listen on the address, or the token file cannot be read.
+        InputError: the server cannot listen on the address, a file of the settings cannot be read,
+            or the policies do not go together.
         PolicyError: the policy returns NaN or infinite actions.
     """
 
     async def run() -> None:
         stop = asyncio.Event()
-        async with PolicyServer(policy, config, key_needed=key_needed, progress=progress) as server:
+        async with PolicyServer(
+            policy, config, others=others, key_needed=key_needed, progress=progress
+        ) as server:
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
             host = f"[{config.host}]" if ":" in config.host else config.host
+            names = " and ".join(served.name for served in server.service.policies)
+            secure, address = "s" if config.tls_cert else "", f"{host}:{server.port}"
             ready(
-                f"Serving {policy.config.name} at ws://{host}:{server.port} (openpi) and "
-                f"http://{host}:{server.port}/act (OpenVLA)"
+                f"Serving {names} at ws{secure}://{address} (openpi), "
+                f"http{secure}://{address}/act (OpenVLA) and "
+                f"ws{secure}://{address}/vla-eval (vla-eval)"
             )
             await stop.wait()
 

@@ -1,22 +1,39 @@
-"""The openpi protocol: metadata on connecting, then one binary reply for each binary message.
-
-The expectations of `openpi_client.WebsocketClientPolicy` (openpi-client 0.1.2): replies are msgpack
-maps with `actions`, `server_timing` and `policy_timing`; a reply in text is an error, which the
-client raises. Here the connection survives an error, and the next message is answered again.
-"""
+"""Connections over websockets: one reply for each binary message, whatever the protocol in it."""
 
 import asyncio
 import time
-from typing import Any
+from typing import Protocol
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from qvla_jax.errors import QvlaError
-from qvla_jax.serving import msgpack_numpy
 from qvla_jax.serving.service import Service
 
 # Seconds between pings; a client that does not answer within half of that is disconnected.
 _HEARTBEAT = 60.0
+
+
+class Conversation(Protocol):
+    """One connection's side of a protocol. Text replies are errors of openpi's protocol."""
+
+    def greeting(self) -> bytes | None:
+        """What the server says first."""
+        ...
+
+    async def reply(
+        self, message: bytes, *, received: float, last: float | None
+    ) -> bytes | str | None:
+        """Answers a message; errors are replies, too. None: it needs no reply.
+
+        Args:
+            message: the raw message.
+            received: when it was there, by `time.monotonic`.
+            last: seconds that the previous reply took, with sending it.
+        """
+        ...
+
+    def refusal(self, text: str) -> bytes | str:
+        """An error message."""
+        ...
 
 
 class Websockets:
@@ -27,7 +44,9 @@ class Websockets:
         self._service = service
         self._idle: set[web.WebSocketResponse] = set()
 
-    async def __call__(self, request: web.Request) -> web.WebSocketResponse:
+    async def __call__(
+        self, request: web.Request, conversation: Conversation
+    ) -> web.WebSocketResponse:
         """Serves one connection until either side closes it."""
         config = self._service.config
         socket = web.WebSocketResponse(
@@ -40,8 +59,8 @@ class Websockets:
         )
         await socket.prepare(request)
         try:
-            await self._send(socket, msgpack_numpy.encode(self._service.metadata()))
-            await self._converse(socket)
+            await self._send(socket, conversation.greeting())
+            await self._converse(socket, conversation)
         except (ConnectionError, TimeoutError):
             pass  # it has disconnected, or reads no replies
         finally:
@@ -54,7 +73,7 @@ class Websockets:
             *(self._go_away(socket) for socket in list(self._idle)), return_exceptions=True
         )
 
-    async def _converse(self, socket: web.WebSocketResponse) -> None:
+    async def _converse(self, socket: web.WebSocketResponse, conversation: Conversation) -> None:
         last: float | None = None
         while not self._service.closing:
             self._idle.add(socket)
@@ -67,10 +86,10 @@ class Websockets:
                 self._idle.discard(socket)
             start = time.monotonic()
             if message.type is WSMsgType.BINARY:
-                reply = await self._reply(message.data, last)
+                reply = await conversation.reply(message.data, received=start, last=last)
             elif message.type is WSMsgType.TEXT:
                 self._service.counters.refused += 1
-                reply = "expected an observation in msgpack, got text"
+                reply = conversation.refusal("expected a message in msgpack, got text")
             else:  # closed; by aiohttp if a frame is broken or too large
                 self._service.counters.refused += message.type is WSMsgType.ERROR
                 return
@@ -78,34 +97,11 @@ class Websockets:
             last = time.monotonic() - start
         await self._go_away(socket)
 
-    async def _reply(self, message: bytes, last: float | None) -> bytes | str:
-        start = time.monotonic()
-        try:
-            answer = await self._service.answer(msgpack_numpy.decode, message)
-        except QvlaError as error:
-            return str(error)
-        timing = {
-            "infer_ms": answer.infer_ms,
-            "queue_ms": answer.queue_ms,
-            "total_ms": 1e3 * (time.monotonic() - start),
-            "batch": answer.batch,
-        }
-        if last is not None:
-            timing["prev_total_ms"] = 1e3 * last
-        reply: dict[str, Any] = {
-            "actions": answer.actions,
-            "server_timing": timing,
-            "policy_timing": {"infer_ms": answer.infer_ms},
-        }
-        if answer.history is not None:
-            reply["history"] = answer.history
-        return msgpack_numpy.encode(reply)
-
-    async def _send(self, socket: web.WebSocketResponse, reply: bytes | str) -> None:
+    async def _send(self, socket: web.WebSocketResponse, reply: bytes | str | None) -> None:
         async with asyncio.timeout(self._service.config.io_timeout):
             if isinstance(reply, str):
                 await socket.send_str(reply)
-            else:
+            elif reply is not None:
                 await socket.send_bytes(reply)
 
     async def _go_away(self, socket: web.WebSocketResponse) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,10 @@ def world(tmp_path_factory, closed_loop_summary) -> Path:
     shutil.copytree(written, folder / "libero_spatial_rlds")
     if not SIMULATOR:  # which would write it
         shutil.copytree(written, folder / "rlds-visited" / "libero_spatial" / "1.0.0")
+    (command,) = re.findall(
+        r"openssl (req .*?\.pem)\n", (ROOT / "docs" / "serving.md").read_text().replace("\\\n", "")
+    )
+    subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
     (folder / "runs" / "sim").mkdir(parents=True)
     (folder / "runs" / "sim" / files.CLOSED_LOOP).write_text(
         json.dumps(to_plain(closed_loop_summary))

@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -135,8 +136,10 @@ PROGRAM = [sys.executable, "-m", "qvla_jax.cli"]
 def serves(arguments: list[str]) -> None:
     """The server answers, and ends when it is asked to."""
     with server(arguments) as port:
-        address = f"http://127.0.0.1:{port}/healthz"
-        with urllib.request.urlopen(address) as answer:
+        encrypted = "--tls-cert" in arguments
+        address = f"http{'s' * encrypted}://127.0.0.1:{port}/healthz"
+        context = ssl.create_default_context(cafile="cert.pem") if encrypted else None
+        with urllib.request.urlopen(address, context=context) as answer:
             assert answer.status == 200
 
 

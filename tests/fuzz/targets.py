@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from qvla_jax import kernels
 from qvla_jax.checkpoints import torch_zip
@@ -370,7 +372,7 @@ def _load_tensorflow() -> None:
 
 def _messages() -> list[Target]:
     try:
-        from qvla_jax.serving import json_numpy, msgpack_numpy
+        from qvla_jax.serving import json_numpy, msgpack_numpy, pictures
     except ImportError:
         return []
     image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
@@ -384,6 +386,14 @@ def _messages() -> list[Target]:
     def read(decode: Callable[[bytes], Any], content: bytes) -> None:
         assert isinstance(decode(content), dict)
 
+    def file(kind: str) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.tile(image, (4, 4, 1))).save(buffer, kind)
+        return buffer.getvalue()
+
+    def look(content: bytes) -> None:
+        assert max(pictures.decode_picture("image", content, 64).shape) <= 64
+
     def json_or_bytes(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
         return (damage_bytes if rng.randrange(2) else damage_json)(content, rng, others)
 
@@ -396,4 +406,5 @@ def _messages() -> list[Target]:
             "message-json", tuple(json_numpy.encode(c).encode() for c in contents),
             functools.partial(read, lambda m: json_numpy.decode(m)[0]), json_or_bytes, weight=15,
         ),
+        Target("picture", (file("PNG"), file("JPEG")), look, damage_bytes, weight=2),
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 
 
 @contextlib.contextmanager
-def running(policy, **settings):
+def running(policy, *, others=None, **settings):
     """Serves in a thread; yields the server and its event loop."""
     from qvla_jax.serving import PolicyServer, ServeConfig
 
@@ -19,7 +19,7 @@ def running(policy, **settings):
         box["stop"] = asyncio.Event()
         box["loop"] = asyncio.get_running_loop()
         try:
-            async with PolicyServer(policy, config) as server:
+            async with PolicyServer(policy, config, others=others) as server:
                 box["server"] = server
                 ready.set()
                 await box["stop"].wait()

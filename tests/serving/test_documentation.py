@@ -1,5 +1,6 @@
 """The snippets of the documentation run against a server."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ pytest.importorskip("websockets")
 pytest.importorskip("openpi_client.websocket_client_policy")
 requests = pytest.importorskip("requests")
 json_numpy = pytest.importorskip("json_numpy")
+
+from qvla_jax.serving.pictures import decode_picture  # noqa: E402
 
 from .served import running  # noqa: E402
 
@@ -55,10 +58,33 @@ def server(policy):
 )
 def test_openpi_snippets_give_actions(policy, server, file, client, name):
     for code in snippets(file, "WebsocketClientPolicy"):
+        if "captured_at" in code:
+            continue
         names = run(code, server.port, policy)
         names[client]._ws.close()
         expected = policy.infer(in_our_words(names["observation"]))
         np.testing.assert_allclose(names[name], expected, atol=2e-5)
+
+
+def test_snippets_of_chunks_asked_for_ahead_give_their_rest(policy, server):
+    (code,) = snippets("docs/serving.md", "captured_at")
+    names = run(code, server.port, policy)
+    names["policy"]._ws.close()
+    names["asking"].shutdown()
+    expected = policy.infer(names["observation"])
+    skipped = len(expected) - len(names["chunk"])
+    assert skipped == min(len(expected), int(names["reply"]["server_timing"]["age_ms"] / 100))
+    np.testing.assert_allclose(names["chunk"], expected[skipped:], atol=2e-5)
+
+
+def test_snippets_of_pictures_give_actions(policy, server):
+    (code,) = snippets("docs/serving.md", "b64encode")
+    names = run(code, server.port, policy)
+    sent = dict(names["observation"])
+    for name, text in names["cameras"].items():
+        sent[name] = decode_picture(name, base64.b64decode(text), 32)
+    found = np.stack(json_numpy.loads(names["reply"].text))
+    np.testing.assert_allclose(found, policy.infer(sent), atol=2e-5)
 
 
 def test_rest_snippets_give_actions(policy, server, monkeypatch):

@@ -15,6 +15,7 @@ from qvla_jax.serving.arrays import DTYPES, checked_array
 msgpack = pytest.importorskip("msgpack")
 
 from qvla_jax.serving import json_numpy, msgpack_numpy  # noqa: E402
+from qvla_jax.serving.pictures import decode_pictures  # noqa: E402
 
 from .checks import CHECKS  # noqa: E402
 
@@ -76,6 +77,23 @@ def test_numpy_scalars_of_the_openpi_client_are_read():
     theirs = pytest.importorskip("openpi_client.msgpack_numpy")
     sent = {"a": np.float32(0.5), "b": np.int64(-3), "c": np.bool_(True)}
     assert msgpack_numpy.decode(theirs.packb(sent)) == {"a": 0.5, "b": -3, "c": True}
+
+
+@pytest.mark.parametrize("kind", ["raw", "png"])
+def test_arrays_and_images_of_vla_eval_are_read_and_written(kind):
+    codec = pytest.importorskip("vla_eval.protocol.numpy_codec")
+    image_codec = pytest.importorskip("vla_eval.protocol.image_codec")
+    image = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    state = np.arange(8, dtype=np.float32)
+    sent = {
+        "images": {"a": image_codec.encode_image(image, kind)},
+        "s": codec.encode_ndarray(state),
+    }
+    read = decode_pictures(msgpack_numpy.decode(msgpack.packb(sent)), max_side=8)
+    np.testing.assert_array_equal(read["images"]["a"], image)
+    np.testing.assert_array_equal(read["s"], state)
+    reply = msgpack_numpy.encode({"actions": state}, text_keys=True)
+    same(msgpack.unpackb(reply, object_hook=codec.decode_ndarray), {"actions": state})
 
 
 @CHECKS
@@ -232,6 +250,14 @@ def test_one_changed_byte_ends_in_a_map_or_in_one_error(data):
         ({"a": {b"__npgeneric__": True, b"data": b"x", b"dtype": "|O"}}, "a scalar is bytes"),
         ({"a": "x" * 9000}, "9000 exceeds max_str_len"),
         ({"a": [[]] * 64, "b": [[]] * 64}, "more than 64 lists and maps"),
+        # As the package msgpack-numpy writes arrays, by its newer and its older versions.
+        (
+            {"a": {b"nd": True, b"type": "<f4", b"kind": b"", b"shape": [1], b"data": b"abcd"}},
+            "as the package msgpack-numpy writes them .*; pack with openpi_client.msgpack_numpy",
+        ),
+        ({"a": {"nd": False, "type": "<f4", "data": b"abcd"}}, "as the package msgpack-numpy"),
+        ({"a": {"__image__": True, "format": "webp", "data": b""}}, "__image__: expected format"),
+        ({"a": {"__image__": True, "format": "png", "data": "x"}}, "__image__: expected format"),
     ],
 )
 def test_unusable_msgpack_is_refused_by_name(content, message):

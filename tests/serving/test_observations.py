@@ -51,7 +51,7 @@ IMAGE = np.zeros((32, 32, 3), np.uint8)
     [
         ({"image": None}, "observation has no image or observation/image or full_image; it holds:"),
         ({"full_image": IMAGE}, "image and full_image, which mean the same"),
-        ({"image": "red"}, "image: expected an array, got str"),
+        ({"image": "red"}, "image: expected an array, or a JPEG or PNG picture, got str"),
         (
             {"image": np.zeros((32, 32, 3), np.float32)},
             r"image: expected uint8 \[H, W, 3\], got float32 \[32, 32, 3\]",

@@ -354,7 +354,7 @@ def test_websockets_that_say_nothing_are_closed(policy):
 
 
 def test_the_health_check_sees_a_policy_that_hangs(server):
-    batcher = server.service.batcher
+    batcher = server.service.policies[0].batcher
     batcher.busy_since = time.monotonic() - 1000
     try:
         assert requests.get(url(server, "/healthz"), timeout=PATIENCE).status_code == 503
