@@ -58,9 +58,25 @@ def matmul(
 ) -> Float[Array, "*m c"]:
     """See the module."""
     w = prepared.weight
+    return product(x, w, stored_rows(w) if w.segments else None, activation_bits)
+
+
+def product(
+    x: Float[Array, "*m k"],
+    w: PackedWeight,
+    rows: Float[Array, "r k"] | None,
+    activation_bits: int,
+) -> Float[Array, "*m c"]:
+    """The product with unpacked rows.
+
+    Args:
+        x: activations.
+        w: the weight.
+        rows: w_hat of the rows of all its segments, in the order of the index; None: of none.
+        activation_bits: 16, 8 or 4.
+    """
     parts = [jnp.zeros((*x.shape[:-1], 1), jnp.float32)]  # of pruned channels
-    if w.segments:
-        rows = stored_rows(w)
+    if rows is not None:
         exact = w.segments[0].rows if w.segments[0].bits == SOURCE else 0
         whole = x.astype(jnp.bfloat16)
         if activation_bits == 16:

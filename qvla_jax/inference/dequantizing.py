@@ -1,0 +1,150 @@
+"""The rounded weights of a quantized policy as ordinary parameters, which public layouts hold."""
+
+import dataclasses
+from collections.abc import Collection, Iterator
+from typing import Any, Final, Literal, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qvla_jax import kernels
+from qvla_jax.errors import InputError
+from qvla_jax.inference.packed_embed import packed_embeddings
+from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.policy import Policy
+from qvla_jax.inference.unpacking import RoundingLinear, folded
+from qvla_jax.models.linear import Embed
+from qvla_jax.models.surgery import named_modules, path_string
+from qvla_jax.precision import in_32_bits
+from qvla_jax.quantization.layers import quantizable_layers
+from qvla_jax.quantization.layout import source_bytes
+
+# What quantized policies have and public layouts may have no room for.
+LeftOut: TypeAlias = Literal["bias-corrections", "activation-rounding"]
+_REMEDIES: Final[dict[LeftOut, str]] = {
+    "bias-corrections": "quantize without bias correction, such as by `qvla quantize --method "
+    "gptq-w4` or `qvla pack`, ",
+    "activation-rounding": "quantize without rounding activations, ",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantized:
+    """A quantized policy with ordinary layers, and what became of the rest.
+
+    Attributes:
+        policy: in the modules of full precision; `Policy.export` writes it.
+        dtype: of all its parameters.
+        left_out: paths of the layers that lost something.
+        unread: parameters that a packed file does not hold because inference never reads them;
+            zeros.
+    """
+
+    policy: Policy
+    dtype: np.dtype[Any]
+    left_out: dict[LeftOut, tuple[str, ...]]
+    unread: tuple[str, ...]
+
+
+@in_32_bits
+def dequantized(
+    policy: Policy, *, dtype: Any = None, leave_out: Collection[LeftOut] = ()
+) -> Dequantized:
+    """The policy with its rounded weights in ordinary layers.
+
+    Scales and rotations of a layer's inputs become part of its weight. A bias that quantization
+    added has room where the full-precision layer has a bias.
+
+    Args:
+        policy: quantized, packed or not.
+        dtype: of all parameters; None: bfloat16 if all that quantization left alone fits in it, as
+            in public checkpoints, or else float32.
+        leave_out: what may get lost.
+
+    Raises:
+        InputError: the policy is not quantized, or something would get lost that may not; the
+            message names the layers.
+    """
+    if policy.quantization is None:
+        raise InputError(
+            f"{policy.config.name}: is not quantized; it is exported as it is, without --dequantized"
+        )
+    model = policy.family.abstract_model(policy.config)
+    left_out: dict[LeftOut, tuple[str, ...]] = {}
+    if rounding := _rounding_layers(policy):
+        left_out["activation-rounding"] = rounding
+    dtype = np.dtype(_public_dtype(policy, model) if dtype is None else dtype)
+    missing = {
+        path_string(path): variable
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    biases = []
+    for name, value in _parameters(policy):
+        layer, _, leaf = name.rpartition(".")
+        if name in missing:
+            missing.pop(name).set_value(jnp.asarray(value.astype(dtype)))
+        elif leaf == "bias":
+            biases += [layer] if value.any() else []
+        else:
+            raise InputError(f"{policy.config.name}: has a parameter {name!r} that it should not")
+    # Packing leaves out what inference never reads, and nothing else.
+    for variable in missing.values():
+        variable.set_value(jnp.zeros(variable.shape, dtype))
+    if biases:
+        left_out["bias-corrections"] = tuple(sorted(biases))
+    for kind, layers in left_out.items():
+        if kind not in leave_out:
+            raise InputError(
+                f"{policy.config.name}: its public layout has no room for the "
+                f"{kind.replace('-', ' ')} of {len(layers)} layers ({', '.join(layers)}): "
+                f"{_REMEDIES[kind]}or accept what it costs with --leave-out {kind}"
+            )
+    return Dequantized(
+        dataclasses.replace(policy, model=model, quantization=None),
+        dtype,
+        left_out,
+        tuple(missing),
+    )
+
+
+def _parameters(policy: Policy) -> Iterator[tuple[str, np.ndarray]]:
+    """Dotted path and value of every parameter, as if nothing were packed."""
+    rounding = named_modules(policy.model, RoundingLinear)
+    for path, variable in nnx.to_flat_state(nnx.state(policy.model, nnx.Param)):
+        if path_string(path[:-1]) not in rounding:
+            yield path_string(path), np.asarray(variable[...])
+    for path, layer in rounding.items():
+        kernel = folded(layer.kernel[...], layer.scale[...], rotated=layer.rotated)
+        yield f"{path}.kernel", np.asarray(kernel)
+        yield f"{path}.bias", np.asarray(layer.bias[...])
+    for path, layer in packed_layers(policy.model).items():
+        weight, inputs = layer.weight, layer.inputs
+        kernel = folded(kernels.dequantize(weight).T, inputs.scale, rotated=inputs.rotated)
+        yield f"{path}.kernel", np.asarray(kernel)
+        if weight.bias is not None:
+            yield f"{path}.bias", np.asarray(weight.bias)
+    for path, table in packed_embeddings(policy.model).items():
+        yield f"{path}.embedding", np.asarray(kernels.dequantize(table.weight))
+
+
+def _rounding_layers(policy: Policy) -> tuple[str, ...]:
+    """Layers that round their inputs."""
+    packed = packed_layers(policy.model)
+    found = [path for path, layer in packed.items() if layer.activation_bits != 16]
+    others = named_modules(policy.model, RoundingLinear)
+    found += [path for path, layer in others.items() if float(layer.largest_code[...])]
+    return tuple(sorted(found))
+
+
+def _public_dtype(policy: Policy, model: nnx.Module) -> Any:
+    """Bfloat16 if all parameters that quantization left alone fit in it, or else float32."""
+    changed = {
+        *quantizable_layers(model, policy.layout.rules),
+        *packed_layers(policy.model),
+        *named_modules(model, Embed),
+    }
+    for path, variable in nnx.to_flat_state(nnx.state(policy.model, nnx.Param)):
+        if path_string(path[:-1]) not in changed and source_bytes(np.asarray(variable[...])) != 2:
+            return jnp.float32
+    return jnp.bfloat16
