@@ -1,7 +1,9 @@
 """The rounded weights of a quantized policy as ordinary parameters, which public layouts hold."""
 
+import collections
 import dataclasses
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import jax.numpy as jnp
@@ -9,17 +11,23 @@ import numpy as np
 from flax import nnx
 
 from qvla_jax import kernels
+from qvla_jax.atomic import write_json
+from qvla_jax.checkpoints.files import check_empty
 from qvla_jax.errors import InputError
+from qvla_jax.inference.loading import load_policy
 from qvla_jax.inference.packed_embed import packed_embeddings
 from qvla_jax.inference.packed_linear import packed_layers
+from qvla_jax.inference.parity import Parity, chunks_of, noise_inputs, parity_of
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.unpacking import RoundingLinear, folded
 from qvla_jax.models.linear import Embed
 from qvla_jax.models.surgery import named_modules, path_string
 from qvla_jax.precision import in_32_bits
+from qvla_jax.provenance import package_versions
 from qvla_jax.quantization.layers import quantizable_layers
 from qvla_jax.quantization.layout import source_bytes
 
+RECORD: Final = "dequantized.json"
 # What quantized policies have and public layouts may have no room for.
 LeftOut: TypeAlias = Literal["bias-corrections", "activation-rounding"]
 _REMEDIES: Final[dict[LeftOut, str]] = {
@@ -46,6 +54,51 @@ class Dequantized:
     left_out: dict[LeftOut, tuple[str, ...]]
     unread: tuple[str, ...]
 
+    def record(self) -> dict[str, Any]:
+        """What became of the rest, as JSON types."""
+        return {
+            "dtype": self.dtype.name,
+            "left_out": {kind: list(layers) for kind, layers in self.left_out.items()},
+            "zeros_for_unread": list(self.unread),
+        }
+
+
+def export_dequantized(
+    policy: Policy, out: Path, *, dtype: Any = None, leave_out: Collection[LeftOut] = ()
+) -> tuple[Dequantized, Parity]:
+    """Writes the rounded weights of a quantized policy as a public directory.
+
+    The directory is loaded again; what changed in the actions is also written, to
+    `dequantized.json` in it.
+
+    Args:
+        policy: see `dequantized`.
+        out: an empty or new folder.
+        dtype: see `dequantized`.
+        leave_out: see `dequantized`.
+
+    Raises:
+        InputError: see `dequantized`; or `out` holds files already.
+    """
+    check_empty(out)
+    found = dequantized(policy, dtype=dtype, leave_out=leave_out)
+    found.policy.export(out)
+    inputs = noise_inputs(policy)
+    again = load_policy(out, dtype=found.dtype)
+    parity = parity_of(policy, chunks_of(policy, inputs), chunks_of(again, inputs))
+    write_json(
+        out / RECORD,
+        {
+            "format": "qvla_jax.dequantized",
+            "version": 1,
+            "quantization": policy.quantization,
+            **found.record(),
+            "parity": dataclasses.asdict(parity),
+            "packages": package_versions(),
+        },
+    )
+    return found, parity
+
 
 @in_32_bits
 def dequantized(
@@ -67,9 +120,7 @@ def dequantized(
             message names the layers.
     """
     if policy.quantization is None:
-        raise InputError(
-            f"{policy.config.name}: is not quantized; it is exported as it is, without --dequantized"
-        )
+        raise InputError(f"{policy.config.name}: is not quantized; export it without --dequantized")
     model = policy.family.abstract_model(policy.config)
     left_out: dict[LeftOut, tuple[str, ...]] = {}
     if rounding := _rounding_layers(policy):
@@ -95,9 +146,11 @@ def dequantized(
         left_out["bias-corrections"] = tuple(sorted(biases))
     for kind, layers in left_out.items():
         if kind not in leave_out:
+            types = collections.Counter(map(policy.layout.module_type, layers))
+            named = ", ".join(f"{count} {name}" for name, count in types.items())
             raise InputError(
                 f"{policy.config.name}: its public layout has no room for the "
-                f"{kind.replace('-', ' ')} of {len(layers)} layers ({', '.join(layers)}): "
+                f"{kind.replace('-', ' ')} of {len(layers)} layers ({named}): "
                 f"{_REMEDIES[kind]}or accept what it costs with --leave-out {kind}"
             )
     return Dequantized(

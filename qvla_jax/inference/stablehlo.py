@@ -139,11 +139,11 @@ def portable_function(
     held = {"model": state, "conditioning": policy.conditioning}
     paths, structure = jax.tree.flatten_with_path(held)
     weights = {_name(path): value for path, value in paths}
-    input_structure = jax.tree.structure(inputs)
+    input_names, input_structure = list(_named(inputs)), jax.tree.structure(inputs)
 
     def actions(weights: dict[str, Array], inputs: dict[str, Array]) -> Float[Array, "b h a"]:
         restored = jax.tree.unflatten(structure, [weights[_name(path)] for path, _ in paths])
-        prepared = jax.tree.unflatten(input_structure, list(inputs.values()))
+        prepared = jax.tree.unflatten(input_structure, [inputs[name] for name in input_names])
         with jax.default_matmul_precision("float32"):
             network = nnx.merge(graphdef, restored["model"])
             return network.actions(prepared, restored["conditioning"])
@@ -169,7 +169,7 @@ def _named(inputs: Any) -> dict[str, np.ndarray]:
 
 def _name(path: tuple[Any, ...]) -> str:
     keys = (next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)) for k in path)
-    return path_string(tuple(keys))
+    return path_string(tuple(keys)) or "inputs"
 
 
 def _described(name: str, value: np.ndarray) -> dict[str, Any]:
