@@ -138,7 +138,11 @@ def dequantized(
         elif leaf == "bias":
             biases += [layer] if value.any() else []
         else:
-            raise InputError(f"{policy.config.name}: has a parameter {name!r} that it should not")
+            raise InputError(
+                f"{policy.config.name}: its public layout has no room for {name!r}, which took the "
+                "place of other weights when `qvla pack` packed it; export a file of `qvla "
+                "quantize`, or the full-precision policy's name with @ and bits"
+            )
     # Packing leaves out what inference never reads, and nothing else.
     for variable in missing.values():
         variable.set_value(jnp.zeros(variable.shape, dtype))
