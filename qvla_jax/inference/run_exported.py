@@ -36,7 +36,7 @@ def read_weights(path):
 
 def load(folder=HERE):
     """A function of the inputs in policy.json, by name, that returns normalized actions."""
-    exported = jax.export.deserialize((folder / "policy.stablehlo").read_bytes())
+    exported = jax.export.deserialize(bytearray((folder / "policy.stablehlo").read_bytes()))
     weights = jax.device_put(read_weights(folder / "weights.safetensors"))
     call = jax.jit(exported.call)
     return lambda inputs: call(weights, inputs)

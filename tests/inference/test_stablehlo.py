@@ -96,3 +96,18 @@ def test_portable_products_are_those_of_the_reference():
     expected = product(x, packed, 16, "reference")
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert kernels.canonical(portable) is portable.weight
+
+
+def test_layers_are_not_unpacked_before_they_are_used():
+    packed = kernels.pack(np.ones((512, 512), np.float32), np.full(512, 4), grid="rtn")
+    weights = [PortableWeight(jax.tree.map(jax.numpy.asarray, packed))] * 4
+
+    def network(x, weights):
+        for weight in weights:
+            x = kernels.mixed_matmul(x, weight)
+        return x
+
+    compiled = jax.jit(network).lower(np.ones((1, 512), np.float32), weights).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 1.5 * 4 * 512 * 512  # that of one layer, not of all four
