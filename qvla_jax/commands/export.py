@@ -62,14 +62,14 @@ def main(config: Config) -> Result:
 def _dequantized(config: Config) -> Result:
     policy = load_named_policy(config.model, config)
     dtype = config.dtype and jnp.dtype(config.dtype)
-    found, parity = export_dequantized(policy, config.out, dtype=dtype, leave_out=config.leave_out)
+    record, parity = export_dequantized(policy, config.out, dtype=dtype, leave_out=config.leave_out)
     result = written(config.out)
-    lines = [f"{found.dtype.name}: {parity}"]
+    lines = [f"{record['dtype']}: {parity}"]
     lines += [
         f"left out: {kind.replace('-', ' ')} of {len(layers)} layers"
-        for kind, layers in found.left_out.items()
+        for kind, layers in record["left_out"].items()
     ]
-    if found.unread:
-        lines.append(f"zeros: {len(found.unread)} tensors that inference never reads")
-    content = {**result.content, **found.record(), "parity": dataclasses.asdict(parity)}
+    if unread := record["zeros_for_unread"]:
+        lines.append(f"zeros: {len(unread)} tensors that inference never reads")
+    content = {**result.content, **record, "parity": dataclasses.asdict(parity)}
     return Result(content, (*result.lines, *lines))

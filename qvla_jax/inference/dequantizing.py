@@ -65,7 +65,7 @@ class Dequantized:
 
 def export_dequantized(
     policy: Policy, out: Path, *, dtype: Any = None, leave_out: Collection[LeftOut] = ()
-) -> tuple[Dequantized, Parity]:
+) -> tuple[dict[str, Any], Parity]:
     """Writes the rounded weights of a quantized policy as a public directory.
 
     The directory is loaded again; what changed in the actions is also written, to
@@ -77,27 +77,32 @@ def export_dequantized(
         dtype: see `dequantized`.
         leave_out: see `dequantized`.
 
+    Returns:
+        `Dequantized.record`, and the actions of the directory against those of the policy.
+
     Raises:
         InputError: see `dequantized`; or `out` holds files already.
     """
     check_empty(out)
     found = dequantized(policy, dtype=dtype, leave_out=leave_out)
     found.policy.export(out)
+    record, dtype = found.record(), found.dtype
+    del found  # whose weights may be large, before they are loaded again
     inputs = noise_inputs(policy)
-    again = load_policy(out, dtype=found.dtype)
-    parity = parity_of(policy, chunks_of(policy, inputs), chunks_of(again, inputs))
+    own = chunks_of(policy, inputs)
+    parity = parity_of(policy, own, chunks_of(load_policy(out, dtype=dtype), inputs))
     write_json(
         out / RECORD,
         {
             "format": "qvla_jax.dequantized",
             "version": 1,
             "quantization": policy.quantization,
-            **found.record(),
+            **record,
             "parity": dataclasses.asdict(parity),
             "packages": package_versions(),
         },
     )
-    return found, parity
+    return record, parity
 
 
 @in_32_bits

@@ -6,7 +6,7 @@ from typing import Any, Final
 import numpy as np
 
 from qvla_jax.array_typing import Float
-from qvla_jax.inference.policy import Policy
+from qvla_jax.inference.policy import Policy, batch_of_one
 
 # Observations of noise that actions are compared on.
 OBSERVATIONS: Final = 4
@@ -40,8 +40,7 @@ def noise_inputs(policy: Policy) -> list[Any]:
     """Prepared inputs of `OBSERVATIONS` observations of noise, each a batch of one."""
     found = []
     for seed in range(OBSERVATIONS):
-        observation = policy.observation.fake(seed)
-        batch = {k: [v] if isinstance(v, str) else v[None] for k, v in observation.items()}
+        batch = batch_of_one(policy.fake_observation(seed))
         if policy.observation.sampled:
             batch["seed"] = np.array([seed])
         found.append(policy.prepare(batch))

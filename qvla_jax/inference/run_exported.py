@@ -7,7 +7,6 @@ Beside this file: policy.json (what goes in and comes out), policy.stablehlo (th
 """
 
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -56,5 +55,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_ENABLE_X64", "0")
     main()

@@ -49,6 +49,7 @@ _OUTSIDE: Final = (
     "drawing the noise of a policy that samples",
     "un-normalizing actions, by the statistics of the data set",
 )
+_HISTORY: Final = "the latent actions that the history of an episode's next call is made of"
 
 
 @in_32_bits
@@ -103,6 +104,7 @@ def _export(policy: Policy, out: Path) -> Parity:
             "holds": _INSIDE,
             "left_to_the_caller_before": _OUTSIDE[0],
             "left_to_the_caller_after": _OUTSIDE[1],
+            **({"not_returned": _HISTORY} if policy.observation.has_history else {}),
         },
         "weights": {
             "file": WEIGHTS,
@@ -183,7 +185,7 @@ def _write_example(
     arrays: dict[str, Any] = {"actions": chunks}
     robot = []
     for number, each in enumerate(inputs):
-        observation = policy.observation.fake(number)
+        observation = policy.fake_observation(number)
         arrays |= {f"{number}.{name}": value for name, value in each.items()}
         arrays |= {f"{number}.observation.{k}": np.asarray(v) for k, v in observation.items()}
         state = observation["state"][None] if "state" in observation else None

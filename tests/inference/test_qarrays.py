@@ -9,6 +9,7 @@ import pytest
 import qwix
 
 from qvla_jax import kernels
+from qvla_jax.commands import export_qwix
 from qvla_jax.errors import InputError
 from qvla_jax.families.registry import register
 from qvla_jax.inference import random_policy
@@ -58,7 +59,9 @@ def test_an_exported_policy_is_read_without_us(tmp_path):
     packed = quantize_uniform(policy, 4)
     with pytest.raises(InputError, match=r"no layer is packed; give a \.qvla file"):
         export_qarrays(policy, tmp_path / "out")
-    export_qarrays(packed, tmp_path / "out")
+    packed.save(tmp_path / "p.qvla")
+    settings = export_qwix.Config(model=str(tmp_path / "p.qvla"), qwix=tmp_path / "out")
+    assert export_qwix.main(settings).content["qarrays"] == {"first": "int4"}
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(tmp_path / "out" / PARAMS)
     (layer,) = packed_layers(packed.model).values()

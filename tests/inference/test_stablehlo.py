@@ -12,6 +12,7 @@ import pytest
 
 from qvla_jax import kernels
 from qvla_jax.checkpoints.tensor_files import TensorFile
+from qvla_jax.commands import export_stablehlo as command
 from qvla_jax.errors import InputError
 from qvla_jax.families.registry import register
 from qvla_jax.inference import random_policy
@@ -52,8 +53,10 @@ def packed():
 
 
 def test_a_process_with_jax_alone_acts_like_the_policy(packed, tmp_path):
-    parity = export_stablehlo(packed, tmp_path / "out")
-    assert parity.largest < 1e-5 < parity.actions_rms
+    packed.save(tmp_path / "p.qvla")
+    settings = command.Config(model=str(tmp_path / "p.qvla"), stablehlo=tmp_path / "out")
+    parity = command.main(settings).content["parity"]
+    assert parity["largest"] < 1e-5 < parity["actions_rms"]
     ran = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(tmp_path / "out" / "run.py")],
         capture_output=True, text=True, check=True,
