@@ -177,8 +177,22 @@ COMMANDS = {
         "qvla import --model DIR --out DIR", "import_", beside=True,
     ),
     "export": Command(
-        "write a policy in the public (Hugging Face) layout",
-        "qvla export --model libero-mini --out DIR", "export", beside=True,
+        "write a policy in the public layout, for qwix, or as StableHLO",
+        "qvla export --model libero-mini --out DIR",
+        "export",
+        {
+            "--qwix": Command(
+                "write a packed policy as quantized arrays of qwix",
+                "qvla export --model runs/mini/policy.qvla --qwix DIR",
+                "export_qwix", output="qwix", beside=True,
+            ),
+            "--stablehlo": Command(
+                "write a policy as a function that JAX runs without this package",
+                "qvla export --model runs/mini/policy.qvla --stablehlo DIR",
+                "export_stablehlo", output="stablehlo", beside=True,
+            ),
+        },
+        beside=True,
     ),
     "synthesize": Command(
         "write a public directory with random weights",

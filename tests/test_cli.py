@@ -363,6 +363,7 @@ def example_of(kind, folder):
         "data": str(folder), "more_data": (str(folder),) * 2, "model": "libero-mini",
         "problem": "openvla", "file": folder / "a.qvla", "figure": folder / "a.png",
         "method": ("rtn-w4",), "minimum_bits": {r".*\.q_proj": 4}, "token_file": folder / "token",
+        "qwix": folder, "stablehlo": folder,
     }  # fmt: skip
     hints = typing.get_type_hints(kind)
     if hints.get("policy") is str:
@@ -379,7 +380,7 @@ def example_arguments(name, folder, option=None, model="libero-mini"):
     kind, _ = (cli.COMMANDS[name] if option is None else cli.COMMANDS[name].variants[option]).load()
     values = {
         "out": folder, "sim": "libero_spatial", "policy": model, "data": folder, "model": model,
-        "file": Path(folder, "a.qvla"), "method": "rtn-w4",
+        "file": Path(folder, "a.qvla"), "method": "rtn-w4", "qwix": folder, "stablehlo": folder,
     }  # fmt: skip
     hints = typing.get_type_hints(kind, include_extras=True)
     arguments = ["openvla"] if "problem" in hints else []

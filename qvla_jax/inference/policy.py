@@ -112,7 +112,7 @@ class Policy:
         Returns:
             Model inputs with a `jax.ShapeDtypeStruct` in place of each array.
         """
-        inputs = self.prepare(_batch_of_one(self.fake_observation()))
+        inputs = self.prepare(batch_of_one(self.fake_observation()))
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), inputs
         )
@@ -215,7 +215,7 @@ class Policy:
             InputError: a key is missing or has the wrong shape or dtype, or the policy samples
                 nothing.
         """
-        batch = _batch_of_one(observation)
+        batch = batch_of_one(observation)
         for name, value in (("noise", noise), ("seed", seed)):
             if value is not None:
                 if not self.observation.sampled:
@@ -351,7 +351,8 @@ def make_policy(
     return Policy(config=config, model=model, processor=processor, statistics=statistics)
 
 
-def _batch_of_one(observation: Mapping[str, Any]) -> dict[str, Any]:
+def batch_of_one(observation: Mapping[str, Any]) -> dict[str, Any]:
+    """An observation for `Policy.infer` as a batch for `Policy.prepare`."""
     return {
         key: [value] if isinstance(value, str) else np.asarray(value)[None]
         for key, value in observation.items()

@@ -42,7 +42,7 @@ def save_settings(
     config: Any, processor: "Processor", statistics: Mapping[str, Any], folder: Path
 ) -> None:
     """Writes everything but the weights; the configuration, which loading needs, is last."""
-    _write_files(processor, folder)
+    write_files(processor, folder)
     write_json(folder / STATISTICS_FILE, statistics)
     write_json(folder / CONFIG_FILE, to_record(config))
 
@@ -50,9 +50,12 @@ def save_settings(
 def export(policy: "Policy", folder: Path, *, dtype: Any = None) -> None:
     """Writes a public directory; see `Policy.export`."""
     if policy.quantization is not None:
-        raise InputError(f"{folder}: a quantized policy has no public layout; save it instead")
+        raise InputError(
+            f"{folder}: a quantized policy has no public layout; save it instead, or export its "
+            "rounded weights (`qvla export --dequantized`)"
+        )
     policy.family.export(policy.config, policy.model, policy.statistics, folder, dtype=dtype)
-    _write_files(policy.processor, folder)
+    write_files(policy.processor, folder)
 
 
 def packed_header(
@@ -97,7 +100,8 @@ def _save_packed(policy: "Policy", path: Path) -> None:
     )
 
 
-def _write_files(processor: "Processor", folder: Path) -> None:
+def write_files(processor: "Processor", folder: Path) -> None:
+    """Writes the files of a processor, such as its tokenizer."""
     for name, content in processor.files().items():
         if name.endswith(".json"):
             write_json(folder / name, json.loads(content))  # indented, for readers

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvla_jax import kernels
-from qvla_jax.array_typing import Array, Float
+from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.errors import InputError
 from qvla_jax.inference.packed_embed import packed_embeddings
 from qvla_jax.inference.packed_linear import packed_layers, scale_inputs
@@ -51,6 +51,15 @@ class RoundingLinear(nnx.Module):
         return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
+def folded(
+    kernel: Float[Array, "k c"], scale: Float[AnyArray, " k"] | None, *, rotated: bool
+) -> Float[Array, "k c"]:
+    """The kernel for inputs as they come, of one for scaled and rotated inputs, in float32."""
+    if rotated:
+        kernel = rotate_back(kernel.T).T
+    return kernel if scale is None else kernel * jnp.asarray(scale).astype(jnp.float32)[:, None]
+
+
 def unpacked(policy: Policy, packed: Policy, *, rounding: bool = False) -> Policy:
     """The full-precision policy with the values of a packed one, in float32.
 
@@ -86,9 +95,7 @@ def unpacked(policy: Policy, packed: Policy, *, rounding: bool = False) -> Polic
                 kernel, bias, scale, inputs.activation_bits, rotated=inputs.rotated
             )
             continue
-        if inputs.rotated:
-            kernel = rotate_back(kernel.T).T
-        linear.kernel = nnx.Param(kernel * scale[:, None])
+        linear.kernel = nnx.Param(folded(kernel, inputs.scale, rotated=inputs.rotated))
         if bias is not None:
             linear.bias, linear.use_bias = nnx.Param(bias), True
     embeds = named_modules(model, Embed)

@@ -37,8 +37,12 @@ _MODULES: Final[dict[str, str]] = {
     "pallas_tpu": "qvla_jax.kernels.pallas_tpu",
     "pallas_gpu": "qvla_jax.kernels.pallas_gpu",
 }
-# Arrangements whose products are composed of other products, and have their gradients.
-_COMPOSED: Final[dict[str, str]] = {"sharded": "qvla_jax.kernels.sharded"}
+# Arrangements that no platform prefers. Their products are composed of other operations of JAX, and
+# have their gradients.
+_COMPOSED: Final[dict[str, str]] = {
+    "sharded": "qvla_jax.kernels.sharded",
+    "portable": "qvla_jax.kernels.portable",
+}
 # Platform (`jax.default_backend()`) -> the implementations to try, best first.
 _PREFERRED: Final[dict[str, tuple[str, ...]]] = {
     "cpu": ("cpu",),

@@ -58,7 +58,7 @@ def matmul(
 ) -> Float[Array, "*m c"]:
     """See the module."""
     w = prepared.weight
-    parts = [jnp.zeros((*x.shape[:-1], 1), jnp.float32)]  # of pruned channels
+    parts = []
     if w.segments:
         rows = stored_rows(w)
         exact = w.segments[0].rows if w.segments[0].bits == SOURCE else 0
@@ -69,7 +69,15 @@ def matmul(
             parts.append(_dot(whole.astype(jnp.float32), rows[:exact].T))
         if exact < len(rows):
             parts.append(_dot(round_activations(x, activation_bits), rows[exact:].T))
-    y = jnp.concatenate(parts, axis=-1)
+    return assembled(parts, x, w)
+
+
+def assembled(
+    parts: list[Float[Array, "*m r"]], x: Float[Array, "*m k"], w: PackedWeight
+) -> Float[Array, "*m c"]:
+    """Products in the order of the index -> those of all channels, with bias, in the dtype of x."""
+    pruned = jnp.zeros((*x.shape[:-1], 1), jnp.float32)
+    y = jnp.concatenate([pruned, *parts], axis=-1)
     if w.index is None:
         y = y[..., 1:]
     else:

@@ -2,11 +2,14 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qvla_jax.checkpoints import public_tensors
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import import_policy, load_policy
+from qvla_jax.inference.dequantizing import dequantized
 from qvla_jax.inference.quantize import quantize_uniform
 from qvla_jax.report.modules import describe
 
@@ -82,6 +85,25 @@ def test_a_packed_policy_is_one_file(policy, tmp_path):
     observation = policy.fake_observation()
     np.testing.assert_array_equal(again.infer(observation), packed.infer(observation))
     assert (again.infer(observation) != policy.infer(observation)).any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_rounded_weights_of_a_packed_policy_are_exported(policies, tmp_path, variant):
+    packed = quantize_uniform(policies[variant], 8)
+    expected = public_tensors(dequantized(packed).policy.model)
+    dequantized(packed, dtype=jnp.bfloat16).policy.export(tmp_path / "out")
+    for name, tensor in public_tensors(load_policy(tmp_path / "out").model).items():
+        np.testing.assert_array_equal(tensor, expected[name].astype(jnp.bfloat16))
+    packed.family.drop_unread(packed.model)  # as large policies are packed
+    if variant == "pi05":
+        with pytest.raises(InputError, match="no room for 'modulations', which took the place of"):
+            dequantized(packed)
+        return
+    found = dequantized(packed)
+    assert any("final_norm" in name for name in found.unread)
+    for name, tensor in public_tensors(found.policy.model).items():
+        unread = name.rpartition(".")[0] in {name.rpartition(".")[0] for name in found.unread}
+        np.testing.assert_array_equal(tensor, 0 if unread else expected[name], err_msg=name)
 
 
 def test_a_directory_is_described_without_options(published, configs):
