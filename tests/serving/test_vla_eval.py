@@ -209,6 +209,7 @@ def test_errors_name_what_is_wrong_and_the_connection_lives_on(policy, server):
         (message("hello", {"protocol_version": 2}, 9), "protocol version 2, expected 1"),
         ("text", "expected a message in msgpack, got text"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "sent",  # messages hold the time
 )
 def test_messages_of_another_kind_are_errors(server, sent, text):
     (reply,) = talk(server, sent)
