@@ -84,7 +84,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # Tests that see one device, as on a user's CPU: they run whole sweeps, and partitioning takes a
 # quarter of the time of compilation. Sweeps over meshes are compared in tests/sensitivity.
-_ONE_DEVICE = ("tests/pipeline/", "tests/families/", "tests/methods/", "tests/test_api.py")
+_ONE_DEVICE = (
+    "tests/pipeline/",
+    "tests/families/",
+    "tests/methods/",
+    "tests/test_api.py",
+    "tests/test_cli.py",
+)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -134,7 +134,10 @@ MODULES = [
             "run", "sensitivity", "validate", "quantize", "methods", "evaluate", "study",
             "measure_solvers", "pack", "policies",
         )),
-        *(f"commands.{verb}" for verb in ("serve", "inspect", "export", "import_")),
+        *(
+            f"commands.{verb}"
+            for verb in ("serve", "inspect", "export", "export_qwix", "import_")
+        ),
     )
 ]  # fmt: skip
 
