@@ -88,6 +88,8 @@ _ONE_DEVICE = (
     "tests/pipeline/",
     "tests/families/",
     "tests/methods/",
+    "tests/sensitivity/test_latents.py",
+    "tests/sensitivity/test_streaming.py",
     "tests/test_api.py",
     "tests/test_cli.py",
 )
@@ -98,7 +100,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Hides the second device around a test and its fixtures, those of the session included."""
     with pytest.MonkeyPatch.context() as patch:
         if item.nodeid.startswith(_ONE_DEVICE):
-            patch.setattr(jax, "devices", lambda *backend: jax.local_devices()[:1])
+            first = jax.local_devices()[:1]
+            patch.setattr(jax, "devices", lambda *backend: first)
+            patch.setattr(jax, "local_devices", lambda *process: first)
         return (yield)
 
 
