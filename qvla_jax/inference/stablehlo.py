@@ -27,7 +27,7 @@ from qvla_jax.inference.packed_linear import PackedArrays, PackedLinear, packed_
 from qvla_jax.inference.parity import Parity, chunks_of, noise_inputs, parity_of
 from qvla_jax.inference.policy import Policy
 from qvla_jax.inference.saving import write_files
-from qvla_jax.kernels.portable import PortableWeight
+from qvla_jax.kernels import portable
 from qvla_jax.models.surgery import path_string, replace_modules
 from qvla_jax.plain import to_plain
 from qvla_jax.precision import in_32_bits
@@ -160,7 +160,7 @@ def _portable(layer: PackedLinear) -> PackedLinear:
         activation_bits=inputs.activation_bits,
         input_scale=inputs.scale,
         rotated=inputs.rotated,
-        joined=PackedArrays(PortableWeight(weight)),
+        joined=PackedArrays(portable.prepare(weight)),
     )
 
 

@@ -7,7 +7,6 @@ before its inputs are there, so that no more than a block is unpacked at a time.
 """
 
 import dataclasses
-import functools
 from typing import Final
 
 import jax
@@ -16,38 +15,21 @@ import jax.numpy as jnp
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.kernels.activations import round_activations
 from qvla_jax.kernels.packed import PackedWeight, segment_values
-from qvla_jax.kernels.reference import assembled
+from qvla_jax.kernels.reference import CanonicalWeight, assembled
+from qvla_jax.kernels.reference import canonical as canonical
 from qvla_jax.quantization.codes import SOURCE
 
 # Rows that are unpacked at a time.
 _ROWS: Final = 256
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class PortableWeight:
-    """A canonical weight for products that any platform compiles."""
-
-    weight: PackedWeight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `dispatch.PreparedWeight`."""
-        return self.weight.shape
-
-    @property
-    def implementation(self) -> str:
-        """See `dispatch.PreparedWeight`."""
-        return "portable"
-
-
-def canonical(w: PortableWeight) -> PackedWeight:
-    """The weight itself."""
-    return w.weight
+def prepare(w: PackedWeight) -> CanonicalWeight:
+    """The blocks are cut from the canonical order."""
+    return CanonicalWeight(w, "portable")
 
 
 def matmul(
-    x: Float[Array, "*m k"], prepared: PortableWeight, activation_bits: int
+    x: Float[Array, "*m k"], prepared: CanonicalWeight, activation_bits: int
 ) -> Float[Array, "*m c"]:
     """See `kernels.reference`."""
     w = prepared.weight

@@ -19,30 +19,29 @@ from qvla_jax.kernels.packed import PackedWeight, stored_rows
 from qvla_jax.quantization.codes import SOURCE
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["implementation"]
+)
 @dataclasses.dataclass(frozen=True)
-class ReferenceWeight:
-    """A canonical weight reserved for this implementation."""
+class CanonicalWeight:
+    """A canonical weight reserved for an implementation that computes from it as it is."""
 
     weight: PackedWeight
+    # See `dispatch.PreparedWeight`.
+    implementation: str
 
     @property
     def shape(self) -> tuple[int, int]:
         """See `dispatch.PreparedWeight`."""
         return self.weight.shape
 
-    @property
-    def implementation(self) -> str:
-        """See `dispatch.PreparedWeight`."""
-        return "reference"
 
-
-def prepare(w: PackedWeight) -> ReferenceWeight:
+def prepare(w: PackedWeight) -> CanonicalWeight:
     """The reference computes from the canonical order."""
-    return ReferenceWeight(w)
+    return CanonicalWeight(w, "reference")
 
 
-def canonical(w: ReferenceWeight) -> PackedWeight:
+def canonical(w: CanonicalWeight) -> PackedWeight:
     """The weight itself."""
     return w.weight
 
@@ -54,7 +53,7 @@ def supports(w: PackedWeight) -> str | None:
 
 
 def matmul(
-    x: Float[Array, "*m k"], prepared: ReferenceWeight, activation_bits: int
+    x: Float[Array, "*m k"], prepared: CanonicalWeight, activation_bits: int
 ) -> Float[Array, "*m c"]:
     """See the module."""
     w = prepared.weight

@@ -25,7 +25,7 @@ from qvla_jax.inference.stablehlo import (
     WEIGHTS,
     export_stablehlo,
 )
-from qvla_jax.kernels.portable import PortableWeight
+from qvla_jax.kernels.portable import prepare
 from qvla_jax.quantization import Quantizer, QuantizerSettings
 
 from ..families.test_toy_family import Toy
@@ -93,7 +93,7 @@ def test_portable_products_are_those_of_the_reference():
     bits = np.resize([2, 0, 16, 3, 8, 4], 12)
     packed = kernels.pack(weight, bits, 16, bias=rng.normal(size=12).astype(np.float32))
     x = rng.normal(size=(2, 3, 40)).astype(np.float32)
-    portable = PortableWeight(jax.tree.map(jax.numpy.asarray, packed))
+    portable = prepare(jax.tree.map(jax.numpy.asarray, packed))
     product = jax.jit(kernels.mixed_matmul, static_argnums=(2, 3))
     found = product(x, portable, 16, None)
     expected = product(x, packed, 16, "reference")
@@ -103,7 +103,7 @@ def test_portable_products_are_those_of_the_reference():
 
 def test_layers_are_not_unpacked_before_they_are_used():
     packed = kernels.pack(np.ones((512, 512), np.float32), np.full(512, 4), grid="rtn")
-    weights = [PortableWeight(jax.tree.map(jax.numpy.asarray, packed))] * 4
+    weights = [prepare(jax.tree.map(jax.numpy.asarray, packed))] * 4
 
     def network(x, weights):
         for weight in weights:
