@@ -198,7 +198,7 @@ def _compared(
     for seed, frames in drawn:
         other = sensitivities(
             policy, frames, method=table.method, bits=table.bits,
-            probes=table.provenance["settings"]["probes"], seed=seed,
+            probes=_probes(table), seed=seed,
             quantizer=table.settings, statistics=table.statistics, joint=False,
             progress=prefixed(progress, f"{frames.frames} frames, seed {seed}"),
         )  # fmt: skip
