@@ -8,7 +8,7 @@ from typing import Final, Literal, TypeAlias
 from etils import epath
 
 from qvla_jax.data.places import dataset_folder
-from qvla_jax.errors import DatasetError, QvlaError
+from qvla_jax.errors import DatasetError, QvlaError, first_line
 
 Format: TypeAlias = Literal["RLDS", "LeRobot"]
 RLDS: Final[Format] = "RLDS"
@@ -52,7 +52,7 @@ def find(path: str | PathLike[str]) -> tuple[Format, epath.Path]:
         raise
     except Exception as error:
         # Any error of the library behind an address.
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise DatasetError(
             f"{path}: cannot be reached ({first}). An address such as gs:// needs TensorFlow "
             "(pip install 'qvla-jax[rlds]') and the network; a copy on disk needs neither."

@@ -22,7 +22,7 @@ from qvla_jax.array_typing import Int64, NpArray
 from qvla_jax.data.hashing import digest, sample
 from qvla_jax.data.location import DESCRIPTIONS, RLDS
 from qvla_jax.data.open_x.features import Feature
-from qvla_jax.errors import DatasetError
+from qvla_jax.errors import DatasetError, first_line
 from qvla_jax.remote.folder import ensure
 
 INFO_FILE: Final = DESCRIPTIONS[RLDS]
@@ -149,7 +149,7 @@ class SplitRecords:
         return self._builder.info.file_format.value == "array_record"
 
     def _damaged(self, what: str, error: Exception) -> DatasetError:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         return DatasetError(
             f"{self.path}: {what} cannot be read; a file is truncated or damaged ({first}). Copy "
             "or build the data set again."

@@ -42,6 +42,11 @@ class PolicyError(QvlaError):
     """A policy that is being served failed, or its actions are not finite."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """The message about an unknown name, with close matches, or all known names if there are none.
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from etils import epath
 
-from qvla_jax.errors import DatasetError, QvlaError
+from qvla_jax.errors import DatasetError, QvlaError, first_line
 from qvla_jax.remote.folder import ensure
 
 _COPY: Final = "copy the data set again"
@@ -33,7 +33,7 @@ def opened(path: epath.Path) -> Iterator[Any]:
         raise
     except Exception as error:
         # Damaged files raise almost anything.
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise DatasetError(
             f"{path}: cannot be read; it is truncated or damaged ({first}); {_COPY}"
         ) from error

@@ -15,7 +15,7 @@ from etils import epath
 
 from qvla_jax.array_typing import Float64, NpArray
 from qvla_jax.data.pictures import LazyPictures, Picture
-from qvla_jax.errors import DatasetError
+from qvla_jax.errors import DatasetError, first_line
 from qvla_jax.remote.folder import ensure
 
 # How far in seconds a frame may lie from the time at which it is wanted.
@@ -99,7 +99,7 @@ def _shown(
         raise
     except Exception as error:
         # Damaged files raise almost anything.
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise DatasetError(
             f"{path}: cannot be decoded; it is truncated or damaged ({first}); copy the data set "
             "again"

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from qvla_jax.caches import cache_folder
-from qvla_jax.errors import CheckpointWarning, RemoteError
+from qvla_jax.errors import CheckpointWarning, RemoteError, first_line
 from qvla_jax.remote.folder import Meter, RemoteFile, RemoteFolder
 
 _BLOCK_BYTES: Final = 1 << 24
@@ -81,7 +81,7 @@ class BucketFolder(RemoteFolder):
         except RemoteError:
             raise
         except Exception as error:  # the store's, and those of its network
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             if known is None or isinstance(error, PermissionError | FileNotFoundError):
                 raise RemoteError(f"{self.source}: cannot be listed ({first})") from error
             warnings.warn(
@@ -110,7 +110,7 @@ class BucketFolder(RemoteFolder):
 
             self._store, self._root = fsspec.core.url_to_fs(self.source)
         except (ImportError, ValueError) as error:  # an unknown protocol is a ValueError
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             raise RemoteError(
                 f"{self.source}: cannot be fetched ({first}): gs:// and s3:// need pip install "
                 "'qvla-jax[buckets]'"
@@ -185,7 +185,7 @@ class BucketFolder(RemoteFolder):
                     return block
                 failure = f"{len(block)} bytes in place of {end - start}"
             except Exception as error:  # the store's, and those of its network
-                failure = (str(error).splitlines() or [type(error).__name__])[0]
+                failure = first_line(error)
                 if isinstance(error, PermissionError | FileNotFoundError):
                     break
             if wait is not None:

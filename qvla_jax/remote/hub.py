@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from qvla_jax.atomic import write_text
 from qvla_jax.caches import cache_folder
-from qvla_jax.errors import CheckpointWarning, InputError, RemoteError
+from qvla_jax.errors import CheckpointWarning, InputError, RemoteError, first_line
 from qvla_jax.remote.folder import Meter, RemoteFile, RemoteFolder
 
 Kind = Literal["model", "dataset"]
@@ -180,7 +180,7 @@ class HubFolder(RemoteFolder):
     def _unreached(self, error: Exception | None) -> str:
         if error is None or self._offline:
             return "HF_HUB_OFFLINE is set"
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         return f"{_endpoint(self._hub)} does not deliver ({first})"
 
     def _refused(self, error: Exception, name: str = "") -> Exception:
@@ -212,7 +212,7 @@ class HubFolder(RemoteFolder):
                 f"{subject}: {where} refuses it (HTTP {status}): give a token that may read it in "
                 f"{token}"
             )
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         return RemoteError(f"{subject}: {where} does not give it ({first})")
 
 
