@@ -21,7 +21,7 @@ from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.open_x.standardize import standardize
 from qvla_jax.data.records import SplitRecords
 from qvla_jax.data.source import EpisodeSource
-from qvla_jax.errors import DatasetError, unknown
+from qvla_jax.errors import DatasetError
 
 
 class RldsDataset(EpisodeSource):
@@ -72,11 +72,8 @@ class RldsDataset(EpisodeSource):
         found = (open_x.find(name) for name in names if name)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is None:
-            raise DatasetError(
-                f"{self.path}: {unknown('data set', self.name, sorted(open_x.NAMES))} If it has "
-                "the layout of one of these, name that (--spec, such as libero); else write a spec "
-                "as a JSON file and name the file. docs/data.md shows how."
-            )
+            message = open_x.not_found(self.name, sorted(open_x.NAMES), like="libero")
+            raise DatasetError(f"{self.path}: {message}")
         return spec
 
     def _read(self, ids: Int64[NpArray, " e"]) -> Iterator[EncodedEpisode | None]:

@@ -25,7 +25,7 @@ from qvla_jax.data.open_x.spec import DatasetSpec
 from qvla_jax.data.open_x.standardize import OPTIONAL, kept_steps, standardize
 from qvla_jax.data.pictures import LazyPictures
 from qvla_jax.data.source import EpisodeSource, Outline
-from qvla_jax.errors import DatasetError, unknown
+from qvla_jax.errors import DatasetError
 from qvla_jax.remote.folder import ensure
 
 _INDEX: Final = "episode_index"
@@ -89,11 +89,8 @@ class LeRobotDataset(EpisodeSource):
         spec = open_x.find(name)
         if spec is None:
             known = [name for name in sorted(open_x.NAMES) if "/" in name]
-            raise DatasetError(
-                f"{self.path}: {unknown('data set', name, known)} If it has the layout of one "
-                "of these, name that (--spec, such as lerobot/libero); else write a spec as a JSON "
-                "file and name the file. docs/data.md shows how."
-            )
+            message = open_x.not_found(name, known, like="lerobot/libero")
+            raise DatasetError(f"{self.path}: {message}")
         return spec
 
     def _check_spec(self) -> None:

@@ -17,6 +17,7 @@ from qvla_jax.data.open_x.specs import SPECS as SPECS
 from qvla_jax.data.open_x.specs import find as find
 from qvla_jax.data.open_x.specs import get as get
 from qvla_jax.data.open_x.specs import load as load
+from qvla_jax.data.open_x.specs import not_found as not_found
 
 __all__ = [
     "MIXTURES",
@@ -29,4 +30,5 @@ __all__ = [
     "load",
     "mixture",
     "mixture_below",
+    "not_found",
 ]

@@ -7,7 +7,7 @@ statistics of its checkpoints. Control frequencies are those that LeRobot lists 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -497,6 +497,21 @@ def find(name: str) -> DatasetSpec | None:
             "calibrated on it"
         )
     return NAMES.get(name)
+
+
+def not_found(name: str, known: Iterable[str], *, like: str) -> str:
+    """The message about a data set without a specification.
+
+    Args:
+        name: of the data set.
+        known: names to choose from.
+        like: one of them, as an example.
+    """
+    return (
+        f"{unknown('data set', name, known)} If it has the layout of one of these, name that "
+        f"(--spec, such as {like}); else write a spec as a JSON file and name the file. "
+        "docs/data.md shows how."
+    )
 
 
 def load(spec: DatasetSpec | str) -> DatasetSpec:
