@@ -1,6 +1,9 @@
 """Files of a policy's directory: names that families share, and errors if one is unreadable."""
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,3 +66,13 @@ def check_empty(out: Path) -> None:
     """Raises an `InputError` if a folder already holds files."""
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: holds files already; name an empty or a new folder")
+
+
+@contextlib.contextmanager
+def emptied_on_error(out: Path) -> Iterator[None]:
+    """Removes a folder that was empty or new if filling it fails: another attempt can succeed."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise

@@ -12,7 +12,7 @@ from flax import nnx
 
 from qvla_jax import kernels
 from qvla_jax.atomic import write_json
-from qvla_jax.checkpoints.files import check_empty
+from qvla_jax.checkpoints.files import check_empty, emptied_on_error
 from qvla_jax.errors import InputError
 from qvla_jax.inference.loading import load_policy
 from qvla_jax.inference.packed_embed import packed_embeddings
@@ -73,7 +73,7 @@ def export_dequantized(
 
     Args:
         policy: see `dequantized`.
-        out: an empty or new folder.
+        out: an empty or new folder; nothing stays in it after an error.
         dtype: see `dequantized`.
         leave_out: see `dequantized`.
 
@@ -85,23 +85,24 @@ def export_dequantized(
     """
     check_empty(out)
     found = dequantized(policy, dtype=dtype, leave_out=leave_out)
-    found.policy.export(out)
-    record, dtype = found.record(), found.dtype
-    del found  # whose weights may be large, before they are loaded again
-    inputs = noise_inputs(policy)
-    own = chunks_of(policy, inputs)
-    parity = parity_of(policy, own, chunks_of(load_policy(out, dtype=dtype), inputs))
-    write_json(
-        out / RECORD,
-        {
-            "format": "qvla_jax.dequantized",
-            "version": 1,
-            "quantization": policy.quantization,
-            **record,
-            "parity": dataclasses.asdict(parity),
-            "packages": package_versions(),
-        },
-    )
+    with emptied_on_error(out):
+        found.policy.export(out)
+        record, dtype = found.record(), found.dtype
+        del found  # whose weights may be large, before they are loaded again
+        inputs = noise_inputs(policy)
+        own = chunks_of(policy, inputs)
+        parity = parity_of(policy, own, chunks_of(load_policy(out, dtype=dtype), inputs))
+        write_json(
+            out / RECORD,
+            {
+                "format": "qvla_jax.dequantized",
+                "version": 1,
+                "quantization": policy.quantization,
+                **record,
+                "parity": dataclasses.asdict(parity),
+                "packages": package_versions(),
+            },
+        )
     return record, parity
 
 

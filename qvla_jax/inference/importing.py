@@ -1,12 +1,11 @@
 """Imports public directories into ours, one tensor at a time."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from qvla_jax.checkpoints.files import ORBAX_FOLDER, check_empty
+from qvla_jax.checkpoints.files import ORBAX_FOLDER, check_empty, emptied_on_error
 from qvla_jax.checkpoints.orbax_weights import save_orbax
 from qvla_jax.errors import InputError
 from qvla_jax.families.options import ActionNormalization, LoadOptions
@@ -82,10 +81,6 @@ def import_policy(
     parts = family.read(folder, options)
     model = family.abstract_model(parts.config, dtype=dtype or jnp.bfloat16)
     tensors = family.tensors(folder, parts.config, options)
-    try:
+    with emptied_on_error(out):
         save_orbax(out / ORBAX_FOLDER, model, tensors, source=tensors.file_of)
         save_settings(parts.config, parts.processor, parts.statistics, out)
-    except BaseException:
-        # The folder was empty or new; remove our files so that another attempt can succeed.
-        shutil.rmtree(out, ignore_errors=True)
-        raise

@@ -9,7 +9,6 @@ which hold the codes of all narrower widths and grids; a pruned channel has code
 float32, so that what qwix multiplies by are exactly our own weights.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +22,7 @@ from flax import nnx
 from qvla_jax import kernels
 from qvla_jax.array_typing import Float
 from qvla_jax.atomic import write_json
-from qvla_jax.checkpoints.files import check_empty
+from qvla_jax.checkpoints.files import check_empty, emptied_on_error
 from qvla_jax.checkpoints.orbax_weights import quiet
 from qvla_jax.errors import InputError
 from qvla_jax.families.registry import to_record
@@ -98,15 +97,12 @@ def export_qarrays(policy: Policy, out: Path) -> dict[str, Any]:
         "config": to_record(policy.config),
         "packages": package_versions(),
     }
-    try:
+    with emptied_on_error(out):
         out.mkdir(parents=True, exist_ok=True)
         with ocp.StandardCheckpointer() as checkpointer, quiet():
             checkpointer.save((out / PARAMS).resolve(), tree)
         write_files(policy.processor, out)
         write_json(out / DESCRIPTION, description)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
     return description
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.atomic import write_bytes, write_json
-from qvla_jax.checkpoints.files import check_empty
+from qvla_jax.checkpoints.files import check_empty, emptied_on_error
 from qvla_jax.checkpoints.tensor_files import write_file
 from qvla_jax.families.registry import to_record
 from qvla_jax.inference.packed_embed import packed_embeddings
@@ -67,11 +67,8 @@ def export_stablehlo(policy: Policy, out: Path) -> Parity:
         InputError: `out` holds files already.
     """
     check_empty(out)
-    try:
+    with emptied_on_error(out):
         return _export(policy, out)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
 
 
 def _export(policy: Policy, out: Path) -> Parity:

@@ -13,7 +13,6 @@ openpi's trainer writes such a directory for each step, `<experiment>/<step>/`.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from qvla_jax.atomic import write_json
-from qvla_jax.checkpoints.files import check_empty, folder_name, read_json
+from qvla_jax.checkpoints.files import check_empty, emptied_on_error, folder_name, read_json
 from qvla_jax.checkpoints.weights import flax_leaves
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families import family
@@ -440,7 +439,7 @@ def export(
     for path, slot in places.items():
         members.setdefault(slot.leaf, []).append((path, slot))
     shapes = public_shapes(model)
-    try:
+    with emptied_on_error(out):
         write_tree(
             out / PARAMS,
             {leaf: _parts(shapes[leaf], found, tensors) for leaf, found in members.items()},
@@ -451,10 +450,6 @@ def export(
         if (sizes := public_sizes(config)) is not None:
             write_json(out / SIZES_FILE, sizes)
         write_json(out / CONFIG_FILE, config.to_dict())
-    except BaseException:
-        # The folder was empty or new: nothing of ours stays in the way of another attempt.
-        shutil.rmtree(out, ignore_errors=True)
-        raise
 
 
 def _parts(
