@@ -15,7 +15,7 @@ import numpy as np
 from qvla_jax.array_typing import Float32, Int64, NpArray
 from qvla_jax.atomic import write_json
 from qvla_jax.data.drawing import Pool, draw, look
-from qvla_jax.data.episode import EncodedEpisode, next_steps
+from qvla_jax.data.episode import CAMERAS, EncodedEpisode, next_steps
 from qvla_jax.data.manifest import (
     FORMAT,
     check_manifest,
@@ -81,12 +81,12 @@ class CalibrationSet:
     def batches(self, size: int) -> Iterator[Batch]:
         """Yields batches of `size` frames; the last one may be smaller.
 
-        A batch is what `Policy.infer_normalized` takes: image and wrist_image u8[b, H, W, 3] (a
-        list of u8[H, W, 3] where data sets differ in size), state f32[b, p], instruction (list of
-        str), seed i64[b], which policies that sample draw each frame's noise from; and also actions
-        f32[b, h, a] (standardized, not normalized), episode i64[b], step i64[b]. A mixture has
-        wrist_image and state only if all its data sets have them, and state only if all have the
-        same length.
+        A batch is what `Policy.infer_normalized` takes: image and those of the other cameras,
+        u8[b, H, W, 3] (a list of u8[H, W, 3] where data sets differ in size), state f32[b, p],
+        instruction (list of str), seed i64[b], which policies that sample draw each frame's noise
+        from; and also actions f32[b, h, a] (standardized, not normalized), episode i64[b], step
+        i64[b]. A mixture has a camera and state only if all its data sets have them, and state only
+        if all have the same length.
         """
         if size < 1:
             raise InputError(f"batch size must be at least 1, got {size}")
@@ -200,7 +200,7 @@ class CalibrationSet:
         batch: Batch = {
             camera: decode_each(self._pictures(camera, rows)) for camera in self._cameras
         }
-        if self._common["state"]:
+        if self._has_states:
             states = [(e.episode.state, t) for e, t in found]
             batch["state"] = np.stack([state[t] for state, t in states if state is not None])
         batch["instruction"] = [e.episode.instructions[t] for e, t in found]
@@ -214,14 +214,16 @@ class CalibrationSet:
     def _noise_seeds(self) -> Int64[NpArray, " frames"]:
         return noise_seeds(self.manifest)
 
-    @property
+    @cached_property
     def _cameras(self) -> list[str]:
-        return ["image", *(["wrist_image"] if self._common["wrist_image"] else [])]
+        return [
+            name for name in CAMERAS if all(name in e.pictures for e in self._episodes.values())
+        ]
 
     def _pictures(self, camera: str, rows: slice) -> list[tuple[Pictures, int]]:
         """The pictures of some frames, each as its episode's pictures and its step."""
         pairs = zip(self.episode_keys[rows], self.manifest["steps"][rows], strict=True)
-        return [(getattr(self._episodes[key], camera), step) for key, step in pairs]
+        return [(self._episodes[key].pictures[camera], step) for key, step in pairs]
 
     def check_pictures(self) -> None:
         """Decodes every picture once, so that none fails in the middle of a later stage.
@@ -232,17 +234,28 @@ class CalibrationSet:
         for camera in self._cameras:
             check_each(self._pictures(camera, slice(None)))
 
-    @cached_property
-    def _common(self) -> Mapping[str, bool]:
-        """Which parts all data sets have, so that every batch has them."""
-        episodes = self._episodes.values()
-        states = {None if (s := e.episode.state) is None else s.shape[1] for e in episodes}
-        return {
-            "wrist_image": all(e.wrist_image is not None for e in episodes),
-            "state": len(states) == 1 and None not in states,
-        }
+    def check_actions(self) -> None:
+        """Checks that all actions have the same length.
 
-    def _actions(self, actions: Float32[NpArray, "t 7"], step: int) -> Float32[NpArray, "h 7"]:
+        Raises:
+            DatasetError: those of two data sets differ.
+        """
+        lengths = {place: e.episode.action.shape[1] for (place, _), e in self._episodes.items()}
+        if len(set(lengths.values())) > 1:
+            names = [source["dataset"] for source in self.manifest["sources"]]
+            told = ", ".join(f"{names[place]} {lengths[place]}" for place in sorted(lengths))
+            raise DatasetError(
+                f"actions of a mixture differ in length ({told}); choose sets of one robot"
+            )
+
+    @cached_property
+    def _has_states(self) -> bool:
+        """Whether all data sets have states, of one length, so that every batch has them."""
+        states = (e.episode.state for e in self._episodes.values())
+        lengths = {None if state is None else state.shape[1] for state in states}
+        return len(lengths) == 1 and None not in lengths
+
+    def _actions(self, actions: Float32[NpArray, "t a"], step: int) -> Float32[NpArray, "h a"]:
         return actions[next_steps(np.asarray([step]), len(actions), self.manifest["horizon"])[0]]
 
 
@@ -427,6 +440,7 @@ def _drawn(
     }
     manifest["sha256"] = manifest_hash(manifest)
     drawn = CalibrationSet(manifest, _load(kept, steps_by_source(manifest)))
+    drawn.check_actions()
     drawn.check_pictures()
     return drawn
 

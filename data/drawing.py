@@ -7,9 +7,10 @@ import numpy as np
 
 from qvla_jax.array_typing import Float32, NpArray
 from qvla_jax.data.episode import next_steps
+from qvla_jax.data.open_x.spec import JointActionSpec
 from qvla_jax.data.sampling import interleave, spread, stratified
 from qvla_jax.data.source import EpisodeSource
-from qvla_jax.errors import DatasetError
+from qvla_jax.errors import DatasetError, InputError
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,14 @@ def look(
         seen: called after each episode.
 
     Raises:
+        InputError: deciding steps are asked for, of actions that do not tell them.
         DatasetError: no episode has a step, or an instruction; or one cannot be read.
     """
+    if horizon is not None and isinstance(dataset.spec.action, JointActionSpec):
+        raise InputError(
+            f"{dataset.path}: gripper_share: actions of spec {dataset.spec.name!r} are those of "
+            "joints, which do not say where a gripper opens or closes; draw from all steps"
+        )
     tasks: dict[str, list[int]] = {}
     lengths: dict[int, int] = {}
     deciding: dict[int, frozenset[int]] = {}

@@ -27,7 +27,8 @@ class Outline:
         id: position of the episode in its split.
         length: number of its steps.
         instruction: the task in words at the first step; empty if it has none.
-        gripper: 1 for open and 0 for closed at each step; None if it was not asked for.
+        gripper: 1 for open and 0 for closed at each step; None if it was not asked for. Actions of
+            joints have none.
     """
 
     id: int

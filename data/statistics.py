@@ -17,7 +17,7 @@ from qvla_jax.array_typing import Bool, Float, Float64, NpArray
 from qvla_jax.atomic import write_json
 from qvla_jax.caches import cache_folder
 from qvla_jax.data.episode import Episode
-from qvla_jax.data.open_x.spec import DatasetSpec
+from qvla_jax.data.open_x.spec import DatasetSpec, JointActionSpec
 from qvla_jax.data.opening import open_source
 from qvla_jax.errors import DatasetError, InputError
 from qvla_jax.remote.folder import remote_name
@@ -89,8 +89,14 @@ class DatasetStatistics:
     num_trajectories: int
 
     @classmethod
-    def of(cls, dataset_name: str, episodes: Iterable[Episode]) -> Self:
-        """Computes them from standardized episodes; the gripper, last in an action, is masked.
+    def of(cls, dataset_name: str, episodes: Iterable[Episode], *, joints: bool = False) -> Self:
+        """Computes them from standardized episodes.
+
+        Args:
+            dataset_name: name of the data set.
+            episodes: its episodes.
+            joints: whether actions are those of joints, all of which are normalized; otherwise the
+                gripper, last in an action, is masked.
 
         Raises:
             DatasetError: there are no episodes, or a value is not finite.
@@ -111,7 +117,7 @@ class DatasetStatistics:
         if not actions:
             raise DatasetError(f"{dataset_name}: no episodes to compute statistics from")
         stacked = np.concatenate(actions)
-        mask = np.arange(stacked.shape[1]) < stacked.shape[1] - 1
+        mask = None if joints else np.arange(stacked.shape[1]) < stacked.shape[1] - 1
         return cls(
             dataset_name=dataset_name,
             action=ArrayStatistics.of(stacked, mask),
@@ -212,7 +218,11 @@ def dataset_statistics(
             cached = _read_cache(folder / name, dataset.name, fingerprint)
             if cached is not None:
                 return cached
-    computed = DatasetStatistics.of(dataset.name, dataset.episodes(images=False))
+    computed = DatasetStatistics.of(
+        dataset.name,
+        dataset.episodes(images=False),
+        joints=isinstance(dataset.spec.action, JointActionSpec),
+    )
     for folder in folders if cache else []:
         try:
             tree = computed.to_json()

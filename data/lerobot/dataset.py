@@ -78,7 +78,7 @@ class LeRobotDataset(EpisodeSource):
         found = self._find_spec() if spec is None else open_x.load(spec)
         self.spec = found.for_features(self._info.features)
         self.name, self.version = self.spec.name, self._info.version
-        cameras = [name for name in (self.spec.image, self.spec.wrist_image) if name is not None]
+        cameras = self.spec.cameras().values()
         self._videos = [name for name in cameras if name in self._info.videos]
         self._check_spec()
         self._rows = RowFiles(self.path)

@@ -12,6 +12,7 @@ from qvla_jax.data.open_x.mixtures import below as mixture_below
 from qvla_jax.data.open_x.mixtures import get as mixture
 from qvla_jax.data.open_x.spec import ActionSpec as ActionSpec
 from qvla_jax.data.open_x.spec import DatasetSpec as DatasetSpec
+from qvla_jax.data.open_x.spec import JointActionSpec as JointActionSpec
 from qvla_jax.data.open_x.specs import NAMES as NAMES
 from qvla_jax.data.open_x.specs import SPECS as SPECS
 from qvla_jax.data.open_x.specs import find as find
@@ -25,6 +26,7 @@ __all__ = [
     "SPECS",
     "ActionSpec",
     "DatasetSpec",
+    "JointActionSpec",
     "find",
     "get",
     "load",

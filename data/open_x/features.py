@@ -9,7 +9,7 @@ import numpy as np
 
 from qvla_jax.data.open_x.columns import NUMBERS, Columns, Entries, paths, width
 from qvla_jax.data.open_x.encodings import ROTATIONS
-from qvla_jax.data.open_x.spec import DatasetSpec
+from qvla_jax.data.open_x.spec import ActionSpec, DatasetSpec
 from qvla_jax.errors import DatasetError
 
 # Numpy's kinds of text (also of files) and of integers.
@@ -57,9 +57,8 @@ def check_features(spec: DatasetSpec, features: Mapping[str, Feature]) -> None:
             f"steps lack {', '.join(missing)}, which spec {spec.name!r} takes; they have "
             f"{', '.join(sorted(features))}. Name a spec that fits, or add one (docs/data.md)."
         )
-    for path in (spec.image, spec.wrist_image):
-        if path is not None:
-            _check_picture(path, features[path])
+    for path in spec.cameras().values():
+        _check_picture(path, features[path])
     _check_instruction(spec.instruction, features[spec.instruction])
     columns = spec.columns()
     if has_all(spec.joint_state, features):
@@ -74,11 +73,14 @@ def check_features(spec: DatasetSpec, features: Mapping[str, Feature]) -> None:
             raise DatasetError(f"{path}: expected numbers, found {feature}")
         sizes[path] = math.prod(size for size in feature.shape if size is not None)
     action = spec.action
-    for name, group, expected in (
-        ("translation", action.translation, 3),
-        ("rotation", action.rotation, ROTATIONS[action.rotation_encoding]),
-        ("gripper", action.gripper, 1 if action.gripper else 0),
-    ):
+    groups: list[tuple[str, Columns, int]] = []
+    if isinstance(action, ActionSpec):
+        groups = [
+            ("translation", action.translation, 3),
+            ("rotation", action.rotation, ROTATIONS[action.rotation_encoding]),
+            ("gripper", action.gripper, 1 if action.gripper else 0),
+        ]
+    for name, group, expected in groups:
         found = width(group, sizes)
         if found != expected:
             raise DatasetError(

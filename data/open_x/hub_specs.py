@@ -76,6 +76,3 @@ HUB_SPECS: Final = (
         control_hz=5,
     ),
 )
-
-# Beginnings of names of sets whose actions are joint positions.
-HUB_JOINT_ACTIONS: Final = ("lerobot/aloha_",)

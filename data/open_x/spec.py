@@ -2,10 +2,11 @@
 
 import dataclasses
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
+from qvla_jax.data.episode import CAMERAS
 from qvla_jax.data.open_x.columns import Columns, Entries
 from qvla_jax.data.open_x.encodings import (
     CONSTANT_GRIPPERS,
@@ -41,10 +42,79 @@ class ActionSpec:
     gripper_encoding: GripperEncoding
     movement: Movement = "delta"
 
+    @property
+    def is_difference(self) -> bool:
+        """Whether an action is the difference of two steps, so that the last step has none."""
+        return self.movement == "reached"
+
+    def columns(self) -> list[str]:
+        """The columns that are read; those that are zero are none."""
+        groups = (self.translation, self.rotation, self.gripper)
+        return [text for group in groups for text in group if text is not None]
+
+    def renamed(self, columns: Callable[[Columns], Columns]) -> Self:
+        """The same with other names of features."""
+        return dataclasses.replace(
+            self,
+            translation=columns(self.translation),
+            rotation=columns(self.rotation),
+            gripper=columns(self.gripper),
+        )
+
+    def check(self, where: str) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: one is unknown, or does not go with another; `where` begins the message.
+        """
+        for name, value, known in (
+            ("gripper_encoding", self.gripper_encoding, typing.get_args(GripperEncoding)),
+            ("rotation_encoding", self.rotation_encoding, typing.get_args(RotationEncoding)),
+            ("movement", self.movement, typing.get_args(Movement)),
+        ):
+            if value not in known:
+                raise InputError(f"{where}: {unknown(name, value, known)}")
+        constant = self.gripper_encoding in CONSTANT_GRIPPERS
+        if constant == bool(self.gripper):
+            expected = "takes no columns" if constant else "needs a column"
+            raise InputError(f"{where}: gripper_encoding {self.gripper_encoding!r} {expected}")
+        if self.is_difference and self.rotation_encoding not in ("euler", "none"):
+            raise InputError(f"{where}: reached poses need Euler angles (rotation_encoding euler)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointActionSpec:
+    """Actions of the robot's joints, which are taken as they are stored.
+
+    Attributes:
+        joints: columns of the whole action, grippers included, in the order of the policy's.
+    """
+
+    joints: Columns
+
+    is_difference: ClassVar[bool] = False
+
+    def columns(self) -> list[str]:
+        """The columns that are read; those that are zero are none."""
+        return [text for text in self.joints if text is not None]
+
+    def renamed(self, columns: Callable[[Columns], Columns]) -> Self:
+        """The same with other names of features."""
+        return dataclasses.replace(self, joints=columns(self.joints))
+
+    def check(self, where: str) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: there is no column; `where` begins the message.
+        """
+        if not self.joints:
+            raise InputError(f"{where}: joints need columns")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """How to convert the steps of a data set: images, instruction, proprio and 7-d action.
+    """How to convert the steps of a data set: images, instruction, proprio and action.
 
     Features are named by their paths in a step, such as "observation/image".
 
@@ -52,8 +122,9 @@ class DatasetSpec:
         name: name of the data set.
         image: feature of the main camera, or of the wrist camera if there is no other.
         wrist_image: feature of a wrist camera in addition to the main one.
+        left_wrist_image: and `right_wrist_image`: those of a robot with two arms.
         instruction: feature with the task in words: text, or the numbers of its characters.
-        action: see `ActionSpec`.
+        action: see `ActionSpec` and `JointActionSpec`.
         proprio: columns of the robot's state; none if the set has no proprio.
         joint_state: columns of the joint angles (rad), read if the data set has them.
         control_hz: steps per second.
@@ -67,8 +138,10 @@ class DatasetSpec:
     name: str
     image: str
     wrist_image: str | None = None
+    left_wrist_image: str | None = None
+    right_wrist_image: str | None = None
     instruction: str
-    action: ActionSpec
+    action: ActionSpec | JointActionSpec
     proprio: Columns = ()
     joint_state: Columns = ()
     control_hz: float
@@ -78,20 +151,8 @@ class DatasetSpec:
     notes: str = ""
 
     def __post_init__(self) -> None:
-        action, where = self.action, f"spec {self.name!r}"
-        for name, value, known in (
-            ("gripper_encoding", action.gripper_encoding, typing.get_args(GripperEncoding)),
-            ("rotation_encoding", action.rotation_encoding, typing.get_args(RotationEncoding)),
-            ("movement", action.movement, typing.get_args(Movement)),
-        ):
-            if value not in known:
-                raise InputError(f"{where}: {unknown(name, value, known)}")
-        constant = action.gripper_encoding in CONSTANT_GRIPPERS
-        if constant == bool(action.gripper):
-            expected = "takes no columns" if constant else "needs a column"
-            raise InputError(f"{where}: gripper_encoding {action.gripper_encoding!r} {expected}")
-        if action.movement == "reached" and action.rotation_encoding not in ("euler", "none"):
-            raise InputError(f"{where}: reached poses need Euler angles (rotation_encoding euler)")
+        where = f"spec {self.name!r}"
+        self.action.check(where)
         if self.skip_first < 0 or not self.control_hz > 0:
             raise InputError(f"{where}: skip_first must not be negative, control_hz positive")
         for text in self.columns():
@@ -99,15 +160,17 @@ class DatasetSpec:
 
     def columns(self) -> list[str]:
         """All columns that the data set must have."""
-        action = self.action
-        groups = (action.translation, action.rotation, action.gripper, self.proprio)
-        return [text for group in groups for text in group if text is not None]
+        return self.action.columns() + [text for text in self.proprio if text is not None]
+
+    def cameras(self) -> dict[str, str]:
+        """The features of the cameras that there are, by the names of `data.episode.CAMERAS`."""
+        features = {name: getattr(self, name) for name in CAMERAS}
+        return {name: path for name, path in features.items() if path is not None}
 
     def features(self) -> list[str]:
         """The features that the data set must have."""
-        single = [self.image, self.wrist_image, self.instruction]
         columns = [Entries.parse(text).path for text in self.columns()]
-        return list(dict.fromkeys([path for path in single if path is not None] + columns))
+        return list(dict.fromkeys([*self.cameras().values(), self.instruction, *columns]))
 
     def for_features(self, features: Collection[str]) -> Self:
         """The specification with the names that a data set has; see `same`."""
@@ -126,19 +189,14 @@ class DatasetSpec:
             entries = Entries.parse(text)
             return str(dataclasses.replace(entries, path=names.get(entries.path, entries.path)))
 
-        action = dataclasses.replace(
-            self.action,
-            translation=columns(self.action.translation),
-            rotation=columns(self.action.rotation),
-            gripper=columns(self.action.gripper),
-        )
-        wrist = self.wrist_image
+        cameras: dict[str, Any] = {
+            camera: names.get(path, path) for camera, path in self.cameras().items()
+        }
         return dataclasses.replace(
             self,
-            image=names.get(self.image, self.image),
-            wrist_image=None if wrist is None else names.get(wrist, wrist),
+            **cameras,
             instruction=names.get(self.instruction, self.instruction),
-            action=action,
+            action=self.action.renamed(columns),
             proprio=columns(self.proprio),
             joint_state=columns(self.joint_state),
             same=(),
@@ -153,12 +211,14 @@ class DatasetSpec:
         """Inverse of `to_json`; `where` begins the message of the InputError it may raise."""
         if not isinstance(tree, Mapping) or not isinstance(tree.get("action"), Mapping):
             raise InputError(f"{where}: expected an object with the fields of DatasetSpec")
-        action = ActionSpec(**_arguments(ActionSpec, tree["action"], f"{where}: action"))
+        kind = JointActionSpec if _JOINTS in tree["action"] else ActionSpec
+        action = kind(**_arguments(kind, tree["action"], f"{where}: action"))
         return cls(**{**_arguments(cls, tree, where), "action": action})
 
 
 _GROUPS: Final = "same"
-_LISTS: Final = ("translation", "rotation", "gripper", "proprio", "joint_state", "aliases")
+_JOINTS: Final = "joints"
+_LISTS: Final = ("translation", "rotation", "gripper", _JOINTS, "proprio", "joint_state", "aliases")
 _TYPES: Final = {"control_hz": (int, float), "skip_first": int, "action": Mapping}
 
 
@@ -169,7 +229,7 @@ def _plain(spec: Any) -> dict[str, Any]:
         default = item.default
         if item.default_factory is not dataclasses.MISSING:
             default = item.default_factory()
-        if isinstance(value, ActionSpec):
+        if isinstance(value, ActionSpec | JointActionSpec):
             tree[item.name] = _plain(value)
         elif value != default:
             tree[item.name] = _as_lists(value)

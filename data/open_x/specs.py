@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from qvla_jax.data.open_x.hub_specs import HUB_JOINT_ACTIONS, HUB_SPECS
+from qvla_jax.data.open_x.hub_specs import HUB_SPECS
+from qvla_jax.data.open_x.joint_specs import JOINT_SPECS
 from qvla_jax.data.open_x.spec import ActionSpec, DatasetSpec
 from qvla_jax.errors import InputError, unknown
 
@@ -474,8 +475,12 @@ _SPECS: Final = (
 )
 
 SPECS: Final[Mapping[str, DatasetSpec]] = {spec.name: spec for spec in _SPECS}
-# By every name of a data set, those of LeRobot sets included.
-NAMES: Final = {name: spec for spec in (*_SPECS, *HUB_SPECS) for name in (spec.name, *spec.aliases)}
+# By every name of a data set, those of LeRobot sets and of actions of joints included.
+NAMES: Final = {
+    name: spec
+    for spec in (*_SPECS, *HUB_SPECS, *JOINT_SPECS)
+    for name in (spec.name, *spec.aliases)
+}
 
 # Open-X sets that move joints: there is no end-effector delta to take from them.
 JOINT_ACTIONS: Final = (
@@ -491,7 +496,7 @@ def find(name: str) -> DatasetSpec | None:
     Raises:
         InputError: the data set's actions are joint positions.
     """
-    if name in JOINT_ACTIONS or name.startswith(HUB_JOINT_ACTIONS):
+    if name in JOINT_ACTIONS:
         raise InputError(
             f"{name}: its actions are joint positions; a policy of end-effector deltas cannot be "
             "calibrated on it"

@@ -1,7 +1,8 @@
 """Converts a data set's steps to standard form, following its specification.
 
 Standard: an action has 7 entries, translation (3), rotation (3) and gripper, which is 1 for open
-and 0 for closed; images are u8; the instruction is text.
+and 0 for closed, or is that of the robot's joints, as stored; images are u8; the instruction is
+text.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from qvla_jax.data.open_x.columns import NUMBERS, Columns, Values, numbers
 from qvla_jax.data.open_x.encodings import GRIPPERS, to_three
 from qvla_jax.data.open_x.features import Feature, has_all
 from qvla_jax.data.open_x.instructions import instructions
-from qvla_jax.data.open_x.spec import DatasetSpec
+from qvla_jax.data.open_x.spec import DatasetSpec, JointActionSpec
 from qvla_jax.data.pictures import Pictures
 from qvla_jax.errors import DatasetError
 
@@ -31,7 +32,7 @@ OPTIONAL: Final = {
 
 def kept_steps(spec: DatasetSpec, steps: int) -> range:
     """The steps of a record of `steps` that its specification keeps; there may be none."""
-    return range(steps)[spec.skip_first : steps - (spec.action.movement == "reached")]
+    return range(steps)[spec.skip_first : steps - spec.action.is_difference]
 
 
 def standardize(
@@ -106,13 +107,14 @@ def standardize(
     )
     return EncodedEpisode(
         episode=episode,
-        image=pictures(spec.image),
-        wrist_image=None if spec.wrist_image is None else pictures(spec.wrist_image),
+        pictures={camera: pictures(path) for camera, path in spec.cameras().items()},
     )
 
 
-def _actions(spec: DatasetSpec, values: Values, steps: int) -> Float32[NpArray, "t 7"]:
+def _actions(spec: DatasetSpec, values: Values, steps: int) -> Float32[NpArray, "t a"]:
     taken, action = range(steps)[spec.skip_first :], spec.action
+    if isinstance(action, JointActionSpec):
+        return numbers(action.joints, values, taken).astype(np.float32)
     translation = numbers(action.translation, values, taken)
     rotation = numbers(action.rotation, values, taken)
     pose = np.concatenate([translation, to_three(rotation, action.rotation_encoding)], axis=1)
@@ -126,7 +128,7 @@ def _actions(spec: DatasetSpec, values: Values, steps: int) -> Float32[NpArray, 
             f"{action.gripper_encoding!r} in spec {spec.name!r} means; choose another "
             "gripper_encoding"
         )
-    if action.movement == "reached":
+    if action.is_difference:
         pose, gripper = np.diff(pose, axis=0), gripper[:-1]
     full = np.concatenate([pose, np.clip(gripper, 0.0, 1.0)[:, None]], axis=1)
     return full.astype(np.float32)

@@ -31,8 +31,8 @@ def feedback_factor(
     """Order of the inputs, and U in that order; float64 inside, float32 out.
 
     Args:
-        covariance: H, symmetric and positive semidefinite. A matrix of zeros gives a U that feeds
-            nothing back.
+        covariance: H, symmetric and positive semidefinite, but for what rounding left of it. A
+            matrix of zeros gives a U that feeds nothing back.
         damping: share of the mean variance that is added to every variance.
     """
     matrix = np.asarray(covariance, np.float64)
@@ -41,7 +41,12 @@ def feedback_factor(
         return np.arange(size), np.eye(size, dtype=np.float32)
     order = np.argsort(-np.diagonal(matrix), kind="stable")
     damped = matrix[np.ix_(order, order)] / level + damping * np.eye(size)
-    lower = scipy.linalg.cholesky(damped, lower=True)
+    try:
+        lower = scipy.linalg.cholesky(damped, lower=True)
+    except np.linalg.LinAlgError:
+        # Inputs that hardly vary around a large mean: rounding left negative variances.
+        variances, axes = np.linalg.eigh(damped)
+        lower = scipy.linalg.cholesky((axes * np.maximum(variances, damping)) @ axes.T, lower=True)
     inverse = scipy.linalg.cho_solve((lower, True), np.eye(size))
     factor = scipy.linalg.cholesky((inverse + inverse.T) / 2, lower=False)
     return order, factor.astype(np.float32)

@@ -69,8 +69,7 @@ def load_frames(
         inputs.append(
             processor(
                 {
-                    "image": episode.image,
-                    "wrist_image": episode.wrist_image,
+                    **episode.cameras(),
                     "state": episode.state,
                     "instruction": list(episode.instructions),
                 }

@@ -92,6 +92,56 @@ def parts(lengths: Sequence[int] = (3, 5, 4), **options: Any) -> Parts:
     return Parts(columns, **options)
 
 
+# Cameras, and numbers with their sizes, of sets whose actions are those of joints.
+JOINTS: dict[str, tuple[dict[str, str], dict[str, int]]] = {
+    "lerobot/aloha_sim_insertion_human": (
+        {"image": "observation.images.top"},
+        {"action": 14, "observation.state": 14},
+    ),
+    "lerobot/aloha_mobile_shrimp": (
+        {
+            "image": "observation.images.cam_high",
+            "left_wrist_image": "observation.images.cam_left_wrist",
+            "right_wrist_image": "observation.images.cam_right_wrist",
+        },
+        {"action": 14, "observation.state": 14},
+    ),
+    "droid_joint_velocity": (
+        {
+            "image": "observation.images.exterior_1_left",
+            "wrist_image": "observation.images.wrist_left",
+        },
+        {
+            "action.joint_velocity": 7,
+            "action.gripper_position": 1,
+            "observation.state.joint_position": 7,
+            "observation.state.gripper_position": 1,
+        },
+    ),
+}
+
+
+def joint_parts(spec: str, lengths: Sequence[int] = (4, 3)) -> Parts:
+    """Those of a set whose actions are those of joints."""
+    cameras, numbers = JOINTS[spec]
+    made = parts(lengths)
+    rng = np.random.default_rng(1)
+    for columns in made.columns:
+        pictures = [columns.pop(IMAGE), columns.pop(WRIST)]
+        columns |= {f: pictures[camera != "image"] for camera, f in cameras.items()}
+        del columns[STATE], columns[ACTION]
+        for name, size in numbers.items():
+            values = rng.normal(size=(len(columns["frame_index"]), size)).astype(np.float32)
+            columns[name] = (values[:, 0] if size == 1 else values).tolist()
+    made.features |= dict.fromkeys((IMAGE, WRIST, STATE, ACTION))
+    made.features |= {n: {"dtype": "float32", "shape": [size]} for n, size in numbers.items()}
+    made.features |= {f: {"dtype": "image", "shape": [16, 24, 3]} for f in cameras.values()}
+    made.features["language_instruction"] = {"dtype": "string", "shape": [1]}
+    for columns in made.columns:
+        columns["language_instruction"] = ["fold the towel"] * len(columns["frame_index"])
+    return made
+
+
 def _stored(image: np.ndarray) -> dict[str, Any]:
     return {"bytes": file_of(image), "path": "frame.png"}
 

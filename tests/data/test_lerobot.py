@@ -16,7 +16,7 @@ import pytest
 from qvla_jax import cli, data
 from qvla_jax.data import open_x
 from qvla_jax.data.lerobot import rows
-from qvla_jax.errors import DatasetError
+from qvla_jax.errors import DatasetError, InputError
 
 from . import lerobot_sets as sets
 
@@ -121,10 +121,10 @@ def test_frames_are_found_by_their_time(codec: str, start: float, tmp_path: Path
     for episode, first in ((0, 0), (1, 45)):
         (encoded,) = source.encoded_episodes([episode])
         steps = len(encoded.episode)
-        together = encoded.image.decode_all()
+        together = encoded.pictures["image"].decode_all()
         np.testing.assert_array_equal(together, whole[first : first + steps])
         for chosen in ([steps - 1], [7, 3, 7], [0, steps - 1, 1]):
-            found = encoded.only(set(chosen)).image.decode(chosen)
+            found = encoded.only(set(chosen)).pictures["image"].decode(chosen)
             np.testing.assert_array_equal(np.stack(found), together[chosen])
         grey = [sets.grey(episode, step) for step in range(steps)]
         assert np.abs(np.median(together, axis=(1, 2, 3)) - grey).max() <= 1
@@ -580,10 +580,45 @@ def test_the_specification_is_found_by_the_place(place: str, tmp_path: Path) -> 
     assert data.open_source(path).spec.name == SPEC
 
 
-def test_sets_of_joint_actions_are_refused(tmp_path: Path) -> None:
-    path = sets.write(tmp_path / "lerobot" / "aloha_sim_insertion_human", sets.parts())
-    with pytest.raises(DatasetError.__bases__[0], match="its actions are joint positions"):
-        data.open_source(path)
+@pytest.mark.parametrize("spec", sets.JOINTS)
+def test_actions_of_joints_are_taken_as_stored(spec: str, tmp_path: Path) -> None:
+    cameras, numbers = sets.JOINTS[spec]
+    made = sets.joint_parts(spec)
+    path = sets.write(tmp_path / spec, made)
+    source = data.open_source(path) if "/" in spec else data.open_source(path, spec=spec)
+    assert open_x.DatasetSpec.from_json(source.spec.to_json(), "x") == source.spec
+    (_, episode) = source.episodes()
+    stored = made.columns[1]
+
+    def joined(prefix: str) -> np.ndarray:
+        names = [name for name in numbers if name.startswith(prefix)]
+        return np.column_stack([np.float32(stored[name]) for name in names])
+
+    np.testing.assert_array_equal(episode.action, joined("action"))
+    np.testing.assert_array_equal(episode.state, joined("observation.state"))
+    assert list(episode.cameras()) == list(cameras)
+    frames = data.calibration_set(path, frames=3, horizon=2, spec=spec)
+    (batch,) = frames.batches(3)
+    assert batch["actions"].shape == (3, 2, joined("action").shape[1])
+    for camera in cameras:
+        expected = [sets.picture(*p) for p in zip(batch["episode"], batch["step"], strict=True)]
+        expected = expected if camera == "image" else [255 - one for one in expected]
+        np.testing.assert_array_equal(batch[camera], expected)
+    again = data.CalibrationSet.from_manifest(frames.manifest)
+    np.testing.assert_array_equal(next(again.batches(3))["state"], batch["state"])
+    # All are normalized: no entry is a gripper with a range of its own.
+    assert data.dataset_statistics(path, spec=spec).action.mask is None
+
+
+def test_what_actions_of_joints_do_not_allow(tmp_path: Path) -> None:
+    spec = "lerobot/aloha_mobile_shrimp"
+    path = sets.write(tmp_path / spec, sets.joint_parts(spec))
+    with pytest.raises(InputError, match=r"gripper_share: actions of spec .* are those of joints"):
+        data.calibration_set(path, frames=2, gripper_share=0.5)
+    other = sets.write(tmp_path / "lerobot" / "libero", sets.parts())
+    message = r"differ in length \(lerobot/aloha_static_battery 14, lerobot/libero 7\)"
+    with pytest.raises(DatasetError, match=message):
+        data.calibration_set({str(path): 1.0, str(other): 1.0}, frames=4)
 
 
 @pytest.mark.parametrize(

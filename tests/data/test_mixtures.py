@@ -268,6 +268,8 @@ def test_the_commands_in_the_docs_run(
     for name in open_x.mixture("oxe_magic_soup_plus"):
         sets.write(Path("data/open_x"), name, lengths=(25, 5))
     lerobot_sets.write(Path("data/libero"), lerobot_sets.parts((70, 70)))
+    joints = lerobot_sets.joint_parts("lerobot/aloha_sim_insertion_human", (70, 70))
+    lerobot_sets.write(Path("data/aloha"), joints)
     example = DOCS.split("```json\n")[1].split("```")[0]
     Path("my_robot.json").write_text(example)
     structure = sets.Structure(
@@ -287,7 +289,7 @@ def test_the_commands_in_the_docs_run(
     commands = [line.split() for line in DOCS.splitlines() if line.startswith("    qvla ")]
     run = [command[1:] for command in commands if "gs://" not in " ".join(command)]
     run = [command for command in run if command[0] == "calibrate"]
-    assert len(run) == len(commands) - 2 == 5
+    assert len(run) == len(commands) - 2 == 6
     for command in run:
         assert main(command) == 0, command
     assert "toto (train): 43 frames" in capsys.readouterr().out

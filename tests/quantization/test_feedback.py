@@ -100,3 +100,17 @@ def test_fewer_frames_than_inputs_still_give_finite_rows():
     assert np.isfinite(rows).all()
     assert not rows[0].any()
     np.testing.assert_array_equal(rows[3], weight[3])
+
+
+def test_what_rounding_leaves_of_a_small_covariance_is_no_failure():
+    """Pictures of one grey value: the means of inputs are thousands of their deviations."""
+    rng = np.random.default_rng(0)
+    exact = covariance(12, rank=3)
+    noise = rng.normal(size=(12, 12)) * 0.3 * np.mean(np.diagonal(exact))
+    rounded = exact + (noise + noise.T) / 2
+    assert np.linalg.eigvalsh(rounded)[0] < -0.1 * np.mean(np.diagonal(exact))
+    _, factor = feedback_factor(rounded, 0.01)
+    order = np.argsort(-np.diagonal(rounded), kind="stable")
+    values, axes = np.linalg.eigh(rounded[np.ix_(order, order)] / np.mean(np.diagonal(rounded)))
+    kept = np.maximum(values + 0.01, 0.01)
+    np.testing.assert_allclose(factor.T @ factor, (axes / kept) @ axes.T, rtol=1e-3, atol=1e-3)
