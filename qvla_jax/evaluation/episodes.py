@@ -63,6 +63,8 @@ class Result:
         success: whether the task was done.
         steps: actions executed, not counting the steps in which the objects settle.
         seconds: wall time, including waiting for the policy.
+        jerk: of the executed actions (see `jerk`); None for fewer than three, or if
+            an older version ran the episode.
         positions: position of the end effector (m) at each query of the policy.
         deviations: fingerprint of another policy -> the squared distances of its normalized actions
             from those that were executed, for each chunk.
@@ -73,6 +75,7 @@ class Result:
     success: bool
     steps: int
     seconds: float
+    jerk: float | None = None
     positions: Sequence[Sequence[float]] = dataclasses.field(default_factory=list)
     deviations: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
@@ -93,7 +96,8 @@ class Result:
         own = [field.name for field in dataclasses.fields(cls) if field.name != "episode"]
         return cls(
             episode=Episode(**{name: content[name] for name in names}),
-            **{name: content[name] for name in own},
+            **{name: content[name] for name in own if name != "jerk"},
+            jerk=content.get("jerk"),
         )
 
 
@@ -148,3 +152,22 @@ class EpisodeLog:
 def episode_seed(seed: int, task: int, initial_state: int) -> int:
     """Seed of one episode, independent of what else runs."""
     return int(np.random.SeedSequence([seed, task, initial_state]).generate_state(1)[0] >> 1)
+
+
+def jerk(actions: Sequence[np.ndarray]) -> float | None:
+    """Jerk of executed actions, which are velocities: the size of their second difference.
+
+    Root mean square over steps, of the distance in the first three entries (translation), in the
+    actions' own unit per step and step. In LIBERO, where 1 is 5 cm in a step of 1/20 s, times 400
+    that is m/s^3.
+
+    Args:
+        actions: each [a], in order.
+
+    Returns:
+        None for fewer than three.
+    """
+    if len(actions) < 3:
+        return None
+    changes = np.diff(np.asarray(actions, np.float64)[:, :3], n=2, axis=0)
+    return float(np.sqrt(np.mean(np.sum(changes**2, axis=1))))

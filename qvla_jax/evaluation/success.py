@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from qvla_jax.evaluation.drift import Drift, summarize_drift
 from qvla_jax.evaluation.episodes import Result
+from qvla_jax.evaluation.motion import Motion, compare_motion
 from qvla_jax.evaluation.paired import Comparison, Success, compare
 
 CLOSED_LOOP_KIND = "qvla_jax.closed_loop"
@@ -17,6 +18,8 @@ class EpisodesSuccess(Success):
 
     # Control steps; None without a success.
     mean_steps_of_successes: float | None
+    # Of all episodes that have one (`evaluation.episodes.jerk`).
+    mean_jerk: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class PolicyComparison:
     overall: Comparison
     # None if they have no time steps in common.
     drift: Drift | None
+    # None without an episode that both solve.
+    motion: Motion | None = None
     tasks: tuple[TaskComparison, ...]
 
 
@@ -118,6 +123,7 @@ def compare_policies(results: Mapping[str, Sequence[Result]]) -> tuple[PolicyCom
             reference=reference,
             overall=_compared(results[name], results[reference]),
             drift=summarize_drift(results[name], results[reference]),
+            motion=compare_motion(results[name], results[reference]),
             tasks=tuple(
                 TaskComparison(task=task, **vars(_compared(members, of_reference[task])))
                 for task, members in _by_task(results[name]).items()
@@ -131,10 +137,12 @@ def _success(results: Sequence[Result]) -> dict[str, Any]:
     """Fields of an `EpisodesSuccess`."""
     solved = [r.steps for r in results if r.success]
     mean = sum(solved) / len(solved) if solved else None
+    jerks = [r.jerk for r in results if r.jerk is not None]
     return {
         "successes": len(solved),
         "episodes": len(results),
         "mean_steps_of_successes": mean,
+        "mean_jerk": sum(jerks) / len(jerks) if jerks else None,
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from qvla_jax.errors import InputError
-from qvla_jax.evaluation.episodes import Episode, Result
+from qvla_jax.evaluation.episodes import Episode, Result, jerk
 
 
 class Environment(Protocol):
@@ -176,6 +176,7 @@ class Runner:
             success=success,
             steps=len(self._actions),
             seconds=round(time.monotonic() - started, 3),
+            jerk=jerk(self._actions),
         )
 
     def replay(self, replay: Replay) -> None:

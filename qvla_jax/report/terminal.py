@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from qvla_jax.evaluation.drift import Drift
+from qvla_jax.evaluation.motion import Motion, Ratio
 from qvla_jax.evaluation.paired import Comparison, Success
 from qvla_jax.evaluation.results import MethodResult
 from qvla_jax.evaluation.success import PolicyComparison, PolicySuccess
@@ -91,6 +92,19 @@ def comparison_table(comparison: PolicyComparison) -> Table:
             f"{row.mcnemar_exact_p:.3g}",
         )
     return table
+
+
+def motion_line(motion: Motion) -> str:
+    """Returns how a policy moves against the reference, in words."""
+    text = f"Where both succeed ({motion.pairs} episodes): {_ratio_text(motion.steps)} the steps"
+    return text if motion.jerk is None else f"{text}, {_ratio_text(motion.jerk)} the jerk"
+
+
+def _ratio_text(ratio: Ratio) -> str:
+    if ratio.interval_95 is None:
+        return f"{ratio.mean:.2f} times"
+    low, high = ratio.interval_95
+    return f"{ratio.mean:.2f} times ({low:.2f} to {high:.2f})"
 
 
 def drift_line(drift: Drift) -> str:

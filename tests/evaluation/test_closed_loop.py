@@ -13,7 +13,8 @@ import pytest
 
 from qvla_jax.errors import InputError, QvlaError
 from qvla_jax.evaluation.closed_loop import decide, run_episodes
-from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
+from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed, jerk
+from qvla_jax.evaluation.motion import compare_motion
 from qvla_jax.evaluation.video import film
 from qvla_jax.evaluation.workers import Replay
 from qvla_jax.families.prismatic.config import preset
@@ -260,6 +261,26 @@ def test_log_reads_back_and_drops_an_unfinished_line(tmp_path):
     assert (line["policy"], line["task"], line["success"]) == ("one", 0, True)
 
 
+def test_jerk_is_that_of_the_velocities():
+    t = np.arange(8.0)[:, None]
+    velocities = 0.5 * t**2 * [[1.0, 2.0, 2.0]]  # their second difference is (1, 2, 2)
+    actions = np.concatenate([velocities, 9 * t**3, t, t, (-1) ** t], axis=1)
+    assert jerk(list(actions)) == pytest.approx(3.0)
+    assert jerk(list(actions[:2])) is None
+
+
+def test_log_of_an_older_version_has_no_jerk(tmp_path):
+    log = EpisodeLog(tmp_path / "episodes.jsonl")
+    result = Result(episode=episode(), task_name="t", success=True, steps=9, seconds=0.5, jerk=2.0)
+    log.append(result, policy="p")
+    line = json.loads(log.path.read_text())
+    del line["jerk"]
+    log.path.write_text(json.dumps(line) + "\n")
+    (read,) = EpisodeLog(log.path).results.values()
+    assert read == dataclasses.replace(result, jerk=None)
+    assert compare_motion([read], [result]).jerk is None
+
+
 def test_damaged_log_names_its_line(tmp_path):
     path = tmp_path / "episodes.jsonl"
     EpisodeLog(path).append(
@@ -342,6 +363,13 @@ def test_summary_pairs_episodes_and_counts_tasks(tmp_path, in_threads):
         drift["deviation_mean"][:2], np.array([1, 2]) * 4 * 7 * 0.475**2, rtol=1e-5
     )
     assert drift["deviation_episodes"] == 6
+    motion = comparison["motion"]
+    assert motion["pairs"] == 2
+    log = EpisodeLog(tmp_path / "episodes.jsonl")
+    solved = [{r.episode.pair: r.steps for r in log.results.values() if r.success
+               and r.episode.policy_hash == policy} for policy in ("a", "b")]  # fmt: skip
+    ratios = [solved[0][pair] / solved[1][pair] for pair in solved[0] if pair in solved[1]]
+    assert motion["steps"]["mean"] == pytest.approx(np.prod(ratios) ** 0.5)
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "closed_loop.json").read_text()) == content
 
