@@ -3,11 +3,11 @@
 import multiprocessing
 import threading
 
-from qvla_jax.evaluation.workers import MakeEnvironment, Worker, serve
+from qvla_jax.evaluation.workers import MakeEnvironment, Processes, ProcessWorker, serve
 
 
 class _Thread:
-    """What `Worker` asks of a process."""
+    """What `ProcessWorker` asks of a process."""
 
     exitcode = None
 
@@ -18,9 +18,11 @@ class _Thread:
         """The closed connection ends the thread."""
 
 
-def start_thread(make: MakeEnvironment) -> Worker:
-    """In place of `start_worker`."""
-    ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=serve, args=(theirs, make), daemon=True)
-    thread.start()
-    return Worker(_Thread(thread), ours)
+class Threads(Processes):
+    """In place of `Processes`."""
+
+    def start(self, make: MakeEnvironment) -> ProcessWorker:
+        ours, theirs = multiprocessing.Pipe()
+        thread = threading.Thread(target=serve, args=(theirs, make), daemon=True)
+        thread.start()
+        return ProcessWorker(_Thread(thread), ours)

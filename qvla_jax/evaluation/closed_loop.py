@@ -5,10 +5,11 @@ wait: only one shape is compiled, and the numbers of a row do not depend on how 
 to be ready.
 """
 
+import collections
+import contextlib
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import connection
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -18,19 +19,25 @@ from qvla_jax.errors import InputError, QvlaError
 from qvla_jax.evaluation.drift import Traces, action_deviation
 from qvla_jax.evaluation.episodes import Episode, Result
 from qvla_jax.evaluation.workers import (
+    Crew,
+    DeadWorkerError,
     Failure,
     Finished,
     MakeEnvironment,
     Observation,
+    Processes,
+    Ready,
     Replay,
     Replayed,
+    Request,
     Worker,
-    start_worker,
 )
 
 # How long (s) the policy waits for more observations once one is there: about the time that a
 # worker needs for a chunk. Workers then fall into step, and calls are full.
 PATIENCE = 0.25
+# Workers that may die in one episode, or while they start, before the run ends.
+_ATTEMPTS = 3
 
 
 class _Policy(Protocol):
@@ -57,7 +64,7 @@ def run_episodes(
     choose_replay: ChooseReplay = lambda result: None,
     shadows: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
     patience: float = PATIENCE,
-    start: Callable[[MakeEnvironment], Worker] = start_worker,
+    crew: Crew = Processes(),  # noqa: B008 (no state)
 ) -> None:
     """Runs episodes and passes on each result as it comes.
 
@@ -71,79 +78,114 @@ def run_episodes(
         shadows: fingerprint of a policy -> those of others that are queried wherever it decides, so
             that the result holds their deviations. They must take the same observations.
         patience: how long (s) a policy waits for more observations once one is there.
-        start: starts a worker.
+        crew: where workers run; by default in processes of this machine.
+
+    A worker that dies is replaced, and its episode begins again.
 
     Raises:
         InputError: a worker cannot use its input, such as an unknown initial state.
-        QvlaError: a worker failed or died, or a policy gave actions that are not finite.
+        QvlaError: a worker failed, several died in the same episode, or a policy gave actions that
+            are not finite.
     """
     todo = list(episodes)
-    traces = Traces()
-    crew = [start(make) for _ in range(min(workers, len(todo)))]
+    if not todo:
+        return
+    traces, deaths, finished = Traces(), _Deaths(), set[Episode]()
+    running = [crew.start(make) for _ in range(min(workers, len(todo)))]
     try:
-        for worker in crew:
-            _assign(worker, todo, crew)
-        while any(worker.episode is not None for worker in crew):
+        while todo or any(worker.episode is not None for worker in running):
             waiting: list[tuple[Worker, Mapping[str, Any]]] = []
-            for worker in _ready(crew, patience):
-                message = _receive(worker)
+            for worker in _ready(crew, running, patience):
+                try:
+                    message = _receive(worker)
+                except DeadWorkerError as death:
+                    if worker.episode is not None and worker.episode not in finished:
+                        traces.forget(worker.episode)
+                        todo.insert(0, worker.episode)
+                    deaths.count(worker, death)
+                    worker.stop()
+                    running[running.index(worker)] = crew.start(make)
+                    continue
+                worker.answers = False
                 if isinstance(message, Observation):
                     waiting.append((worker, message.content))
                 elif isinstance(message, Finished):
                     result = traces.finish(message.result)
+                    finished.add(result.episode)
                     on_result(result)
                     replay = choose_replay(result)
                     if replay is None:
-                        _assign(worker, todo, crew)
+                        worker.episode = None
                     else:
-                        worker.connection.send(replay)
-                elif isinstance(message, Replayed):
-                    _assign(worker, todo, crew)
-            _act(waiting, policies, traces, shadows, rows=len(crew))
+                        _send(worker, replay)
+                else:
+                    worker.episode = None
+            for worker in running:
+                if todo and worker.episode is None and not worker.answers:
+                    _assign(worker, todo, running)
+            _act(waiting, policies, traces, shadows, rows=len(running))
     finally:
-        for worker in crew:
+        for worker in running:
             worker.stop()
 
 
-def _assign(worker: Worker, todo: list[Episode], crew: Sequence[Worker]) -> None:
+class _Deaths:
+    """Workers that died, by the episode that they ran."""
+
+    def __init__(self) -> None:
+        self._count: collections.Counter[Episode | None] = collections.Counter()
+
+    def count(self, worker: Worker, death: DeadWorkerError) -> None:
+        """Counts one more.
+
+        Raises:
+            QvlaError: it was one too many of the same episode, or of those that only start.
+        """
+        self._count[worker.episode] += 1
+        if self._count[worker.episode] == _ATTEMPTS:
+            raise QvlaError(
+                f"{_ATTEMPTS} simulator processes died ({death}) in {_where(worker)}; finished "
+                "episodes are kept, the same command goes on from there"
+            ) from death
+
+
+def _assign(worker: Worker, todo: list[Episode], others: Sequence[Worker]) -> None:
     """Gives a worker its next episode, of its current task if possible, to compile rarely."""
-    if not todo:
-        worker.episode = None
-        return
-    others = {other.task for other in crew if other is not worker}
+    tasks = {other.task for other in others if other is not worker}
     choice = min(
         range(len(todo)),
-        key=lambda i: (todo[i].task != worker.task, todo[i].task in others, i),
+        key=lambda i: (todo[i].task != worker.task, todo[i].task in tasks, i),
     )
     worker.episode = todo.pop(choice)
     worker.task = worker.episode.task
-    worker.connection.send(worker.episode)
+    _send(worker, worker.episode)
 
 
-def _ready(crew: Sequence[Worker], patience: float) -> list[Worker]:
+def _send(worker: Worker, message: Request) -> None:
+    # One that died says so when its reply is received.
+    with contextlib.suppress(DeadWorkerError):
+        worker.send(message)
+    worker.answers = True
+
+
+def _ready(crew: Crew, workers: Sequence[Worker], patience: float) -> list[Worker]:
     """Waits for a message from a worker, and for the others until patience ends."""
-    busy = {worker.connection: worker for worker in crew if worker.episode is not None}
+    busy = [worker for worker in workers if worker.answers]
     ready: list[Worker] = []
     deadline: float | None = None
     while busy:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        found = connection.wait(list(busy), timeout)
+        found = crew.wait(busy, timeout)
         if not found:
             break
-        ready += [busy.pop(item) for item in found]  # pyright: ignore[reportArgumentType]
+        ready += found
+        busy = [worker for worker in busy if worker not in found]
         deadline = deadline or time.monotonic() + patience
-    return sorted(ready, key=crew.index)
+    return sorted(ready, key=workers.index)
 
 
-def _receive(worker: Worker) -> Observation | Finished | Replayed:
-    try:
-        message = worker.connection.recv()
-    except (EOFError, ConnectionResetError) as error:
-        worker.process.join(5)
-        raise QvlaError(
-            f"a simulator process died (exit code {worker.process.exitcode}) in {_where(worker)}; "
-            "finished episodes are kept, the same command goes on from there"
-        ) from error
+def _receive(worker: Worker) -> Ready | Observation | Finished | Replayed:
+    message = worker.receive()
     if isinstance(message, Failure):
         if message.user:
             raise InputError(message.message)
@@ -154,7 +196,7 @@ def _receive(worker: Worker) -> Observation | Finished | Replayed:
 def _where(worker: Worker) -> str:
     episode = worker.episode
     if episode is None:
-        return "no episode"
+        return "its start"
     return f"{episode.suite} task {episode.task}, initial state {episode.initial_state}"
 
 
@@ -180,7 +222,7 @@ def _act(
         state = np.stack([each["state"] for each in observations]) if has_state else None
         metric = policies[name].unnormalize_actions(chunks, state)
         for (worker, _, _), chunk in zip(members, metric, strict=True):
-            worker.connection.send(chunk)
+            _send(worker, chunk)
         # The simulators work in the meantime.
         for other in shadows.get(name, ()):
             answers = decide(policies[other], observations, rows=rows)

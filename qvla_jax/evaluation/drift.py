@@ -45,6 +45,11 @@ class Traces:
         of_episode = self._deviations.setdefault(episode, {})
         of_episode.setdefault(candidate, []).append(deviation)
 
+    def forget(self, episode: Episode) -> None:
+        """Drops the records of an episode that begins again."""
+        self._positions.pop(episode, None)
+        self._deviations.pop(episode, None)
+
     def finish(self, result: Result) -> Result:
         """The result with the records of its episode."""
         return dataclasses.replace(

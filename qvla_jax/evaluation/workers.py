@@ -1,17 +1,19 @@
 """A process that runs episodes of a simulator and asks its parent for actions.
 
-The parent sends an `Episode` to run, a chunk of actions, or a `Replay` of the episode that just
-ended (to film or to record it: the simulator is deterministic, so only episodes that are kept pay
-for pictures of each step); the worker answers with an `Observation`, a `Finished`, a `Replayed`, or
-a `Failure`.
+The worker begins with `Ready`. The parent sends an `Episode` to run, a chunk of actions, or a
+`Replay` of the episode that just ended (to film or to record it: the simulator is deterministic, so
+only episodes that are kept pay for pictures of each step); the worker answers each with an
+`Observation`, a `Finished`, a `Replayed`, or a `Failure`.
 """
 
+import abc
 import dataclasses
 import multiprocessing
 import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -89,67 +91,157 @@ class Failure:
     user: bool
 
 
-@dataclasses.dataclass
-class Worker:
-    """The parent's side of one process."""
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """The worker has started; its first message."""
 
-    process: Any
-    connection: Any
-    # The episode it runs, until its `Finished` arrives.
-    episode: Episode | None = None
-    # Number of the task whose model it has compiled.
-    task: int | None = None
+
+Request: TypeAlias = Episode | np.ndarray | Replay
+Reply: TypeAlias = Ready | Observation | Finished | Replayed | Failure
+
+
+class DeadWorkerError(Exception):
+    """A worker is gone; the message says what is known about why."""
+
+
+class Worker(abc.ABC):
+    """The parent's side of one worker.
+
+    Attributes:
+        episode: the episode it runs, until its `Finished` arrives.
+        task: number of the task whose model it has compiled.
+        answers: whether a message of it is to come.
+    """
+
+    def __init__(self) -> None:
+        """One that starts: its `Ready` is to come."""
+        self.episode: Episode | None = None
+        self.task: int | None = None
+        self.answers = True
+
+    @abc.abstractmethod
+    def send(self, message: Request) -> None:
+        """Sends a message, to which one reply comes.
+
+        Raises:
+            DeadWorkerError: it is gone.
+        """
+
+    @abc.abstractmethod
+    def receive(self) -> Reply:
+        """The reply; waits for it.
+
+        Raises:
+            DeadWorkerError: it is gone.
+        """
+
+    @abc.abstractmethod
+    def stop(self) -> None:
+        """Ends it."""
+
+
+class Crew(abc.ABC):
+    """Where workers run."""
+
+    @abc.abstractmethod
+    def start(self, make: MakeEnvironment) -> Worker:
+        """Starts a worker."""
+
+    @abc.abstractmethod
+    def wait(self, workers: Sequence[Any], timeout: float | None) -> list[Any]:
+        """The workers with a message, at least one; none if the time (s) passes without one."""
+
+
+class ProcessWorker(Worker):
+    """A worker in a process of this machine."""
+
+    def __init__(self, process: Any, connection: Any):
+        """Both as of `multiprocessing`."""
+        super().__init__()
+        self.process, self.connection = process, connection
+
+    def send(self, message: Request) -> None:
+        """See `Worker`."""
+        try:
+            self.connection.send(message)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._died() from error
+
+    def receive(self) -> Reply:
+        """See `Worker`."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise self._died() from error
+
+    def _died(self) -> DeadWorkerError:
+        self.process.join(5)
+        return DeadWorkerError(f"exit code {self.process.exitcode}")
 
     def stop(self) -> None:
-        """Ends the process."""
+        """See `Worker`."""
         self.connection.close()
         self.process.terminate()
         self.process.join(5)
 
 
-def start_worker(make: MakeEnvironment) -> Worker:
-    """Starts a process with its own interpreter: OpenGL contexts do not survive a fork."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_process, args=(theirs, make), daemon=True)
-    process.start()
-    theirs.close()
-    return Worker(process, ours)
+class Processes(Crew):
+    """Workers in processes of this machine, each with its own interpreter.
+
+    OpenGL contexts do not survive a fork.
+    """
+
+    def start(self, make: MakeEnvironment) -> ProcessWorker:
+        """See `Crew`."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_process, args=(theirs, make), daemon=True)
+        process.start()
+        theirs.close()
+        return ProcessWorker(process, ours)
+
+    def wait(self, workers: Sequence[ProcessWorker], timeout: float | None) -> list[ProcessWorker]:
+        """See `Crew`."""
+        by_connection = {worker.connection: worker for worker in workers}
+        found: list[Any] = connection.wait(list(by_connection), timeout)
+        return [by_connection[each] for each in found]
 
 
-def _process(connection: Connection, make: MakeEnvironment) -> None:
+def _process(pipe: Connection, make: MakeEnvironment) -> None:
     # Ctrl-C reaches the whole process group; the parent decides about its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(connection, make)
+    serve(pipe, make)
 
 
-def serve(connection: Connection, make: MakeEnvironment) -> None:
-    """Answers the parent until it closes the connection."""
-    runner = Runner(connection, make)
+def serve(pipe: Connection, make: MakeEnvironment) -> None:
+    """Answers the parent until it closes it."""
+    runner = Runner(pipe, make)
     try:
+        pipe.send(Ready())
         while True:
-            message = connection.recv()
+            message = pipe.recv()
             if isinstance(message, Episode):
-                connection.send(Finished(runner.run(message)))
+                pipe.send(Finished(runner.run(message)))
             else:
                 runner.replay(message)
-                connection.send(Replayed())
+                pipe.send(Replayed())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # The parent is gone or done.
     except InputError as error:
-        connection.send(Failure(str(error), user=True))
+        pipe.send(Failure(str(error), user=True))
     except Exception:
-        connection.send(Failure(traceback.format_exc(), user=False))
+        pipe.send(Failure(traceback.format_exc(), user=False))
     finally:
         runner.close()
+        pipe.close()
 
 
 class Runner:
     """Runs episodes, keeping the compiled model while the task stays the same."""
 
-    def __init__(self, connection: Connection, make: MakeEnvironment):
+    def __init__(self, pipe: Connection, make: MakeEnvironment):
         """Compiles nothing yet."""
-        self._connection, self._make = connection, make
+        self._connection, self._make = pipe, make
         self._environment: Environment | None = None
         self._episode: Episode | None = None
         self._actions: list[np.ndarray] = []

@@ -15,6 +15,7 @@ from qvla_jax.data.libero import installation, suites
 from qvla_jax.data.libero.simulator import Rendering
 from qvla_jax.errors import InputError
 from qvla_jax.evaluation.closed_loop import PATIENCE, run_episodes
+from qvla_jax.evaluation.cluster import Cluster
 from qvla_jax.evaluation.episodes import Episode, EpisodeLog, Result, episode_seed
 from qvla_jax.evaluation.libero import EXPERT, ExpertPolicy, make_libero
 from qvla_jax.evaluation.success import (
@@ -24,7 +25,7 @@ from qvla_jax.evaluation.success import (
     policy_success,
 )
 from qvla_jax.evaluation.video import film, has_video_writer
-from qvla_jax.evaluation.workers import MakeEnvironment, Replay
+from qvla_jax.evaluation.workers import Crew, MakeEnvironment, Processes, Replay
 from qvla_jax.inference import Policy
 from qvla_jax.inference.places import policy_folder
 from qvla_jax.model_options import ModelOptions
@@ -81,8 +82,11 @@ class ClosedLoopConfig(ModelOptions):
     rendering: Rendering = "fast"
     # Height and width of the rendered pictures; 0 takes the policy's size.
     size: int = 0
-    # Simulator processes; 0 runs one per core.
+    # Simulator processes; 0 runs one per core, of the cluster if there is one.
     workers: int = 0
+    # Ray cluster that runs the simulator processes: HOST:PORT, or auto on one of its nodes; by
+    # default they run on this machine.
+    cluster: str | None = None
     # Keep videos of the first success and the first failure of each task.
     videos: bool = True
     # Seed of what the initial states do not hold (poses of fixtures).
@@ -158,11 +162,13 @@ def closed_loop(
         path = video_path(config.out / VIDEO_FOLDER, name, result)
         return None if path is None else Replay(film, path)
 
+    crew, workers = crew_and_workers(config.cluster, config.workers)
     run_episodes(
         todo,
         {policies[name].fingerprint: policies[name] for name in config.policy},
         make,
-        workers=config.workers or devices.cores(),
+        workers=workers,
+        crew=crew,
         on_result=finished,
         choose_replay=choose_replay,
         shadows=shadows(policies, config.policy),
@@ -229,6 +235,24 @@ def load_actors(
         else ExpertPolicy()
         for name in names
     }
+
+
+def crew_and_workers(cluster: str | None, workers: int) -> tuple[Crew, int]:
+    """Where simulator processes run, and how many.
+
+    Args:
+        cluster: address of a Ray cluster; None is this machine.
+        workers: how many the user wants; 0 is one per core.
+
+    Raises:
+        InputError: there is no such cluster, or it has fewer CPUs.
+    """
+    if cluster is None:
+        return Processes(), workers or devices.cores()
+    crew = Cluster(cluster)
+    if workers > crew.cpus:
+        raise InputError(f"workers {workers}: cluster {cluster} has {crew.cpus} CPUs, one for each")
+    return crew, workers or crew.cpus
 
 
 def horizon_and_size(policy: Actor) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qvla_jax import devices
 from qvla_jax.data.libero import suites
 from qvla_jax.data.libero.recorded import load_recording
 from qvla_jax.data.libero.simulator import Rendering
@@ -24,6 +23,7 @@ from qvla_jax.pipeline.closed_loop import (
     EPISODES_FILE,
     Actor,
     check_simulator,
+    crew_and_workers,
     executed_steps,
     horizon_and_size,
     load_actors,
@@ -67,8 +67,10 @@ class CollectConfig(ModelOptions):
     size: int = 0
     # fast or libero, see `qvla evaluate --sim`.
     rendering: Rendering = "fast"
-    # Simulator processes; 0 runs one per core.
+    # Simulator processes; 0 runs one per core, of the cluster if there is one.
     workers: int = 0
+    # As in `qvla evaluate --sim`.
+    cluster: str | None = None
     # Seed of the starts and the noise.
     seed: int = 0
     # array_record is read without TensorFlow.
@@ -163,12 +165,14 @@ def collect(
     run = _Run(config, policy, simulator, keep)
     make = make or functools.partial(make_libero, sigmas=config.noise)
     progress("episodes", run.done(), run.wanted)
+    crew, workers = crew_and_workers(config.cluster, config.workers)
     while todo := run.lacking():
         run_episodes(
             todo,
             {policy.fingerprint: policy},
             make,
-            workers=config.workers or devices.cores(),
+            workers=workers,
+            crew=crew,
             on_result=lambda result: run.log.append(result, policy=config.policy),
             choose_replay=run.choose_replay(progress),
             patience=patience_with([policy]),

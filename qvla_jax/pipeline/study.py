@@ -86,8 +86,10 @@ class StudyConfig(FramesConfig, HeldoutConfig):
     tasks: tuple[int, ...] = ()
     # As in `qvla evaluate --sim`.
     rendering: Rendering = "fast"
-    # Simulator processes; 0 runs one per core.
+    # Simulator processes; 0 runs one per core, of the cluster if there is one.
     workers: int = 0
+    # As in `qvla evaluate --sim`.
+    cluster: str | None = None
     # Frames per forward pass of the offline measurement.
     eval_batch: int = 8
 
@@ -149,8 +151,8 @@ class StudyConfig(FramesConfig, HeldoutConfig):
             sim=sim, out=self.out / files.EPISODES, policy=(self.model, *names),
             episodes_per_task=suites.get(sim).initial_states if everything
             else self.episodes_per_task,
-            tasks=self.tasks, rendering=self.rendering, workers=self.workers, videos=False,
-            seed=self.seed, **self.said(),
+            tasks=self.tasks, rendering=self.rendering, workers=self.workers,
+            cluster=self.cluster, videos=False, seed=self.seed, **self.said(),
         )  # fmt: skip
 
 

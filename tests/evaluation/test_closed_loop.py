@@ -22,7 +22,7 @@ from qvla_jax.pipeline import closed_loop as stage
 from qvla_jax.pipeline.closed_loop import ClosedLoopConfig
 from qvla_jax.plain import to_plain
 
-from ..simulators import start_thread
+from ..simulators import Threads
 
 
 class Count:
@@ -93,7 +93,7 @@ def run(episodes, policies, workers=2, make=Count, **options):
         make,
         workers=workers,
         on_result=results.append,
-        start=start_thread,
+        crew=Threads(),
         **options,
     )
     return {result.episode: result for result in results}
@@ -153,7 +153,7 @@ def test_results_hold_the_path_and_the_deviations_of_shadows():
 
 
 def test_no_episodes_start_no_worker():
-    run_episodes([], {}, Count, workers=2, on_result=print, start=pytest.fail)
+    run_episodes([], {}, Count, workers=2, on_result=print, crew=None)
 
 
 def test_rows_are_padded_to_one_shape():
@@ -235,7 +235,35 @@ def test_a_dead_process_is_one_error(tmp_path):
     assert done.stderr == ""
     finished, error = done.stdout.strip().splitlines()
     assert finished == "True"
-    assert "died (exit code 7) in s task 0, initial state 1" in error
+    assert "3 simulator processes died (exit code 7) in s task 0, initial state 1" in error
+
+
+class DiesOnce(Count):
+    """The first of its kind dies in the middle of an episode, as a process does."""
+
+    alive = False
+
+    def step(self, action: np.ndarray) -> bool:
+        if not DiesOnce.alive and self.sum > 5:
+            DiesOnce.alive = True
+            raise EOFError
+        return super().step(action)
+
+
+def test_a_worker_that_dies_is_replaced_and_its_episode_begins_again():
+    expected = run([episode(), episode(1)], [Constant(1.0, "p")], workers=2)
+    results: dict = {}
+    run_episodes(
+        [episode(), episode(1)],
+        {"p": Constant(1.0, "p")},
+        DiesOnce,
+        workers=2,
+        on_result=lambda result: results.update({result.episode: result}),
+        crew=Threads(),
+    )
+    assert DiesOnce.alive
+    for one, result in expected.items():
+        assert dataclasses.replace(results[one], seconds=result.seconds) == result
 
 
 def test_log_reads_back_and_drops_an_unfinished_line(tmp_path):
@@ -304,7 +332,7 @@ def in_threads(monkeypatch):
     monkeypatch.setattr(
         stage,
         "run_episodes",
-        lambda *args, **options: run_in_processes(*args, **options, start=start_thread),
+        lambda *args, **options: run_in_processes(*args, **{**options, "crew": Threads()}),
     )
 
 

@@ -156,12 +156,12 @@ def evaluation() -> Stage:
     from qvla_jax.pipeline import closed_loop as stage
     from qvla_jax.pipeline import files
 
-    from ..simulators import start_thread
+    from ..simulators import Threads
 
     run_episodes = stage.run_episodes
 
     def run(folder: Path) -> None:
-        stage.run_episodes = lambda *a, **k: run_episodes(*a, **k, start=start_thread)
+        stage.run_episodes = lambda *a, **k: run_episodes(*a, **{**k, "crew": Threads()})
         policies: Any = {"one": _Stepper(0.05, "a"), "two": _Stepper(0.1, "b")}
         config = stage.ClosedLoopConfig(
             sim="libero_spatial", out=folder, policy=tuple(policies), tasks=(0, 1),

@@ -15,7 +15,7 @@ from qvla_jax.families.prismatic.config import preset
 from qvla_jax.pipeline import collect as stage
 from qvla_jax.pipeline.collect import CollectConfig
 
-from ..simulators import start_thread
+from ..simulators import Threads
 
 # TensorFlow and Beam warn about their own dependencies.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -83,7 +83,7 @@ def collect(monkeypatch, tmp_path):
 
     def in_threads(episodes, *args, **options):
         ran.extend(episodes)
-        return in_processes(episodes, *args, **options, start=start_thread)
+        return in_processes(episodes, *args, **{**options, "crew": Threads()})
 
     monkeypatch.setattr(stage, "run_episodes", in_threads)
 

@@ -23,7 +23,7 @@ from qvla_jax.pipeline.methods import method_file
 from qvla_jax.plain import to_plain
 from qvla_jax.quantization import LayerRules
 
-from ..simulators import start_thread
+from ..simulators import Threads
 
 # What the module looks up; the package's name of it is the function.
 STUDY = pipeline.study.__wrapped__.__globals__
@@ -134,7 +134,7 @@ def test_a_study_goes_on_where_it_stopped(results, config, monkeypatch):
 def test_closed_loop_is_paired_with_full_precision(results, config, monkeypatch):
     run = closed_loop.run_episodes
     monkeypatch.setattr(
-        closed_loop, "run_episodes", lambda *a, **o: run(*a, **o, start=start_thread)
+        closed_loop, "run_episodes", lambda *a, **o: run(*a, **{**o, "crew": Threads()})
     )
     simulated = dataclasses.replace(
         config, rows=("rtn",), columns=("w4a16",), sim="libero_spatial", tasks=(0,),
