@@ -97,10 +97,10 @@ def quantize(
     """
     quantizer = _quantizer_of(allocation) if quantizer is None else quantizer
     found = _quantize(policy, allocation, quantizer, rules, packed=packed, index=True)
-    return _with_embeddings(found, embedding_bits, packed=packed)
+    return with_embeddings(found, embedding_bits, packed=packed)
 
 
-def _with_embeddings(policy: Policy, bits: int, *, packed: bool) -> Policy:
+def with_embeddings(policy: Policy, bits: int, *, packed: bool) -> Policy:
     """A quantized policy with token embeddings of these bits; its modules are changed."""
     if bits != SOURCE:
         round_embeddings(policy.model, bits, packed=packed)
@@ -207,7 +207,7 @@ def quantize_uniform(
     widths = np.full(len(policy_index(policy, rules)), bits)
     quantizer = Quantizer(UNIFORM_BASELINE) if quantizer is None else quantizer
     found = _quantize(policy, widths, quantizer, rules, packed=packed, index=bits == PRUNED)
-    return _with_embeddings(found, embedding_bits, packed=packed)
+    return with_embeddings(found, embedding_bits, packed=packed)
 
 
 def rotated_source(linear: nnx.Linear, info: LayerInfo) -> Float[Array, "c k"]:

@@ -4,11 +4,12 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qvla_jax.checkpoints.packed_file import SUFFIX
 from qvla_jax.errors import InputError
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.inference.quantize import with_embeddings
 from qvla_jax.methods import RECIPES, Measurements, Setting, check_setting, quantize_by
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.pipeline import files
@@ -16,6 +17,7 @@ from qvla_jax.pipeline.calibrate import load_calibration
 from qvla_jax.pipeline.configs import StageConfig
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
+from qvla_jax.quantization.codes import SOURCE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class MethodConfig(StageConfig, ModelOptions):
     method: tuple[str, ...]
     # A policy that ships with the package, or a directory that holds one.
     model: str = "libero-mini"
+    # Bits of the rows of token embeddings: 8, with a scale for each row, or 16, as they are.
+    embedding_bits: Literal[8, 16] = 16
 
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)
@@ -63,14 +67,20 @@ def quantize_by_methods(
     calibration = load_calibration(config.out)
     measured = Measurements(policy, calibration, folder=config.out, progress=progress)
     settings = [check_setting(name) for name in config.method]
-    return {setting.name: write_method(config.out, setting, measured) for setting in settings}
+    return {
+        setting.name: write_method(config.out, setting, measured, config.embedding_bits)
+        for setting in settings
+    }
 
 
-def write_method(folder: Path, setting: Setting, measured: Measurements) -> Path:
-    """Quantizes by a method, and returns the file."""
+def write_method(
+    folder: Path, setting: Setting, measured: Measurements, embedding_bits: int = SOURCE
+) -> Path:
+    """Quantizes by a method, with token embeddings of these bits, and returns the file."""
     quantized = quantize_by(
         measured.policy, measured.calibration, setting.name, measured=measured
     )  # fmt: skip
+    quantized = with_embeddings(quantized, embedding_bits, packed=True)
     path = method_file(folder, setting.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     quantized.save(path)

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -48,6 +48,7 @@ from qvla_jax.pipeline.configs import FramesConfig, HeldoutConfig
 from qvla_jax.pipeline.evaluate import check_disjoint, heldout_set
 from qvla_jax.pipeline.methods import load_method, method_file, write_method
 from qvla_jax.pipeline.policies import check_acting
+from qvla_jax.pipeline.quantize import embedding_bits
 from qvla_jax.plain import from_plain, to_plain
 from qvla_jax.precision import in_32_bits
 from qvla_jax.progress import Progress, no_progress
@@ -92,6 +93,9 @@ class StudyConfig(FramesConfig, HeldoutConfig):
     cluster: str | None = None
     # Frames per forward pass of the offline measurement.
     eval_batch: int = 8
+    # Bits of the rows of token embeddings in every cell: 8, with a scale for each row, or 16, as
+    # they are. Bytes of cells are those of the quantized layers alone.
+    embedding_bits: Literal[8, 16] = 16
 
     def __post_init__(self) -> None:
         FramesConfig.__post_init__(self)
@@ -313,7 +317,8 @@ class _Study:
             content = files.read_json(path, kind=CELL_KIND)
             if content.get("made_from") == made_from:
                 return from_plain(SavedCell, content, str(path)).cell.errors
-        size = PackedFile(file).packed_bytes
+        layers = frozenset(self.index.paths)
+        size = sum(e.nbytes for path, e in PackedFile(file).layers.items() if path in layers)
         if self._reference is None:
             self._reference = self._predict(self.policy)
         found = self._predict(unpacked(self.policy, packed))
@@ -398,8 +403,9 @@ class _Study:
 
     def _packed(self, setting: Setting) -> Policy:
         path = method_file(self.config.out, setting.name)
-        if not path.is_file():
-            write_method(self.config.out, setting, self.measured)
+        wanted = self.config.embedding_bits
+        if not path.is_file() or embedding_bits(path, self.policy) != wanted:
+            write_method(self.config.out, setting, self.measured, wanted)
         return load_method(path, self.made_from)
 
     def _predict(self, policy: Policy) -> Predictions:

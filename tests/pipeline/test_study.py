@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from qvla_jax.methods.packing import described
 from qvla_jax.pipeline import StudyConfig, closed_loop, files
 from qvla_jax.pipeline import methods as methods_stage
 from qvla_jax.pipeline.methods import method_file
+from qvla_jax.pipeline.quantize import embedding_bits
 from qvla_jax.plain import to_plain
 from qvla_jax.quantization import LayerRules
 
@@ -110,6 +112,21 @@ def test_cells_hold_stored_bytes_and_errors(results, config):
     assert row.endswith("| - | - |")
     assert (config.out / files.STUDY_ERROR_FIGURE).read_bytes().startswith(b"\x89PNG")
     assert not (config.out / files.STUDY_SUCCESS_FIGURE).exists()
+
+
+def test_embeddings_of_8_bits_count_apart_from_the_layers(results, config, tmp_path):
+    shutil.copy(config.out / files.CALIBRATION, tmp_path)
+    whole = dataclasses.replace(config, out=tmp_path, rows=("rtn",), columns=("w4a16",))
+    rounded = dataclasses.replace(whole, embedding_bits=8)
+    policy = load_policy(config.model)
+    before = cell_of(results, "rtn", "w4a16")
+    for one in (rounded, whole, rounded):  # the file of a cell is that of the last command
+        (cell,) = to_plain(pipeline.study(one))["cells"]
+        file = method_file(tmp_path, cell["method"])
+        assert embedding_bits(file, policy) == one.embedding_bits
+        assert cell["stored_bytes"] == before["stored_bytes"]
+        errors = (c["versus_full_precision"]["action_mse_normalized"] for c in (cell, before))
+        assert (len(set(errors)) == 1) == (one is whole)
 
 
 def test_a_study_goes_on_where_it_stopped(results, config, monkeypatch):
