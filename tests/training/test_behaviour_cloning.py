@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 
 def small(data, out):
     return TrainConfig(
-        data=str(data),
+        data=(str(data),),
         out=out,
         model="tiny-test",
         train_split="calibration",
@@ -80,7 +80,7 @@ def whole(data, tmp_path_factory):
 
 def test_the_rate_warms_up_stays_and_decays(tmp_path):
     config = TrainConfig(
-        data=str(tmp_path), out=tmp_path, steps=100, warmup_steps=10, decay_steps=20
+        data=(str(tmp_path),), out=tmp_path, steps=100, warmup_steps=10, decay_steps=20
     )
     rate = learning_rate(config)
     peak = config.peak_learning_rate
@@ -140,7 +140,7 @@ def test_training_fits_and_says_what_it_reached(config):
     )
     folder = train(config)
     log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["train_l1"] < 0.7 * log[0]["train_l1"]
+    assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"]
     record = json.loads((folder / "training.json").read_text())
     reached = record["heldout_l1_normalized"]
     assert reached == pytest.approx(log[-1]["heldout_l1_normalized"], rel=0.05)
@@ -168,7 +168,7 @@ def test_a_run_may_be_prolonged_only_before_its_decay(config):
 
 def test_wrong_data_are_named(config, tmp_path):
     with pytest.raises(DatasetError, match="no such directory"):
-        train(dataclasses.replace(config, data=str(tmp_path / "nothing")))
+        train(dataclasses.replace(config, data=(str(tmp_path / "nothing"),)))
     with pytest.raises(InputError, match="decay_steps 9 do not fit into steps 6"):
         train(dataclasses.replace(config, decay_steps=9))
 
@@ -188,7 +188,7 @@ def test_a_lerobot_set_gives_frames_and_statistics(config, tmp_path, monkeypatch
     made = lerobot_sets.parts((6, 5, 8), videos=True, info=info)
     path = lerobot_sets.write(tmp_path / "set", made)
     first = dataclasses.replace(
-        config, data=str(path), spec="lerobot/libero", train_split="train", out=tmp_path / "first"
+        config, data=(str(path),), spec="lerobot/libero", train_split="train", out=tmp_path / "first"
     )
     folder = train(first)
     assert seen == [(11, 8)]
