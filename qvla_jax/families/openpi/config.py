@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Final, Literal
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.plain import from_plain, to_plain
 
+# Rows of PaliGemma's embeddings.
+PALIGEMMA_TOKENS: Final = 257152
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiglipConfig:
@@ -59,7 +62,7 @@ class OpenpiConfig:
     vision: SiglipConfig
     language: GemmaConfig
     action_expert: GemmaConfig
-    vocab_size: int = 257152
+    vocab_size: int = PALIGEMMA_TOKENS
     # Entries of the state and of an action that the network takes: those of the robot, padded.
     action_dim: int = 32
     action_horizon: int = 50

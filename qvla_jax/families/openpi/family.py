@@ -29,7 +29,12 @@ from qvla_jax.families.openpi.checkpoint import (
     sizes_of,
     step_folder,
 )
-from qvla_jax.families.openpi.config import PRESETS, SHORT_NAMES, OpenpiConfig
+from qvla_jax.families.openpi.config import (
+    PALIGEMMA_TOKENS,
+    PRESETS,
+    SHORT_NAMES,
+    OpenpiConfig,
+)
 from qvla_jax.families.openpi.layout import layout
 from qvla_jax.families.openpi.names import parameters
 from qvla_jax.families.openpi.network import Conditioning, FlowMatching, make_model
@@ -87,10 +92,10 @@ class OpenpiFamily(Family):
         }
 
     def random_parts(self, config: OpenpiConfig) -> tuple[dict[str, Any], dict[str, bytes]]:
-        tokenizer = word_tokenizer()
-        if None in (config.robot, config.asset_id) or config.vocab_size < tokenizer.get_vocab_size():
+        # PaliGemma's vocabulary has a tokenizer of its own.
+        if config.vocab_size >= PALIGEMMA_TOKENS or None in (config.robot, config.asset_id):
             return super().random_parts(config)
-        return unit_statistics(config), {TOKENIZER_FILE: tokenizer.to_str().encode()}
+        return unit_statistics(config), {TOKENIZER_FILE: word_tokenizer().to_str().encode()}
 
     def make_model(self, config: OpenpiConfig, *, rngs: nnx.Rngs) -> FlowMatching:
         return make_model(config, rngs=rngs)

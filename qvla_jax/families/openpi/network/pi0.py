@@ -161,7 +161,8 @@ class FlowMatching(Network):
         noise_key, time_key = jax.random.split(key)
         size = (len(chunks), _DRAWS)
         noise = jax.random.normal(noise_key, (*size, *chunks.shape[1:]))
-        quantiles = (jnp.arange(_DRAWS) + jax.random.uniform(time_key, size)) / _DRAWS
+        spans = jnp.arange(_DRAWS, dtype=jnp.float32)[None]
+        quantiles = (spans + jax.random.uniform(time_key, size)) / _DRAWS
         times = quantiles ** (1 / 1.5)  # whose distribution function is t^1.5
         return self.matching_error(inputs, chunks, noise, 0.999 * times + 0.001)
 
