@@ -49,9 +49,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
                 1.0,
                 weight_decay=config.weight_decay,
                 consistent_rms=_MUON_UPDATE_RMS,
-                muon_weight_dimension_numbers=lambda stacks: {
-                    shape: None if shape == _OTHERS else _OF_STACKS for shape in stacks
-                },
+                muon_weight_dimension_numbers=_dimensions,
             )
         )
     else:
@@ -78,6 +76,11 @@ def _on_stacks(rule: optax.GradientTransformation) -> optax.GradientTransformati
         return _unstacked(_whole(stacks), updates), _whole(state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _dimensions(stacks: Any) -> Any:
+    """Axes of the matrices of each stack; None where Adam takes over."""
+    return {name: None if name == _OTHERS else _OF_STACKS for name in stacks}
 
 
 def _stacks(tree: Any) -> dict[str, Any]:
