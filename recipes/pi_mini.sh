@@ -5,7 +5,7 @@
 #
 #   recipes/pi_mini.sh FOLDER
 #
-# Needs `pip install -e '.[libero,rlds]'` and 12 GB of memory. Run it again to go on after an interruption: finished episodes, sets
+# Needs `pip install -e '.[libero,rlds]'` and 16 GB of memory. Run it again to go on after an interruption: finished episodes, sets
 # and checkpoints are kept.
 set -euo pipefail
 folder=${1:?usage: recipes/pi_mini.sh FOLDER}
