@@ -5,8 +5,9 @@ reads the other's. Everything is computed in float64 over all steps.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -101,19 +102,19 @@ class DatasetStatistics:
         Raises:
             DatasetError: there are no episodes, or a value is not finite.
         """
+        return cls._of_values(dataset_name, _finite_values(dataset_name, episodes), joints=joints)
+
+    @classmethod
+    def _of_values(
+        cls, dataset_name: str, episodes: Iterable[tuple[NpArray, NpArray | None]], *, joints: bool
+    ) -> Self:
+        """From actions and states of each episode."""
         actions: list[NpArray] = []
         states: list[NpArray] = []
-        for episode in episodes:
-            actions.append(episode.action)
-            if episode.state is not None:
-                states.append(episode.state)
-            for name, array in (("action", episode.action), ("state", episode.state)):
-                if array is not None and not np.isfinite(array).all():
-                    step, entry = np.argwhere(~np.isfinite(array))[0].tolist()
-                    raise DatasetError(
-                        f"{dataset_name}: {name} of episode {episode.id} holds non-finite values: "
-                        f"{array[step, entry]} in entry {entry} at step {step}"
-                    )
+        for action, state in episodes:
+            actions.append(action)
+            if state is not None:
+                states.append(state)
         if not actions:
             raise DatasetError(f"{dataset_name}: no episodes to compute statistics from")
         stacked = np.concatenate(actions)
@@ -184,6 +185,48 @@ class DatasetStatistics:
         except (OSError, ValueError) as error:
             raise DatasetError(f"{path}: cannot be read as JSON ({error})") from error
         return cls.from_json(tree, dataset_name, str(path))
+
+
+def joint_statistics(
+    paths: Sequence[str | Path], split: str = "train", *, spec: DatasetSpec | str | None = None
+) -> DatasetStatistics:
+    """Statistics of a split of several data sets together, named after all of them.
+
+    Args:
+        paths: RLDS or LeRobot directories; of a single one it is `dataset_statistics`.
+        split: the split that a policy is trained on.
+        spec: how the data sets are read, if not as their names say; see `open_source`.
+
+    Raises:
+        DatasetError: one cannot be read, or their actions are of different kinds.
+    """
+    if len(paths) == 1:
+        return dataset_statistics(paths[0], split, spec=spec)
+    sources = [open_source(path, split, spec=spec) for path in paths]
+    values = (_finite_values(source.name, source.episodes(images=False)) for source in sources)
+    name = "+".join(source.name for source in sources)
+    kinds = {isinstance(source.spec.action, JointActionSpec) for source in sources}
+    if len(kinds) > 1:
+        raise DatasetError(
+            f"{name}: actions of joints and of an end effector have nothing in common"
+        )
+    every = itertools.chain.from_iterable(values)
+    return DatasetStatistics._of_values(name, every, joints=kinds.pop())
+
+
+def _finite_values(
+    dataset_name: str, episodes: Iterable[Episode]
+) -> Iterator[tuple[NpArray, NpArray | None]]:
+    """Actions and states of each episode, if there is no NaN or infinity in them."""
+    for episode in episodes:
+        for name, array in (("action", episode.action), ("state", episode.state)):
+            if array is not None and not np.isfinite(array).all():
+                step, entry = np.argwhere(~np.isfinite(array))[0].tolist()
+                raise DatasetError(
+                    f"{dataset_name}: {name} of episode {episode.id} holds non-finite values: "
+                    f"{array[step, entry]} in entry {entry} at step {step}"
+                )
+        yield episode.action, episode.state
 
 
 def dataset_statistics(

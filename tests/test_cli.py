@@ -368,6 +368,8 @@ def example_of(kind, folder):
     hints = typing.get_type_hints(kind)
     if hints.get("policy") is str:
         known["policy"] = "libero-mini"
+    if hints.get("data") == tuple[str, ...]:
+        known["data"] = (str(folder),) * 2
     if hints.get("model") is Path:
         known["model"] = folder
     if hints.get("method") is str:

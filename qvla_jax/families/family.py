@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -80,6 +81,17 @@ class Network(nnx.Module):
     def complete(self, inputs: Any) -> Any:
         """Adds everything that a call would decode first, so that the call is one pass."""
         return inputs
+
+    def loss(self, inputs: Any, chunks: Float[Array, "b h a"], key: jax.Array) -> Float[Array, ""]:
+        """What training lowers; by default the mean absolute error of an action entry.
+
+        Args:
+            inputs: what a call takes.
+            chunks: the demonstrated actions, normalized.
+            key: of what is drawn, if anything.
+        """
+        del key
+        return jnp.mean(jnp.abs(self(inputs) - chunks))
 
 
 class Processor(abc.ABC):
@@ -193,6 +205,14 @@ class Family(abc.ABC):
     def with_statistics(self, config: Any, unnorm_key: str) -> Any:
         """The configuration, with the statistics of another data set."""
         return dataclasses.replace(config, unnorm_key=unnorm_key)
+
+    def public_statistics(self, statistics: Mapping[str, Any]) -> dict[str, Any]:
+        """Statistics of data sets in the layout that this family's checkpoints have.
+
+        Args:
+            statistics: data set name -> statistics as OpenVLA's dataset_statistics.json has them.
+        """
+        return dict(statistics)
 
     def check_options(self, options: LoadOptions, source: str | Path) -> None:
         """Checks the options of a public directory.

@@ -1,11 +1,14 @@
-"""Behavior cloning: the L1 distance between predicted and demonstrated action chunks."""
+"""Behavior cloning: a policy learns to predict demonstrated action chunks.
+
+How far a prediction is off is the network's own `loss`: the L1 distance, or flow matching's.
+"""
 
 import dataclasses
 import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from qvla_jax.array_typing import Array, Float
 from qvla_jax.atomic import write_json, write_text
 from qvla_jax.checkpoints.checksums import check_checksums, write_checksums
 from qvla_jax.data.opening import open_source
-from qvla_jax.data.statistics import dataset_statistics
+from qvla_jax.data.statistics import joint_statistics
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family
 from qvla_jax.families.registry import family_of, preset
@@ -37,37 +40,44 @@ POLICY_FOLDER = "policy"
 LOG_FILE = "log.jsonl"
 
 
-def l1_loss(model: Any, inputs: Any, chunks: Float[Array, "b h a"]) -> Float[Array, ""]:
-    """Mean absolute error per action entry, in normalized space."""
-    return jnp.mean(jnp.abs(model(inputs) - chunks))
+# What changes from step to step: `params`, `opt_state` and, where it is asked for, `average`.
+_State: TypeAlias = dict[str, Any]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _train_step(
     graphdef: nnx.GraphDef[Any],
     config: TrainConfig,
     family: Family,
-    params: nnx.State,
-    opt_state: optax.OptState,
+    state: _State,
     now: tuple[Array, Float[Array, ""]],
     batch: tuple[Any, Float[Array, "b h a"]],
-) -> tuple[nnx.State, optax.OptState, Float[Array, ""]]:
+) -> tuple[_State, Float[Array, ""]]:
     (step, rate), (inputs, chunks) = now, batch  # the step's number and its learning rate
-    shift_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    shift_key, noise_key, loss_key = jax.random.split(key, 3)
     if (name := family.input_images) is not None:
         shifted = random_shift(shift_key, getattr(inputs, name), pixels=config.shift_pixels)
         inputs = dataclasses.replace(inputs, **{name: shifted})
     name = family.input_state
-    if name is not None and (state := getattr(inputs, name)) is not None:
-        noisy = proprio_noise(noise_key, state, scale=config.proprio_noise)
+    if name is not None and (proprio := getattr(inputs, name)) is not None:
+        noisy = proprio_noise(noise_key, proprio, scale=config.proprio_noise)
         inputs = dataclasses.replace(inputs, **{name: noisy})
-    loss, grads = jax.value_and_grad(lambda p: l1_loss(nnx.merge(graphdef, p), inputs, chunks))(
-        params
-    )
-    updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
+    params = state["params"]
+    loss, grads = jax.value_and_grad(
+        lambda p: nnx.merge(graphdef, p).loss(inputs, chunks, loss_key)
+    )(params)
+    updates, opt_state = make_optimizer(config).update(grads, state["opt_state"], params)
     scaled = jax.tree.map(lambda update: rate * update, updates)
-    updated: Any = optax.apply_updates(params, scaled)
-    return updated, opt_state, loss
+    params = optax.apply_updates(params, scaled)
+    after = {"params": params, "opt_state": opt_state}
+    if "average" in state:
+        # The first steps count less: they would stay for long.
+        share = jnp.maximum(1 - config.average_decay, 9 / (10 + step))
+        after["average"] = jax.tree.map(
+            lambda mean, new: mean + share * (new - mean), state["average"], params
+        )
+    return after, loss
 
 
 @in_32_bits
@@ -96,22 +106,30 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
     family = family_of(architecture)
     train_sets = [
         open_source(path, config.train_split, spec=config.spec)
-        for path in (config.data, *config.more_data)
+        for path in (*config.data, *config.more_data)
     ]
-    heldout_set = open_source(config.data, config.heldout_split, spec=config.spec)
+    heldout_sets = [
+        open_source(path, config.heldout_split, spec=config.spec) for path in config.data
+    ]
     fingerprints = [data.fingerprint() for data in train_sets]
     initial = None if config.initial_policy is None else load_policy(config.initial_policy)
     if initial is not None and not _same_network(family, initial.config, architecture):
         raise InputError(f"{config.initial_policy} is no {config.model}: its configuration differs")
     recipe = portable(config, initial_fingerprint=initial and initial.fingerprint)
     claim_folder(config, recipe, fingerprints)
-    statistics = dataset_statistics(config.data, config.train_split, spec=config.spec)
+    statistics = joint_statistics(config.data, config.train_split, spec=config.spec)
     architecture = family.with_statistics(architecture, statistics.dataset_name)
     model = family.make_model(architecture, rngs=nnx.Rngs(config.seed))
     if initial is not None:
         model = initial.model
     _, files = family.random_parts(architecture)
-    policy = make_policy(architecture, model, files, statistics.to_json(), source=str(config.data))
+    policy = make_policy(
+        architecture,
+        model,
+        files,
+        family.public_statistics(statistics.to_json()),
+        source=", ".join(config.data),
+    )
     load = functools.partial(
         load_frames,
         processor=policy.processor,
@@ -119,7 +137,7 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
         progress=progress,
     )
     frames = load(train_sets, stage="load")
-    heldout = load([heldout_set], stage="load held-out")
+    heldout = load(heldout_sets, stage="load held-out")
 
     trained = _run(config, policy, frames, heldout, progress)
     folder = config.out / POLICY_FOLDER
@@ -137,7 +155,7 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
             ],
             "train_episodes": sum(map(len, train_sets)),
             "train_frames": len(frames),
-            "heldout_episodes": len(heldout_set),
+            "heldout_episodes": sum(map(len, heldout_sets)),
             "heldout_frames": len(heldout),
             # In the data set's units, the controller's commands, which the normalization maps.
             "heldout_l1": float((shipped * units).mean()),
@@ -173,8 +191,11 @@ def _run(
 ) -> Policy:
     mesh = sharding.data_mesh()
     graphdef, params = nnx.split(policy.model)
-    params = sharding.replicate(mesh, params)
-    opt_state = sharding.replicate(mesh, make_optimizer(config).init(params))
+    state: _State = {"params": params, "opt_state": make_optimizer(config).init(params)}
+    if config.average_decay:
+        state["average"] = jax.tree.map(jnp.copy, params)  # both are donated
+    state = sharding.replicate(mesh, state)
+    measured = "average" if config.average_decay else "params"
     rate = learning_rate(config)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((config.out / "checkpoints").resolve(), options=options) as manager:
@@ -186,26 +207,22 @@ def _run(
                 remedy="delete this step's folder, and the run goes on from the one before",
             )
             try:
-                saved = manager.restore(
-                    latest,
-                    args=ocp.args.StandardRestore({"params": params, "opt_state": opt_state}),
-                )
+                state = manager.restore(latest, args=ocp.args.StandardRestore(state))
             except ValueError as error:
                 raise CheckpointError(
                     f"{folder}: another version of this program wrote it, with another optimizer "
                     "state; go on with that version, or train anew in another folder"
                 ) from error
-            params, opt_state, first = saved["params"], saved["opt_state"], latest
+            first = latest
         log = _Log(config.out / LOG_FILE, first)
         losses: list[Any] = []
         for step, rows in _batches(config, len(frames), first):
             batch = frames.take(rows)
-            params, opt_state, loss = _train_step(
+            state, loss = _train_step(
                 graphdef,
                 of_a_step(config),
                 policy.family,
-                params,
-                opt_state,
+                state,
                 (jnp.asarray(step), jnp.asarray(rate(step), jnp.float32)),
                 sharding.shard_batch(mesh, (batch.inputs, batch.chunks)),
             )
@@ -213,20 +230,17 @@ def _run(
             done = step + 1
             progress("train", done, config.steps)
             if done % config.evaluate_every == 0 or done == config.steps:
-                current = policy.replace(model=nnx.merge(graphdef, params))
+                current = policy.replace(model=nnx.merge(graphdef, state[measured]))
                 log.add(
                     step=done,
-                    train_l1=float(np.mean(losses)),
+                    train_loss=float(np.mean(losses)),
                     heldout_l1_normalized=float(heldout_l1(current, heldout).mean()),
                 )
                 losses.clear()
             if done % config.checkpoint_every == 0 or done == config.steps:
-                manager.save(
-                    done,
-                    args=ocp.args.StandardSave({"params": params, "opt_state": opt_state}),
-                )
+                manager.save(done, args=ocp.args.StandardSave(state))
                 write_checksums(Path(manager.directory) / str(done))
-    return policy.replace(model=nnx.merge(graphdef, params))
+    return policy.replace(model=nnx.merge(graphdef, state[measured]))
 
 
 def _batches(config: TrainConfig, num_frames: int, first: int) -> Iterator[tuple[int, np.ndarray]]:

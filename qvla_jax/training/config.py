@@ -20,9 +20,9 @@ _MAY_CHANGE = ("steps", "decay_steps", "checkpoint_every", "evaluate_every")
 class TrainConfig:
     """Everything that determines the trained weights."""
 
-    # RLDS or LeRobot directory with the two splits below, or its name on the Hugging Face Hub. Its
-    # training split determines the normalization.
-    data: str
+    # RLDS or LeRobot directories with the two splits below, or their names on the Hugging Face Hub.
+    # Their training splits together determine the normalization.
+    data: tuple[str, ...]
     # Folder for checkpoints, log and the finished policy; an interrupted run resumes from here.
     out: Path
     # More such directories to train on, such as states that a policy visited and the expert
@@ -34,7 +34,7 @@ class TrainConfig:
     initial_policy: str | None = None
     # Split to train on.
     train_split: str = "train"
-    # Split to measure on.
+    # Split to measure on, of the sets in `data`.
     heldout_split: str = "heldout"
     # Specification of the data sets: the name of one, or a JSON file; by default, found by their
     # names.
@@ -55,6 +55,9 @@ class TrainConfig:
     decay_steps: int = 600
     # Decoupled weight decay of matrices; it is multiplied by the learning rate.
     weight_decay: float = 0.02
+    # Share that a running average of the weights keeps in each step; it is what is measured and
+    # shipped, as if the rate had decayed. 0: the last weights are.
+    average_decay: float = 0.0
     # Largest global norm of a gradient.
     clip_norm: float = 1.0
     # Random crops: shifts of up to this many pixels.
@@ -72,6 +75,12 @@ class TrainConfig:
                 f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} do not fit "
                 f"into steps {self.steps}"
             )
+        if not 0 <= self.average_decay < 1:
+            raise InputError(
+                f"average_decay must be at least 0 and less than 1, got {self.average_decay}"
+            )
+        if not self.data:
+            raise InputError("name at least one set to train on: --data DIRECTORY")
 
 
 def portable(config: TrainConfig, *, initial_fingerprint: str | None) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def portable(config: TrainConfig, *, initial_fingerprint: str | None) -> dict[st
 
 def of_a_step(config: TrainConfig) -> TrainConfig:
     """The recipe without what no training step depends on, to share one compiled program."""
-    default = TrainConfig(data="", out=Path())
+    default = TrainConfig(data=("",), out=Path())
     same = ("data", "out", "more_data", "model", "initial_policy", "train_split", "heldout_split")
     same += ("spec", "checkpoint_every", "evaluate_every")
     same += ("steps", "peak_learning_rate", "warmup_steps", "decay_steps")

@@ -16,6 +16,7 @@ from qvla_jax.families.family import Processor
 from qvla_jax.progress import Progress, no_progress, track
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frames:
     """All frames of some splits: model inputs and the expert's chunks, in normalized space."""
@@ -29,9 +30,7 @@ class Frames:
 
     def take(self, rows: np.ndarray) -> "Frames":
         """The frames at `rows`."""
-        return Frames(
-            inputs=jax.tree.map(lambda leaf: leaf[rows], self.inputs), chunks=self.chunks[rows]
-        )
+        return jax.tree.map(lambda leaf: leaf[rows], self)
 
 
 def load_frames(
@@ -59,26 +58,29 @@ def load_frames(
     Raises:
         DatasetError: a set cannot be read, or no episode has an instruction.
     """
-    inputs: list[Any] = []
-    chunks = []
+    capacity = sum(sum(dataset.lengths.values()) for dataset in datasets)
+    held: list[np.ndarray] = []  # of all frames: nothing is in memory twice
+    form, filled = None, 0
     episodes = itertools.chain.from_iterable(dataset.episodes() for dataset in datasets)
     for episode in track(episodes, sum(map(len, datasets)), stage, progress):
         if not episode.labeled:
             continue
         steps = len(episode)
-        inputs.append(
-            processor(
-                {
-                    **episode.cameras(),
-                    "state": episode.state,
-                    "instruction": list(episode.instructions),
-                }
-            )
+        inputs = processor(
+            {
+                **episode.cameras(),
+                "state": episode.state,
+                "instruction": list(episode.instructions),
+            }
         )
         rows = next_steps(np.arange(steps), steps, horizon)
-        chunks.append(processor.normalize_actions(episode.action[rows], episode.state))
-    if not inputs:
+        chunks = processor.normalize_actions(episode.action[rows], episode.state)
+        leaves, form = jax.tree.flatten(Frames(inputs=inputs, chunks=chunks))
+        held = held or [np.empty((capacity, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+        for whole, leaf in zip(held, leaves, strict=True):
+            whole[filled : filled + steps] = leaf
+        filled += steps
+    if form is None:
         names = ", ".join(f"{dataset.path} ({dataset.split})" for dataset in datasets)
         raise DatasetError(f"{names}: no episode has an instruction")
-    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *inputs)
-    return Frames(inputs=joined, chunks=np.concatenate(chunks))
+    return jax.tree.unflatten(form, [whole[:filled] for whole in held])

@@ -13,8 +13,10 @@ from hypothesis.extra import numpy as hnp
 from qvla_jax import data
 from qvla_jax.caches import cache_folder
 from qvla_jax.data import statistics as statistics_module
-from qvla_jax.data.statistics import ArrayStatistics
+from qvla_jax.data.statistics import ArrayStatistics, joint_statistics
 from qvla_jax.errors import DatasetError, InputError
+
+from . import small_sets
 
 
 @pytest.fixture
@@ -67,6 +69,22 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     statistics.save(tmp_path / "dataset_statistics.json")
     loaded = data.DatasetStatistics.load(tmp_path / "dataset_statistics.json")
     assert loaded.to_json() == statistics.to_json()
+
+
+def test_those_of_several_sets_are_of_all_their_steps(tmp_path: Path) -> None:
+    paths = [
+        small_sets.write(tmp_path / name, small_sets.episodes(lengths))
+        for name, lengths in (("one", (3, 4)), ("two", (40,)))
+    ]
+    found = joint_statistics(paths)
+    steps = [e.action for p in paths for e in data.RldsDataset(p, "train").episodes(images=False)]
+    actions = np.concatenate(steps).astype(np.float64)
+    assert (found.num_trajectories, found.num_transitions) == (3, 47)
+    np.testing.assert_array_equal(found.action.q01, np.quantile(actions, 0.01, axis=0))
+    np.testing.assert_array_equal(found.action.q99, np.quantile(actions, 0.99, axis=0))
+    assert list(found.to_json()) == ["libero_spatial+libero_spatial"]
+    (alone,) = joint_statistics(paths[:1]).to_json()
+    assert alone == "libero_spatial"
 
 
 @given(

@@ -196,7 +196,7 @@ def training() -> Stage:
 
     def run(folder: Path) -> None:
         config = TrainConfig(
-            data=str(bundled_path()), out=folder, model="tiny-test", train_split="calibration",
+            data=(str(bundled_path()),), out=folder, model="tiny-test", train_split="calibration",
             steps=20, batch_size=8, warmup_steps=2, decay_steps=2, checkpoint_every=1,
             evaluate_every=5,
         )  # fmt: skip

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -13,6 +14,7 @@ from qvla_jax.checkpoints import public_tensors
 from qvla_jax.data import bundled_path
 from qvla_jax.data.rlds import RldsDataset
 from qvla_jax.errors import CheckpointError, DatasetError, InputError
+from qvla_jax.families.openpi.config import PRESETS, GemmaConfig
 from qvla_jax.inference import load_policy, random_policy
 from qvla_jax.training import TrainConfig, behaviour_cloning, train
 from qvla_jax.training.optimizer import learning_rate
@@ -51,7 +53,7 @@ def data(tmp_path_factory):
 
 def small(data, out):
     return TrainConfig(
-        data=str(data),
+        data=(str(data),),
         out=out,
         model="tiny-test",
         train_split="calibration",
@@ -80,7 +82,7 @@ def whole(data, tmp_path_factory):
 
 def test_the_rate_warms_up_stays_and_decays(tmp_path):
     config = TrainConfig(
-        data=str(tmp_path), out=tmp_path, steps=100, warmup_steps=10, decay_steps=20
+        data=(str(tmp_path),), out=tmp_path, steps=100, warmup_steps=10, decay_steps=20
     )
     rate = learning_rate(config)
     peak = config.peak_learning_rate
@@ -115,6 +117,66 @@ def test_a_cut_run_resumes_to_the_same_weights(config, whole):
     )
 
 
+def checkpoint(config, step):
+    """Parameters and running average of a checkpoint: path -> array."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        folder = (config.out / "checkpoints" / str(step) / "default").resolve()
+        saved = checkpointer.restore(folder)
+    return [
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(saved[name])}
+        for name in ("params", "average")
+    ]
+
+
+def test_flow_matching_on_two_sets_with_averaged_weights(config, data, tmp_path, monkeypatch):
+    sizes = dict(depth=1, mlp_dim=8, num_heads=1, num_kv_heads=1, head_dim=4)
+    mini = PRESETS["pi-mini"]
+    tiny = dataclasses.replace(
+        mini,
+        vision=dataclasses.replace(mini.vision, width=8, depth=1, mlp_dim=8, num_heads=1),
+        language=GemmaConfig(width=8, **sizes),
+        action_expert=GemmaConfig(width=8, **sizes),
+        num_steps=2,
+    )
+    monkeypatch.setitem(PRESETS, "pi-mini", tiny)
+    other = tmp_path / "other" / "1.0.0"
+    shutil.copytree(data, other)
+    config = dataclasses.replace(
+        config,
+        data=(str(data), str(other)),
+        model="pi-mini",
+        steps=3,
+        decay_steps=1,
+        checkpoint_every=1,
+        optimizer="adamw",
+        average_decay=0.3,
+    )
+
+    def cut_after_two(stage, done, total):
+        if stage == "train" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=cut_after_two)
+    _, first = checkpoint(config, 1)
+    policy = load_policy(train(config))
+    (params_2, second), (params_3, third) = checkpoint(config, 2), checkpoint(config, 3)
+    assert params_2
+    for name, mean in second.items():
+        # The decay of 0.3 does not count yet: it would keep more than 2/11.
+        np.testing.assert_allclose(mean, (2 * first[name] + 9 * params_2[name]) / 11, atol=1e-6)
+        np.testing.assert_allclose(
+            third[name], 0.25 * mean + 0.75 * params_3[name], atol=1e-6, err_msg=name
+        )
+    # What is shipped is the average, normalized by both sets.
+    kernel = np.asarray(third["['action_in_proj']['kernel']['value']"].T, jnp.bfloat16)
+    found = public_tensors(policy.model)["action_in_proj.weight"]
+    np.testing.assert_array_equal(found, kernel.astype(np.float32))
+    assert policy.config.asset_id == "libero_spatial+libero_spatial"
+    record = json.loads((config.out / "policy" / "training.json").read_text())
+    assert (record["train_episodes"], record["heldout_episodes"]) == (4, 2)
+
+
 def test_a_changed_byte_of_a_checkpoint_is_found(config, whole):
     shutil.copytree(whole.out, config.out)
     folder = config.out / "checkpoints" / "6"
@@ -140,7 +202,7 @@ def test_training_fits_and_says_what_it_reached(config):
     )
     folder = train(config)
     log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["train_l1"] < 0.7 * log[0]["train_l1"]
+    assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"]
     record = json.loads((folder / "training.json").read_text())
     reached = record["heldout_l1_normalized"]
     assert reached == pytest.approx(log[-1]["heldout_l1_normalized"], rel=0.05)
@@ -168,7 +230,7 @@ def test_a_run_may_be_prolonged_only_before_its_decay(config):
 
 def test_wrong_data_are_named(config, tmp_path):
     with pytest.raises(DatasetError, match="no such directory"):
-        train(dataclasses.replace(config, data=str(tmp_path / "nothing")))
+        train(dataclasses.replace(config, data=(str(tmp_path / "nothing"),)))
     with pytest.raises(InputError, match="decay_steps 9 do not fit into steps 6"):
         train(dataclasses.replace(config, decay_steps=9))
 
@@ -188,7 +250,11 @@ def test_a_lerobot_set_gives_frames_and_statistics(config, tmp_path, monkeypatch
     made = lerobot_sets.parts((6, 5, 8), videos=True, info=info)
     path = lerobot_sets.write(tmp_path / "set", made)
     first = dataclasses.replace(
-        config, data=str(path), spec="lerobot/libero", train_split="train", out=tmp_path / "first"
+        config,
+        data=(str(path),),
+        spec="lerobot/libero",
+        train_split="train",
+        out=tmp_path / "first",
     )
     folder = train(first)
     assert seen == [(11, 8)]

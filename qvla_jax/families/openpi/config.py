@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Final, Literal
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.plain import from_plain, to_plain
 
+# Rows of PaliGemma's embeddings.
+PALIGEMMA_TOKENS: Final = 257152
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiglipConfig:
@@ -59,7 +62,7 @@ class OpenpiConfig:
     vision: SiglipConfig
     language: GemmaConfig
     action_expert: GemmaConfig
-    vocab_size: int = 257152
+    vocab_size: int = PALIGEMMA_TOKENS
     # Entries of the state and of an action that the network takes: those of the robot, padded.
     action_dim: int = 32
     action_horizon: int = 50
@@ -193,6 +196,7 @@ _POLARIS: dict[str, Any] = _DROID_POSITIONS | dict(executed_steps=None)
 _ALOHA: dict[str, Any] = dict(
     robot="aloha", asset_id="trossen", delta_actions=True, executed_steps=25
 )
+_MINI: dict[str, Any] = dict(depth=5, num_heads=6, num_kv_heads=1, head_dim=32)
 _RESET: Final = (0.0, -1.5, 1.5, 0.0, 0.0, 0.0)
 
 PRESETS: Final[Mapping[str, OpenpiConfig]] = {
@@ -239,6 +243,25 @@ PRESETS: Final[Mapping[str, OpenpiConfig]] = {
             asset_id="lerobot/aloha_sim_transfer_cube_human",
             executed_steps=10,
             default_prompt="Transfer cube",
+        ),
+        # pi0.5's architecture with 5 million parameters, for two cores; not one of openpi's.
+        _preset(
+            "pi-mini",
+            variant="pi05",
+            vision=SiglipConfig(
+                width=160, depth=4, mlp_dim=640, num_heads=5, patch_size=16, image_size=128
+            ),
+            language=GemmaConfig(width=192, mlp_dim=512, **_MINI),
+            action_expert=GemmaConfig(width=128, mlp_dim=384, **_MINI),
+            vocab_size=96,
+            action_dim=7,
+            action_horizon=10,
+            max_prompt_tokens=20,
+            robot="libero",
+            asset_id="libero",
+            executed_steps=5,
+            discrete_state=False,
+            normalization="quantile",
         ),
     )
 }

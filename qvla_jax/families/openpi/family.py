@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from qvla_jax.atomic import write_bytes
+from qvla_jax.checkpoints.files import TOKENIZER_FILE
 from qvla_jax.checkpoints.weights import Source
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.families.family import Family, Parts
@@ -28,14 +29,19 @@ from qvla_jax.families.openpi.checkpoint import (
     sizes_of,
     step_folder,
 )
-from qvla_jax.families.openpi.config import PRESETS, SHORT_NAMES, OpenpiConfig
+from qvla_jax.families.openpi.config import (
+    PALIGEMMA_TOKENS,
+    PRESETS,
+    SHORT_NAMES,
+    OpenpiConfig,
+)
 from qvla_jax.families.openpi.layout import layout
 from qvla_jax.families.openpi.names import parameters
 from qvla_jax.families.openpi.network import Conditioning, FlowMatching, make_model
 from qvla_jax.families.openpi.processor import Processor, make_processor
 from qvla_jax.families.openpi.robots import ROBOTS, from_client
-from qvla_jax.families.openpi.synthetic import synthesize
-from qvla_jax.families.openpi.tokenizer import FILES, SOURCES, read_file
+from qvla_jax.families.openpi.synthetic import synthesize, unit_statistics
+from qvla_jax.families.openpi.tokenizer import FILES, SOURCES, read_file, word_tokenizer
 from qvla_jax.families.options import LoadOptions
 
 
@@ -71,6 +77,25 @@ class OpenpiFamily(Family):
         config = _executing(config, options, source)
         rest = dataclasses.replace(options, preset=None, executed_steps=None)
         return super().adjusted(config, rest, source)
+
+    def public_statistics(self, statistics: Mapping[str, Any]) -> dict[str, Any]:
+        blocks = (("state", "proprio"), ("actions", "action"))
+        return {
+            name: {
+                "norm_stats": {
+                    block: {key: entry[ours][key] for key in ("mean", "std", "q01", "q99")}
+                    for block, ours in blocks
+                    if ours in entry
+                }
+            }
+            for name, entry in statistics.items()
+        }
+
+    def random_parts(self, config: OpenpiConfig) -> tuple[dict[str, Any], dict[str, bytes]]:
+        # PaliGemma's vocabulary has a tokenizer of its own.
+        if config.vocab_size >= PALIGEMMA_TOKENS or None in (config.robot, config.asset_id):
+            return super().random_parts(config)
+        return unit_statistics(config), {TOKENIZER_FILE: word_tokenizer().to_str().encode()}
 
     def make_model(self, config: OpenpiConfig, *, rngs: nnx.Rngs) -> FlowMatching:
         return make_model(config, rngs=rngs)

@@ -118,8 +118,11 @@ class Processor(family.Processor):
             seeds: of each observation.
         """
         shape = (self.config.action_horizon, self.config.action_dim)
-        drawn = [jax.random.normal(jax.random.key(s), shape, jnp.float32) for s in seeds]
-        return np.stack([np.asarray(values) for values in drawn])
+        drawn = {
+            seed: np.asarray(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
+            for seed in set(seeds)
+        }
+        return np.stack([drawn[seed] for seed in seeds])
 
     def normalize_actions(
         self, actions: Float[np.ndarray, "*b h r"], state: Any = None
@@ -152,6 +155,12 @@ class Processor(family.Processor):
             values = values + self._offset(state, values.shape[-1])
         values = values[..., : self.robot.action_dim]
         return aloha_commands(values) if self._adapts else values
+
+    @property
+    def action_units(self) -> Float64[np.ndarray, " a"]:
+        """The robot's units in one unit of each entry of a normalized action; 0 in the padding."""
+        dims = self.robot.action_dim
+        return np.pad(self.actions.scale[:dims], (0, self.config.action_dim - dims))
 
     def files(self) -> dict[str, bytes]:
         """The tokenizer."""
@@ -237,7 +246,9 @@ def make_processor(
             raise CheckpointError(
                 f"{where}: norm_stats.{block} has {found} entries, {config.robot} has {size}"
             )
-    if config.action_dim < max(robot.state_dim, robot.action_dim):
+    # pi0 takes the state as an action.
+    state_dim = robot.state_dim if config.variant == "pi0" else 0
+    if config.action_dim < max(state_dim, robot.action_dim):
         raise InputError(
             f"{config.name}: action_dim is {config.action_dim}, but {config.robot} has states of "
             f"{robot.state_dim} and actions of {robot.action_dim} entries"

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
 from qvla_jax.array_typing import Float
 from qvla_jax.atomic import write_bytes
@@ -19,11 +17,10 @@ from qvla_jax.families.openpi.config import OpenpiConfig
 from qvla_jax.families.openpi.names import parameters
 from qvla_jax.families.openpi.network import abstract_model
 from qvla_jax.families.openpi.robots import ROBOTS
+from qvla_jax.families.openpi.tokenizer import word_tokenizer
 
 # Random numbers that all tensors are made of; odd, so that rows of no width begin at the same one.
 _NUMBERS: Final = (1 << 22) + 1
-# PaliGemma's; text is none of them.
-_SPECIAL: Final = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
 def synthesize(config: OpenpiConfig, out: Path, *, seed: int = 0) -> None:
@@ -45,22 +42,21 @@ def synthesize(config: OpenpiConfig, out: Path, *, seed: int = 0) -> None:
             f"{config.name}: serves several robots and names none; synthesize a preset of one, "
             f"such as {config.variant}_libero"
         )
+    shapes = {path: variable.shape for path, variable in parameters(abstract_model(config))}
+    export(config, _Random(shapes, seed), unit_statistics(config), out)
+    write_bytes(out / TOKENIZER_FILE, word_tokenizer(()).to_str().encode())
+
+
+def unit_statistics(config: OpenpiConfig) -> dict[str, Any]:
+    """Statistics of unit range, of a configuration that names its robot and its statistics."""
+    assert config.robot is not None
+    assert config.asset_id is not None
     robot = ROBOTS[config.robot]
     unit = {
         block: {"mean": [0.0] * n, "std": [1.0] * n, "q01": [-1.0] * n, "q99": [1.0] * n}
         for block, n in (("state", robot.state_dim), ("actions", robot.action_dim))
     }
-    shapes = {path: variable.shape for path, variable in parameters(abstract_model(config))}
-    export(config, _Random(shapes, seed), {config.asset_id: {"norm_stats": unit}}, out)
-    write_bytes(out / TOKENIZER_FILE, stand_in_tokenizer().to_str().encode())
-
-
-def stand_in_tokenizer() -> tokenizers.Tokenizer:
-    """A tokenizer without words, for the one that checkpoints come without."""
-    vocabulary = {token: number for number, token in enumerate(_SPECIAL)}
-    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return made
+    return {config.asset_id: {"norm_stats": unit}}
 
 
 class _Random(Mapping[str, np.ndarray]):

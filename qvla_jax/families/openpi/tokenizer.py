@@ -2,15 +2,18 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from qvla_jax.array_typing import Bool, Float, Int
 from qvla_jax.checkpoints.files import TOKENIZER_FILE
 from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.families.libero_words import LIBERO_WORDS
 
 # Where openpi gets it from, and the same as a tokenizers file.
 SOURCES: Final = (
@@ -24,6 +27,8 @@ FILES: Final = (MODEL_FILE, TOKENIZER_FILE)
 # Lower edges of the 256 bins of a normalized state; one below the first is bin -1, as there.
 _BINS: Final = np.linspace(-1.0, 1.0, 257)[:-1]
 _PAD: Final = 0
+# PaliGemma's tokens that are no text.
+_SPECIAL: Final = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
 class Encoder(Protocol):
@@ -147,3 +152,15 @@ def _sentencepiece(content: bytes, where: str) -> _SentencePiece:
             f"{where}: not a SentencePiece model ({error}); the tokenizer is {SOURCES}"
         ) from error
     return _SentencePiece(processor, processor.bos_id(), processor.vocab_size())
+
+
+def word_tokenizer(words: Sequence[str] = LIBERO_WORDS) -> tokenizers.Tokenizer:
+    """A tokenizer with one token for each of `words`, for small policies; others are `<unk>`.
+
+    Line breaks are no tokens, nor is a space.
+    """
+    vocabulary = {token: number for number, token in enumerate((*_SPECIAL, *words))}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made

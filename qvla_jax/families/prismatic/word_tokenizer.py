@@ -7,19 +7,10 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from qvla_jax.checkpoints.files import TOKENIZER_FILE
+from qvla_jax.families.libero_words import LIBERO_WORDS
 
 # Ids 0 to 4. The last one represents Llama's lone word-boundary piece, OpenVLA's "empty token".
 SPECIAL_TOKENS = ("<PAD>", "<s>", "</s>", "<unk>", "\u2581")
-
-_WORDS = (
-    "alphabet and at back basket bbq between black book both bottle bottom bowl box butter "
-    "cabinet caddy center cheese chocolate close compartment cookie cream drawer dressing from "
-    "front frying in inside it juice ketchup left microwave middle milk moka mug next of off on "
-    "open orange pan pick place plate pot pots pudding push put rack ramekin red right salad "
-    "sauce shelf soup stack stove table the them to tomato top tray turn under up white wine "
-    "wooden yellow "
-)
-LIBERO_WORDS = tuple(_WORDS.split())
 
 
 def word_tokenizer(words: tuple[str, ...] = LIBERO_WORDS) -> tokenizers.Tokenizer:

@@ -18,12 +18,15 @@ from qvla_jax.families.family import Network
 from qvla_jax.families.openpi.config import OpenpiConfig
 from qvla_jax.families.openpi.network.gemma import Gemma, KeysValues, Modulations
 from qvla_jax.families.openpi.network.siglip import Siglip
+from qvla_jax.families.openpi.robots import ROBOTS
 from qvla_jax.models.abstract import abstract
 from qvla_jax.models.linear import Linear
 from qvla_jax.models.loops import repeat
 
 # Shortest and longest period of the time embedding; t runs from 0 to 1.
 _PERIODS: Final = (4e-3, 4.0)
+# Times at which a chunk is met in one training step.
+_DRAWS: Final = 4
 
 
 @jax.tree_util.register_dataclass
@@ -141,6 +144,53 @@ class FlowMatching(Network):
         increments = np.full(steps, -1.0 / steps, np.float32)
         increments[0] = 1.0
         return np.cumsum(increments, dtype=np.float32)
+
+    def loss(
+        self, inputs: Pi0Inputs, chunks: Float[Array, "b h a"], key: jax.Array
+    ) -> Float[Array, ""]:
+        """Flow matching: `matching_error` at times of Beta(1.5, 1), as openpi draws them.
+
+        Each chunk is met at several times, one from each of as many equally likely spans: they
+        share the prefix, which is most of the work.
+
+        Args:
+            inputs: observations; their noise is not read.
+            chunks: demonstrated actions, normalized and padded.
+            key: of times and noise.
+        """
+        noise_key, time_key = jax.random.split(key)
+        size = (len(chunks), _DRAWS)
+        noise = jax.random.normal(noise_key, (*size, *chunks.shape[1:]))
+        spans = jnp.arange(_DRAWS, dtype=jnp.float32)[None]
+        quantiles = (spans + jax.random.uniform(time_key, size)) / _DRAWS
+        times = quantiles ** (1 / 1.5)  # whose distribution function is t^1.5
+        return self.matching_error(inputs, chunks, noise, 0.999 * times + 0.001)
+
+    def matching_error(
+        self,
+        inputs: Pi0Inputs,
+        chunks: Float[Array, "b h a"],
+        noise: Float[Array, "b n h a"],
+        times: Float[Array, "b n"],
+    ) -> Float[Array, ""]:
+        """Mean squared error of the velocity from actions to noise, of the robot's entries.
+
+        Args:
+            inputs: observations; their noise is not read.
+            chunks: demonstrated actions, normalized and padded.
+            noise: n draws for each chunk.
+            times: of each draw; the network sees t noise + (1 - t) actions.
+        """
+        draws = noise.shape[1]
+        prefix = jax.tree.map(lambda x: jnp.repeat(x, draws, axis=0), self.prefix(inputs))
+        conditioning = self.conditioning(times.reshape(-1, 1))
+        t, actions = times[:, :, None, None], chunks[:, None]
+        noisy = t * noise + (1 - t) * actions
+        velocity = self.velocity(noisy.reshape(-1, *chunks.shape[1:]), prefix, conditioning)
+        error = velocity.reshape(noisy.shape) - (noise - actions)
+        robot = self.config.robot
+        entries = self.config.action_dim if robot is None else ROBOTS[robot].action_dim
+        return jnp.mean(jnp.square(error[..., :entries]))
 
     def step(
         self, x: Float[Array, "b h a"], prefix: Prefix, conditioning: Conditioning
