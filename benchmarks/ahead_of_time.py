@@ -63,6 +63,11 @@ GPUS: Final[dict[str, dict[str, Any]]] = {
         "block_memory": 166912, "core_memory": 167936, "cache": 40 << 20,
         "bandwidth": 2039000000000, "memory": 80 << 30,
     },
+    "b200": {
+        "name": "NVIDIA B200", "major": 10, "cores": 148, "units": 128, "clock": 1.965,
+        "block_memory": 232448, "core_memory": 233472, "cache": 126 << 20,
+        "bandwidth": 8000000000000, "memory": 180 << 30,
+    },
 }  # fmt: skip
 MIXED: Final = {16: 0.1, 8: 0.3, 4: 0.4, 2: 0.2}  # 6 bits per weight
 
