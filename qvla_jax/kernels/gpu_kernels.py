@@ -273,6 +273,8 @@ def _call(
     names = ("unit", "rows", "warpgroup")
     starts = [int(n) for n in np.cumsum([0, *(work.units for work in launch.works)])]
 
+    on: Any = mosaic.Device if kind == "device" else mosaic.Twin
+
     def kernel(words: Any, scales: Any, *rest: Any) -> None:
         *xs, y = rest
         number, row, half = (
@@ -288,7 +290,7 @@ def _call(
                 place = _Place(number, half, row, tile, first, count)
                 sums = unit(work, place, words, scales, xs[work.operand])
                 channels = pl.ds(half * fragments.ROWS, fragments.ROWS)
-                y[number, channels, pl.ds(row * launch.rows, launch.rows)] = sums
+                on.store(sums, y.at[number, channels, pl.ds(row * launch.rows, launch.rows)])
 
     grid = (starts[-1], rows // launch.rows)
     out_type = jax.ShapeDtypeStruct((starts[-1], fragments.LANES, rows), jnp.float32)

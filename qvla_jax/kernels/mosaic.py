@@ -98,6 +98,11 @@ class Twin:
         """Scales of 64 channels in float32."""
         return held[...].astype(jnp.float32)
 
+    @staticmethod
+    def store(sums: Array, y: Any) -> None:
+        """Writes sums to global memory."""
+        y[...] = sums
+
 
 def _dot(matrix: Array, rows: Array) -> Array:
     contracted = (((1,), (1,)), ((), ()))
@@ -212,12 +217,16 @@ class Device:
             for tile in range(len(held)):
                 found = [_element(held[tile, half], i) for half in range(2) for i in range(2)]
                 right = _loaded(x, run, tile)
+                # Sums of their own, so that neither product waits for the other.
+                other = [_zero()] * 4
                 for step in steps:
                     own = right[2 * step : 2 * step + 2]
                     operand = [_bits(left[step, eight, half]) for eight, half in np.ndindex(2, 2)]
                     found = _mma(operand, own, found)
                     if less:
-                        found = _mma(less[step], own, found)
+                        other = _mma(less[step], own, other)
+                if less:
+                    found = [arith.addf(a, b) for a, b in zip(found, other, strict=True)]
                 for half in range(2):
                     total[tile, half] = _vector(found[2 * half : 2 * half + 2])
             total = total.reshape(sums.registers.shape)
@@ -260,6 +269,17 @@ class Device:
 
         return load(held).astype(jnp.float32)
 
+    @staticmethod
+    def store(sums: Array, y: Any) -> None:
+        """See `Twin`."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+        def write(context: Any, sums: Any, y: Any) -> None:
+            del context
+            sums.store_untiled(y, optimized=False)
+
+        write(sums, y)
+
 
 def _strided(bits: int) -> Any:
     shape = (bits, fragments.LANES)
@@ -278,13 +298,19 @@ def _integer(value: int) -> Any:
     return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value))
 
 
-def _kept(value: int) -> Any:
-    """A number in a register of its own.
+def _zero() -> Any:
+    number = ir.F32Type.get()
+    return arith.constant(number, ir.FloatAttr.get(number, 0.0))
 
-    Where the assembler knows a number it repeats it before every instruction that already has
-    another. It does not know that the grid has one layer.
+
+def _kept(value: int, number: int = 0) -> Any:
+    """A constant in a register of its own, one for each `number`.
+
+    The assembler repeats what it knows to be constant before every instruction that has another
+    constant already, and copies what is in several places. It does not know that the grid has one
+    layer, so that this is `value`.
     """
-    text = f"{{ .reg .b32 n; mov.u32 n, %nctaid.z; add.u32 $0, n, {value - 1}; }}"
+    text = f"{{ .reg .b32 n; mov.u32 n, %ctaid.z; mad.lo.u32 $0, n, {number + 1}, {value}; }}"
     return llvm.inline_asm(_i32(), [], text, "=r", has_side_effects=False)
 
 
@@ -313,15 +339,13 @@ def _less(above: Float[np.ndarray, " run"] | None, steps: range) -> dict[int, li
     if above is None:
         return {}
     pairs = (-above.astype(np.float32)).reshape(fragments.RUN // fragments.STEP, 2, 4, 2)
-    kept: dict[int, Any] = {}
-    found = {}
-    for step in steps:
-        both = [fragments.pair_bits(tuple(pairs[step, eight, 0])) for eight in range(2)]
-        for bits in both:
-            if bits not in kept:
-                kept[bits] = _kept(bits)
-        found[step] = [kept[bits] for bits in both for _ in range(2)]
-    return found
+    return {
+        step: [
+            _kept(fragments.pair_bits(tuple(pairs[step, eight, 0])), 2 * eight + half)
+            for eight, half in np.ndindex(2, 2)
+        ]
+        for step in steps
+    }
 
 
 def _loaded(x: Any, run: int, tile: int) -> list[Any]:
