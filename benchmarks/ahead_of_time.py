@@ -9,7 +9,9 @@ kernel lowers and fits; it says nothing of its speed.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import itertools
 import os
 import sys
@@ -92,15 +94,18 @@ def main() -> int:
                     name = f"{target}, {len(chips)} chips"
                     placed.append((name, on_all(w, target, chips)))
                 for name, (weight, sharding) in placed:
-                    line = compiled(weight, sharding, rows, bits)
+                    line = compiled(target, weight, sharding, rows, bits)
                     failed |= line.startswith("does not compile")
                     print(f"| {name} | {shape}, {label} | {rows} | {kind} | {line} |", flush=True)
     return int(failed)
 
 
-def on_one(w: PackedWeight, target: str, chip: Any) -> tuple[Any, Any]:
+def on_one(
+    w: PackedWeight, target: str, chip: Any, implementation: str | None = None
+) -> tuple[Any, Any]:
     """The arranged weight on one chip, shapes alone, and where its activations are."""
-    prepared = jax.eval_shape(lambda w: kernels.prepare(w, backend(target)), w)
+    name = implementation or backend(target)
+    prepared = jax.eval_shape(lambda w: kernels.prepare(w, name), w)
     sharding = SingleDeviceSharding(chip)
     return jax.tree.map(lambda a: placed_shape(a, sharding), prepared), sharding
 
@@ -127,7 +132,10 @@ def placed_shape(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def backend(target: str) -> str:
     """The implementation that runs on a target."""
-    return "pallas_tpu" if target in TPUS else "pallas_gpu"
+    if target in TPUS:
+        return "pallas_tpu"
+    older = GPUS[target]["major"] < 9 and jax.version.__version_info__ < (0, 11)
+    return "pallas_triton" if older else "pallas_gpu"
 
 
 def devices(target: str) -> list[Any]:
@@ -173,20 +181,42 @@ def shapes(c: int, k: int, rows: dict[int, int], group: int | None) -> PackedWei
     )
 
 
+def place(target: str) -> SingleDeviceSharding:
+    """The first chip of a target."""
+    return SingleDeviceSharding(devices(target)[0])
+
+
+@contextlib.contextmanager
+def lowered_for(target: str, sharding: Any) -> Iterator[None]:
+    """Traces and lowers for a target; JAX 0.11 asks the mesh which GPU that is.
+
+    Mosaic GPU takes the compute capability from a device that is there, and Hopper's without one.
+    """
+    utils = importlib.import_module("jax.experimental.mosaic.gpu.utils")
+    known = getattr(utils, "_infer_arch", None)
+    if target in GPUS and known is not None:
+        utils._infer_arch = lambda: (GPUS[target]["major"], 0)  # type: ignore[attr-defined]
+    try:
+        with jax.sharding.use_abstract_mesh(abstract_mesh(sharding)):
+            yield
+    finally:
+        if known is not None:
+            utils._infer_arch = known  # type: ignore[attr-defined]
+
+
 def abstract_mesh(sharding: Any) -> Any:
     """The mesh of a sharding, or of its one device, without the devices."""
     mesh = getattr(sharding, "mesh", None) or Mesh(np.array([*sharding.device_set]), ("one",))
     return mesh.abstract_mesh
 
 
-def compiled(w: Any, sharding: Any, rows: int, activation_bits: int) -> str:
+def compiled(target: str, w: Any, sharding: Any, rows: int, activation_bits: int) -> str:
     """What the compiler says of a product."""
     x = jax.ShapeDtypeStruct((rows, w.shape[1]), jnp.bfloat16, sharding=sharding)
     run = jax.jit(lambda x, w: kernels.mixed_matmul(x, w, activation_bits))
     start = time.perf_counter()
     try:
-        # JAX 0.11 asks the mesh which GPU a kernel is lowered for.
-        with jax.sharding.use_abstract_mesh(abstract_mesh(sharding)):
+        with lowered_for(target, sharding):
             memory = run.lower(x, w).compile().memory_analysis()
     except Exception as error:  # whatever the compiler raises
         return f"does not compile: {str(error).splitlines()[0][:600]} | "

@@ -31,8 +31,8 @@ from qvla_jax.quantization.codes import SOURCE, CodeMap
 _WARPGROUPS: Final = fragments.LANES // fragments.ROWS
 # Words of a block that a warpgroup has.
 _DEPTH: Final = fragments.DEPTH // _WARPGROUPS
-# Shared memory of a unit, so that two fit on a processor, and steps that it is ahead at most.
-_SHARED_BYTES: Final = 110 * 1024
+# Shared memory of a unit, so that two fit on a processor, and steps that are there at most.
+_SHARED_BYTES: Final = 112 * 1024
 _MOST_SLOTS: Final = 6
 
 
@@ -155,69 +155,98 @@ def streamed(
 
     def unit(work: Work, place: _Place, words: Any, scales: Any, x: Any) -> Array:
         code, runs = _Unpacking(on, work, fast=False), fragments.runs(work.bits)
-        steps = place.blocks * runs
+        together, slots = _ring(work, launch)
+        # Steps of the share, each of `together` runs, and of a block.
+        own = runs // together
+        steps = place.blocks * own
         first = work.first_block + place.tile * work.blocks + place.start
-        size = launch.rows * fragments.RUN * 2 + _WARPGROUPS * work.bits * fragments.LANES * 4
-        slots = min(_SHARED_BYTES // size, _MOST_SLOTS)
 
         def process(full: Any, free: Any, held: Any, rows: Any) -> Array:
-            def fetch(step: Array) -> None:
-                slot = lax.rem(step, jnp.int32(slots))
-                block, run = lax.div(step, jnp.int32(runs)), lax.rem(step, jnp.int32(runs))
+            def fetch(step: Array, slot: Array) -> None:
+                part = lax.rem(step, jnp.int32(own)) * (together * work.bits)
                 plgpu.copy_gmem_to_smem(
-                    words.at[first + block, :, pl.ds(run * work.bits, work.bits)],
+                    words.at[
+                        first + lax.div(step, jnp.int32(own)), :, pl.ds(part, together * work.bits)
+                    ],
                     held.at[slot],
                     full.at[slot],
                 )
-                inputs = pl.ds((place.start * runs + step) * fragments.RUN, fragments.RUN)
-                plgpu.copy_gmem_to_smem(
-                    x.at[pl.ds(place.rows * launch.rows, launch.rows), inputs],
-                    rows.at[slot],
-                    full.at[slot],
-                )
+                for run in range(together):
+                    input_ = (place.start * runs + step * together + run) * fragments.RUN
+                    plgpu.copy_gmem_to_smem(
+                        x.at[
+                            pl.ds(place.rows * launch.rows, launch.rows),
+                            pl.ds(input_, fragments.RUN),
+                        ],
+                        rows.at[slot, run],
+                        full.at[slot],
+                    )
 
             for slot in range(slots):
 
                 @pl.when((place.half == 0) & (slot < steps))
                 def _(slot: int = slot) -> None:
-                    fetch(jnp.int32(slot))
+                    fetch(jnp.int32(slot), jnp.int32(slot))
 
-            def run(step: Array, sums: Array) -> Array:
-                slot = lax.rem(step, jnp.int32(slots))
-                plgpu.barrier_wait(full.at[slot])
-                matrix, _ = code(held.at[slot, place.half], 0)
+            def multiplied(step: Array, slot: Array, sums: Array) -> Array:
+                words_of = held.at[slot, place.half]
                 if launch.step is None or work.bits == SOURCE:
-                    sums = on.wgmma(sums, matrix, rows.at[slot])
-                else:
-                    part = on.wgmma(on.zeros(launch.rows), matrix, rows.at[slot])
-                    row = (place.start * runs + step) * fragments.RUN
+                    matrices = [code(words_of, run)[0] for run in range(together)]
+                    return on.wgmma(sums, matrices, [rows.at[slot, run] for run in range(together)])
+                for run in range(together):
+                    matrix, _ = code(words_of, run)
+                    part = on.wgmma(on.zeros(launch.rows), [matrix], [rows.at[slot, run]])
+                    row = (place.start * runs + step * together + run) * fragments.RUN
                     sums = sums + _scales(on, launch, work, place, scales, row) * part
-                plgpu.barrier_arrive(free.at[slot])
-
-                # Both warpgroups are done with the slot of the step before, or soon.
-                before = step - 1
-                @pl.when((place.half == 0) & (before >= 0) & (before + slots < steps))
-                def _() -> None:
-                    plgpu.barrier_wait(free.at[lax.rem(before, jnp.int32(slots))])
-                    fetch(before + slots)
-
                 return sums
 
-            return lax.fori_loop(0, steps, run, on.zeros(launch.rows))
+            def body(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                sums, slot, before = carry
+                plgpu.barrier_wait(full.at[slot])
+                sums = multiplied(step, slot, sums)
+                plgpu.barrier_arrive(free.at[slot])
+
+                # The slot of the step before: the other warpgroup is done with it, or soon.
+                @pl.when((place.half == 0) & (step >= 1) & (step - 1 + slots < steps))
+                def _() -> None:
+                    plgpu.barrier_wait(free.at[before])
+                    fetch(step - 1 + slots, before)
+
+                return sums, lax.select(slot == slots - 1, jnp.int32(0), slot + 1), slot
+
+            start = on.zeros(launch.rows), jnp.int32(0), jnp.int32(0)
+            sums = lax.fori_loop(0, steps, body, start)[0]
+            # Whoever waits for a barrier must see all of its phases.
+            for slot in range(slots):
+
+                @pl.when((place.half == 0) & (slot < steps))
+                def _(slot: int = slot) -> None:
+                    plgpu.barrier_wait(free.at[slot])
+
+            return sums
 
         return pl.run_scoped(
             process,
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=1 + together, num_barriers=slots),
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=slots),
-            plgpu.SMEM((slots, _WARPGROUPS, work.bits, fragments.LANES), jnp.int32),
+            plgpu.SMEM((slots, _WARPGROUPS, together * work.bits, fragments.LANES), jnp.int32),
             plgpu.SMEM(
-                (slots, launch.rows, fragments.RUN), jnp.bfloat16, transforms=mosaic.TRANSFORMS
+                (slots, together, launch.rows, fragments.RUN),
+                jnp.bfloat16,
+                transforms=mosaic.TRANSFORMS,
             ),
             collective_axes="warpgroup",
         )
 
     kind = "threads" if interpret else "device"
     return _call(unit, launch, operands[0].shape[0], kind, words, scales, operands)
+
+
+def _ring(work: Work, launch: Launch) -> tuple[int, int]:
+    """Runs of a step, and steps that shared memory holds."""
+    size = launch.rows * fragments.RUN * 2 + _WARPGROUPS * work.bits * fragments.LANES * 4
+    together = 2 if fragments.runs(work.bits) > 1 and _SHARED_BYTES // (2 * size) >= 3 else 1
+    return together, min(_SHARED_BYTES // (together * size), _MOST_SLOTS)
 
 
 class _Unpacking:

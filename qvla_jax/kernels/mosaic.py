@@ -89,9 +89,11 @@ class Twin:
         return sums - _dot(same, rows)
 
     @staticmethod
-    def wgmma(sums: Array, matrix: Array, x: Any) -> Float[Array, "rows n"]:
-        """Adds the products of a run, whose n rows of x lie in shared memory."""
-        return sums + _dot(matrix, x[...])
+    def wgmma(sums: Array, matrices: Sequence[Array], xs: Sequence[Any]) -> Float[Array, "rows n"]:
+        """Adds the products of runs, whose n rows of x lie in shared memory."""
+        for matrix, x in zip(matrices, xs, strict=True):
+            sums = sums + _dot(matrix, x[...])
+        return sums
 
     @staticmethod
     def scales(held: Any) -> Float[Array, " rows"]:
@@ -235,22 +237,28 @@ class Device:
         return add(sums, matrix, x)
 
     @staticmethod
-    def wgmma(sums: Array, matrix: Array, x: Any) -> Float[Array, "rows n"]:
+    def wgmma(sums: Array, matrices: Sequence[Array], xs: Sequence[Any]) -> Float[Array, "rows n"]:
         """See `Twin`."""
+        count = len(matrices)
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA, plgpu.RefType(TRANSFORMS)),
+            arg_types=(
+                plgpu.Layout.WGMMA,
+                [plgpu.Layout.WGMMA] * count,
+                [plgpu.RefType(TRANSFORMS)] * count,
+            ),
             return_type=_shape(sums.shape, jnp.float32, plgpu.Layout.WGMMA),
         )
-        def add(context: Any, sums: Any, matrix: Any, x: Any) -> Any:
+        def add(context: Any, sums: Any, matrices: list[Any], xs: list[Any]) -> Any:
             del context
             total = mgpu.WGMMAAccumulator.from_registers(sums)
-            total = mgpu.wgmma(total, matrix, mgpu.memref_transpose(x, (1, 0, 3, 2)))
+            for matrix, x in zip(matrices, xs, strict=True):
+                total = mgpu.wgmma(total, matrix, mgpu.memref_transpose(x, (1, 0, 3, 2)))
             nvvm.wgmma_commit_group_sync_aligned()
             nvvm.wgmma_wait_group_sync_aligned(0)
             return total.value
 
-        return add(sums, matrix, x)
+        return add(sums, list(matrices), list(xs))
 
     @staticmethod
     def scales(held: Any) -> Float[Array, " rows"]:

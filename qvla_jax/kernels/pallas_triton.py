@@ -1,4 +1,10 @@
-"""The kernel for NVIDIA GPUs: Pallas through Triton, one launch per bit-width of a weight.
+"""A kernel for GPUs before Hopper and JAX before 0.11: Pallas through Triton.
+
+Mosaic GPU, which `kernels.pallas_gpu` is written for, begins every kernel of JAX 0.10 with
+instructions that only Hopper and later have (`elect.sync`, `fence.mbarrier_init`). JAX 0.11 has it
+for Ampere as well, and deprecates Pallas's Triton backend, so that this module is never used there.
+
+A weight takes one launch for each of its bit-widths.
 
 A program holds some rows of x and one tile of `kernels.tiles` in registers and walks over the
 tile's blocks of words; if there are few rows, several programs share the inputs of a tile. The rest
@@ -20,6 +26,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.kernels import planes, tiles
@@ -28,11 +35,6 @@ from qvla_jax.kernels.batching import over_rows
 from qvla_jax.kernels.codes import WORD_BITS
 from qvla_jax.kernels.packed import PackedWeight
 from qvla_jax.quantization.codes import SOURCE, CodeMap
-
-try:
-    from jax.experimental.pallas import triton as plgpu
-except ImportError:  # JAX 0.11 announces that a later release will drop this backend
-    plgpu = None
 
 # Channels of a tile.
 _LANES: Final = 64
@@ -49,7 +51,7 @@ _PROGRAMS: Final = 264
     jax.tree_util.register_dataclass, data_fields=["tiled", "position"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
-class GpuWeight:
+class TritonWeight:
     """Tiles, and the lane of each output."""
 
     tiled: tiles.TiledWeight
@@ -63,36 +65,36 @@ class GpuWeight:
     @property
     def implementation(self) -> str:
         """See `dispatch.PreparedWeight`."""
-        return "pallas_gpu"
+        return "pallas_triton"
 
 
 def supports(w: PackedWeight) -> str | None:
     """Why this implementation cannot run the weight; None if it can."""
-    if plgpu is None:
-        return f"JAX {jax.__version__} has no Triton backend of Pallas; install an older one"
+    if jax.version.__version_info__ >= (0, 11):
+        return f"JAX {jax.__version__} deprecates Pallas's Triton backend; use 'pallas_gpu'"
     return tiles.unsupported(w)
 
 
-def prepare(w: PackedWeight) -> GpuWeight:
+def prepare(w: PackedWeight) -> TritonWeight:
     """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
     # Groups are multiples of 16, so a plane is within one group.
     depth = _DEPTH if w.group is None or w.group % _DEPTH == 0 else _DEPTH // 2
     tiled = tiles.arrange(w, depth, _LANES)
-    return GpuWeight(tiled, tiles.positions(tiled, w.shape[0]))
+    return TritonWeight(tiled, tiles.positions(tiled, w.shape[0]))
 
 
-def canonical(w: GpuWeight) -> PackedWeight:
+def canonical(w: TritonWeight) -> PackedWeight:
     """The inverse of `prepare`, exactly."""
     return tiles.restore(w.tiled)
 
 
-def matmul(x: Float[Array, "*m k"], w: GpuWeight, activation_bits: int) -> Float[Array, "*m c"]:
+def matmul(x: Float[Array, "*m k"], w: TritonWeight, activation_bits: int) -> Float[Array, "*m c"]:
     """See `reference`; x is bfloat16 or float32."""
     run = functools.partial(_rows, activation_bits=activation_bits)
     return over_rows(run)(x, w)
 
 
-def _rows(x: Float[Array, "m k"], w: GpuWeight, activation_bits: int) -> Float[Array, "m c"]:
+def _rows(x: Float[Array, "m k"], w: TritonWeight, activation_bits: int) -> Float[Array, "m c"]:
     (m, k), tiled = x.shape, w.tiled
     bias = jnp.asarray(tiled.bias)[None]
     if not tiled.segments or not m:
@@ -151,7 +153,6 @@ def _launch(
     shares = min(max(_PROGRAMS // (rows // bm * count), 1), blocks)
     each = -(-blocks // shares)
     shares = -(-blocks // each)
-    assert plgpu is not None, "supports() says so before"
     call = pl.pallas_call(
         functools.partial(
             _kernel,
