@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Any, Final
+from unittest import mock
 
 # The compiler must not look for the host of a TPU, nor JAX for an accelerator.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -192,16 +193,16 @@ def lowered_for(target: str, sharding: Any) -> Iterator[None]:
 
     Mosaic GPU takes the compute capability from a device that is there, and Hopper's without one.
     """
-    utils = importlib.import_module("jax.experimental.mosaic.gpu.utils")
-    known = getattr(utils, "_infer_arch", None)
-    if target in GPUS and known is not None:
-        utils._infer_arch = lambda: (GPUS[target]["major"], 0)  # type: ignore[attr-defined]
-    try:
-        with jax.sharding.use_abstract_mesh(abstract_mesh(sharding)):
-            yield
-    finally:
-        if known is not None:
-            utils._infer_arch = known  # type: ignore[attr-defined]
+    # JAX 0.10 has it in one module, later ones in another.
+    names = [f"jax.experimental.mosaic.gpu.{name}" for name in ("core", "utils")]
+    modules = map(importlib.import_module, names if target in GPUS else [])
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "_infer_arch"):
+                version = (GPUS[target]["major"], 0)
+                stack.enter_context(mock.patch.object(module, "_infer_arch", return_value=version))
+        stack.enter_context(jax.sharding.use_abstract_mesh(abstract_mesh(sharding)))
+        yield
 
 
 def abstract_mesh(sharding: Any) -> Any:

@@ -245,7 +245,9 @@ def streamed(
 def _ring(work: Work, launch: Launch) -> tuple[int, int]:
     """Runs of a step, and steps that shared memory holds."""
     size = launch.rows * fragments.RUN * 2 + _WARPGROUPS * work.bits * fragments.LANES * 4
-    together = 2 if fragments.runs(work.bits) > 1 and _SHARED_BYTES // (2 * size) >= 3 else 1
+    # Two, unless that leaves too few steps, or scales of each take too many registers.
+    several = launch.step is None and fragments.runs(work.bits) > 1
+    together = 2 if several and _SHARED_BYTES // (2 * size) >= 3 else 1
     return together, min(_SHARED_BYTES // (together * size), _MOST_SLOTS)
 
 
@@ -307,7 +309,8 @@ def _call(
     def kernel(words: Any, scales: Any, *rest: Any) -> None:
         *xs, y = rest
         number, row, half = (
-            pl.program_id(axis) if kind == "plain" else lax.axis_index(name) for axis, name in enumerate(names)
+            pl.program_id(axis) if kind == "plain" else lax.axis_index(name)
+            for axis, name in enumerate(names)
         )
         for work, start, stop in zip(launch.works, starts, starts[1:], strict=False):
 
@@ -335,7 +338,7 @@ def _call(
             thread_name=names[2],
             # No unit reads what it or another one writes.
             compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-            interpret=mosaic.InterpretParams() if kind == "threads" else None,
+            interpret=mosaic.interpretation() if kind == "threads" else None,
             kernel_name="qvla_matmul",
         )
     split = words.reshape(-1, _WARPGROUPS, _DEPTH, fragments.LANES)

@@ -5,6 +5,7 @@ interpreted with twins. What an instruction does to registers, Mosaic's layouts 
 deals adjacent words to threads, `WGMMA` is the tensor cores' own order (see `kernels.fragments`).
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -21,11 +22,6 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from qvla_jax.array_typing import Array, Float, Int32
 from qvla_jax.kernels import fragments
 
-try:
-    InterpretParams: Any = plgpu.InterpretGPUParams
-except AttributeError:  # JAX 0.10 does not export it
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as InterpretParams
-
 # How rows of x lie in shared memory for `wgmma`.
 TRANSFORMS: Final = (
     plgpu.TilingTransform((fragments.COLUMNS, fragments.RUN)),
@@ -35,6 +31,15 @@ _MMA: Final = (
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
     "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
 )
+
+
+def interpretation() -> Any:
+    """What has threads, barriers and copies of a kernel interpreted."""
+    found = getattr(plgpu, "InterpretGPUParams", None)
+    if found is None:  # JAX 0.10 does not export it
+        module = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
+        found = module.InterpretGPUParams
+    return found()
 
 
 class Twin:

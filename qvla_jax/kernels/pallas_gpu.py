@@ -127,7 +127,9 @@ def division(w: tiles.TiledWeight, rows: int, exact: bool, exceptions: int) -> t
     passes = -(-rows // n)
     blocks = [-(-w.shape[1] // tiles.covered(part.bits, w.depth)) for part in w.parts]
     # Blocks have the same bytes, which memory delivers; inputs of a tile, the same products.
-    each = -(-passes * sum(p.tiles(w.lanes) * b for p, b in zip(w.parts, blocks, strict=True)) // UNITS)
+    each = -(
+        -passes * sum(p.tiles(w.lanes) * b for p, b in zip(w.parts, blocks, strict=True)) // UNITS
+    )
     shares = max(UNITS // (passes * count), 1)
     works, tile, block = [], 0, 0
     for part, own in zip(w.parts, blocks, strict=True):

@@ -222,9 +222,7 @@ def arrange(
     )
 
 
-def restore(
-    w: TiledWeight, unblocked: Callable[..., AnyArray] | None = None
-) -> PackedWeight:
+def restore(w: TiledWeight, unblocked: Callable[..., AnyArray] | None = None) -> PackedWeight:
     """The inverse of `arrange`, exactly; `unblocked` is that of its `blocked`."""
     unblocked = unblocked or _unblocked
     xp, k = array_module(*jax.tree.leaves(w)), w.shape[1]

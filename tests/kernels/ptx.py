@@ -78,7 +78,10 @@ class Machine:
         thread = np.arange(THREADS)
         special = {
             "%tid.x": thread,
-            **{f"%ctaid.{axis}": np.full(THREADS, n) for axis, n in zip("xyz", self.block)},
+            **{
+                f"%ctaid.{axis}": np.full(THREADS, n)
+                for axis, n in zip("xyz", self.block, strict=True)
+            },
         }
         if text in special:
             return special[text].astype(kind)
@@ -122,17 +125,25 @@ class Machine:
                 assert int(args[2]) == 0
                 self.put(args[0], np.repeat(self.value(args[1], np.uint32)[::32], 32))
             case ["ld", *_]:
-                at, targets = self.address(args[1]), args[0] if isinstance(args[0], list) else [args[0]]
+                at, targets = (
+                    self.address(args[1]),
+                    args[0] if isinstance(args[0], list) else [args[0]],
+                )
                 for number, target in enumerate(targets):
                     self.put(target, self.reached(at + number * kind().itemsize, kind))
             case ["st", *_]:
-                at, sources = self.address(args[0]), args[1] if isinstance(args[1], list) else [args[1]]
+                at, sources = (
+                    self.address(args[0]),
+                    args[1] if isinstance(args[1], list) else [args[1]],
+                )
                 for number, source in enumerate(sources):
                     self.write(at + number * kind().itemsize, self.value(source, kind))
             case ["mma", "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"]:
                 self.mma(*args)
             case ["mov", _] if isinstance(args[0], list):
-                both = self.value(args[1], np.uint64 if len(args[0]) * kind().itemsize == 8 else kind)
+                both = self.value(
+                    args[1], np.uint64 if len(args[0]) * kind().itemsize == 8 else kind
+                )
                 parts = both.view(f"u{both.dtype.itemsize // len(args[0])}").reshape(THREADS, -1)
                 for number, target in enumerate(args[0]):
                     self.put(target, parts[:, number])
@@ -189,12 +200,15 @@ class Machine:
         """What memory holds at addresses."""
         size = np.dtype(kind).itemsize
         assert (at % size == 0).all(), "not aligned"
-        assert (at >= 0).all() and (at + size <= self.memory.nbytes).all(), "out of memory"
+        assert at.min() >= 0, "below memory"
+        assert at.max() + size <= self.memory.nbytes, "beyond memory"
         return self.memory.view(f"u{size}")[at // size].view(kind)
 
     def write(self, at: np.ndarray, value: np.ndarray) -> None:
         """Puts values to addresses."""
-        self.memory.view(f"u{value.dtype.itemsize}")[at // value.dtype.itemsize] = value.view(f"u{value.dtype.itemsize}")
+        self.memory.view(f"u{value.dtype.itemsize}")[at // value.dtype.itemsize] = value.view(
+            f"u{value.dtype.itemsize}"
+        )
 
     def mma(self, d: list[str], a: list[str], b: list[str], c: list[str]) -> None:
         """m16n8k16: fragments of bfloat16 and float32, warp by warp."""
@@ -277,7 +291,9 @@ def error(bits: list[int], group: int | None, rows: int, exact: bool) -> float:
     starts = np.cumsum([256, *(-(-a.nbytes // 256) * 256 for a in arrays)])
     memory = np.zeros(starts[-1], np.uint8)
     for start, array in zip(starts, arrays, strict=False):
-        memory[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        memory[start : start + array.nbytes] = (
+            np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        )
     machine = Machine(text, memory, [int(start) for start in starts[:-1]])
     for unit, row in np.ndindex(expected.shape[0], expected.shape[2] // launch.rows):
         machine.run((row, unit, 0))
@@ -295,5 +311,7 @@ if __name__ == "__main__":
         ([4], 128, 40, True),
     ):
         found = error(bits, group, rows, exact)
-        print(f"{bits} bits, groups {group}, {rows} rows, {'exact' if exact else 'fast'}: {found:.1e}")
+        print(
+            f"{bits} bits, groups {group}, {rows} rows, {'exact' if exact else 'fast'}: {found:.1e}"
+        )
         assert found < 1e-6
