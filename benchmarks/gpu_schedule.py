@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import ahead_of_time
 import jax
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 
 from qvla_jax import kernels
 from qvla_jax.kernels import fragments, pallas_gpu
+from qvla_jax.kernels.gpu_kernels import Launch
 from qvla_jax.kernels.packed import PackedWeight
 
 # What the assembler calls a processor; registers and threads that it has; products that its tensor
@@ -156,18 +158,22 @@ def program(target: str, w: PackedWeight, rows: int, activation_bits: int) -> Pr
         return assembled(Path(folder), target)
 
 
+def division(target: str, w: PackedWeight, rows: int) -> tuple[Launch, bool]:
+    """See `pallas_gpu.division`."""
+    with ahead_of_time.lowered_for(target, ahead_of_time.place(target)):
+        tiled = jax.eval_shape(lambda w: kernels.prepare(w, "pallas_gpu"), w).tiled
+        return pallas_gpu.division(tiled, rows, exact=False, exceptions=0)
+
+
 @functools.cache
-def per_words(target: str, bits: int, group: int | None, rows: int, k: int) -> float:
-    """Instructions of a warp for 8 KiB of words of one width."""
-    units, pallas_gpu.UNITS = pallas_gpu.UNITS, 1  # so that each unit loops over all inputs
-    try:
-        w = ahead_of_time.shapes(1024, max(k, 4096), {bits: 1024}, group)
+def per_words(target: str, bits: int, group: int | None, rows: int, n: int, k: int) -> float:
+    """Instructions of a warp for 8 KiB of words of one width, in units of n rows of x."""
+    w = ahead_of_time.shapes(1024, max(k, 4096), {bits: 1024}, group)
+    # One unit loops over all inputs.
+    alone = mock.patch.object(pallas_gpu, "UNITS", 1)
+    with alone, mock.patch.object(pallas_gpu, "_rows_of_unit", return_value=n):
         found = program(target, w, rows, 16)
-        with ahead_of_time.lowered_for(target, ahead_of_time.place(target)):
-            tiled = jax.eval_shape(lambda w: kernels.prepare(w, "pallas_gpu"), w).tiled
-            launch, streamed = pallas_gpu.division(tiled, rows, exact=False, exceptions=0)
-    finally:
-        pallas_gpu.UNITS = units
+        launch, streamed = division(target, w, rows)
     (loop,) = found.loops
     # A run of 64 inputs takes 4 steps, each of them one instruction for all rows of `wgmma`, and
     # one for 8 rows of `mma`; `fast` has as many again for constants.
@@ -204,20 +210,19 @@ def estimate(target: str, shape: str, label: str, rows: int, activation_bits: in
     c, k = map(int, shape.split("x"))
     w = weight(c, k, label)
     found = program(target, w, rows, activation_bits)
-    with ahead_of_time.lowered_for(target, ahead_of_time.place(target)):
-        tiled = jax.eval_shape(lambda w: kernels.prepare(w, "pallas_gpu"), w).tiled
-        launch, streamed = pallas_gpu.division(tiled, rows, exact=False, exceptions=0)
+    launch, streamed = division(target, w, rows)
     passes = -(-rows // launch.rows)
     words = {work.bits: work.tiles * work.blocks * 16384 for work in launch.works}
     counts = {
-        bits: per_words(target, bits, w.group if bits < 16 else None, rows, k) for bits in words
+        bits: per_words(target, bits, w.group if bits < 16 else None, rows, launch.rows, k)
+        for bits in words
     }
     issue = sum(counts[bits] * size / 8192 for bits, size in words.items()) * passes / gpu["cores"]
-    lanes = sum(work.tiles for work in launch.works) * fragments.LANES
     # x and the sums of units cross memory as well; caches may save that.
     sums = sum(work.units for work in launch.works) * fragments.LANES * passes * launch.rows * 4
     traffic = sum(words.values()) + rows * k * 2 + 2 * sums + rows * c * 2
-    products = lanes * passes * launch.rows * tiled.padded_k
+    inputs = (work.tiles * work.blocks * fragments.runs(work.bits) for work in launch.works)
+    products = fragments.LANES * fragments.RUN * sum(inputs) * passes * launch.rows
     hertz = gpu["clock"] * 1e3
     return Estimate(
         target=target,
