@@ -135,7 +135,7 @@ def backend(target: str) -> str:
     """The implementation that runs on a target."""
     if target in TPUS:
         return "pallas_tpu"
-    older = GPUS[target]["major"] < 9 and jax.version.__version_info__ < (0, 11)
+    older = GPUS[target]["major"] < 9 and jax.__version_info__ < (0, 11)
     return "pallas_triton" if older else "pallas_gpu"
 
 

@@ -27,6 +27,8 @@ TRANSFORMS: Final = (
     plgpu.TilingTransform((fragments.COLUMNS, fragments.RUN)),
     plgpu.SwizzleTransform(128),
 )
+# Mosaic passes a context as well, which type checkers miss.
+_inline: Any = plgpu.inline_mgpu
 _MMA: Final = (
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
     "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
@@ -129,7 +131,7 @@ class Device:
         """See `Twin`."""
         layout = _strided(bits)
 
-        @plgpu.inline_mgpu(return_type=_shape((bits, fragments.LANES), jnp.int32, layout))
+        @_inline(return_type=_shape((bits, fragments.LANES), jnp.int32, layout))
         def make(context: Any) -> Any:
             del context
             strided = layout.to_mgpu()
@@ -145,7 +147,7 @@ class Device:
         """See `Twin`."""
         layout = _strided(bits)
 
-        @plgpu.inline_mgpu(
+        @_inline(
             arg_types=(plgpu.RefType(),),
             return_type=_shape((bits, fragments.LANES), jnp.int32, layout),
         )
@@ -164,7 +166,7 @@ class Device:
         others = [above for above in found.above if isinstance(above, jax.Array)]
         size = (fragments.ROWS, fragments.RUN)
 
-        @plgpu.inline_mgpu(
+        @_inline(
             arg_types=([_strided(bits)] * (count + len(others)),),
             return_type=_shape(size, jnp.bfloat16, plgpu.Layout.WGMMA),
         )
@@ -211,7 +213,7 @@ class Device:
         """See `Twin`."""
         n = sums.shape[1]
 
-        @plgpu.inline_mgpu(
+        @_inline(
             arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA, plgpu.RefType()),
             return_type=_shape((fragments.ROWS, n), jnp.float32, plgpu.Layout.WGMMA),
         )
@@ -246,7 +248,7 @@ class Device:
         """See `Twin`."""
         count = len(matrices)
 
-        @plgpu.inline_mgpu(
+        @_inline(
             arg_types=(
                 plgpu.Layout.WGMMA,
                 [plgpu.Layout.WGMMA] * count,
@@ -268,9 +270,9 @@ class Device:
     @staticmethod
     def scales(held: Any) -> Float[Array, " rows"]:
         """See `Twin`."""
-        layout = plgpu.Layout.WGMMA.reduce(1)
+        layout: Any = plgpu.Layout.WGMMA.reduce(1)
 
-        @plgpu.inline_mgpu(
+        @_inline(
             arg_types=(plgpu.RefType(),),
             return_type=_shape((fragments.ROWS,), jnp.bfloat16, layout),
         )
@@ -286,7 +288,7 @@ class Device:
     def store(sums: Array, y: Any) -> None:
         """See `Twin`."""
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+        @_inline(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
         def write(context: Any, sums: Any, y: Any) -> None:
             del context
             sums.store_untiled(y, optimized=False)
@@ -377,7 +379,7 @@ def _loaded(x: Any, run: int, tile: int) -> list[Any]:
 
 def _mma(left: Sequence[Any], right: Sequence[Any], sums: Sequence[Any]) -> list[Any]:
     number = ir.F32Type.get()
-    found = llvm.inline_asm(
+    found: Any = llvm.inline_asm(
         llvm.StructType.get_literal([number] * 4),
         [*left, *right, *sums],
         _MMA,

@@ -68,7 +68,7 @@ def supports(w: PackedWeight) -> str | None:
         if capability < (8, 0):
             return f"compute capability {capability[0]}.{capability[1]}; it takes 8.0"
         # Its lowering begins every kernel with instructions of Hopper's.
-        if jax.version.__version_info__ < (0, 11):
+        if jax.__version_info__ < (0, 11):
             return f"JAX {jax.__version__} has Mosaic GPU for Hopper and later; 0.11 has it for all"
     return tiles.unsupported(w)
 

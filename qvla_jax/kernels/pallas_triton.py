@@ -70,7 +70,7 @@ class TritonWeight:
 
 def supports(w: PackedWeight) -> str | None:
     """Why this implementation cannot run the weight; None if it can."""
-    if jax.version.__version_info__ >= (0, 11):
+    if jax.__version_info__ >= (0, 11):
         return f"JAX {jax.__version__} deprecates Pallas's Triton backend; use 'pallas_gpu'"
     return tiles.unsupported(w)
 

@@ -13,7 +13,7 @@ from qvla_jax.kernels.packed import Segment
 
 from .weights import pack_codes, random_weight
 
-TRITON = jax.version.__version_info__ < (0, 11)
+TRITON = jax.__version_info__ < (0, 11)
 each_kernel = pytest.mark.parametrize(
     "implementation",
     [
@@ -127,7 +127,7 @@ def test_gpus_take_the_kernel_that_their_jax_can_lower(monkeypatch):
     if TRITON:
         with pytest.raises(InputError, match="Mosaic GPU for Hopper and later"):
             kernels.prepare(w, "pallas_gpu")
-    monkeypatch.setattr(jax.version, "__version_info__", (0, 11, 0))
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
     assert kernels.prepare(w).implementation == "pallas_gpu"
     assert "deprecates" in pallas_triton.supports(w)
     monkeypatch.setattr(pallas_gpu, "_capability", lambda: (7, 5))
