@@ -9,13 +9,16 @@ kernel lowers and fits; it says nothing of its speed.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import itertools
 import os
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any, Final
+from unittest import mock
 
 # The compiler must not look for the host of a TPU, nor JAX for an accelerator.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -63,6 +66,11 @@ GPUS: Final[dict[str, dict[str, Any]]] = {
         "block_memory": 166912, "core_memory": 167936, "cache": 40 << 20,
         "bandwidth": 2039000000000, "memory": 80 << 30,
     },
+    "b200": {
+        "name": "NVIDIA B200", "major": 10, "cores": 148, "units": 128, "clock": 1.965,
+        "block_memory": 232448, "core_memory": 233472, "cache": 126 << 20,
+        "bandwidth": 8000000000000, "memory": 180 << 30,
+    },
 }  # fmt: skip
 MIXED: Final = {16: 0.1, 8: 0.3, 4: 0.4, 2: 0.2}  # 6 bits per weight
 
@@ -87,15 +95,18 @@ def main() -> int:
                     name = f"{target}, {len(chips)} chips"
                     placed.append((name, on_all(w, target, chips)))
                 for name, (weight, sharding) in placed:
-                    line = compiled(weight, sharding, rows, bits)
+                    line = compiled(target, weight, sharding, rows, bits)
                     failed |= line.startswith("does not compile")
                     print(f"| {name} | {shape}, {label} | {rows} | {kind} | {line} |", flush=True)
     return int(failed)
 
 
-def on_one(w: PackedWeight, target: str, chip: Any) -> tuple[Any, Any]:
+def on_one(
+    w: PackedWeight, target: str, chip: Any, implementation: str | None = None
+) -> tuple[Any, Any]:
     """The arranged weight on one chip, shapes alone, and where its activations are."""
-    prepared = jax.eval_shape(lambda w: kernels.prepare(w, backend(target)), w)
+    name = implementation or backend(target)
+    prepared = jax.eval_shape(lambda w: kernels.prepare(w, name), w)
     sharding = SingleDeviceSharding(chip)
     return jax.tree.map(lambda a: placed_shape(a, sharding), prepared), sharding
 
@@ -122,7 +133,10 @@ def placed_shape(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def backend(target: str) -> str:
     """The implementation that runs on a target."""
-    return "pallas_tpu" if target in TPUS else "pallas_gpu"
+    if target in TPUS:
+        return "pallas_tpu"
+    older = GPUS[target]["major"] < 9 and jax.__version_info__ < (0, 11)
+    return "pallas_triton" if older else "pallas_gpu"
 
 
 def devices(target: str) -> list[Any]:
@@ -168,20 +182,42 @@ def shapes(c: int, k: int, rows: dict[int, int], group: int | None) -> PackedWei
     )
 
 
+def place(target: str) -> SingleDeviceSharding:
+    """The first chip of a target."""
+    return SingleDeviceSharding(devices(target)[0])
+
+
+@contextlib.contextmanager
+def lowered_for(target: str, sharding: Any) -> Iterator[None]:
+    """Traces and lowers for a target; JAX 0.11 asks the mesh which GPU that is.
+
+    Mosaic GPU takes the compute capability from a device that is there, and Hopper's without one.
+    """
+    # JAX 0.10 has it in one module, later ones in another.
+    names = [f"jax.experimental.mosaic.gpu.{name}" for name in ("core", "utils")]
+    modules = map(importlib.import_module, names if target in GPUS else [])
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "_infer_arch"):
+                version = (GPUS[target]["major"], 0)
+                stack.enter_context(mock.patch.object(module, "_infer_arch", return_value=version))
+        stack.enter_context(jax.sharding.use_abstract_mesh(abstract_mesh(sharding)))
+        yield
+
+
 def abstract_mesh(sharding: Any) -> Any:
     """The mesh of a sharding, or of its one device, without the devices."""
     mesh = getattr(sharding, "mesh", None) or Mesh(np.array([*sharding.device_set]), ("one",))
     return mesh.abstract_mesh
 
 
-def compiled(w: Any, sharding: Any, rows: int, activation_bits: int) -> str:
+def compiled(target: str, w: Any, sharding: Any, rows: int, activation_bits: int) -> str:
     """What the compiler says of a product."""
     x = jax.ShapeDtypeStruct((rows, w.shape[1]), jnp.bfloat16, sharding=sharding)
     run = jax.jit(lambda x, w: kernels.mixed_matmul(x, w, activation_bits))
     start = time.perf_counter()
     try:
-        # JAX 0.11 asks the mesh which GPU a kernel is lowered for.
-        with jax.sharding.use_abstract_mesh(abstract_mesh(sharding)):
+        with lowered_for(target, sharding):
             memory = run.lower(x, w).compile().memory_analysis()
     except Exception as error:  # whatever the compiler raises
         return f"does not compile: {str(error).splitlines()[0][:600]} | "

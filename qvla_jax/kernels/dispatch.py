@@ -36,6 +36,7 @@ _MODULES: Final[dict[str, str]] = {
     "cpu": "qvla_jax.kernels.cpu",
     "pallas_tpu": "qvla_jax.kernels.pallas_tpu",
     "pallas_gpu": "qvla_jax.kernels.pallas_gpu",
+    "pallas_triton": "qvla_jax.kernels.pallas_triton",
 }
 # Arrangements that no platform prefers. Their products are composed of other operations of JAX, and
 # have their gradients.
@@ -47,7 +48,7 @@ _COMPOSED: Final[dict[str, str]] = {
 _PREFERRED: Final[dict[str, tuple[str, ...]]] = {
     "cpu": ("cpu",),
     "tpu": ("pallas_tpu",),
-    "gpu": ("pallas_gpu",),
+    "gpu": ("pallas_gpu", "pallas_triton"),
 }
 
 

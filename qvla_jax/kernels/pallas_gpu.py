@@ -1,14 +1,14 @@
-"""The kernel for NVIDIA GPUs: Pallas through Triton, one launch per bit-width of a weight.
+"""The kernel for NVIDIA GPUs: Pallas for Mosaic GPU, one launch for all bit-widths of a weight.
 
-A program holds some rows of x and one tile of `kernels.tiles` in registers and walks over the
-tile's blocks of words; if there are few rows, several programs share the inputs of a tile. The rest
-of the product is elementwise, and XLA fuses it: sums over the programs of a tile, scales, the
-gather that brings sums into the order of the outputs, and the bias.
+The product of words and x is in `kernels.gpu_kernels`: `direct` for few rows, and for GPUs without
+Hopper's tensor cores; `streamed` for many rows on Hopper. If there is too little work for the
+device, several units share the inputs of a tile. The rest of the product is elementwise, and XLA
+fuses it: sums over the units of a tile, scales, the gather that brings sums into the order of the
+outputs, and the bias.
 
-bfloat16 activations are multiplied by the codes in bfloat16, which holds them exactly, and float32
-activations in float32. Integer activations are multiplied in int8 and summed in int32, within a
-plane if weights have groups and within a program if they have none. Groups scale the sums of a
-plane, which never spans two groups.
+bfloat16 activations are multiplied by the codes in bfloat16, which holds both exactly, with sums in
+float32. Integer activations are multiplied in bfloat16, too. A float32 row is the exact sum of
+three bfloat16 rows. Groups scale the sums of their inputs.
 
 Without a GPU the kernel is interpreted, which is slow and only for tests.
 """
@@ -19,30 +19,25 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
+from jax import lax
 
 from qvla_jax.array_typing import AnyArray, Array, Float
-from qvla_jax.kernels import planes, tiles
+from qvla_jax.kernels import fragments, gpu_kernels, tiles
 from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.batching import over_rows
-from qvla_jax.kernels.codes import WORD_BITS
+from qvla_jax.kernels.gpu_kernels import Launch, Work
 from qvla_jax.kernels.packed import PackedWeight
-from qvla_jax.quantization.codes import SOURCE, CodeMap
+from qvla_jax.quantization.codes import SOURCE
 
-try:
-    from jax.experimental.pallas import triton as plgpu
-except ImportError:  # JAX 0.11 announces that a later release will drop this backend
-    plgpu = None
-
-# Channels of a tile.
-_LANES: Final = 64
-# Words of a block: the shortest sum that the tensor cores take of int8 operands.
-_DEPTH: Final = 32
-# Maximum rows of x in a program, a multiple of the minimum for tensor cores.
-_MOST_ROWS: Final = 64
-_LEAST_ROWS: Final = 16
-# Target number of programs: two for each of the 132 processors of an H100.
-_PROGRAMS: Final = 264
+# Units that run at once: two on each of the 132 processors of an H100.
+UNITS: Final = 264
+# Most rows of x of a unit, whose sums are in registers, with words in registers alone and with TMA.
+_MOST_DIRECT: Final = 64
+_MOST_STREAMED: Final = 128
+# Up to so many rows `direct` waits for memory alone.
+_FEW: Final = 16
+# Unpacking for a unit takes about as long as the products of so many rows.
+_OVERHEAD: Final = 24
 
 
 @functools.partial(
@@ -50,7 +45,7 @@ _PROGRAMS: Final = 264
 )
 @dataclasses.dataclass(frozen=True)
 class GpuWeight:
-    """Tiles, and the lane of each output."""
+    """Tiles, with words in the order of `kernels.fragments`, and the lane of each output."""
 
     tiled: tiles.TiledWeight
     position: AnyArray  # int32 [c]; -1: pruned
@@ -68,22 +63,25 @@ class GpuWeight:
 
 def supports(w: PackedWeight) -> str | None:
     """Why this implementation cannot run the weight; None if it can."""
-    if plgpu is None:
-        return f"JAX {jax.__version__} has no Triton backend of Pallas; install an older one"
+    capability = _capability()
+    if capability is not None and capability < (9, 0):
+        if capability < (8, 0):
+            return f"compute capability {capability[0]}.{capability[1]}; it takes 8.0"
+        # Its lowering begins every kernel with instructions of Hopper's.
+        if jax.__version_info__ < (0, 11):
+            return f"JAX {jax.__version__} has Mosaic GPU for Hopper and later; 0.11 has it for all"
     return tiles.unsupported(w)
 
 
 def prepare(w: PackedWeight) -> GpuWeight:
     """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
-    # Groups are multiples of 16, so a plane is within one group.
-    depth = _DEPTH if w.group is None or w.group % _DEPTH == 0 else _DEPTH // 2
-    tiled = tiles.arrange(w, depth, _LANES)
+    tiled = tiles.arrange(w, fragments.DEPTH, fragments.LANES, fragments.blocked)
     return GpuWeight(tiled, tiles.positions(tiled, w.shape[0]))
 
 
 def canonical(w: GpuWeight) -> PackedWeight:
     """The inverse of `prepare`, exactly."""
-    return tiles.restore(w.tiled)
+    return tiles.restore(w.tiled, fragments.unblocked)
 
 
 def matmul(x: Float[Array, "*m k"], w: GpuWeight, activation_bits: int) -> Float[Array, "*m c"]:
@@ -92,124 +90,136 @@ def matmul(x: Float[Array, "*m k"], w: GpuWeight, activation_bits: int) -> Float
     return over_rows(run)(x, w)
 
 
+def _device() -> Any:
+    """The device that a kernel is traced for."""
+    described: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0] if described is None else described
+
+
+def _capability() -> tuple[int, int] | None:
+    """The compute capability of the GPU that is there; None without one."""
+    if jax.default_backend() != "gpu":
+        return None
+    major, minor = str(_device().compute_capability).split(".")
+    return int(major), int(minor)
+
+
+def is_hopper() -> bool:
+    """Whether kernels are traced for a GPU with `wgmma`."""
+    names = _device().device_kind.split()
+    return not {"H20", "H100", "H200", "H800", "GH200"}.isdisjoint(names)
+
+
+def division(w: tiles.TiledWeight, rows: int, exact: bool, exceptions: int) -> tuple[Launch, bool]:
+    """How a product is divided among units, and whether it is `streamed`.
+
+    Args:
+        w: the weight.
+        rows: rows of x.
+        exact: whether sums must have all the bits of float32.
+        exceptions: the operand that multiplies rows of 16 bits.
+    """
+    step = w.scale_step
+    # One row of scales serves the 64 inputs that TMA brings at a time.
+    streamed = is_hopper() and rows > _FEW and (step is None or step % fragments.RUN == 0)
+    count = sum(part.tiles(w.lanes) for part in w.parts)
+    n = _rows_of_unit(rows, count, _MOST_STREAMED if streamed else _MOST_DIRECT)
+    passes = -(-rows // n)
+    blocks = [-(-w.shape[1] // tiles.covered(part.bits, w.depth)) for part in w.parts]
+    # Blocks have the same bytes, which memory delivers; inputs of a tile, the same products.
+    each = -(
+        -passes * sum(p.tiles(w.lanes) * b for p, b in zip(w.parts, blocks, strict=True)) // UNITS
+    )
+    shares = max(UNITS // (passes * count), 1)
+    works, tile, block = [], 0, 0
+    for part, own in zip(w.parts, blocks, strict=True):
+        parts = min(shares if streamed else -(-own // each), own)
+        works.append(
+            Work(
+                bits=part.bits,
+                codes=w.code_map(part.bits),
+                tiles=part.tiles(w.lanes),
+                blocks=own,
+                each=-(-own // parts),
+                first_tile=tile,
+                first_block=block,
+                operand=exceptions if part.bits == SOURCE else 0,
+            )
+        )
+        tile, block = tile + works[-1].tiles, block + works[-1].tiles * own
+    return Launch(tuple(works), n, step, not exact and rows <= _FEW), streamed
+
+
+def _rows_of_unit(rows: int, tiles: int, most: int) -> int:
+    """Rows of a unit, whole instructions: those that take the device least time."""
+
+    def cost(n: int) -> tuple[float, int]:
+        units = tiles * -(-rows // n)
+        shares = max(UNITS // units, 1)
+        return -(-units * shares // UNITS) * (n + _OVERHEAD) / shares, n
+
+    size = fragments.COLUMNS
+    return min(range(size, min(-(-rows // size) * size, most) + 1, size), key=cost)
+
+
 def _rows(x: Float[Array, "m k"], w: GpuWeight, activation_bits: int) -> Float[Array, "m c"]:
     (m, k), tiled = x.shape, w.tiled
     bias = jnp.asarray(tiled.bias)[None]
     if not tiled.segments or not m:
         return jnp.broadcast_to(bias, (m, w.shape[0])).astype(x.dtype)
-    bm = min(-(-m // _LEAST_ROWS) * _LEAST_ROWS, _MOST_ROWS)
-    padding = ((0, -m % bm), (0, tiled.padded_k - k))
-    whole, rounded = x, None
+    operands, scale = [_pieces(x)], None
     if activation_bits != 16:
-        whole = x.astype(jnp.bfloat16)
         codes, scale = quantize_activations(x, activation_bits)
-        # Sums too short for int8 tensor cores; bfloat16 also holds the codes.
-        rounded = (codes if tiled.depth == _DEPTH else codes.astype(jnp.bfloat16), scale)
-    sums, block, tile = [], 0, 0
-    for part in tiled.parts:
-        given, scale = (whole, None) if rounded is None or part.bits == SOURCE else rounded
-        own = _part(jnp.pad(given, padding), tiled, part, (block, tile), bm)[:m]
-        count = part.tiles(tiled.lanes)
-        if tiled.group is None:
-            lanes = slice(tile * tiled.lanes, (tile + count) * tiled.lanes)
-            own = own * jnp.asarray(tiled.scales)[:1, lanes].astype(jnp.float32)
-        sums.append(own if scale is None else own * scale)
-        block += count * -(-k // tiles.covered(part.bits, tiled.depth))
-        tile += count
-    y = jnp.concatenate(sums, axis=1)
+        operands = [codes.astype(jnp.bfloat16), x.astype(jnp.bfloat16)]
+    rows = operands[0].shape[0]
+    launch, streamed = division(tiled, rows, rows > m, len(operands) - 1)
+    operands = operands[: 1 + max(work.operand for work in launch.works)]
+    padding = ((0, -rows % launch.rows), (0, tiled.padded_k - k))
+    operands = [jnp.pad(operand, padding) for operand in operands]
+    if not streamed:
+        operands = [fragments.columns(operand) for operand in operands]
+    run = functools.partial(gpu_kernels.streamed if streamed else gpu_kernels.direct, launch)
+    sums = lax.platform_dependent(
+        operands,
+        tiled.words,
+        tiled.scales,
+        cuda=functools.partial(run, interpret=False),
+        default=functools.partial(run, interpret=True),
+    )
+    y = _joined(sums[..., :rows], launch.works, tiled, scale, m)
     position = jnp.asarray(w.position)
-    y = jnp.where(position[None] < 0, 0.0, y[:, jnp.maximum(position, 0)])
-    return (y + bias).astype(x.dtype)
+    y = jnp.where(position[:, None] < 0, 0.0, y[jnp.maximum(position, 0)])
+    return (y.T + bias).astype(x.dtype)
 
 
-def _part(
-    x: Array, tiled: tiles.TiledWeight, part: tiles.Part, first: tuple[int, int], bm: int
-) -> Float[Array, "m n"]:
-    """Sums of the tiles of one width, starting at `first` (block, tile)."""
-    launch = functools.partial(_launch, part=part, first=first, bm=bm)
-    return jax.lax.platform_dependent(
-        x,
-        tiled,
-        cuda=functools.partial(launch, interpret=False),
-        default=functools.partial(launch, interpret=True),
-    )
+def _pieces(x: Float[Array, "m k"]) -> Float[Array, "n k"]:
+    """Rows in bfloat16; float32 rows as three, whose sum they are."""
+    if x.dtype == jnp.bfloat16:
+        return x
+    pieces = []
+    for _ in range(3):
+        # Rounding that XLA may not leave out.
+        pieces.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - pieces[-1]
+    return jnp.concatenate(pieces).astype(jnp.bfloat16)
 
 
-def _launch(
-    x: Array,
-    tiled: tiles.TiledWeight,
-    *,
-    part: tiles.Part,
-    first: tuple[int, int],
-    bm: int,
-    interpret: bool,
-) -> Float[Array, "m n"]:
-    rows, padded_k = x.shape
-    count, lanes = part.tiles(tiled.lanes), tiled.lanes
-    blocks = -(-tiled.shape[1] // tiles.covered(part.bits, tiled.depth))
-    # Programs that share a tile: as many as fill the device, each with a whole number of blocks.
-    shares = min(max(_PROGRAMS // (rows // bm * count), 1), blocks)
-    each = -(-blocks // shares)
-    shares = -(-blocks // each)
-    assert plgpu is not None, "supports() says so before"
-    call = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            bits=part.bits,
-            codes=tiled.code_map(part.bits),
-            step=tiled.scale_step if part.bits != SOURCE else None,
-            first=first,
-            blocks=blocks,
-            each=each,
-        ),
-        out_shape=jax.ShapeDtypeStruct((shares, rows, count * lanes), jnp.float32),
-        grid=(rows // bm, count, shares),
-        in_specs=[
-            pl.BlockSpec((bm, padded_k), lambda m, t, s: (m, 0)),
-            pl.BlockSpec(tiled.words.shape, lambda m, t, s: (0, 0, 0)),
-            pl.BlockSpec(tiled.scales.shape, lambda m, t, s: (0, 0)),
-        ],
-        out_specs=pl.BlockSpec((None, bm, lanes), lambda m, t, s: (s, m, t)),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name=f"qvla_matmul_{part.bits}",
-    )
-    return call(x, tiled.words, tiled.scales).sum(axis=0)
-
-
-def _kernel(
-    x: Any,
-    words: Any,
-    scales: Any,
-    y: Any,
-    *,
-    bits: int,
-    codes: CodeMap,
-    step: int | None,
-    first: tuple[int, int],
-    blocks: int,
-    each: int,
-) -> None:
-    """Rows of x times the inputs of one share of one tile."""
-    tile, share = pl.program_id(1), pl.program_id(2)
-    depth, lanes = words.shape[1:]
-    first_block, first_tile = first
-    here = pl.ds((first_tile + tile) * lanes, lanes)
-    integers = x.dtype == jnp.int8
-    # Sums of integers stay integers until a scale is applied.
-    kind = jnp.int32 if integers and step is None else jnp.float32
-
-    def add(block: Array, total: Array) -> Array:
-        held = words[first_block + tile * blocks + block]
-        for plane in range(WORD_BITS // bits):
-            start = (block * (WORD_BITS // bits) + plane) * depth
-            part = planes.dot(x[:, pl.ds(start, depth)], planes.unpack(held, bits, plane, codes))
-            if step is not None:
-                own = scales[jax.lax.div(start, step), here].astype(jnp.float32)
-                part = part.astype(jnp.float32) * own[None]
-            total = total + part
-        return total
-
-    stop = jnp.minimum((share + 1) * each, blocks)
-    zeros = jnp.zeros(y.shape, kind)
-    y[...] = jax.lax.fori_loop(share * each, stop, add, zeros).astype(jnp.float32)
+def _joined(
+    sums: Float[Array, "units n rows"],
+    works: tuple[Work, ...],
+    w: tiles.TiledWeight,
+    scale: Float[Array, "m 1"] | None,
+    m: int,
+) -> Float[Array, "lanes m"]:
+    """Sums over units and over pieces of the m rows of x, with scales."""
+    found, unit = [], 0
+    for work in works:
+        own = sums[unit : unit + work.units].reshape(work.tiles, work.shares, w.lanes, -1).sum(1)
+        own = own.reshape(work.tiles * w.lanes, -1, m).sum(1)
+        if w.group is None:
+            lanes = slice(work.first_tile * w.lanes, (work.first_tile + work.tiles) * w.lanes)
+            own = own * jnp.asarray(w.scales)[0, lanes, None].astype(jnp.float32)
+        # Rows of 16 bits multiply x itself.
+        found.append(own if scale is None or work.bits == SOURCE else own * scale.T)
+        unit += work.units
+    return jnp.concatenate(found)

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import jax
@@ -172,8 +172,18 @@ def positions(w: TiledWeight, size: int) -> Int32[AnyArray, " n"]:
     return found[:size]
 
 
-def arrange(w: PackedWeight, depth: int, lanes: int) -> TiledWeight:
-    """Canonical -> tiles; numpy arrays stay numpy arrays."""
+def arrange(
+    w: PackedWeight, depth: int, lanes: int, blocked: Callable[..., AnyArray] | None = None
+) -> TiledWeight:
+    """Canonical -> tiles; numpy arrays stay numpy arrays.
+
+    Args:
+        w: the weight.
+        depth: words of a block.
+        lanes: channels of a tile.
+        blocked: another order of the words of blocks, such as `fragments.blocked`.
+    """
+    blocked = blocked or _blocked
     xp, (c, k) = array_module(*jax.tree.leaves(w)), w.shape
     parts = plan(w.segments, lanes)
     channels = xp.arange(c) if w.index is None else xp.asarray(w.index)
@@ -185,7 +195,7 @@ def arrange(w: PackedWeight, depth: int, lanes: int) -> TiledWeight:
         fields = [
             _fields(w, chunk, part.bits) for chunk in part.chunks
         ] + [xp.zeros((extra, k), np.uint16 if part.bits == SOURCE else np.uint8)]  # fmt: skip
-        words.append(_blocked(xp.concatenate(fields), part.bits, depth, lanes))
+        words.append(blocked(xp.concatenate(fields), part.bits, depth, lanes))
         own = [_scales(w, chunk) for chunk in part.chunks]
         own.append(xp.ones((extra, w.num_groups), ml_dtypes.bfloat16))
         scales.append(xp.concatenate(own))
@@ -212,8 +222,9 @@ def arrange(w: PackedWeight, depth: int, lanes: int) -> TiledWeight:
     )
 
 
-def restore(w: TiledWeight) -> PackedWeight:
-    """The inverse of `arrange`, exactly."""
+def restore(w: TiledWeight, unblocked: Callable[..., AnyArray] | None = None) -> PackedWeight:
+    """The inverse of `arrange`, exactly; `unblocked` is that of its `blocked`."""
+    unblocked = unblocked or _unblocked
     xp, k = array_module(*jax.tree.leaves(w)), w.shape[1]
     found: dict[Chunk, tuple[AnyArray, AnyArray, AnyArray]] = {}
     stride = 1 if w.group is None else w.group // scale_step(w.group, w.depth)
@@ -221,7 +232,7 @@ def restore(w: TiledWeight) -> PackedWeight:
     for part in w.parts:
         tiles = part.tiles(w.lanes)
         count = tiles * -(-k // covered(part.bits, w.depth))
-        fields = _unblocked(w.words[block : block + count], part.bits, tiles)[:, :k]
+        fields = unblocked(w.words[block : block + count], part.bits, tiles)[:, :k]
         row = 0
         for chunk in part.chunks:
             here = slice(lane + row, lane + row + chunk.rows)

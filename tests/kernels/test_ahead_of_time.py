@@ -25,7 +25,7 @@ GPU = [pytest.mark.gpu, compiler("jax_plugins.xla_cuda13", "aot-gpu")]
 @pytest.mark.parametrize(
     "target",
     [pytest.param(name, marks=TPU) for name in ("v5e", "v5p", "v6e")]
-    + [pytest.param(name, marks=GPU) for name in ("h100", "a100")],
+    + [pytest.param(name, marks=GPU) for name in ("h100", "a100", "b200")],
 )
 def test_kernels_compile(target):
     # A process of its own: a compiler that JAX has loaded stays, and settings come before it.

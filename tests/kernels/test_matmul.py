@@ -21,7 +21,9 @@ CHECKS = settings(deadline=None, max_examples=8)
 # Interpreted: every example is compiled anew, and that takes longest.
 FEW_CHECKS = settings(deadline=None, max_examples=4)
 COMPILED = ("reference", "cpu")
-INTERPRETED = tuple(name for name in kernels.implementations() if name not in COMPILED)
+# The Triton kernel is for few machines, and in test_pallas.py.
+IMPLEMENTATIONS = tuple(name for name in kernels.implementations() if name != "pallas_triton")
+INTERPRETED = tuple(name for name in IMPLEMENTATIONS if name not in COMPILED)
 
 
 def each_of(names):
@@ -39,7 +41,7 @@ def each_of(names):
     )
 
 
-each_implementation = each_of(kernels.implementations())
+each_implementation = each_of(IMPLEMENTATIONS)
 
 
 def runs(implementation, w):

@@ -8,12 +8,25 @@ import pytest
 
 from qvla_jax import kernels
 from qvla_jax.errors import InputError
-from qvla_jax.kernels import pallas_gpu, pallas_tpu, tiles
+from qvla_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, tiles
 from qvla_jax.kernels.packed import Segment
 
 from .weights import pack_codes, random_weight
 
-each_kernel = pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+TRITON = jax.__version_info__ < (0, 11)
+each_kernel = pytest.mark.parametrize(
+    "implementation",
+    [
+        "pallas_tpu",
+        "pallas_gpu",
+        pytest.param(
+            "pallas_triton",
+            marks=pytest.mark.skipif(
+                not TRITON, reason="JAX 0.11 deprecates Pallas's Triton backend"
+            ),
+        ),
+    ],
+)
 
 
 def make(group):
@@ -79,10 +92,43 @@ def test_16_bit_rows_must_be_bfloat16(implementation):
         kernels.prepare(w, implementation)
 
 
-def test_without_tritons_backend_the_gpu_kernel_says_so(monkeypatch):
+def test_many_rows_on_hopper_go_through_shared_memory(monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "is_hopper", lambda: True)
+    monkeypatch.setattr(pallas_gpu, "UNITS", 1)  # one unit takes all steps, more than slots
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (20, 900))
+    scales = (2.0 ** rng.integers(-8, -4, (20, 1))).astype(np.float32)
+    w = pack_codes(np.zeros((20, 900), np.float32), np.full(20, 4), codes, scales)
+    x = jax.random.normal(jax.random.key(0), (17, 900), jnp.bfloat16)
+    prepared = kernels.prepare(w, "pallas_gpu")
+    launch, streamed = pallas_gpu.division(prepared.tiled, 17, False, 0)
+    assert streamed
+    assert launch.works[0].blocks == launch.works[0].each == 4
+    expected = kernels.mixed_matmul(x, w, 16, "reference")
+    np.testing.assert_allclose(
+        kernels.mixed_matmul(x, prepared, 16), expected, rtol=2e-2, atol=1e-3
+    )
+
+
+def test_rows_of_a_unit_fill_the_device():
+    # 32 tiles: eight passes of 80 rows are 256 units for 264 places; of 128 rows, 160.
+    assert pallas_gpu._rows_of_unit(600, 32, 128) == 80
+    assert pallas_gpu._rows_of_unit(5, 32, 128) == 8
+    assert pallas_gpu._rows_of_unit(600, 32, 64) <= 64
+
+
+def test_gpus_take_the_kernel_that_their_jax_can_lower(monkeypatch):
     w = kernels.pack(random_weight(8, 16, 0), np.full(8, 4))
-    monkeypatch.setattr(pallas_gpu, "plgpu", None)
-    with pytest.raises(InputError, match="has no Triton backend"):
-        kernels.prepare(w, "pallas_gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(pallas_gpu, "_capability", lambda: (9, 0))
+    assert kernels.prepare(w).implementation == "pallas_gpu"
+    monkeypatch.setattr(pallas_gpu, "_capability", lambda: (8, 0))
+    assert kernels.prepare(w).implementation == ("pallas_triton" if TRITON else "pallas_gpu")
+    if TRITON:
+        with pytest.raises(InputError, match="Mosaic GPU for Hopper and later"):
+            kernels.prepare(w, "pallas_gpu")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert kernels.prepare(w).implementation == "pallas_gpu"
+    assert "deprecates" in pallas_triton.supports(w)
+    monkeypatch.setattr(pallas_gpu, "_capability", lambda: (7, 5))
     assert kernels.prepare(w).implementation == "reference"
