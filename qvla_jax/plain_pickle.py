@@ -190,4 +190,6 @@ class Machine:
 
     def _op_stack_global(self, _: None) -> None:
         attribute, module = self._pop(), self._pop()
+        if not isinstance(module, str) or not isinstance(attribute, str):
+            raise self.error("a name that is not text")
         self._push(self._known(f"{module} {attribute}"))

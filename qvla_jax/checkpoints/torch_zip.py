@@ -6,6 +6,7 @@ A `.pt` file is an uncompressed zip archive: `<root>/data.pkl` describes tensors
 """
 
 import re
+import reprlib
 import struct
 import warnings
 import zipfile
@@ -227,7 +228,7 @@ class _Machine(Machine):
             case Global(_REBUILD_PARAMETER.name), (np.ndarray() as tensor, *_):
                 self._push(tensor)
             case _:
-                raise CheckpointError(f"refuses to call {function!r}")
+                raise CheckpointError(f"refuses to call {reprlib.repr(function)}")
 
     def _op_build(self, _: None) -> None:
         # A state dict carries `_metadata` (versions of its modules), which no tensor needs.
@@ -245,7 +246,9 @@ def _tensor(storage: np.ndarray, offset: Any, size: Any, stride: Any) -> np.ndar
         or len(size) > 8
         or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
     ):
-        raise CheckpointError(f"a tensor of size {size!r}, stride {stride!r}, offset {offset!r}")
+        # What is nested may take forever to be printed whole.
+        numbers = (reprlib.repr(n) for n in (size, stride, offset))
+        raise CheckpointError("a tensor of size {}, stride {}, offset {}".format(*numbers))
     count = 1
     for n in size:
         count *= n
