@@ -124,13 +124,20 @@ class BucketFolder(RemoteFolder):
         """The path of a file in the folder, from that in the store."""
         return path.removeprefix(self._root).lstrip("/")
 
-    def _transfer(self, names: list[str], meter: Meter | None) -> None:
+    def _reach(self, names: list[str]) -> None:
         if _offline():
             raise RemoteError(
                 f"{self.source}: {names[0]}: HF_HUB_OFFLINE is set, and the cache "
                 f"({self._cache}) does not hold this file ({len(names)} are missing)"
             )
         self._open()
+
+    def _part(self, name: str, start: int, end: int) -> bytes:
+        self._reach([name])
+        return self._block(name, start, end)
+
+    def _transfer(self, names: list[str], meter: Meter | None) -> None:
+        self._reach(names)
         stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
             pending = [threads.submit(self._fetch_one, name, meter, stop) for name in names]

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -16,12 +17,13 @@ from qvla_jax import cli
 from qvla_jax.errors import CheckpointWarning, InputError, RemoteError
 from qvla_jax.families.openpi.config import GemmaConfig, SiglipConfig, preset
 from qvla_jax.families.openpi.synthetic import synthesize
-from qvla_jax.inference import load_policy
+from qvla_jax.inference import import_policy, load_policy
 from qvla_jax.inference.places import policy_folder
 from qvla_jax.provenance import provenance
 from qvla_jax.remote import buckets
 from qvla_jax.remote.buckets import BucketFolder
 from qvla_jax.remote.folder import digests_of, forget
+from qvla_jax.report.modules import describe
 
 from .fake_hub import contents
 
@@ -133,6 +135,19 @@ def test_a_command_writes_where_its_policy_is_from(store, tmp_path, capsys):
         (source,) = json.loads(content)["sources"]
         assert source["source"] == ADDRESS
         assert len(source["sha256"]) == len(contents(policy_folder(ADDRESS)))
+
+
+def test_values_of_arrays_stay_there_when_a_policy_is_described(store, tiny, tmp_path):
+    import_policy(tiny, tmp_path / "own")
+    files = contents(tmp_path / "own")
+    for name, content in files.items():
+        store().pipe(f"/bucket/own/{name}", content)
+    found = describe("fake://bucket/own")
+    assert found == dataclasses.replace(describe(str(tmp_path / "own")), source="fake://bucket/own")
+    described = {name for name in files if not re.search(r"weights/.*/[\d.]+$", name)}
+    assert len(store.log) == len(described) < len(files)
+    (source,) = provenance(seed=0)["sources"]
+    assert source["sha256"].keys() == described
 
 
 @pytest.fixture
