@@ -383,8 +383,8 @@ def _robots_messages() -> list[Target]:
     }
     return [
         Target(
-            f"message-lerobot-{kind}", tuple(base64.b64decode(messages[kind]) for messages in recorded),
-            read, damage_bytes, weight=5,
+            f"message-lerobot-{kind}", tuple(base64.b64decode(m[kind]) for m in recorded), read,
+            damage_bytes, weight=5,
         )
         for kind, read in readers.items()
     ]  # fmt: skip

@@ -110,9 +110,7 @@ def test_the_weights_of_a_policy_that_is_described_stay_there(served, tiny, cach
     expected = describe(str(tiny))
     assert found == dataclasses.replace(expected, source=f"{NAME}, public layout")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        RemoteError, match=f"{WEIGHTS}: not in the cache, and HF_HUB_OFFLINE is set"
-    ):
+    with pytest.raises(RemoteError, match=f"{WEIGHTS}: .* HF_HUB_OFFLINE is set"):
         describe(NAME)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     policy_folder(NAME)
