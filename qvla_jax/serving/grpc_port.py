@@ -25,8 +25,9 @@ _SERVICE: Final = "transport.AsyncInference"
 _BEGIN, _MIDDLE, _END = 1, 2, 3
 # Of a part, beyond the data.
 _FRAMING: Final = 1024
-# Calls of one connection at the same time; a robot has two.
-_CALLS: Final = 8
+# Calls of one connection at the same time; a robot has two. More have to wait.
+_CALLS: Final = 3
+# Characters of an error: headers have room for little more.
 _TEXT: Final = 1000
 
 _Context = grpc.aio.ServicerContext

@@ -130,9 +130,7 @@ def read_observation(data: bytes) -> Seen:
     values: dict[str, Any] = {}
     for name, value in observation.items():
         value = value.array if isinstance(value, _Array) else value
-        if not isinstance(name, str) or not isinstance(
-            value, bool | int | float | str | np.ndarray
-        ):
+        if not isinstance(name, str) or not isinstance(value, _VALUES):
             raise InputError(
                 f"observation: {_short(name)}: expected a number, a numpy array or text, got "
                 f"{type(value).__name__.strip('_')}"
