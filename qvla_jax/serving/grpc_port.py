@@ -130,6 +130,7 @@ class LerobotPort:
         # Which policy answers must not be a guess.
         if not first and lost and all(idle[n].asked == idle[lost[-1]].asked for n in lost):
             robot = self._robots.pop(lost[-1])
+            robot.lost()
         else:
             robot = Robot(self._service)
             while idle and len(self._robots) >= self._service.config.max_clients:

@@ -85,8 +85,12 @@ class Robot:
             InputError: it cannot be read, or has other entries than the robot's features.
         """
         instructions, _ = self._instructed()
-        seen = await self._service.in_thread(lambda: read_observation(data))
-        state = _state(seen, instructions)
+        try:
+            seen = await self._service.in_thread(lambda: read_observation(data))
+            state = _state(seen, instructions)
+        except InputError:
+            self.lost()
+            raise
         if not (seen.must_go or self._is_news(seen, state)):
             self._service.counters.skipped += 1
             return
@@ -115,13 +119,11 @@ class Robot:
             return _entries(seen, state, instructions, served)
 
         self._answered.append(seen.timestep)
-        previous, self._last_state = self._last_state, state
+        self._last_state = state
         try:
             reply = await self._service.answer(served, entries, seen, received=time.monotonic())
         except BaseException:
-            # The robot's next observation of this step is a second try.
-            self._answered.remove(seen.timestep)
-            self._last_state = previous
+            self.lost()
             raise
         return write_actions(
             reply.actions[: instructions.steps],
@@ -130,6 +132,13 @@ class Robot:
             timestamp=seen.timestamp,
             step_seconds=_STEP_SECONDS,
         )
+
+    def lost(self) -> None:
+        """Takes note that a message may not have arrived: the next observation counts.
+
+        It could be without `must_go`, which a robot sends once for each answer.
+        """
+        self._last_state = None
 
     def wake(self) -> None:
         """Ends the wait for an observation."""

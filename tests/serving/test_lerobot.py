@@ -304,9 +304,16 @@ def test_a_request_waits_for_an_observation(policy, robot):
 
 
 def test_a_step_is_tried_again_after_an_error(policy, robot):
-    robot.start().send(observation(policy, 5, image=np.zeros((2000, 1, 3), np.uint8)))
+    """Its second observation has no `must_go`, and tells nothing new."""
+    robot.start().send(observation(policy, 5))
+    robot.actions()
+    robot.send(observation(policy, 5, image=np.zeros((2000, 1, 3), np.uint8)))
     with pytest.raises(grpc.RpcError, match="2000 x 1 pixels, expected at most 1024"):
         robot.actions()
+    robot.send(observation(policy, 5, must_go=False))
+    assert robot.actions()[0].timestep == 5
+    with pytest.raises(grpc.RpcError, match="expected a number"):
+        robot.send(observation(policy, 5, **{JOINTS[0]: "up"}))
     robot.send(observation(policy, 5, must_go=False))
     assert robot.actions()[0].timestep == 5
 
@@ -496,10 +503,11 @@ def test_a_robot_goes_on_with_a_new_connection(policy, steps):
     with running(policy, max_batch=1, lerobot_port=0) as server:
         with connected(server, "other") as other, connected(server, "first") as first:
             other.start()
-            first.start(instructions(actions_per_chunk=steps))
+            first.start(instructions(actions_per_chunk=steps)).send(observation(policy, 2))
+            first.actions()  # which is lost
         with connected(server, "second") as second:
             if steps == 8:
-                second.send(observation(policy, 2))
+                second.send(observation(policy, 2, must_go=False))
                 assert second.actions()[0].timestep == 2
             else:
                 with pytest.raises(grpc.RpcError, match="expected SendPolicyInstructions"):
