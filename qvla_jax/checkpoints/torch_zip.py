@@ -2,13 +2,11 @@
 
 A `.pt` file is an uncompressed zip archive: `<root>/data.pkl` describes tensors, and each
 `<root>/data/<key>` holds the bytes of a storage. The description is interpreted by a small machine
-that knows the opcodes of a state dict and can only build dicts, lists, tuples, numbers, strings and
-tensors: no name is ever imported and no object ever called.
+(`plain_pickle`) that can only build dicts, lists, tuples, numbers, strings and tensors.
 """
 
-import dataclasses
-import pickletools
 import re
+import reprlib
 import struct
 import warnings
 import zipfile
@@ -22,6 +20,7 @@ import numpy as np
 from qvla_jax.checkpoints.files import check_fetched
 from qvla_jax.errors import CheckpointError
 from qvla_jax.mapping import mapped_bytes
+from qvla_jax.plain_pickle import Global, Machine
 
 STORAGE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "FloatStorage": np.dtype(np.float32),
@@ -40,19 +39,11 @@ STORAGE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 _MAX_DESCRIPTION: Final = 4 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class _Global:
-    """A name that the description mentions; it is never looked up."""
-
-    name: str
-
-
-_ORDERED_DICT = _Global("collections OrderedDict")
-_REBUILD_TENSOR = _Global("torch._utils _rebuild_tensor_v2")
-_REBUILD_PARAMETER = _Global("torch._utils _rebuild_parameter")
-_STORAGES = {_Global(f"torch {name}"): dtype for name, dtype in STORAGE_DTYPES.items()}
+_ORDERED_DICT = Global("collections OrderedDict")
+_REBUILD_TENSOR = Global("torch._utils _rebuild_tensor_v2")
+_REBUILD_PARAMETER = Global("torch._utils _rebuild_parameter")
+_STORAGES = {Global(f"torch {name}"): dtype for name, dtype in STORAGE_DTYPES.items()}
 _KNOWN = {_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES}
-_MARK = _Global("mark")
 # Folders and files below the archive's one folder.
 _NAME: Final = re.compile(r"[\w.+=@, -]+(/[\w.+=@, -]+)+", re.ASCII)
 
@@ -76,7 +67,11 @@ def read_torch_zip(path: str | Path) -> dict[str, np.ndarray]:
     check_fetched(path)
     try:
         archive = _Archive(path)
-        tree = _Machine(archive.description(), archive.storage).run()
+        description = _Machine(archive.description(), archive.storage)
+        with warnings.catch_warnings():
+            # Python warns about a backslash in a name, which is refused anyway.
+            warnings.simplefilter("ignore")
+            tree = description.run()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (
@@ -185,167 +180,31 @@ class _Archive:
         return self._bytes[begin:end].view(dtype)
 
 
-def _operations(description: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
-    operations = pickletools.genops(description)
-    while True:
-        with warnings.catch_warnings():
-            # Python warns about a backslash in a name, which is refused anyway.
-            warnings.simplefilter("ignore")
-            operation = next(operations, None)
-        if operation is None:
-            return
-        yield operation
+class _Machine(Machine):
+    """Interprets the description: what it refers to besides plain data are tensors' parts."""
 
-
-class _Machine:
-    """Interprets the description."""
+    error = CheckpointError
+    what = "description"
+    whole = "a state dict"
+    operations = _MAX_DESCRIPTION
 
     def __init__(
         self, description: bytes, storage: Callable[[str, np.dtype[Any], int], np.ndarray]
     ):
-        self._description = description
+        super().__init__(description)
         self._storage = storage
         # Storage -> the different views of it.
         self._views: dict[int, dict[tuple[Any, ...], int]] = {}
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
-        for opcode, argument, _ in _operations(self._description):
-            if opcode.name == "STOP":
-                return self._pop()
-            action = getattr(self, f"_op_{opcode.name.lower()}", None)
-            if action is None:
-                raise CheckpointError(f"opcode {opcode.name} has no place in a state dict")
-            action(argument)
-        raise CheckpointError("the description has no end")
-
-    def _pop(self) -> Any:
-        if not self._stack or self._stack[-1] is _MARK:
-            raise CheckpointError("the description takes more than it has put")
-        return self._stack.pop()
-
-    def _to_mark(self) -> list[Any]:
-        items = []
-        while self._stack and self._stack[-1] is not _MARK:
-            items.append(self._stack.pop())
-        if not self._stack:
-            raise CheckpointError("the description closes what it has not opened")
-        self._stack.pop()
-        return items[::-1]
-
-    def _push(self, value: Any) -> None:
-        self._stack.append(value)
-
-    def _op_proto(self, version: int) -> None:
-        if version > 5:
-            raise CheckpointError(f"description of unknown version {version}")
-
-    def _op_frame(self, _: int) -> None:
-        pass
-
-    def _op_mark(self, _: None) -> None:
-        self._push(_MARK)
-
-    def _op_none(self, _: None) -> None:
-        self._push(None)
-
-    def _op_newtrue(self, _: None) -> None:
-        self._push(True)
-
-    def _op_newfalse(self, _: None) -> None:
-        self._push(False)
-
-    # Numbers and strings come parsed.
-    _op_binint = _op_binint1 = _op_binint2 = _op_long1 = _op_binfloat = _push
-    _op_binunicode = _op_short_binunicode = _push
-
-    def _op_empty_dict(self, _: None) -> None:
-        self._push({})
-
-    def _op_empty_list(self, _: None) -> None:
-        self._push([])
-
-    def _op_empty_tuple(self, _: None) -> None:
-        self._push(())
-
-    def _op_tuple(self, _: None) -> None:
-        self._push(tuple(self._to_mark()))
-
-    def _op_tuple1(self, _: None) -> None:
-        self._push((self._pop(),))
-
-    def _op_tuple2(self, _: None) -> None:
-        second = self._pop()
-        self._push((self._pop(), second))
-
-    def _op_tuple3(self, _: None) -> None:
-        third, second = self._pop(), self._pop()
-        self._push((self._pop(), second, third))
-
-    def _op_append(self, _: None) -> None:
-        value = self._pop()
-        self._top(list).append(value)
-
-    def _op_appends(self, _: None) -> None:
-        values = self._to_mark()
-        self._top(list).extend(values)
-
-    def _op_setitem(self, _: None) -> None:
-        value, key = self._pop(), self._pop()
-        self._set(key, value)
-
-    def _op_setitems(self, _: None) -> None:
-        items = self._to_mark()
-        if len(items) % 2:
-            raise CheckpointError("a key without a value")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self._set(key, value)
-
-    def _set(self, key: Any, value: Any) -> None:
-        if not isinstance(key, str | int):
-            raise CheckpointError(f"a key of type {type(key).__name__}")
-        self._top(dict)[key] = value
-
-    def _top(self, kind: type) -> Any:
-        if not self._stack or not isinstance(self._stack[-1], kind):
-            raise CheckpointError(f"expected a {kind.__name__} to add to")
-        return self._stack[-1]
-
-    def _op_memoize(self, _: None) -> None:
-        self._memo[len(self._memo)] = self._peek()
-
-    def _op_binput(self, slot: int) -> None:
-        self._memo[slot] = self._peek()
-
-    _op_long_binput = _op_binput
-
-    def _peek(self) -> Any:
-        value = self._pop()
-        self._push(value)
-        return value
-
-    def _op_binget(self, slot: int) -> None:
-        if slot not in self._memo:
-            raise CheckpointError(f"refers to slot {slot}, which is empty")
-        self._push(self._memo[slot])
-
-    _op_long_binget = _op_binget
-
-    def _op_global(self, name: str) -> None:
-        known = _Global(name)
-        if known not in _KNOWN:
+    def _known(self, name: str) -> Global:
+        if Global(name) not in _KNOWN:
             raise CheckpointError(f"refuses the name {name!r}: tensors do not need it")
-        self._push(known)
-
-    def _op_stack_global(self, _: None) -> None:
-        attribute, module = self._pop(), self._pop()
-        self._op_global(f"{module} {attribute}")
+        return Global(name)
 
     def _op_binpersid(self, _: None) -> None:
         reference = self._pop()
         match reference:
-            case ("storage", _Global() as kind, str(key), str(), int(count)) if kind in _STORAGES:
+            case ("storage", Global() as kind, str(key), str(), int(count)) if kind in _STORAGES:
                 self._push(self._storage(key, _STORAGES[kind], count))
             case _:
                 raise CheckpointError("a reference that is not one to a storage")
@@ -353,9 +212,9 @@ class _Machine:
     def _op_reduce(self, _: None) -> None:
         arguments, function = self._pop(), self._pop()
         match function, arguments:
-            case _Global(_ORDERED_DICT.name), ():
+            case Global(_ORDERED_DICT.name), ():
                 self._push({})
-            case _Global(_REBUILD_TENSOR.name), (np.ndarray() as storage, offset, size, stride, *_):
+            case Global(_REBUILD_TENSOR.name), (np.ndarray() as storage, offset, size, stride, *_):
                 tensor = _tensor(storage, offset, size, stride)
                 # A storage is a view of the file, identified by its address.
                 views = self._views.setdefault(storage.__array_interface__["data"][0], {})
@@ -366,10 +225,10 @@ class _Machine:
                         f"size {size} at {offset}"
                     )
                 self._push(tensor)
-            case _Global(_REBUILD_PARAMETER.name), (np.ndarray() as tensor, *_):
+            case Global(_REBUILD_PARAMETER.name), (np.ndarray() as tensor, *_):
                 self._push(tensor)
             case _:
-                raise CheckpointError(f"refuses to call {function!r}")
+                raise CheckpointError(f"refuses to call {reprlib.repr(function)}")
 
     def _op_build(self, _: None) -> None:
         # A state dict carries `_metadata` (versions of its modules), which no tensor needs.
@@ -387,7 +246,9 @@ def _tensor(storage: np.ndarray, offset: Any, size: Any, stride: Any) -> np.ndar
         or len(size) > 8
         or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
     ):
-        raise CheckpointError(f"a tensor of size {size!r}, stride {stride!r}, offset {offset!r}")
+        # What is nested may take forever to be printed whole.
+        numbers = (reprlib.repr(n) for n in (size, stride, offset))
+        raise CheckpointError("a tensor of size {}, stride {}, offset {}".format(*numbers))
     count = 1
     for n in size:
         count *= n

@@ -1,5 +1,6 @@
 """`qvla inspect`: what a policy or a file holds."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from qvla_jax.commands.results import packed
 from qvla_jax.families.options import LoadOptions
 from qvla_jax.families.registry import public_family
 from qvla_jax.inference import load_policy
-from qvla_jax.inference.places import policy_folder
+from qvla_jax.inference.places import policy_folder, policy_outline
 from qvla_jax.model_options import ModelOptions
 from qvla_jax.output import Result
 from qvla_jax.progress import ProgressBars
@@ -35,9 +36,17 @@ def main(config: Config) -> Result:
         if config.said():
             load_policy(config.model, **config.said())  # refuses options that contradict it
         return packed(Path(config.model), layers=True)
-    with ProgressBars() as progress:
-        folder = policy_folder(config.model, config, progress=progress)
-    described = describe(config.model)
+    with contextlib.ExitStack() as stack:
+        with ProgressBars() as progress:
+            if config.fingerprint:  # of which an outline is not enough
+                policy_folder(config.model, config, progress=progress)
+            outline = policy_outline(config.model, config, progress=progress)
+            folder = stack.enter_context(outline)
+        return _inspected(config, folder)
+
+
+def _inspected(config: Config, folder: Path) -> Result:
+    described = describe(config.model, folder=folder)
     index = described.index
     uniform = {bits: uniform_bytes(index, bits) for bits in (16, 8, 4, 3, 2)}
     content: dict[str, Any] = {

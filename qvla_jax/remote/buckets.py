@@ -76,8 +76,7 @@ class BucketFolder(RemoteFolder):
                 )
             return known
         try:
-            self._open()
-            found = self._store.find(self._root, detail=True)
+            files = self._asked_for()
         except RemoteError:
             raise
         except Exception as error:  # the store's, and those of its network
@@ -90,17 +89,22 @@ class BucketFolder(RemoteFolder):
                 stacklevel=2,
             )
             return known
-        files = {
-            self._below(path): _file(info, s3=hasattr(self._store, "call_s3"))
-            for path, info in found.items()
-            if not path.endswith("/")
-        }
         if not files:
             raise RemoteError(f"{self.source}: there is nothing at this address")
         for name in files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise RemoteError(f"{self.source}: {name}: a file outside of the folder")
         return files
+
+    def _asked_for(self) -> dict[str, RemoteFile]:
+        """The files that the store lists now."""
+        self._open()
+        self._store.invalidate_cache()
+        return {
+            self._below(path): _file(info, s3=hasattr(self._store, "call_s3"))
+            for path, info in self._store.find(self._root, detail=True).items()
+            if not path.endswith("/")
+        }
 
     def _open(self) -> None:
         if self._store is not None:
@@ -120,13 +124,20 @@ class BucketFolder(RemoteFolder):
         """The path of a file in the folder, from that in the store."""
         return path.removeprefix(self._root).lstrip("/")
 
-    def _transfer(self, names: list[str], meter: Meter | None) -> None:
+    def _reach(self, names: list[str]) -> None:
         if _offline():
             raise RemoteError(
                 f"{self.source}: {names[0]}: HF_HUB_OFFLINE is set, and the cache "
                 f"({self._cache}) does not hold this file ({len(names)} are missing)"
             )
         self._open()
+
+    def _part(self, name: str, start: int, end: int) -> bytes:
+        self._reach([name])
+        return self._block(name, start, end)
+
+    def _transfer(self, names: list[str], meter: Meter | None) -> None:
+        self._reach(names)
         stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
             pending = [threads.submit(self._fetch_one, name, meter, stop) for name in names]
@@ -137,6 +148,27 @@ class BucketFolder(RemoteFolder):
                 stop.set()
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
+        if unsure := [name for name in names if not self.files[name].digests]:
+            self._check_unchanged(unsure)
+
+    def _check_unchanged(self, names: list[str]) -> None:
+        """Whether files are still those that were listed: without a checksum, nothing else tells.
+
+        Raises:
+            RemoteError: one has changed, perhaps when half of it was here; it is gone then.
+        """
+        try:
+            now = self._asked_for()
+        except Exception as error:  # the store's, and those of its network
+            changed, reason = names, f"cannot be listed again ({first_line(error)})"
+        else:
+            changed = [name for name in names if now.get(name) != self.files[name]]
+            reason = "changed there while it was fetched"
+        for name in changed:
+            self._checked.pop(name, None)
+            (self.folder / name).unlink(missing_ok=True)
+        if changed:
+            raise RemoteError(f"{self.source}: {changed[0]}: {reason}; fetch it again")
 
     def _fetch_one(self, name: str, meter: Meter | None, stop: threading.Event) -> None:
         target, file = self.folder / name, self.files[name]
@@ -201,7 +233,8 @@ class BucketFolder(RemoteFolder):
         # Where S3 encrypts with a key of its own, which no listing says, the ETag is no checksum.
         bucket, _, key = f"{self._root.strip('/')}/{name}".partition("/")
         head = self._store.call_s3("head_object", Bucket=bucket, Key=key)
-        return str(head.get("ServerSideEncryption", "")).startswith("aws:kms")
+        encrypted = str(head.get("ServerSideEncryption", "")).startswith("aws:kms")
+        return encrypted and str(head.get("ETag", "")).strip('"') == expected
 
 
 def _file(info: Mapping[str, Any], *, s3: bool) -> RemoteFile:

@@ -22,6 +22,8 @@ from qvla_jax.progress import Progress
 
 _BLOCK_BYTES: Final = 1 << 22
 _MEGABYTE: Final = 10**6
+# Of a safetensors file; that of its library.
+_MAX_HEADER: Final = 100_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,32 @@ class RemoteFolder(abc.ABC):
     @abc.abstractmethod
     def _transfer(self, names: list[str], meter: "Meter | None") -> None:
         """Fetches files and calls `_accept` for each."""
+
+    def fetch_header(self, name: str, target: Path) -> None:
+        """Writes a file that is one of safetensors up to its values, which are a hole.
+
+        Args:
+            name: path of a file that is there.
+            target: what to write; as long as the file itself, but takes no room.
+
+        Raises:
+            RemoteError: it cannot be fetched, or has no such header.
+        """
+        size = self.files[name].size
+        length = int.from_bytes(self._part(name, 0, min(8, size)), "little")
+        if not 0 < length <= min(size - 8, _MAX_HEADER):
+            raise RemoteError(f"{self.source}: {name}: not a safetensors file")
+        with target.open("wb") as file:
+            file.write(self._part(name, 0, 8 + length))
+            file.truncate(size)
+
+    @abc.abstractmethod
+    def _part(self, name: str, start: int, end: int) -> bytes:
+        """Some bytes of a file, which no checksum covers.
+
+        Raises:
+            RemoteError: they cannot be fetched.
+        """
 
     def _is_checked(self, name: str) -> bool:
         known = self._checked.get(name)

@@ -25,6 +25,10 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _DEFAULT: Final = "main"
 # An error of the server, not of the request.
 _SERVER_ERROR: Final = 500
+# The answer has the part that was asked for.
+_PARTIAL: Final = 206
+# Until part of a file begins to arrive.
+_SECONDS: Final = 60.0
 
 
 class HubFolder(RemoteFolder):
@@ -161,6 +165,37 @@ class HubFolder(RemoteFolder):
                         "the same call again keeps the files that are complete"
                     ) from error
         raise AssertionError("the second time it returns or raises")
+
+    def _part(self, name: str, start: int, end: int) -> bytes:
+        if self._offline:
+            raise RemoteError(
+                f"{self.source}: {name}: not in the cache, and {self._unreached(None)}"
+            )
+        hub, utils = self._hub, self._hub.utils
+        address = hub.hf_hub_url(
+            self.repo,
+            f"{self._prefix}{name}",
+            repo_type=self.kind,
+            revision=self.revision,
+            endpoint=_endpoint(hub),
+        )
+        headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+        try:
+            answer = utils.get_session().get(address, headers=headers, timeout=_SECONDS)
+            utils.hf_raise_for_status(answer)
+        except Exception as error:  # as above
+            if self._is_answer(error):
+                raise self._refused(error, name) from error
+            raise RemoteError(f"{self.source}: {name}: {self._unreached(error)}") from error
+        # Small files come whole.
+        content: bytes = (
+            answer.content if answer.status_code == _PARTIAL else answer.content[start:]
+        )
+        if len(content) < end - start:
+            raise RemoteError(
+                f"{self.source}: {name}: {len(content)} bytes instead of {end - start}"
+            )
+        return content[: end - start]
 
     def _discard(self, name: str, path: Path) -> None:
         path.resolve().unlink(missing_ok=True)

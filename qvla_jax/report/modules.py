@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -22,7 +23,7 @@ from qvla_jax.checkpoints.weights import Source, check_shapes, public_shapes
 from qvla_jax.data.samples import bundled_policy_path
 from qvla_jax.families.layout import Layout
 from qvla_jax.families.registry import family_of, from_record, preset, public_family
-from qvla_jax.inference.places import policy_folder
+from qvla_jax.inference.places import policy_outline
 from qvla_jax.models.surgery import named_modules
 from qvla_jax.quantization.index import ChannelIndex, LayerInfo
 from qvla_jax.quantization.layers import LayerRules, quantizable_layers
@@ -72,22 +73,30 @@ class Description:
         return sum(module.stored_bytes for module in self.modules)
 
 
-def describe(source: str, *, rules: LayerRules | None = None) -> Description:
+def describe(
+    source: str, *, rules: LayerRules | None = None, folder: Path | None = None
+) -> Description:
     """Describes a policy without loading it.
 
     Args:
         source: a preset (with weights or without), a directory written by `Policy.save` or
             `import_policy`, or a public directory, here or elsewhere (see `load_policy`).
         rules: which layers are quantized; None takes those of the policy's layout.
+        folder: where it is, if `policy_outline` was asked already.
 
     Raises:
         InputError: neither a preset nor a directory, or a rule that matches nothing.
         CheckpointError: a file is missing or broken, or its tensors do not fit the architecture.
     """
-    folder = policy_folder(source)
+    if folder is None:
+        with policy_outline(source) as found:
+            return describe(source, rules=rules, folder=found)
+    # One that is elsewhere is not where its files are.
+    name = str(folder) if Path(source).exists() else source
     if not folder.is_dir():
         config = preset(source)
         folder = bundled_policy_path(config.name)
+        name = str(folder)
         if not folder.is_dir():
             model = family_of(config).abstract_model(config)
             dtypes = dict.fromkeys(public_shapes(model), _PUBLISHED)
@@ -95,14 +104,14 @@ def describe(source: str, *, rules: LayerRules | None = None) -> Description:
     if (family := public_family(folder)) is not None:
         config, stored = family.survey(folder)
         model = family.abstract_model(config)
-        return _described(config, model, stored, f"{folder}, public layout", rules)
+        return _described(config, model, stored, f"{name}, public layout", rules)
     config = from_record(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
     model = family_of(config).abstract_model(config)
     if (folder / ORBAX_FOLDER).is_dir():
         dtypes = orbax_dtypes(model, folder / ORBAX_FOLDER)
     else:
         dtypes = _dtypes(model, TensorFile(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
-    return _described(config, model, dtypes, str(folder), rules)
+    return _described(config, model, dtypes, name, rules)
 
 
 def _dtypes(

@@ -4,8 +4,9 @@
 
 A message is decoded (`msgpack_numpy`, `json_numpy`, `pictures`), checked and prepared
 (`observations`), joins a batch (`batching`) and is answered (`openpi`, `vla_eval`, `rest`);
-`server` opens and closes the port.
-Packages of the extra `serve` are imported on first use.
+`server` opens and closes the port. LeRobot's clients have a port of their own (`grpc_port`,
+`lerobot`, `lerobot_messages`).
+Packages of the extras `serve` and `grpc` are imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -37,6 +37,8 @@ class ServeConfig(ModelOptions):
     host: str = "127.0.0.1"
     # Port; 0 takes a free one.
     port: int = 8000
+    # Port for LeRobot's asynchronous client; 0 takes a free one. By default it is not served.
+    lerobot_port: int | None = None
     # File with the token that clients must send; without one, all clients are served.
     token_file: Path | None = None
     # Certificate chain and private key (PEM) for TLS; without them, nothing is encrypted.
@@ -79,8 +81,14 @@ class ServeConfig(ModelOptions):
         self.further()
         if not 0 <= self.batch_window_ms <= 1000:
             raise InputError(f"batch_window_ms: expected 0 to 1000, got {self.batch_window_ms}")
-        if not 0 <= self.port <= 65535:
-            raise InputError(f"port: expected 0 to 65535, got {self.port}")
+        for name in ("port", "lerobot_port"):
+            if not 0 <= (getattr(self, name) or 0) <= 65535:
+                raise InputError(f"{name}: expected 0 to 65535, got {getattr(self, name)}")
+        if self.lerobot_port is not None and (self.token_file or self.tls_cert):
+            raise InputError(
+                "lerobot_port: LeRobot's client knows neither tokens nor TLS; serve it without, on "
+                "the loopback address, and let robots come through a tunnel (ssh -L)"
+            )
 
     @property
     def max_message(self) -> int:

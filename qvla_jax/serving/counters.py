@@ -55,6 +55,7 @@ class Snapshot:
     refused: int
     failed: int
     turned_away: int
+    skipped: int
     clients: int
     # Name of the policy -> answers.
     answers_by_policy: Mapping[str, int]
@@ -78,6 +79,8 @@ class Counters:
     failed: int = 0
     # Connections turned away: no token, a browser, or too many clients.
     turned_away: int = 0
+    # Observations of LeRobot's clients that a later one replaced, or that told nothing new.
+    skipped: int = 0
     clients: int = 0
     policies: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     batches: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
@@ -111,6 +114,7 @@ class Counters:
             refused=self.refused,
             failed=self.failed,
             turned_away=self.turned_away,
+            skipped=self.skipped,
             clients=self.clients,
             answers_by_policy=dict(sorted(self.policies.items())),
             answers_by_batch_size={str(k): v for k, v in sorted(self.batches.items())},

@@ -22,6 +22,7 @@ def _lines(snapshot: Snapshot) -> Iterator[str]:
         ("refused", "Messages refused: the client's fault."),
         ("failed", "Observations that the policy or the server failed on."),
         ("turned_away", "Connections turned away."),
+        ("skipped", "Observations of LeRobot's clients that were not needed."),
     ):
         yield from _metric(f"{name}_total", "counter", text, [("", {}, getattr(snapshot, name))])
     yield from _metric("clients", "gauge", "Connected clients.", [("", {}, snapshot.clients)])

@@ -6,17 +6,20 @@ import functools
 import signal
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from aiohttp import web
 
-from qvla_jax.errors import InputError
+from qvla_jax.errors import InputError, QvlaError
 from qvla_jax.inference import Policy
 from qvla_jax.progress import Progress, no_progress
 from qvla_jax.serving.application import make_application
 from qvla_jax.serving.config import ServeConfig
 from qvla_jax.serving.service import Service
 from qvla_jax.serving.websocket import Websockets
+
+if TYPE_CHECKING:
+    from qvla_jax.serving.grpc_port import LerobotPort
 
 # Connections beyond the maximum of clients, for refusals and health checks.
 _SPARE: Final = 16
@@ -71,12 +74,18 @@ class PolicyServer:
         self._websockets = Websockets(self._service)
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
+        self._lerobot = _lerobot_port(self._service)
 
     @property
     def port(self) -> int:
         """The port that the server listens on."""
         assert self._listener is not None
         return self._listener.sockets[0].getsockname()[1]
+
+    @property
+    def lerobot_port(self) -> int | None:
+        """The port for LeRobot's asynchronous client; None if it is not served."""
+        return None if self._lerobot is None else self._lerobot.port
 
     @property
     def service(self) -> Service:
@@ -115,6 +124,11 @@ class PolicyServer:
                 ssl=self._tls,
                 ssl_handshake_timeout=None if self._tls is None else config.io_timeout,
             )
+            if self._lerobot is not None:
+                await self._lerobot.open(config.host, config.lerobot_port or 0)
+        except InputError:
+            await self._stop()
+            raise
         except (OSError, OverflowError, UnicodeError) as error:
             await self._stop()
             raise InputError(
@@ -137,11 +151,17 @@ class PolicyServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.shutdown_timeout):
                 await self._websockets.close()
+                if self._lerobot is not None:
+                    self._lerobot.wake()
                 while self._service.counters.clients:
                     await asyncio.sleep(0.01)
         await self._stop()
 
     async def _stop(self) -> None:
+        if self._lerobot is not None:
+            await self._lerobot.close()
+        if self._listener is not None:
+            self._listener.close()
         if self._runner is not None:
             server = self._runner.server
             transports = [handler.transport for handler in server.connections] if server else []
@@ -161,6 +181,23 @@ class PolicyServer:
             self._service.counters.turned_away += 1
             return _Refusal()
         return server()
+
+
+def _lerobot_port(service: Service) -> "LerobotPort | None":
+    """The port of LeRobot's clients, if it is asked for.
+
+    Raises:
+        QvlaError: a package for it is missing.
+    """
+    if service.config.lerobot_port is None:
+        return None
+    try:
+        from qvla_jax.serving.grpc_port import LerobotPort
+    except ModuleNotFoundError as error:
+        raise QvlaError(
+            f"lerobot_port needs {error.name}, which is not there; pip install 'qvla-jax[grpc]'"
+        ) from error
+    return LerobotPort(service)
 
 
 def serve(
@@ -206,11 +243,14 @@ def serve(
             host = f"[{config.host}]" if ":" in config.host else config.host
             names = " and ".join(served.name for served in server.service.policies)
             secure, address = "s" if config.tls_cert else "", f"{host}:{server.port}"
-            ready(
-                f"Serving {names} at ws{secure}://{address} (openpi), "
-                f"http{secure}://{address}/act (OpenVLA) and "
-                f"ws{secure}://{address}/vla-eval (vla-eval)"
-            )
+            doors = [
+                f"ws{secure}://{address} (openpi)",
+                f"http{secure}://{address}/act (OpenVLA)",
+                f"ws{secure}://{address}/vla-eval (vla-eval)",
+            ]
+            if server.lerobot_port is not None:
+                doors.append(f"{host}:{server.lerobot_port} (LeRobot)")
+            ready(f"Serving {names} at {', '.join(doors[:-1])} and {doors[-1]}")
             await stop.wait()
 
     asyncio.run(run())

@@ -1,5 +1,6 @@
 """The readers that are fuzzed, and honest files for them."""
 
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -370,6 +371,25 @@ def _load_tensorflow() -> None:
         importlib.import_module("tensorflow")
 
 
+def _robots_messages() -> list[Target]:
+    """Pickles of LeRobot's asynchronous client."""
+    from qvla_jax.serving import lerobot_messages
+
+    path = Path(__file__).parents[1] / "serving" / "lerobot_messages.json"
+    recorded = json.loads(path.read_text()).values()
+    readers = {
+        "instructions": lerobot_messages.read_instructions,
+        "observation": lerobot_messages.read_observation,
+    }
+    return [
+        Target(
+            f"message-lerobot-{kind}", tuple(base64.b64decode(m[kind]) for m in recorded), read,
+            damage_bytes, weight=5,
+        )
+        for kind, read in readers.items()
+    ]  # fmt: skip
+
+
 def _messages() -> list[Target]:
     try:
         from qvla_jax.serving import json_numpy, msgpack_numpy, pictures
@@ -406,5 +426,6 @@ def _messages() -> list[Target]:
             "message-json", tuple(json_numpy.encode(c).encode() for c in contents),
             functools.partial(read, lambda m: json_numpy.decode(m)[0]), json_or_bytes, weight=15,
         ),
+        *_robots_messages(),
         Target("picture", (file("PNG"), file("JPEG")), look, damage_bytes, weight=2),
     ]  # fmt: skip

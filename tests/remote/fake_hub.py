@@ -169,9 +169,10 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.hub.wrong.get(file, content)
         start, status, headers = 0, 200, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}
         if asked := self.headers.get("Range"):
-            start = int(asked.removeprefix("bytes=").partition("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            status = 206
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, end = int(first), int(last or len(content) - 1) + 1
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+            status, content = 206, content[:end]
         cuts = self.hub.cuts.get(file, [])
         cut = cuts.pop(0) if cuts and self.command == "GET" else None
         self._send(status, content[start:], headers, cut=cut)

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -16,12 +17,13 @@ from qvla_jax import cli
 from qvla_jax.errors import CheckpointWarning, InputError, RemoteError
 from qvla_jax.families.openpi.config import GemmaConfig, SiglipConfig, preset
 from qvla_jax.families.openpi.synthetic import synthesize
-from qvla_jax.inference import load_policy
+from qvla_jax.inference import import_policy, load_policy
 from qvla_jax.inference.places import policy_folder
 from qvla_jax.provenance import provenance
 from qvla_jax.remote import buckets
 from qvla_jax.remote.buckets import BucketFolder
 from qvla_jax.remote.folder import digests_of, forget
+from qvla_jax.report.modules import describe
 
 from .fake_hub import contents
 
@@ -42,6 +44,9 @@ class Store(MemoryFileSystem):
     wrong: ClassVar[set[str]] = set()
     failures: ClassVar[dict[int, int]] = {}
     reachable: ClassVar[bool] = True
+    # Whether it lists checksums, and what becomes of a file once its first block was read.
+    checksums: ClassVar[bool] = True
+    changed: ClassVar[bytes | None] = None
     # Parts of files that were read.
     log: ClassVar[list[tuple[str, int, int]]] = []
     lock: ClassVar[threading.Lock] = threading.Lock()
@@ -54,7 +59,7 @@ class Store(MemoryFileSystem):
         if not type(self).reachable:
             raise ConnectionError("nobody answers")
         found = super().find(path, **settings)
-        for name, info in found.items():
+        for name, info in found.items() if self.checksums else ():
             md5 = hashlib.md5(self.store[name].getvalue(), usedforsecurity=False).digest()
             info["md5Hash"] = base64.b64encode(md5).decode()
         return found
@@ -70,6 +75,8 @@ class Store(MemoryFileSystem):
                 self.failures[start] -= 1
                 raise ConnectionError("cut")
             content = self.store[path].getvalue()[start:end]
+            if start == 0 and self.changed is not None:
+                self.pipe(path, self.changed)
             return bytes(len(content)) if path.rpartition("/")[2] in self.wrong else content
 
 
@@ -99,7 +106,8 @@ def store(pi0, monkeypatch) -> Iterator[type[Store]]:
     Store.wrong.clear()
     Store.failures.clear()
     Store.log.clear()
-    Store.reachable = True
+    Store.reachable = Store.checksums = True
+    Store.changed = None
     files = {**contents(pi0), "train_state/step": bytes(9000), "README.md": b"#"}
     for name, content in files.items():
         Store().pipe(f"/bucket/checkpoints/tiny_pi0/{name}", content)
@@ -127,6 +135,19 @@ def test_a_command_writes_where_its_policy_is_from(store, tmp_path, capsys):
         (source,) = json.loads(content)["sources"]
         assert source["source"] == ADDRESS
         assert len(source["sha256"]) == len(contents(policy_folder(ADDRESS)))
+
+
+def test_values_of_arrays_stay_there_when_a_policy_is_described(store, tiny, tmp_path):
+    import_policy(tiny, tmp_path / "own")
+    files = contents(tmp_path / "own")
+    for name, content in files.items():
+        store().pipe(f"/bucket/own/{name}", content)
+    found = describe("fake://bucket/own")
+    assert found == dataclasses.replace(describe(str(tmp_path / "own")), source="fake://bucket/own")
+    described = {name for name in files if not re.search(r"weights/.*/[\d.]+$", name)}
+    assert len(store.log) == len(described) < len(files)
+    (source,) = provenance(seed=0)["sources"]
+    assert source["sha256"].keys() == described
 
 
 @pytest.fixture
@@ -179,6 +200,17 @@ def test_a_file_that_changed_there_or_here_is_fetched_again(store, one, caches):
     assert fetched() == one[::-1]
 
 
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_file_that_changes_meanwhile_is_refused(store, one, caches, checksums):
+    store.checksums = checksums
+    store.changed = one[::-1]
+    with pytest.raises(RemoteError, match=r"file: (changed there while|not the file)"):
+        fetched()
+    assert [p for p in (caches / "own/buckets/files").rglob("*") if p.is_file()] == []
+    store.changed = None
+    assert fetched() == one[::-1]
+
+
 def test_offline_the_cache_is_all_there_is(store, one, monkeypatch):
     assert fetched() == one
     store.log.clear()
@@ -222,7 +254,8 @@ def test_what_is_not_there_is_named(store, address, message):
 
 
 def test_where_s3_encrypts_the_etag_is_no_checksum(store, one, monkeypatch):
-    head = {"ServerSideEncryption": "aws:kms"}
+    etag = f'"{"0" * 32}"'
+    head = {"ServerSideEncryption": "aws:kms", "ETag": etag}
     asked = []
 
     def call_s3(self, method, **settings):
@@ -234,11 +267,15 @@ def test_where_s3_encrypts_the_etag_is_no_checksum(store, one, monkeypatch):
 
     def encrypted(self, path, **settings):
         found = find(self, path, **settings)
-        return {n: {"size": i["size"], "ETag": f'"{"0" * 32}"'} for n, i in found.items()}
+        return {n: {"size": i["size"], "ETag": etag} for n, i in found.items()}
 
     monkeypatch.setattr(store, "find", encrypted)
     assert fetched() == one
     assert asked == [("head_object", {"Bucket": "bucket", "Key": "one/file"})]
+    store().pipe("/bucket/one/file", one[::-1])
+    head["ETag"], etag = etag, f'"{"1" * 32}"'
+    with pytest.raises(RemoteError, match=r"not the file that the store announces \(md5"):
+        fetched()
 
 
 def test_crc32c_is_that_of_googles_buckets(tmp_path):

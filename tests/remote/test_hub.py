@@ -1,5 +1,6 @@
 """Policies and data sets by their names on the Hub, against a server on loopback."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,10 +24,12 @@ from qvla_jax.progress import no_progress
 from qvla_jax.provenance import provenance
 from qvla_jax.remote.folder import forget
 from qvla_jax.remote.hub import HubFolder, looks_like_one
+from qvla_jax.report.modules import describe
 
 from .fake_hub import COMMIT, FakeHub, Repository, contents, git_sha1
 
 NAME = "somebody/tiny"
+WEIGHTS = "model-00001-of-00001.safetensors"
 LEROBOT = Path(__file__).parents[1] / "data" / "fixtures" / "lerobot.zip"
 OTHERS = {
     "README.md": b"# tiny",
@@ -92,8 +95,42 @@ def test_the_command_line_names_the_revision_and_the_hashes(served, tmp_path, ti
     assert done.returncode == 0, done.stderr
     (source,) = json.loads(done.stdout)["sources"]
     assert (source["source"], source["revision"]) == (f"{NAME}@v1", COMMIT)
-    assert source["sha256"].keys() == contents(tiny).keys()
+    # Of the weights only the header is read.
+    assert source["sha256"].keys() == contents(tiny).keys() - {WEIGHTS}
     assert (tmp_path / "home/hub/models--somebody--tiny/snapshots" / COMMIT).is_dir()
+
+
+def test_the_weights_of_a_policy_that_is_described_stay_there(served, tiny, caches, monkeypatch):
+    content = contents(tiny)[WEIGHTS]
+    header = 8 + int.from_bytes(content[:8], "little")
+    found = describe(NAME)
+    ranges = [r for _, path, r in served.log if path.endswith(WEIGHTS) and "/blob/" in path]
+    assert ranges == ["bytes=0-7", f"bytes=0-{header - 1}"]
+    assert WEIGHTS not in in_hub_cache(caches)
+    expected = describe(str(tiny))
+    assert found == dataclasses.replace(expected, source=f"{NAME}, public layout")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RemoteError, match=f"{WEIGHTS}: .* HF_HUB_OFFLINE is set"):
+        describe(NAME)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    policy_folder(NAME)
+    served.log.clear()
+    assert describe(NAME) == found
+    assert served.log == []
+
+
+@pytest.mark.parametrize("header", [b"", bytes(8), b"\xff" * 8 + bytes(3000), bytes(3000)])
+def test_weights_without_a_header_are_refused(served, header):
+    served.repositories[NAME].files[WEIGHTS] = header
+    with pytest.raises(RemoteError, match=f"{WEIGHTS}: not a safetensors file"):
+        describe(NAME)
+
+
+def test_a_fingerprint_needs_all_weights(served, tiny, capsys):
+    assert cli.main(["inspect", NAME, "--fingerprint", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["result"]["fingerprint"] == load_policy(tiny).fingerprint
+    assert told["sources"][0]["sha256"].keys() == contents(tiny).keys()
 
 
 def test_an_imported_policy_says_where_it_is_from(served, tmp_path, capsys):
