@@ -45,7 +45,7 @@ import numpy as np
 import tpu_bundles
 
 from qvla_jax import kernels
-from qvla_jax.kernels import tiles
+from qvla_jax.kernels import pallas_tpu
 from qvla_jax.kernels.packed import PackedWeight
 
 
@@ -139,8 +139,9 @@ def packed(target: str, label: str, c: int, k: int, rows: int, bits: int) -> Sch
         w = dataclasses.replace(w, index=None)
     prepared, sharding = aot.on_one(w, target, aot.devices(target)[0])
     x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16, sharding=sharding)
-    columns = zip(*tiles.blocks(prepared.tiled), strict=True)
-    tables = {i: np.asarray(column) for i, column in enumerate(columns)}
+    columns = pallas_tpu.step_tables(prepared.tiled).values()
+    # Numbers that are not integers steer nothing.
+    tables = {i: column for i, column in enumerate(columns) if column.dtype == np.int32}
     return compiled(lambda x, w: kernels.mixed_matmul(x, w, bits), x, prepared, "qvla", tables)
 
 

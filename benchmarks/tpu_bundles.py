@@ -19,7 +19,7 @@ _DELAY: Final = 4
 _WORD: Final = 2**32
 _BUNDLE: Final = re.compile(r"^\s*(0x[0-9a-f]+|\d+)\s+(?:[A-Z]{2})?\s*:\s*>*\s*\{")
 _INSTRUCTION: Final = re.compile(r"^%?(\w+) = ([a-z]\w*(?:\.\w+)*) ?(.*)$", re.DOTALL)
-_PREDICATE: Final = re.compile(r"^\((!?)%(\w+)\),?\s*")
+_PREDICATE: Final = re.compile(r"\s*\((!?)%(\w+)\),?\s*")
 # `smov (%p, a), b` moves b where p holds, and a elsewhere.
 _CHOICE: Final = re.compile(r"^\((!?)%(\w+), ([^)]*)\), (.*)$")
 _BRANCH: Final = re.compile(r"target bundleno = (\d+)")
@@ -78,9 +78,9 @@ def _bundle(body: str) -> Bundle:
             continue
         target, name, rest = found.groups()
         predicate = None
-        if guard := _PREDICATE.match(rest):
+        if guard := _PREDICATE.search(rest):  # before or behind the arguments
             predicate = (_register(guard.group(2)), not guard.group(1))
-            rest = rest[guard.end() :]
+            rest = rest[: guard.start()] + rest[guard.end() :]
         elif choice := _CHOICE.match(rest):
             negated, chooser, *values = choice.groups()
             name, values = "scalar_select", values if negated else values[::-1]
@@ -90,7 +90,7 @@ def _bundle(body: str) -> Bundle:
                 branch, condition = int(jump.group(1)), predicate
         elif name[0] in "spi" or name.startswith(("scalar", "dma")):
             # A store separates its place and its value by a space.
-            rest = rest.replace("]] ", "]], ") if name == "sst" else rest
+            rest = rest.replace("]] ", "]], ", 1) if name == "sst" else rest
             arguments = tuple(a.strip() for a in rest.split(","))
             instructions.append(Instruction(_register(target), name, arguments, predicate))
     return Bundle(tuple(instructions), branch, condition)

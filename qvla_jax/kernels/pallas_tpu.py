@@ -18,6 +18,7 @@ Without a TPU the kernel is interpreted, which is slow and only for tests.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -28,35 +29,61 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qvla_jax.array_typing import AnyArray, Array, Float, Int32
-from qvla_jax.kernels import planes, tiles
+from qvla_jax.kernels import tiles
 from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.batching import over_rows
-from qvla_jax.kernels.codes import WORD_BITS, array_module
+from qvla_jax.kernels.codes import array_module
 from qvla_jax.kernels.packed import PackedWeight, Segment
+from qvla_jax.kernels.tpu_kernel import (
+    DIGITS,
+    LANES,
+    UNIT,
+    block_product,
+    clear_beyond,
+    code_scale,
+    joined,
+    split,
+    store,
+)
 from qvla_jax.quantization.codes import SOURCE, CodeMap
 
-_LANES: Final = 128
-# Candidates for the size of a block. 512 words by 512 channels are 1 MiB.
-_DEPTHS: Final = (128, 256, 512)
+# Candidates for the size of a block.
+_DEPTHS: Final = range(32, 1025, 32)
 _TILES: Final = (128, 256, 512)
-# A step of the grid takes about 0.3 microseconds, in which memory delivers about this many bytes.
-_STEP_BYTES: Final = 2**18
-# VMEM that a launch may use; v5e, v5p and v6e have at least twice as much.
-_VMEM_BYTES: Final = 40 * 2**20
+_BLOCK_BYTES: Final = 2**20
+# The matrix unit of v6e multiplies by this many channels at once, and by fewer in the same time.
+_LEAST_LANES: Final = 256
+# A step of the grid takes about 150 cycles more than its product; memory delivers about this many
+# bytes in them.
+_STEP_BYTES: Final = 2**17
+# VMEM that blocks may take, and that a launch may use with what the compiler adds; v5p has 64 MiB,
+# v5e and v6e have 128.
+_VMEM_BYTES: Final = 52 * 2**20
+_VMEM_LIMIT: Final = 60 * 2**20
 # Rows of a block of x: whole sublanes of int8, the narrowest type.
 _ROWS: Final = 32
+# Rows of x that are split into digits.
+_FEW: Final = (8, 16, 32)
+# From here on sums of int8 products might not fit 32 bits.
+_MOST_INPUTS: Final = 2**17
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["tiled", "position", "windows"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["tiled", "bias", "position", "windows", "pruned"],
+    meta_fields=["ordered"],
 )
 @dataclasses.dataclass(frozen=True)
 class TpuWeight:
     """Tiles, and the map from their lanes to the outputs; O vectors of 128 outputs, R runs."""
 
     tiled: tiles.TiledWeight
+    bias: AnyArray  # float32 [1, lanes of all tiles]
     position: AnyArray  # int32 [1, O 128], lane that an output's sum is in; -1: none
     windows: AnyArray  # int32 [O R], first vector of lanes in which a run serves an output vector
+    pruned: AnyArray  # float32 [1, O 128], outputs that are in no lane
+    # Whether output i is in lane i; then there are no such arrays (O = 0).
+    ordered: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,10 +103,30 @@ def supports(w: PackedWeight) -> str | None:
 
 def prepare(w: PackedWeight) -> TpuWeight:
     """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
-    tiled = tiles.arrange(w, *block_shape(w.segments, w.shape[1], w.group))
-    position = tiles.positions(tiled, -(-w.shape[0] // _LANES) * _LANES)
-    windows = _windows(array_module(position), tiled, position)
-    return TpuWeight(tiled, position[None], windows)
+    tiled = tiles.arrange(w, *block_shape(w.segments, w.shape[1]), UNIT)
+    xp, c = array_module(tiled.index), w.shape[0]
+    ordered = _is_ordered(w, tiled)
+    vectors = 0 if ordered else -(-c // LANES)
+    position = tiles.positions(tiled, vectors * LANES) if vectors else xp.zeros(0, np.int32)
+    bias = xp.asarray(tiled.bias)
+    return TpuWeight(
+        tiled=tiled,
+        bias=xp.where(tiled.index < 0, np.float32(0), bias[xp.maximum(tiled.index, 0)])[None],
+        position=position[None],
+        windows=_windows(xp, tiled, position),
+        pruned=xp.pad(bias, (0, vectors * LANES - c))[None] if vectors else xp.zeros((1, 0), np.float32),
+        ordered=ordered,
+    )
+
+
+def _is_ordered(w: PackedWeight, tiled: tiles.TiledWeight) -> bool:
+    """Whether output i is in lane i; an index that is traced is not looked at."""
+    if len(tiled.parts) != 1:
+        return False
+    if w.index is None:
+        return True
+    known = not isinstance(w.index, jax.core.Tracer)
+    return known and np.array_equal(np.asarray(w.index), np.arange(w.shape[0]))
 
 
 def _runs(w: tiles.TiledWeight) -> list[tuple[int, int]]:
@@ -95,16 +142,19 @@ def _runs(w: tiles.TiledWeight) -> list[tuple[int, int]]:
 
 
 def _windows(xp: Any, w: tiles.TiledWeight, position: AnyArray) -> Int32[AnyArray, " n"]:
-    """First of the two vectors of lanes from which each run serves each vector of outputs."""
-    by_vector = position.reshape(-1, _LANES)
+    """First of the two vectors of lanes from which each run serves each vector of outputs.
+
+    Any, where it serves none.
+    """
+    by_vector = position.reshape(-1, LANES)
     # A window is two vectors and must end within the scratch, which has one vector more.
     windows = []
     for start, stop in _runs(w):
         here = (by_vector >= start) & (by_vector < stop)
         first = xp.where(here, by_vector, np.int32(2**30)).min(axis=1)
-        windows.append(xp.where(here.any(axis=1), first // _LANES, -1))
-    if not windows:
-        return xp.zeros(0, np.int32)
+        windows.append(xp.where(here.any(axis=1), first, 0))
+    if not windows or not len(by_vector):
+        return xp.zeros(1, np.int32)  # scalar memory takes no empty arrays
     return xp.stack(windows, axis=1).reshape(-1).astype(np.int32)
 
 
@@ -113,32 +163,43 @@ def canonical(w: TpuWeight) -> PackedWeight:
     return tiles.restore(w.tiled)
 
 
-def block_shape(segments: tuple[Segment, ...], k: int, group: int | None) -> tuple[int, int]:
-    """Words and channels of a block: the fewest bytes to read, in steps that hide their overhead.
+def block_shape(segments: tuple[Segment, ...], k: int) -> tuple[int, int]:
+    """Words and channels of a block: what reads, waits and multiplies least.
 
-    Groups need planes of 128 inputs, so that a plane is within one group if groups are multiples of
-    that.
+    A product reads all blocks, waits for the first, takes some time for each step, and multiplies
+    what blocks cover, padding included. All of it is counted in bytes that memory delivers
+    meanwhile; a multiplication counts as one, as with half of 600 rows.
     """
-    depths = _DEPTHS if group is None else _DEPTHS[:1]
 
     def cost(shape: tuple[int, int]) -> tuple[int, int]:
         depth, lanes = shape
-        steps = sum(
-            part.tiles(lanes) * -(-k // tiles.covered(part.bits, depth))
-            for part in tiles.plan(segments, lanes)
-        )
-        return steps * max(depth * lanes * 4, _STEP_BYTES), lanes
+        wide = max(lanes, _LEAST_LANES)
+        size, total = 4 * depth * wide, 0
+        for part in tiles.plan(segments, lanes):
+            inputs = tiles.covered(part.bits, depth)
+            total += part.tiles(lanes) * -(-k // inputs) * (size + _STEP_BYTES + inputs * wide)
+        return total + size, lanes
 
-    return min(((d, n) for d in depths for n in _TILES), key=cost)
+    # Slices of x begin at whole vectors: planes have 4 or, at 16 bits, 2 inputs a word.
+    whole = LANES // 2 if any(s.bits == SOURCE for s in segments) else LANES // 4
+    shapes = itertools.product(_DEPTHS, _TILES)
+    fitting = (s for s in shapes if s[0] % whole == 0 and 4 * s[0] * s[1] <= _BLOCK_BYTES)
+    return min(fitting, key=cost)
+
+
+def few(m: int) -> int | None:
+    """Rows of a launch that splits them into digits; None if there are too many."""
+    return next((rows for rows in _FEW if m <= rows), None)
 
 
 def rows_per_block(m: int, w: TpuWeight, x_bytes: int, y_bytes: int) -> int:
     """Rows of x that a launch holds in VMEM at once: all, or as many as fit, evenly."""
     tiled, c = w.tiled, w.position.shape[1]
-    row = 2 * tiled.padded_k * x_bytes + 4 * (tiled.index.shape[0] + _LANES) + 2 * c * y_bytes
-    # Words twice, one unpacked plane in int32 and in the activations' type, and the scales.
-    fixed = 4 * 4 * tiled.depth * tiled.lanes + 8 * tiled.scales.shape[0] * tiled.lanes
-    fits = max((_VMEM_BYTES - fixed) // (row + 8 * tiled.lanes) // _ROWS * _ROWS, _ROWS)
+    # Inputs, outputs with and without their order, and the sums of a tile.
+    row = tiled.padded_k * x_bytes + (tiled.index.shape[0] + c) * y_bytes + 12 * tiled.lanes
+    # Words twice, planes unpacked to bytes and to the activations' type, and the scales.
+    fixed = (8 + 48) * tiled.depth * tiled.lanes + 8 * tiled.scales.shape[0] * tiled.lanes
+    fits = max((_VMEM_BYTES - fixed) // row // _ROWS * _ROWS, _ROWS)
     count = -(-m // fits)
     return -(-m // (count * _ROWS)) * _ROWS
 
@@ -159,201 +220,216 @@ def _rows(x: Float[Array, "m k"], w: TpuWeight, activation_bits: int) -> Float[A
     operands = {}
     if rounded:
         operands["codes"], operands["scale"] = quantize_activations(x, activation_bits)
+        operands["scale"] = jnp.broadcast_to(operands["scale"], (m, LANES))
     if not rounded or SOURCE in widths:
         operands["float"] = x if activation_bits == 16 else x.astype(jnp.bfloat16)
     bytes_per_input = sum(operands[n].dtype.itemsize for n in ("codes", "float") if n in operands)
-    bm = rows_per_block(m, w, bytes_per_input, x.dtype.itemsize)
-    padded = {
-        name: jnp.pad(value, ((0, -m % bm), (0, tiled.padded_k - k if name != "scale" else 0)))
-        for name, value in operands.items()
-    }
-    launch = functools.partial(_launch, bm=bm, dtype=x.dtype)
+    step = tiled.scale_step
+    split = not rounded and widths != {SOURCE} and (step is None or step % LANES == 0)
+    bm = few(m) if split else None
+    split = bm is not None
+    if bm is None:
+        bm = rows_per_block(m, w, bytes_per_input, x.dtype.itemsize)
+    if split:  # whole blocks of few rows
+        operands["float"] = jnp.pad(operands["float"], ((0, bm - m), (0, tiled.padded_k - k)))
+    launch = functools.partial(_launch, bm=bm, split=split, dtype=x.dtype)
     y = jax.lax.platform_dependent(
-        padded,
+        operands,
         w,
         tpu=functools.partial(launch, interpret=False),
         default=functools.partial(launch, interpret=True),
     )
-    return y[:m, :c]
+    return y[:m]
 
 
-def _launch(x: dict[str, Array], w: TpuWeight, *, bm: int, dtype: Any, interpret: bool) -> Array:
-    """One launch over padded rows; x has "float", or "codes" and "scale", or all three."""
+def _launch(
+    x: dict[str, Array], w: TpuWeight, *, bm: int, split: bool, dtype: Any, interpret: Any
+) -> Array:
+    """One launch; x has "float", or "codes" and "scale", or all three.
+
+    Blocks reach beyond the rows and inputs of x and beyond the outputs.
+    """
     tiled = w.tiled
-    rows, padded_k = x["codes" if "codes" in x else "float"].shape
-    outputs, lanes, groups = w.position.shape[1], tiled.lanes, tiled.scales.shape[0]
-    bits, tile, start = (np.asarray(v, np.int32) for v in zip(*tiles.blocks(tiled), strict=True))
-    operands = x | {
-        "words": tiled.words,
-        "scales": tiled.scales,
-        "position": w.position,
-        "bias": jnp.pad(jnp.asarray(tiled.bias), (0, outputs - tiled.shape[0]))[None],
-    }
+    rows, padded_k = x["codes" if "codes" in x else "float"].shape[0], tiled.padded_k
+    lanes, groups = tiled.lanes, tiled.scales.shape[0]
+    laid, widths = tiled.index.shape[0], {part.bits for part in tiled.parts}
+    outputs, tables = laid if w.ordered else w.position.shape[1], step_tables(tiled)
+    operands = x | {"words": tiled.words, "scales": tiled.scales, "bias": w.bias}
     # The index maps receive the grid's indices and the prefetched tables.
+    # What is the same in all steps needs one buffer.
+    once = {"pipeline_mode": pl.Buffered(1)}
     specs = {
-        "float": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0)),
-        "codes": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0)),
-        "scale": pl.BlockSpec((bm, 1), lambda m, g, *_: (m, 0)),
+        "float": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0), **once),
+        "codes": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0), **once),
+        "scale": pl.BlockSpec((bm, LANES), lambda m, g, *_: (m, 0), **once),
         "words": pl.BlockSpec((1, tiled.depth, lanes), lambda m, g, *_: (g, 0, 0)),
-        "scales": pl.BlockSpec((groups, lanes), lambda m, g, bits, tile, *_: (0, tile[g])),
-        "position": pl.BlockSpec((1, outputs), lambda m, g, *_: (0, 0)),
-        "bias": pl.BlockSpec((1, outputs), lambda m, g, *_: (0, 0)),
+        "scales": pl.BlockSpec((groups, lanes), lambda m, g, kind, tile, *_: (0, tile[g])),
+        "bias": pl.BlockSpec((1, lanes), lambda m, g, kind, tile, *_: (0, tile[g])),
     }
+    scratch = {
+        "sums": pltpu.VMEM(
+            (bm * DIGITS if split else bm, lanes),
+            jnp.int32 if (split or "codes" in x) and _sums_whole(tiled) else jnp.float32,
+        ),
+    }
+    if tiled.group is not None:
+        scratch["scales"] = pltpu.VMEM((groups, lanes), jnp.float32)
+    if SOURCE in widths:
+        scratch["exact"] = pltpu.VMEM((bm, lanes), jnp.float32)
+    if split:
+        scratch["digits"] = pltpu.VMEM((bm * DIGITS, padded_k), jnp.int8)
+        scratch["scale"] = pltpu.VMEM((bm, LANES), jnp.float32)
+    out = pl.BlockSpec((bm, lanes), lambda m, g, kind, tile, *_: (m, tile[g]))
+    if not w.ordered:
+        operands |= {"position": w.position, "pruned": w.pruned}
+        specs["position"] = pl.BlockSpec((1, outputs), lambda m, g, *_: (0, 0))
+        specs["pruned"] = pl.BlockSpec((1, outputs), lambda m, g, *_: (0, 0))
+        size = np.dtype(dtype).itemsize
+        scratch["done"] = pltpu.VMEM((bm * size // 4, laid + LANES), jnp.int32)
+        out = pl.BlockSpec((bm, outputs), lambda m, g, *_: (m, 0), **once)
     call = pl.pallas_call(
         functools.partial(
             _kernel,
             codes={part.bits: tiled.code_map(part.bits) for part in tiled.parts},
             step=tiled.scale_step,
-            blocks=len(bits),
             runs=len(_runs(tiled)),
+            inputs=tiled.shape[1],
         ),
-        out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, w.shape[0]), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(rows // bm, len(bits)),
+            num_scalar_prefetch=len(tables) + 1,
+            grid=(-(-rows // bm), len(tables["tile"])),
             in_specs=[{name: specs[name] for name in operands}],
-            out_specs=pl.BlockSpec((bm, outputs), lambda m, g, *_: (m, 0)),
-            scratch_shapes=[
-                pltpu.VMEM((bm, tiled.index.shape[0] + _LANES), jnp.float32),
-                pltpu.VMEM((groups, lanes), jnp.float32),
-            ],
+            out_specs=out,
+            scratch_shapes=[scratch],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES * 3 // 2
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_LIMIT,
+            disable_bounds_checks=True,
         ),
-        cost_estimate=_cost(operands, rows, rows // bm, dtype),
+        cost_estimate=_cost(operands, rows, -(-rows // bm), dtype),
         interpret=interpret,
         name="qvla_mixed_matmul",
     )
-    return call(bits, tile, start, w.windows, operands)
+    return call(*tables.values(), w.windows, operands)
+
+
+def step_tables(w: tiles.TiledWeight) -> dict[str, np.ndarray]:
+    """What steps of the grid look up: one entry for each block."""
+    bits, tile, start = (np.asarray(v, np.int32) for v in zip(*tiles.blocks(w), strict=True))
+    widths = [part.bits for part in w.parts]
+    scale = {width: code_scale(width, w.code_map(width)) for width in widths}
+    return {
+        "kind": np.array([widths.index(b) for b in bits], np.int32),
+        "tile": tile,
+        "start": start,
+        "last": np.append(start[1:] == 0, True).astype(np.int32),
+        "units": np.array([scale[b] for b in bits], np.float32),
+    }
+
+
+def _sums_whole(w: tiles.TiledWeight) -> bool:
+    """Whether sums of int8 products stay integers until the end."""
+    return w.group is None and w.padded_k < _MOST_INPUTS
 
 
 def _cost(operands: dict[str, Array], rows: int, passes: int, dtype: Any) -> pl.CostEstimate:
     words = operands["words"].nbytes * passes
     once = sum(value.nbytes for name, value in operands.items() if name != "words")
-    outputs, lanes = operands["bias"].shape[1], operands["scales"].shape[1]
+    lanes = operands["scales"].shape[1]
     inputs = operands["codes" if "codes" in operands else "float"].shape[1]
     return pl.CostEstimate(
         flops=2 * rows * inputs * lanes,
-        bytes_accessed=words + once + rows * outputs * np.dtype(dtype).itemsize,
+        bytes_accessed=words + once + rows * lanes * np.dtype(dtype).itemsize,
         transcendentals=0,
     )
 
 
 def _kernel(
-    bits: Any,
+    kind: Any,
     tile: Any,
     start: Any,
+    last: Any,
+    units: Any,
     windows: Any,
     refs: dict[str, Any],
     y: Any,
-    *scratch: Any,
+    scratch: dict[str, Any],
+    *,
     codes: Mapping[int, CodeMap],
     step: int | None,
-    blocks: int,
     runs: int,
+    inputs: int,
 ) -> None:
     """A step of the grid: one block of words for one block of rows."""
-    sums, scales = scratch
     g = pl.program_id(1)
-    lanes = refs["words"].shape[2]
-    here = pl.ds(pl.multiple_of(tile[g] * lanes, _LANES), lanes)
+    words, scales = refs["words"], scratch.get("scales")
+    x, scale = refs.get("codes", refs.get("float")), refs.get("scale")
 
-    @pl.when(start[g] == 0)
+    @pl.when(g == 0)
     def _() -> None:
-        sums[:, here] = jnp.zeros((sums.shape[0], lanes), jnp.float32)
-        # Rows of bfloat16 share sublanes, but single rows are read below.
-        scales[...] = refs["scales"][...].astype(jnp.float32)
+        for name in ("float", "codes"):
+            if name in refs:
+                clear_beyond(refs[name], inputs)
+        if "digits" in scratch:
+            split(refs["float"], scratch["digits"], scratch["scale"])
 
-    for width in codes:
+    if "digits" in scratch:
+        x, scale = scratch["digits"], scratch["scale"]
 
-        @pl.when(bits[g] == width)
-        def _(width: int = width) -> None:
-            sums[:, here] += _block(refs, scales, start[g], width, codes[width], step)
+    if scales is not None:
 
-    @pl.when(g == blocks - 1)
+        @pl.when(start[g] == 0)
+        def _() -> None:
+            scales[...] = refs["scales"][...].astype(jnp.float32) * units[g]
+
+    def add(width: int) -> None:
+        sums, given = scratch["sums"], x
+        if width == SOURCE:
+            sums, given = scratch["exact"], refs["float"]
+        assert given is not None
+        product = block_product(given, words[0], start[g], width, codes[width], scales, step)
+        before = jnp.where(start[g] == 0, jnp.zeros((), sums.dtype), sums[...])
+        sums[...] = before + product.astype(sums.dtype)
+
+    if len(codes) == 1:
+        add(*codes)
+    else:
+        jax.lax.switch(kind[g], [functools.partial(add, width) for width in codes])
+
+    @pl.when(last[g] == 1)
     def _() -> None:
-        _store(windows, refs, y, sums, runs)
+        lanes = words.shape[2]
+        here = pl.ds(pl.multiple_of(tile[g] * lanes, LANES), lanes)
 
+        def finish(total: Array, factor: Any) -> None:
+            if factor is not None:
+                total = total * factor
+            total = (total + refs["bias"][...]).astype(y.dtype)
+            if "done" in scratch:
+                scratch["done"][:, here] = pltpu.bitcast(total, jnp.int32)
+            else:
+                y[...] = total
 
-def _block(
-    refs: dict[str, Any], scales: Any, start: Array, bits: int, codes: CodeMap, step: int | None
-) -> Float[Array, "m n"]:
-    """Scaled product of x with a block of words."""
-    words = refs["words"][0]
-    depth = words.shape[0]
-    source = bits == SOURCE
-    x = refs["float" if source or "codes" not in refs else "codes"]
-    fine = step is not None and step < depth and not source
-    total = None
-    for plane in range(WORD_BITS // bits):
-        first = pl.multiple_of(start + plane * depth, _LANES)
-        xs = x[:, pl.ds(first, depth)]
-        if source:
-            part = planes.dot(xs, planes.unpack(words, bits, plane, codes))
-        elif fine:
-            assert step is not None
-            above = jax.lax.div(first, step)
-            own = [scales[pl.ds(above + g, 1), :] for g in range(depth // step)]
-            part = _scaled_dot(xs, planes.unpack(words, bits, plane, codes), own)
+        def sums_of_codes() -> None:
+            sums = scratch["sums"]
+            total = joined(sums) if "digits" in scratch else sums[...].astype(jnp.float32)
+            if scales is None:
+                total = total * (refs["scales"][...].astype(jnp.float32) * units[g])
+            finish(total, None if scale is None else scale[:, :1])
+
+        if "exact" not in scratch:
+            sums_of_codes()
+        elif len(codes) == 1:
+            finish(scratch["exact"][...], None)
         else:
-            part = planes.dot(xs, planes.unpack(words, bits, plane, codes))
-            if step is not None:
-                part = part.astype(jnp.float32) * scales[pl.ds(jax.lax.div(first, step), 1), :]
-        total = part if total is None else total + part
-    assert total is not None
-    total = total.astype(jnp.float32)
-    if source:
-        return total
-    if step is None:
-        total = total * scales[0:1, :]
-    return total * refs["scale"][...] if "scale" in refs else total
+            # 16-bit tiles are the first.
+            source = kind[g] == 0
+            pl.when(source)(lambda: finish(scratch["exact"][...], None))
+            pl.when(jnp.logical_not(source))(sums_of_codes)
+        if "done" in scratch:
 
-
-def _scaled_dot(
-    x: Array, codes: Int32[Array, "depth n"], scales: list[Float[Array, "1 n"]]
-) -> Float[Array, "m n"]:
-    """`x (s q)` with scales s of groups that are finer than a plane.
-
-    `s q` has at most 16 bits: 8 of q, 8 of the bfloat16 s.
-    """
-    depth, lanes = codes.shape
-    wide = [jnp.broadcast_to(row, (depth // len(scales), lanes)) for row in scales]
-    w = codes.astype(jnp.float32) * jnp.concatenate(wide)
-    if x.dtype == jnp.float32:
-        return planes.dot(x, w)
-    if x.dtype == jnp.int8:
-        x = x.astype(jnp.float32).astype(jnp.bfloat16)
-    upper = w.astype(jnp.bfloat16).astype(jnp.float32)
-    return planes.dot(x, upper) + planes.dot(x, w - upper)
-
-
-def _store(windows: Any, refs: dict[str, Any], y: Any, sums: Any, runs: int) -> None:
-    """Sums in the order of the tiles -> outputs, 128 at a time."""
-    rows = y.shape[0]
-
-    @pl.loop(0, y.shape[1] // _LANES)
-    def _(vector: Array) -> None:
-        here = pl.ds(pl.multiple_of(vector * _LANES, _LANES), _LANES)
-        wanted = jnp.broadcast_to(refs["position"][:, here], (rows, _LANES))
-        y[:, here] = jnp.broadcast_to(refs["bias"][:, here], (rows, _LANES)).astype(y.dtype)
-        for run in range(runs):
-            window = windows[vector * runs + run]
-
-            @pl.when(window >= 0)
-            def _(window: Array = window) -> None:
-                _merge(y, here, sums, window, wanted, refs["bias"])
-
-
-def _merge(y: Any, here: Any, sums: Any, window: Array, wanted: Array, bias: Any) -> None:
-    """Stores the wanted lanes that are in the two vectors of a window."""
-    result = y[:, here]
-    for half in range(2):
-        first = pl.multiple_of((window + half) * _LANES, _LANES)
-        lane = wanted - first
-        inside = (lane >= 0) & (lane < _LANES)
-        found = jnp.take_along_axis(
-            sums[:, pl.ds(first, _LANES)], lane & (_LANES - 1), axis=1, mode="promise_in_bounds"
-        )
-        result = jnp.where(inside, (found + bias[:, here]).astype(y.dtype), result)
-    y[:, here] = result
+            @pl.when(g == pl.num_programs(1) - 1)
+            def _() -> None:
+                store(windows, refs["position"], refs["pruned"], scratch["done"], y, runs)
