@@ -45,7 +45,7 @@ import numpy as np
 import tpu_bundles
 
 from qvla_jax import kernels
-from qvla_jax.kernels import pallas_tpu
+from qvla_jax.kernels import tpu_weight
 from qvla_jax.kernels.packed import PackedWeight
 
 
@@ -139,7 +139,7 @@ def packed(target: str, label: str, c: int, k: int, rows: int, bits: int) -> Sch
         w = dataclasses.replace(w, index=None)
     prepared, sharding = aot.on_one(w, target, aot.devices(target)[0])
     x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16, sharding=sharding)
-    columns = pallas_tpu.step_tables(prepared.tiled).values()
+    columns = tpu_weight.step_tables(prepared.tiled).values()
     # Numbers that are not integers steer nothing.
     tables = {i: column for i, column in enumerate(columns) if column.dtype == np.int32}
     return compiled(lambda x, w: kernels.mixed_matmul(x, w, bits), x, prepared, "qvla", tables)
@@ -162,9 +162,7 @@ def plain_time(target: str, c: int, k: int, rows: int, kind: str) -> float:
     return max(found.bytes / chip.bandwidth, sum(found.bundles.values()) / chip.clock)
 
 
-def compiled(
-    run: Any, x: Any, w: Any, name: str, tables: Mapping[int, np.ndarray]
-) -> Schedule:
+def compiled(run: Any, x: Any, w: Any, name: str, tables: Mapping[int, np.ndarray]) -> Schedule:
     """Compiles a function and counts what its programs execute."""
     for path in glob.glob(f"{DUMPS.name}/*"):
         os.remove(path)

@@ -2,23 +2,19 @@
 
 The grid walks over blocks of `kernels.tiles`, all of one size; tables prefetched into scalar memory
 give the width, the tile and the first input of each block. Rows of x stay in VMEM with all their
-inputs, and so do their sums, in the order of the tiles. The last step brings the sums into the
-order of the outputs: within a segment channels ascend, so 128 adjacent outputs take at most 128
-adjacent sums from each run of rows, which are in two vectors of lanes; a gather within those and a
-selection place them. Pruned channels select nothing. Then the bias is added and the block of
-outputs is stored.
+inputs. The sums of a tile are finished with its last block: scaled, rounded to the type of x, and
+stored, or held in the order of the lanes until the last step orders them.
 
 bfloat16 activations are multiplied by the codes in bfloat16, which holds them exactly, and float32
-activations in float32. Integer activations are multiplied in int8 and summed in int32 within a
-block. Sums are scaled per block, or per plane if groups are whole planes; finer groups scale the
-weights, as the exact sum of two bfloat16 numbers.
+activations in float32; if there are few rows, both are split into digits. Integer activations are
+rounded when the launch starts, multiplied in int8, and summed in int32 unless there are groups.
+Groups of a multiple of 128 inputs scale their own sums; others scale the weights, as the exact sum
+of two bfloat16 numbers. `tpu_kernel` has the parts, `tpu_weight` the arrangement.
 
 Without a TPU the kernel is interpreted, which is slow and only for tests.
 """
 
-import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -28,175 +24,53 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qvla_jax.array_typing import AnyArray, Array, Float, Int32
+from qvla_jax.array_typing import Array, Float
 from qvla_jax.kernels import tiles
-from qvla_jax.kernels.activations import quantize_activations
+from qvla_jax.kernels.activations import activation_scales, largest_code
 from qvla_jax.kernels.batching import over_rows
-from qvla_jax.kernels.codes import array_module
-from qvla_jax.kernels.packed import PackedWeight, Segment
 from qvla_jax.kernels.tpu_kernel import (
     DIGITS,
     LANES,
-    UNIT,
     block_product,
     clear_beyond,
-    code_scale,
     joined,
+    round_rows,
     split,
     store,
 )
+from qvla_jax.kernels.tpu_weight import (
+    TpuWeight,
+    canonical,
+    lane_runs,
+    prepare,
+    step_tables,
+    supports,
+)
 from qvla_jax.quantization.codes import SOURCE, CodeMap
 
-# Candidates for the size of a block.
-_DEPTHS: Final = range(32, 1025, 32)
-_TILES: Final = (128, 256, 512)
-_BLOCK_BYTES: Final = 2**20
-# The matrix unit of v6e multiplies by this many channels at once, and by fewer in the same time.
-_LEAST_LANES: Final = 256
-# A step of the grid takes about 150 cycles more than its product; memory delivers about this many
-# bytes in them.
-_STEP_BYTES: Final = 2**17
+__all__ = ["canonical", "matmul", "prepare", "supports"]
+
 # VMEM that blocks may take, and that a launch may use with what the compiler adds; v5p has 64 MiB,
 # v5e and v6e have 128.
 _VMEM_BYTES: Final = 52 * 2**20
 _VMEM_LIMIT: Final = 60 * 2**20
 # Rows of a block of x: whole sublanes of int8, the narrowest type.
 _ROWS: Final = 32
-# Rows of x that are split into digits.
+# Rows of a block that is split into digits.
 _FEW: Final = (8, 16, 32)
 # From here on sums of int8 products might not fit 32 bits.
 _MOST_INPUTS: Final = 2**17
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tiled", "bias", "position", "windows", "pruned"],
-    meta_fields=["ordered"],
-)
-@dataclasses.dataclass(frozen=True)
-class TpuWeight:
-    """Tiles, and the map from their lanes to the outputs; O vectors of 128 outputs, R runs."""
-
-    tiled: tiles.TiledWeight
-    bias: AnyArray  # float32 [1, lanes of all tiles]
-    position: AnyArray  # int32 [1, O 128], lane that an output's sum is in; -1: none
-    windows: AnyArray  # int32 [O R], first vector of lanes in which a run serves an output vector
-    pruned: AnyArray  # float32 [1, O 128], outputs that are in no lane
-    # Whether output i is in lane i; then there are no such arrays (O = 0).
-    ordered: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `dispatch.PreparedWeight`."""
-        return self.tiled.shape
-
-    @property
-    def implementation(self) -> str:
-        """See `dispatch.PreparedWeight`."""
-        return "pallas_tpu"
-
-
-def supports(w: PackedWeight) -> str | None:
-    """Why this implementation cannot run the weight; None if it can."""
-    return tiles.unsupported(w)
-
-
-def prepare(w: PackedWeight) -> TpuWeight:
-    """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
-    tiled = tiles.arrange(w, *block_shape(w.segments, w.shape[1]), UNIT)
-    xp, c = array_module(tiled.index), w.shape[0]
-    ordered = _is_ordered(w, tiled)
-    vectors = 0 if ordered else -(-c // LANES)
-    position = tiles.positions(tiled, vectors * LANES) if vectors else xp.zeros(0, np.int32)
-    bias = xp.asarray(tiled.bias)
-    return TpuWeight(
-        tiled=tiled,
-        bias=xp.where(tiled.index < 0, np.float32(0), bias[xp.maximum(tiled.index, 0)])[None],
-        position=position[None],
-        windows=_windows(xp, tiled, position),
-        pruned=xp.pad(bias, (0, vectors * LANES - c))[None] if vectors else xp.zeros((1, 0), np.float32),
-        ordered=ordered,
-    )
-
-
-def _is_ordered(w: PackedWeight, tiled: tiles.TiledWeight) -> bool:
-    """Whether output i is in lane i; an index that is traced is not looked at."""
-    if len(tiled.parts) != 1:
-        return False
-    if w.index is None:
-        return True
-    known = not isinstance(w.index, jax.core.Tracer)
-    return known and np.array_equal(np.asarray(w.index), np.arange(w.shape[0]))
-
-
-def _runs(w: tiles.TiledWeight) -> list[tuple[int, int]]:
-    """Lanes [start, stop) of each chunk, within which outputs ascend."""
-    runs, lane = [], 0
-    for part in w.parts:
-        start = lane
-        for chunk in part.chunks:
-            runs.append((start, start + chunk.rows))
-            start += chunk.rows
-        lane += part.tiles(w.lanes) * w.lanes
-    return runs
-
-
-def _windows(xp: Any, w: tiles.TiledWeight, position: AnyArray) -> Int32[AnyArray, " n"]:
-    """First of the two vectors of lanes from which each run serves each vector of outputs.
-
-    Any, where it serves none.
-    """
-    by_vector = position.reshape(-1, LANES)
-    # A window is two vectors and must end within the scratch, which has one vector more.
-    windows = []
-    for start, stop in _runs(w):
-        here = (by_vector >= start) & (by_vector < stop)
-        first = xp.where(here, by_vector, np.int32(2**30)).min(axis=1)
-        windows.append(xp.where(here.any(axis=1), first, 0))
-    if not windows or not len(by_vector):
-        return xp.zeros(1, np.int32)  # scalar memory takes no empty arrays
-    return xp.stack(windows, axis=1).reshape(-1).astype(np.int32)
-
-
-def canonical(w: TpuWeight) -> PackedWeight:
-    """The inverse of `prepare`, exactly."""
-    return tiles.restore(w.tiled)
-
-
-def block_shape(segments: tuple[Segment, ...], k: int) -> tuple[int, int]:
-    """Words and channels of a block: what reads, waits and multiplies least.
-
-    A product reads all blocks, waits for the first, takes some time for each step, and multiplies
-    what blocks cover, padding included. All of it is counted in bytes that memory delivers
-    meanwhile; a multiplication counts as one, as with half of 600 rows.
-    """
-
-    def cost(shape: tuple[int, int]) -> tuple[int, int]:
-        depth, lanes = shape
-        wide = max(lanes, _LEAST_LANES)
-        size, total = 4 * depth * wide, 0
-        for part in tiles.plan(segments, lanes):
-            inputs = tiles.covered(part.bits, depth)
-            total += part.tiles(lanes) * -(-k // inputs) * (size + _STEP_BYTES + inputs * wide)
-        return total + size, lanes
-
-    # Slices of x begin at whole vectors: planes have 4 or, at 16 bits, 2 inputs a word.
-    whole = LANES // 2 if any(s.bits == SOURCE for s in segments) else LANES // 4
-    shapes = itertools.product(_DEPTHS, _TILES)
-    fitting = (s for s in shapes if s[0] % whole == 0 and 4 * s[0] * s[1] <= _BLOCK_BYTES)
-    return min(fitting, key=cost)
-
-
-def few(m: int) -> int | None:
-    """Rows of a launch that splits them into digits; None if there are too many."""
-    return next((rows for rows in _FEW if m <= rows), None)
+# How the kernel is interpreted; tests ask for more checks.
+_INTERPRET: Any = True
 
 
 def rows_per_block(m: int, w: TpuWeight, x_bytes: int, y_bytes: int) -> int:
     """Rows of x that a launch holds in VMEM at once: all, or as many as fit, evenly."""
-    tiled, c = w.tiled, w.position.shape[1]
-    # Inputs, outputs with and without their order, and the sums of a tile.
-    row = tiled.padded_k * x_bytes + (tiled.index.shape[0] + c) * y_bytes + 12 * tiled.lanes
+    tiled = w.tiled
+    # Inputs, the sums and outputs of a tile, and all outputs with and without their order.
+    row = tiled.padded_k * x_bytes + 20 * tiled.lanes
+    if not w.ordered:
+        row += (tiled.index.shape[0] + w.position.shape[1]) * y_bytes
     # Words twice, planes unpacked to bytes and to the activations' type, and the scales.
     fixed = (8 + 48) * tiled.depth * tiled.lanes + 8 * tiled.scales.shape[0] * tiled.lanes
     fits = max((_VMEM_BYTES - fixed) // row // _ROWS * _ROWS, _ROWS)
@@ -211,46 +85,55 @@ def matmul(x: Float[Array, "*m k"], w: TpuWeight, activation_bits: int) -> Float
 
 
 def _rows(x: Float[Array, "m k"], w: TpuWeight, activation_bits: int) -> Float[Array, "m c"]:
-    (m, k), tiled = x.shape, w.tiled
-    c = w.shape[0]
+    m, tiled = len(x), w.tiled
     if not tiled.segments or not m:
-        return jnp.broadcast_to(jnp.asarray(tiled.bias)[None], (m, c)).astype(x.dtype)
-    widths = {part.bits for part in tiled.parts}
-    rounded = activation_bits != 16 and widths != {SOURCE}
-    operands = {}
+        return jnp.broadcast_to(jnp.asarray(tiled.bias)[None], (m, w.shape[0])).astype(x.dtype)
+    integers = any(part.bits != SOURCE for part in tiled.parts)
+    rounded = activation_bits != 16 and integers
+    operands = {"float": x}
     if rounded:
-        operands["codes"], operands["scale"] = quantize_activations(x, activation_bits)
-        operands["scale"] = jnp.broadcast_to(operands["scale"], (m, LANES))
-    if not rounded or SOURCE in widths:
-        operands["float"] = x if activation_bits == 16 else x.astype(jnp.bfloat16)
-    bytes_per_input = sum(operands[n].dtype.itemsize for n in ("codes", "float") if n in operands)
-    step = tiled.scale_step
-    split = not rounded and widths != {SOURCE} and (step is None or step % LANES == 0)
-    bm = few(m) if split else None
-    split = bm is not None
-    if bm is None:
-        bm = rows_per_block(m, w, bytes_per_input, x.dtype.itemsize)
-    if split:  # whole blocks of few rows
-        operands["float"] = jnp.pad(operands["float"], ((0, bm - m), (0, tiled.padded_k - k)))
-    launch = functools.partial(_launch, bm=bm, split=split, dtype=x.dtype)
+        qmax = jnp.float32(largest_code(activation_bits))
+        for name, factor in zip(("inverse", "scale"), activation_scales(x, qmax), strict=True):
+            operands[name] = jnp.broadcast_to(factor, (m, LANES))
+    elif activation_bits != 16:
+        operands["float"] = x.astype(jnp.bfloat16)
+    bm = next((rows for rows in _FEW if m <= rows), None)
+    # Groups of other sizes need weights that are no integers.
+    split = integers and not rounded and bm is not None and (w.tiled.scale_step or 0) % LANES == 0
+    if not split or bm is None:
+        x_bytes = operands["float"].dtype.itemsize + rounded
+        bm, split = rows_per_block(m, w, x_bytes, x.dtype.itemsize), False
+    if m < bm <= max(_FEW):
+        # Whole vectors: the layout of a few rows is another, and the kernel slow with it.
+        operands = {n: jnp.pad(v, ((0, bm - m), (0, 0))) for n, v in operands.items()}
+    launch = functools.partial(
+        _launch, bm=bm, split=split, largest=largest_code(activation_bits), dtype=x.dtype
+    )
     y = jax.lax.platform_dependent(
         operands,
         w,
         tpu=functools.partial(launch, interpret=False),
-        default=functools.partial(launch, interpret=True),
+        default=functools.partial(launch, interpret=_INTERPRET),
     )
     return y[:m]
 
 
 def _launch(
-    x: dict[str, Array], w: TpuWeight, *, bm: int, split: bool, dtype: Any, interpret: Any
+    x: dict[str, Array],
+    w: TpuWeight,
+    *,
+    bm: int,
+    split: bool,
+    largest: int,
+    dtype: Any,
+    interpret: Any,
 ) -> Array:
-    """One launch; x has "float", or "codes" and "scale", or all three.
+    """One launch; x has "float", and "inverse" and "scale" if it is to be rounded.
 
     Blocks reach beyond the rows and inputs of x and beyond the outputs.
     """
     tiled = w.tiled
-    rows, padded_k = x["codes" if "codes" in x else "float"].shape[0], tiled.padded_k
+    rows, padded_k = x["float"].shape[0], tiled.padded_k
     lanes, groups = tiled.lanes, tiled.scales.shape[0]
     laid, widths = tiled.index.shape[0], {part.bits for part in tiled.parts}
     outputs, tables = laid if w.ordered else w.position.shape[1], step_tables(tiled)
@@ -260,7 +143,7 @@ def _launch(
     once = {"pipeline_mode": pl.Buffered(1)}
     specs = {
         "float": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0), **once),
-        "codes": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0), **once),
+        "inverse": pl.BlockSpec((bm, LANES), lambda m, g, *_: (m, 0), **once),
         "scale": pl.BlockSpec((bm, LANES), lambda m, g, *_: (m, 0), **once),
         "words": pl.BlockSpec((1, tiled.depth, lanes), lambda m, g, *_: (g, 0, 0)),
         "scales": pl.BlockSpec((groups, lanes), lambda m, g, kind, tile, *_: (0, tile[g])),
@@ -269,13 +152,15 @@ def _launch(
     scratch = {
         "sums": pltpu.VMEM(
             (bm * DIGITS if split else bm, lanes),
-            jnp.int32 if (split or "codes" in x) and _sums_whole(tiled) else jnp.float32,
+            jnp.int32 if (split or "scale" in x) and _sums_whole(tiled) else jnp.float32,
         ),
     }
     if tiled.group is not None:
         scratch["scales"] = pltpu.VMEM((groups, lanes), jnp.float32)
     if SOURCE in widths:
         scratch["exact"] = pltpu.VMEM((bm, lanes), jnp.float32)
+    if "scale" in x:
+        scratch["codes"] = pltpu.VMEM((bm, padded_k), jnp.int8)
     if split:
         scratch["digits"] = pltpu.VMEM((bm * DIGITS, padded_k), jnp.int8)
         scratch["scale"] = pltpu.VMEM((bm, LANES), jnp.float32)
@@ -292,8 +177,9 @@ def _launch(
             _kernel,
             codes={part.bits: tiled.code_map(part.bits) for part in tiled.parts},
             step=tiled.scale_step,
-            runs=len(_runs(tiled)),
+            runs=len(lane_runs(tiled)),
             inputs=tiled.shape[1],
+            largest=largest,
         ),
         out_shape=jax.ShapeDtypeStruct((rows, w.shape[0]), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -312,21 +198,7 @@ def _launch(
         interpret=interpret,
         name="qvla_mixed_matmul",
     )
-    return call(*tables.values(), w.windows, operands)
-
-
-def step_tables(w: tiles.TiledWeight) -> dict[str, np.ndarray]:
-    """What steps of the grid look up: one entry for each block."""
-    bits, tile, start = (np.asarray(v, np.int32) for v in zip(*tiles.blocks(w), strict=True))
-    widths = [part.bits for part in w.parts]
-    scale = {width: code_scale(width, w.code_map(width)) for width in widths}
-    return {
-        "kind": np.array([widths.index(b) for b in bits], np.int32),
-        "tile": tile,
-        "start": start,
-        "last": np.append(start[1:] == 0, True).astype(np.int32),
-        "units": np.array([scale[b] for b in bits], np.float32),
-    }
+    return call(*tables.values(), w.starts, operands)
 
 
 def _sums_whole(w: tiles.TiledWeight) -> bool:
@@ -338,7 +210,7 @@ def _cost(operands: dict[str, Array], rows: int, passes: int, dtype: Any) -> pl.
     words = operands["words"].nbytes * passes
     once = sum(value.nbytes for name, value in operands.items() if name != "words")
     lanes = operands["scales"].shape[1]
-    inputs = operands["codes" if "codes" in operands else "float"].shape[1]
+    inputs = operands["float"].shape[1]
     return pl.CostEstimate(
         flops=2 * rows * inputs * lanes,
         bytes_accessed=words + once + rows * lanes * np.dtype(dtype).itemsize,
@@ -352,7 +224,7 @@ def _kernel(
     start: Any,
     last: Any,
     units: Any,
-    windows: Any,
+    starts: Any,
     refs: dict[str, Any],
     y: Any,
     scratch: dict[str, Any],
@@ -361,22 +233,25 @@ def _kernel(
     step: int | None,
     runs: int,
     inputs: int,
+    largest: int,
 ) -> None:
     """A step of the grid: one block of words for one block of rows."""
     g = pl.program_id(1)
     words, scales = refs["words"], scratch.get("scales")
-    x, scale = refs.get("codes", refs.get("float")), refs.get("scale")
+    # What planes are multiplied by, and the scale of each row.
+    x, scale = refs["float"], None
+    if "digits" in scratch:
+        x, scale = scratch["digits"], scratch["scale"]
+    elif "codes" in scratch:
+        x, scale = scratch["codes"], refs["scale"]
 
     @pl.when(g == 0)
     def _() -> None:
-        for name in ("float", "codes"):
-            if name in refs:
-                clear_beyond(refs[name], inputs)
+        clear_beyond(refs["float"], inputs)
         if "digits" in scratch:
-            split(refs["float"], scratch["digits"], scratch["scale"])
-
-    if "digits" in scratch:
-        x, scale = scratch["digits"], scratch["scale"]
+            split(refs["float"], x, scale)
+        elif "codes" in scratch:
+            round_rows(refs["float"], refs["inverse"], x, largest)
 
     if scales is not None:
 
@@ -385,11 +260,18 @@ def _kernel(
             scales[...] = refs["scales"][...].astype(jnp.float32) * units[g]
 
     def add(width: int) -> None:
-        sums, given = scratch["sums"], x
-        if width == SOURCE:
-            sums, given = scratch["exact"], refs["float"]
-        assert given is not None
-        product = block_product(given, words[0], start[g], width, codes[width], scales, step)
+        source = width == SOURCE
+        sums = scratch["exact" if source else "sums"]
+        product = block_product(
+            refs["float"] if source else x,
+            words[0],
+            start[g],
+            bits=width,
+            codes=codes[width],
+            scales=scales,
+            step=step,
+            halved=source and "codes" in scratch,
+        )
         before = jnp.where(start[g] == 0, jnp.zeros((), sums.dtype), sums[...])
         sums[...] = before + product.astype(sums.dtype)
 
@@ -432,4 +314,4 @@ def _kernel(
 
             @pl.when(g == pl.num_programs(1) - 1)
             def _() -> None:
-                store(windows, refs["position"], refs["pruned"], scratch["done"], y, runs)
+                store(starts, refs["position"], refs["pruned"], scratch["done"], y, runs)

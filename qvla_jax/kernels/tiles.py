@@ -6,8 +6,8 @@ whatever its width: a block of b bits covers P depth inputs, P = 32 / b. It is s
 each of which meets a contiguous slice of x. The words consist of U = 32 / unit units, and plane p
 is the p-th field of every unit: in its unit v, word j of a column holds the code of input
 start + (p depth + j) U + v. With whole words as units, unpacking is one shift to the left and one
-arithmetic shift to the right; units of a byte are unpacked together and hold adjacent inputs. 16-bit
-codes take units of 16 bits at least.
+arithmetic shift to the right; units of a byte are unpacked together and hold adjacent inputs.
+16-bit codes are units of their own, or whole words have two.
 
 A field holds the signed number s = u - 2^(b-1) for the stored code u: the code q itself where codes
 are signed, and q = 2 s + 1 in tiles of odd 2-bit codes. 3-bit codes are held in 4 bits. Channels

@@ -12,7 +12,7 @@ numbers, whose products are summed exactly and joined at the end.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -22,7 +22,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qvla_jax.array_typing import Array, Float, Int8, Int32
-from qvla_jax.kernels.codes import WORD_BITS
 from qvla_jax.quantization.codes import SOURCE, CodeMap
 
 LANES: Final = 128
@@ -35,8 +34,8 @@ _CARRY: Final = np.int32(0x00808080)
 _STORED: Final = 16
 # Vectors of outputs that are ordered side by side, where rows are few.
 _UNROLL: Final = 4
-# Inputs that are split into digits at a time.
-_CHUNK: Final = 1024
+# Rows of vectors of x that are worked on at once.
+_SIDE_BY_SIDE: Final = 512
 
 
 def code_scale(bits: int, codes: CodeMap) -> float:
@@ -84,13 +83,42 @@ def dot(x: Array, plane: Array) -> Array:
 def clear_beyond(x: Any, inputs: int) -> None:
     """Writes zeros where a block of x reaches beyond its inputs: codes there may not be zero."""
     first = inputs // LANES * LANES
-    if inputs < x.shape[1]:
-        lane = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
-        part = x[:, first : first + LANES]
-        kept = jnp.where(lane < inputs - first, part.astype(jnp.float32), 0.0)
-        x[:, first : first + LANES] = kept.astype(x.dtype)
-        rest = x.shape[1] - first - LANES
-        x[:, first + LANES :] = jnp.zeros((x.shape[0], rest), x.dtype)
+    for start in range(first, x.shape[1], LANES):
+        here = slice(start, start + LANES)
+        if start < inputs:
+            lane = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
+            part = x[:, here].astype(jnp.float32)
+            x[:, here] = jnp.where(lane < inputs - start, part, 0.0).astype(x.dtype)
+        else:
+            x[:, here] = jnp.zeros((x.shape[0], LANES), x.dtype)
+
+
+def round_rows(x: Any, inverse: Any, codes: Any, largest: int) -> None:
+    """Rows of x -> their codes; see `activations.activation_scales`.
+
+    Args:
+        x: ref, bfloat16 or float32 [rows, k].
+        inverse: ref, float32 [rows, 128].
+        codes: ref, int8 [rows, k].
+        largest: the largest code.
+    """
+
+    def some(here: Any) -> None:
+        whole = jnp.round(x[:, here].astype(jnp.float32) * inverse[...])
+        codes[:, here] = jnp.clip(whole, -largest, largest).astype(jnp.int32).astype(jnp.int8)
+
+    _over_vectors(x, some)
+
+
+def _over_vectors(x: Any, run: Callable[[Any], None]) -> None:
+    """Runs a function for every 128 inputs, some at a time, so that latencies overlap."""
+    vectors, most = x.shape[1] // LANES, max(_SIDE_BY_SIDE // x.shape[0], 1)
+    each = next(n for n in range(most, 0, -1) if vectors % n == 0)
+
+    @pl.loop(0, vectors // each)
+    def _(i: Array) -> None:
+        for j in range(each):
+            run(pl.ds(pl.multiple_of((i * each + j) * LANES, LANES), LANES))
 
 
 def split(x: Any, digits: Any, scale: Any) -> None:
@@ -101,34 +129,33 @@ def split(x: Any, digits: Any, scale: Any) -> None:
         digits: ref, int8 [4 rows, k]: row d rows + r is byte d of row r.
         scale: ref, float32 [rows, 128]; NaN for rows that hold NaN or infinity.
     """
-    rows, k = digits.shape[0] // DIGITS, x.shape[1]
-    chunk = _CHUNK if k % _CHUNK == 0 else LANES
+    rows = digits.shape[0] // DIGITS
+    scale[...] = jnp.zeros(scale.shape, jnp.float32)
 
-    def largest(i: Array, found: Array) -> Array:
-        for j in range(0, chunk, LANES):
-            part = x[:rows, pl.ds(pl.multiple_of(i * chunk + j, LANES), LANES)]
-            # Bits of magnitudes are in the order of the magnitudes, and those of NaN above all.
-            bits = pltpu.bitcast(part.astype(jnp.float32), jnp.int32) & np.int32(2**31 - 1)
-            found = jnp.maximum(found, bits)
-        return found
+    def find(here: Any) -> None:
+        # Bits of magnitudes are in the order of the magnitudes, and those of NaN above all.
+        bits = pltpu.bitcast(x[:rows, here].astype(jnp.float32), jnp.int32) & np.int32(2**31 - 1)
+        found = jnp.maximum(pltpu.bitcast(scale[...], jnp.int32), bits)
+        scale[...] = pltpu.bitcast(found, jnp.float32)
 
-    top = jax.lax.fori_loop(0, k // chunk, largest, jnp.zeros((rows, LANES), jnp.int32))
-    exponent = (top >> 23).astype(jnp.float32).max(axis=1, keepdims=True)
-    exponent = jnp.broadcast_to(jnp.maximum(exponent, 64.0), (rows, LANES)).astype(jnp.int32)
+    _over_vectors(x, find)
+    top = pltpu.bitcast(scale[...], jnp.int32) >> 23
+    exponent = top.astype(jnp.float32).max(axis=1, keepdims=True)
+    exponent = jnp.broadcast_to(jnp.maximum(exponent, 64.0), scale.shape).astype(jnp.int32)
     # 2^(29 - e) and its inverse, where 2^e is the power of two below the largest magnitude.
     inverse = pltpu.bitcast((283 - exponent) << 23, jnp.float32)
     own = pltpu.bitcast((exponent - 29) << 23, jnp.float32)
     scale[...] = jnp.where(exponent == 255, jnp.nan, own)
 
-    @pl.loop(0, k // chunk)
-    def _(i: Array) -> None:
-        here = pl.ds(pl.multiple_of(i * chunk, LANES), chunk)
+    def write(here: Any) -> None:
         # Magnitudes stay below 2^30.
-        whole = (x[:rows, here].astype(jnp.float32) * inverse[:, :1]).astype(jnp.int32)
+        whole = (x[:rows, here].astype(jnp.float32) * inverse).astype(jnp.int32)
         whole = (whole + _CARRY) ^ _CARRY
         # To the upper end, and down again with the sign.
         parts = [whole << (24 - 8 * d) >> 24 for d in range(DIGITS)]
         digits[:, here] = jnp.concatenate(parts).astype(jnp.int8)
+
+    _over_vectors(x, write)
 
 
 def joined(total: Any) -> Float[Array, "rows n"]:
@@ -142,7 +169,15 @@ def joined(total: Any) -> Float[Array, "rows n"]:
 
 
 def block_product(
-    x: Any, words: Array, start: Array, bits: int, codes: CodeMap, scales: Any, step: int | None
+    x: Any,
+    words: Array,
+    start: Array,
+    *,
+    bits: int,
+    codes: CodeMap,
+    scales: Any,
+    step: int | None,
+    halved: bool,
 ) -> Array:
     """Product of rows of x with a block of words.
 
@@ -154,12 +189,14 @@ def block_product(
         codes: what codes in it stand for.
         scales: ref, float32 [k / step, n], times `code_scale`.
         step: inputs that a row of scales covers, which then are applied; None: none are.
+        halved: whether x is converted to bfloat16.
     """
     planes = [unpack(words, bits, plane, codes) for plane in range(max(UNIT // bits, 1))]
     size = planes[0].shape[0]
     if step is None or bits == SOURCE:
         whole = jnp.concatenate(planes)
-        return dot(x[:, pl.ds(pl.multiple_of(start, LANES), whole.shape[0])], whole)
+        given = x[:, pl.ds(pl.multiple_of(start, LANES), whole.shape[0])]
+        return dot(given.astype(jnp.bfloat16) if halved else given, whole)
     total = None
     for number, plane in enumerate(planes):
         first = pl.multiple_of(start + number * size, LANES)
