@@ -2,17 +2,19 @@
 
     pip install 'qvla-jax[aot-tpu]' && python benchmarks/static_schedule.py v5e v6e
 
-**Every figure is an estimate; nothing runs on an accelerator.** Each line is one product, compiled
-for one chip. `memory` is the time in which memory delivers its operands once, arranged and padded
-as the kernel reads them. `issue` is the bundles of instructions that its kernel executes, at the
-chip's clock (`benchmarks/tpu_bundles.py`); scheduled latencies count. `around` is the bundles of
-what XLA runs before and after the kernel. `slots` names the kind of instruction that its bundles
-are fullest of, and how full. XLA's own product of the same shape, with plain operands, stands
-beside it: the longer of its issue and memory time. `--parts` lists where the bundles are.
+**Every figure is an estimate, in microseconds; nothing runs on an accelerator.** Each line is one
+product, compiled for one chip. "memory" is the time in which memory delivers its operands once, as
+the kernel reads them, and takes its results. "issue" is the bundles of instructions that the kernel
+executes, latencies included, at the clock of the chip (`tpu_bundles.py`), "a block" their number
+for each block of words, and "around" the time of what XLA runs before and after the kernel. "slots"
+names the kind of instruction of which its bundles are fullest. XLA's own products of the same
+shape, with plain operands, stand beside it, each with the longer of its issue and its memory time:
+bfloat16, int8 with activations in int8 as they come or rounded from bfloat16, and int4 with
+bfloat16 activations.
 
-Left out: memory that instructions wait for, beyond the bytes (the first block of a kernel, and
-whatever is not prefetched in time), conflicts of memory, fetching of instructions, and the launch of
-each program.
+Left out: waiting for memory beyond the bytes (for the first block of a kernel, and for what does
+not come in time), conflicts in memory, the fetching of instructions, and the launch of programs.
+`--parts` lists how often which bundles are executed.
 """
 
 import argparse
@@ -38,15 +40,15 @@ os.environ["LIBTPU_INIT_ARGS"] = " ".join(
     ]
 )
 
-import ahead_of_time as aot
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tpu_bundles
+import ahead_of_time as aot  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import tpu_bundles  # noqa: E402
 
-from qvla_jax import kernels
-from qvla_jax.kernels import tpu_weight
-from qvla_jax.kernels.packed import PackedWeight
+from qvla_jax import kernels  # noqa: E402
+from qvla_jax.kernels import tpu_weight  # noqa: E402
+from qvla_jax.kernels.activations import quantize_activations  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ CHIPS: Final = {
     "v5p": Chip(1.75e9, 2.765e12),
     "v6e": Chip(1.75e9, 1.64e12),
 }
+KERNEL: Final = "qvla"  # how the names of the packed product's kernels begin
 WEIGHTS: Final[Mapping[str, tuple[dict[int, float], int | None]]] = {
     "mixed": (aot.MIXED, None),
     "2": ({2: 1.0}, None),
@@ -80,6 +83,7 @@ class Schedule:
     slots: dict[str, float]  # of the kernel that is named, as shares of its bundles' capacity
     parts: list[tuple[int, int, int]]  # (first bundle, end, times), likewise
     bytes: int  # of arguments and results
+    blocks: int  # steps of the kernel's grid in which it reads words
 
 
 def main() -> int:
@@ -92,38 +96,44 @@ def main() -> int:
     parser.add_argument("--weight", nargs="+", default=["2", "4", "mixed"], choices=WEIGHTS)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 600])
     parser.add_argument("--activations", nargs="+", type=int, default=[16, 8], choices=[16, 8])
+    parser.add_argument("--alone", action="store_true", help="leave out XLA's own products")
     parser.add_argument("--parts", action="store_true", help="list where the bundles are")
     arguments = parser.parse_args()
     print(
-        "| target | shape, weight | rows | activations | memory | issue | issue / memory | around |"
-        " slots | XLA bf16 | XLA int8 | XLA int4 |"
+        "| target | shape, weight | rows | activations | memory | issue | issue / memory |"
+        " a block | around | slots | XLA bf16 | XLA int8 | rounded | XLA int4 |"
     )
-    print("|---|" + "---|" * 11)
+    print("|---|" + "---|" * 13)
     for target, shape, rows in itertools.product(
         arguments.targets, arguments.shape, arguments.rows
     ):
         c, k = (int(n) for n in shape.split("x"))
         rivals = " | ".join(
-            microseconds(plain_time(target, c, k, rows, kind)) for kind in ("bf16", "int8", "int4")
+            "" if arguments.alone else microseconds(plain_time(target, c, k, rows, kind))
+            for kind in ("bf16", "int8", "rounded", "int4")
         )
         for label, bits in itertools.product(arguments.weight, arguments.activations):
             found = packed(target, label, c, k, rows, bits)
-            chip = CHIPS[target]
-            (name,) = (n for n in found.bundles if n.startswith("qvla"))
-            memory, issue = found.bytes / chip.bandwidth, found.bundles[name] / chip.clock
-            around = (sum(found.bundles.values()) - found.bundles[name]) / chip.clock
-            fullest = max(found.slots, key=found.slots.__getitem__)
-            print(
-                f"| {target} | {shape}, {label} | {rows} | {'bfloat16' if bits == 16 else 'int8'} |"
-                f" {microseconds(memory)} | {microseconds(issue)} | {issue / memory:.2f} |"
-                f" {microseconds(around)} | {fullest} {found.slots[fullest]:.0%} | {rivals} |",
-                flush=True,
-            )
+            kind = "bfloat16" if bits == 16 else "int8"
+            what = f"{target} | {shape}, {label} | {rows} | {kind}"
+            print(f"| {what} | {described(found, CHIPS[target])} | {rivals} |", flush=True)
             if arguments.parts:
-                print(found.slots)
+                print({name: f"{share:.0%}" for name, share in found.slots.items()})
                 for start, stop, times in found.parts:
                     print(f"  bundles {start}-{stop}: {stop - start} x {times}")
     return 0
+
+
+def described(found: Schedule, chip: Chip) -> str:
+    """The cells of a line that are about a product with a packed weight."""
+    (kernel,) = (count for name, count in found.bundles.items() if name.startswith(KERNEL))
+    memory, issue = found.bytes / chip.bandwidth, kernel / chip.clock
+    around = (sum(found.bundles.values()) - kernel) / chip.clock
+    slot = max(found.slots, key=found.slots.__getitem__)
+    return (
+        f"{microseconds(memory)} | {microseconds(issue)} | {issue / memory:.2f} |"
+        f" {kernel / found.blocks:.0f} | {microseconds(around)} | {slot} {found.slots[slot]:.0%}"
+    )
 
 
 def microseconds(seconds: float) -> str:
@@ -142,21 +152,25 @@ def packed(target: str, label: str, c: int, k: int, rows: int, bits: int) -> Sch
     columns = tpu_weight.step_tables(prepared.tiled).values()
     # Numbers that are not integers steer nothing.
     tables = {i: column for i, column in enumerate(columns) if column.dtype == np.int32}
-    return compiled(lambda x, w: kernels.mixed_matmul(x, w, bits), x, prepared, "qvla", tables)
+    return compiled(lambda x, w: kernels.mixed_matmul(x, w, bits), x, prepared, KERNEL, tables)
 
 
 def plain_time(target: str, c: int, k: int, rows: int, kind: str) -> float:
-    """Seconds of XLA's own product with plain operands."""
+    """Seconds of XLA's own product with plain operands: bf16, int8, rounded or int4."""
     sharding = jax.sharding.SingleDeviceSharding(aot.devices(target)[0])
-    integers = kind == "int8"
-    x = jax.ShapeDtypeStruct((rows, k), jnp.int8 if integers else jnp.bfloat16, sharding=sharding)
-    dtype = {"bf16": jnp.bfloat16, "int8": jnp.int8, "int4": jnp.int4}[kind]
-    w = jax.ShapeDtypeStruct((k, c), dtype, sharding=sharding)
+    integers = kind in ("int8", "rounded")
+    given = jnp.int8 if kind == "int8" else jnp.bfloat16
+    held = {"bf16": jnp.bfloat16, "int4": jnp.int4}.get(kind, jnp.int8)
+    x = jax.ShapeDtypeStruct((rows, k), given, sharding=sharding)
+    w = jax.ShapeDtypeStruct((k, c), held, sharding=sharding)
 
     def product(x: Any, w: Any) -> Any:
+        scale = 1.0
+        if kind == "rounded":
+            x, scale = quantize_activations(x, 8)
         kept = w if integers else w.astype(jnp.bfloat16)
         y = jnp.dot(x, kept, preferred_element_type=jnp.int32 if integers else jnp.float32)
-        return y.astype(jnp.bfloat16)
+        return (y.astype(jnp.float32) * scale).astype(jnp.bfloat16)
 
     found, chip = compiled(product, x, w, "", {}), CHIPS[target]
     return max(found.bytes / chip.bandwidth, sum(found.bundles.values()) / chip.clock)
@@ -182,9 +196,8 @@ def compiled(run: Any, x: Any, w: Any, name: str, tables: Mapping[int, np.ndarra
         if own:
             parts = sections(counts)
             slots = occupied(re.sub(r"-\d+-packed-.*", "", path), counts)
-    return Schedule(
-        bundles, slots, parts, memory.argument_size_in_bytes + memory.output_size_in_bytes
-    )
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return Schedule(bundles, slots, parts, moved, max(map(len, tables.values()), default=0))
 
 
 def sections(counts: np.ndarray) -> list[tuple[int, int, int]]:

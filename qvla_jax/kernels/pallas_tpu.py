@@ -60,6 +60,8 @@ _ROWS: Final = 32
 _FEW: Final = (8, 16, 32)
 # From here on sums of int8 products might not fit 32 bits.
 _MOST_INPUTS: Final = 2**17
+# Kinds of TPUs whose matrix unit multiplies no int8.
+_WITHOUT_INT8: Final = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
 # How the kernel is interpreted; tests ask for more checks.
 _INTERPRET: Any = True
 
@@ -98,8 +100,8 @@ def _rows(x: Float[Array, "m k"], w: TpuWeight, activation_bits: int) -> Float[A
     elif activation_bits != 16:
         operands["float"] = x.astype(jnp.bfloat16)
     bm = next((rows for rows in _FEW if m <= rows), None)
-    # Groups of other sizes need weights that are no integers.
-    split = integers and not rounded and bm is not None and (w.tiled.scale_step or 0) % LANES == 0
+    # Other groups need weights that are no integers.
+    split = integers and not rounded and (tiled.scale_step or 0) % LANES == 0 and _has_int8()
     if not split or bm is None:
         x_bytes = operands["float"].dtype.itemsize + rounded
         bm, split = rows_per_block(m, w, x_bytes, x.dtype.itemsize), False
@@ -116,6 +118,11 @@ def _rows(x: Float[Array, "m k"], w: TpuWeight, activation_bits: int) -> Float[A
         default=functools.partial(launch, interpret=_INTERPRET),
     )
     return y[:m]
+
+
+def _has_int8() -> bool:
+    """Whether the TPU multiplies int8; programs for one that is not here take it that it does."""
+    return jax.default_backend() != "tpu" or jax.devices()[0].device_kind not in _WITHOUT_INT8
 
 
 def _launch(
@@ -177,7 +184,7 @@ def _launch(
             _kernel,
             codes={part.bits: tiled.code_map(part.bits) for part in tiled.parts},
             step=tiled.scale_step,
-            runs=len(lane_runs(tiled)),
+            runs=tuple(map(len, lane_runs(tiled))),
             inputs=tiled.shape[1],
             largest=largest,
         ),
@@ -231,7 +238,7 @@ def _kernel(
     *,
     codes: Mapping[int, CodeMap],
     step: int | None,
-    runs: int,
+    runs: tuple[int, ...],
     inputs: int,
     largest: int,
 ) -> None:
@@ -314,4 +321,12 @@ def _kernel(
 
             @pl.when(g == pl.num_programs(1) - 1)
             def _() -> None:
-                store(starts, refs["position"], refs["pruned"], scratch["done"], y, runs)
+                store(
+                    starts,
+                    refs["position"],
+                    refs["pruned"],
+                    scratch["done"],
+                    y,
+                    runs=len(runs),
+                    shared=sum(runs) - len(runs),
+                )

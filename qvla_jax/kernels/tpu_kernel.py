@@ -234,49 +234,55 @@ def _finely_scaled(
     return product(x, upper) + product(x, lower)
 
 
-def store(first: Any, position: Any, bias: Any, done: Any, y: Any, runs: int) -> None:
+def store(
+    starts: Any, position: Any, bias: Any, done: Any, y: Any, *, runs: int, shared: int
+) -> None:
     """Finished lanes -> outputs, 128 at a time.
 
-    The lanes that a run has for a vector of outputs are among 128 adjacent ones. These are in two
-    vectors; a selection joins them, and a gather brings them to their outputs.
+    The lanes that a segment has for a vector of outputs are among 128 adjacent ones. These are in
+    two vectors; a selection joins them, and a gather brings them to their outputs.
 
     Args:
-        first: ref, int32 [vectors runs], the first of the lanes that a run has for a vector.
+        starts: ref, int32 [vectors runs + 2 shared]; see `TpuWeight`.
         position: ref, int32 [1, outputs], the lane of an output; -1: pruned.
         bias: ref, float32 [1, outputs], for pruned ones.
         done: ref, int32 [words, lanes]: lanes in the type of y, as many rows as a word holds.
         y: ref [rows, outputs].
-        runs: runs of lanes within which outputs ascend.
+        runs: starts of a vector.
+        shared: pairs of vector and start at the end.
     """
-    words = done.shape[0]
+    words, vectors = done.shape[0], y.shape[1] // LANES
     each = words if words <= _STORED else _STORED
     held = y.shape[0] // words
     lane = jax.lax.broadcasted_iota(jnp.int32, (each, LANES), 1)
 
-    @pl.loop(0, y.shape[1] // LANES, unroll=_UNROLL if each == words else 1)
-    def _(vector: Array) -> None:
+    def place(vector: Array, begins: list[Array], *, anew: bool) -> None:
         here = pl.ds(pl.multiple_of(vector * LANES, LANES), LANES)
         wanted = jnp.broadcast_to(position[:, here], (each, LANES))
         low = wanted & (LANES - 1)
         pruned = jnp.broadcast_to(bias[:, here], (each * held, LANES)).astype(y.dtype)
         own = []
-        for run in range(runs):
-            start = first[vector * runs + run]
-            behind = wanted - start
-            vectors = [
-                pl.ds(pl.multiple_of(((start >> 7) + i) * LANES, LANES), LANES) for i in range(2)
+        for begin in begins:
+            behind = wanted - begin
+            both = [
+                pl.ds(pl.multiple_of(((begin >> 7) + i) * LANES, LANES), LANES) for i in range(2)
             ]
-            own.append((vectors, lane >= (start & 127), (behind >= 0) & (behind < LANES)))
-
-        def some(row: Any) -> None:
-            result = pltpu.bitcast(pruned, jnp.int32)
-            for vectors, is_lower, is_here in own:
-                lower, upper = (done[pl.ds(row, each), lanes] for lanes in vectors)
+            own.append((both, lane >= (begin & 127), (behind >= 0) & (behind < LANES)))
+        for row in range(0, words, each):
+            rows = pl.ds(row * held, each * held)
+            result = pltpu.bitcast(pruned if anew else y[rows, here], jnp.int32)
+            for both, is_lower, is_here in own:
+                lower, upper = (done[pl.ds(row, each), lanes] for lanes in both)
                 found = jnp.take_along_axis(
                     jnp.where(is_lower, lower, upper), low, axis=1, mode="promise_in_bounds"
                 )
                 result = jnp.where(is_here, found, result)
-            y[pl.ds(row * held, each * held), here] = pltpu.bitcast(result, y.dtype)
+            y[rows, here] = pltpu.bitcast(result, y.dtype)
 
-        for row in range(0, words, each):
-            some(row)
+    @pl.loop(0, vectors, unroll=_UNROLL if each == words else 1)
+    def _(vector: Array) -> None:
+        place(vector, [starts[vector * runs + run] for run in range(runs)], anew=True)
+
+    for pair in range(shared):
+        at = vectors * runs + 2 * pair
+        place(starts[at], [starts[at + 1]], anew=False)

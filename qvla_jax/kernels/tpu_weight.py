@@ -1,7 +1,7 @@
 """Packed weights as the TPU kernel reads them: tiles, and the way from their lanes to the outputs.
 
 Within a segment channels ascend, so 128 adjacent outputs take at most 128 adjacent lanes from each
-run of rows. Where output i is in lane i, outputs are stored as they come.
+run of its rows. Where output i is in lane i, outputs are stored as they come.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ _STEP_BYTES: Final = 2**17
 )
 @dataclasses.dataclass(frozen=True)
 class TpuWeight:
-    """Tiles, and the map from their lanes to the outputs; O vectors of 128 outputs, R runs."""
+    """Tiles, and the map from their lanes to the outputs, O vectors of 128."""
 
     tiled: tiles.TiledWeight
     bias: AnyArray  # float32 [1, lanes of all tiles]
     position: AnyArray  # int32 [1, O 128], lane that an output's sum is in; -1: none
-    starts: AnyArray  # int32 [O R], first lane that a run has for a vector of outputs
+    starts: AnyArray  # int32, see `_starts`
     pruned: AnyArray  # float32 [1, O 128], outputs that are in no lane
     # Whether output i is in lane i; then there are no such arrays (O = 0).
     ordered: bool
@@ -91,29 +91,45 @@ def _is_ordered(w: PackedWeight, tiled: tiles.TiledWeight) -> bool:
     return known and np.array_equal(np.asarray(w.index), np.arange(w.shape[0]))
 
 
-def lane_runs(w: tiles.TiledWeight) -> list[tuple[int, int]]:
-    """Lanes [start, stop) of each chunk, within which outputs ascend."""
-    found, lane = [], 0
+def lane_runs(w: tiles.TiledWeight) -> list[list[tuple[int, int]]]:
+    """Lanes [start, stop) of the rows of each segment, in which outputs ascend.
+
+    Rows that moved to a wider width are the segment's last, and in lanes of their own.
+    """
+    found: list[dict[int, tuple[int, int]]] = [{} for _ in w.segments]
+    lane = 0
     for part in w.parts:
         start = lane
         for chunk in part.chunks:
-            found.append((start, start + chunk.rows))
+            found[chunk.segment][chunk.start] = (start, start + chunk.rows)
             start += chunk.rows
         lane += part.tiles(w.lanes) * w.lanes
-    return found
+    return [[own[first] for first in sorted(own)] for own in found]
 
 
 def _starts(xp: Any, w: tiles.TiledWeight, position: AnyArray) -> Int32[AnyArray, " n"]:
-    """First of the 128 lanes that each run has for each vector of outputs; 0: it has none."""
+    """Where the 128 lanes begin that each segment has for each vector of outputs.
+
+    Behind these is, for all runs of a segment but its first, the vector that it shares with the run
+    before it, and where its lanes for that begin. 0 stands for nothing, and does no harm.
+    """
     by_vector = position.reshape(-1, LANES)
     if not w.parts or not len(by_vector):
         return xp.zeros(1, np.int32)  # scalar memory takes no empty arrays
-    found = []
-    for start, stop in lane_runs(w):
-        here = (by_vector >= start) & (by_vector < stop)
-        first = xp.where(here, by_vector, np.int32(2**30)).min(axis=1)
-        found.append(xp.where(here.any(axis=1), first, 0))
-    return xp.stack(found, axis=1).reshape(-1).astype(np.int32)
+    found, shared = [], []
+    for own in lane_runs(w):
+        starts, served = xp.zeros(len(by_vector), np.int32), xp.zeros(len(by_vector), bool)
+        for number, (start, stop) in enumerate(own):
+            here = (by_vector >= start) & (by_vector < stop)
+            first = xp.where(here, by_vector, np.int32(2**30)).min(axis=1)
+            here = here.any(axis=1)
+            if number:
+                both = served & here
+                vector = xp.argmax(both)
+                shared.append(xp.stack([vector, xp.where(both[vector], first[vector], 0)]))
+            starts, served = xp.where(here & ~served, first, starts), served | here
+        found.append(starts)
+    return xp.concatenate([xp.stack(found, axis=1).reshape(-1), *shared]).astype(np.int32)
 
 
 def canonical(w: TpuWeight) -> PackedWeight:
