@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qvla_jax.array_typing import Array, Float
+from qvla_jax.array_typing import AnyArray, Array, Float
 from qvla_jax.kernels import tiles
 from qvla_jax.kernels.activations import activation_scales, largest_code
 from qvla_jax.kernels.batching import over_rows
@@ -213,7 +213,7 @@ def _sums_whole(w: tiles.TiledWeight) -> bool:
     return w.group is None and w.padded_k < _MOST_INPUTS
 
 
-def _cost(operands: dict[str, Array], rows: int, passes: int, dtype: Any) -> pl.CostEstimate:
+def _cost(operands: Mapping[str, AnyArray], rows: int, passes: int, dtype: Any) -> pl.CostEstimate:
     words = operands["words"].nbytes * passes
     once = sum(value.nbytes for name, value in operands.items() if name != "words")
     lanes = operands["scales"].shape[1]

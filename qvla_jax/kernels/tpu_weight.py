@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from qvla_jax.array_typing import AnyArray, Int32
 from qvla_jax.kernels import tiles
@@ -87,7 +88,7 @@ def _is_ordered(w: PackedWeight, tiled: tiles.TiledWeight) -> bool:
         return False
     if w.index is None:
         return True
-    known = not isinstance(w.index, jax.core.Tracer)
+    known = not isinstance(w.index, Tracer)
     return known and np.array_equal(np.asarray(w.index), np.arange(w.shape[0]))
 
 

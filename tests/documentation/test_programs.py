@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("default")]
 SMALLER = {
     "kernels.py": "--shapes 256x256 --rows 1 8 --seconds 0.01 --rotation-mib 1",
     "ahead_of_time.py": "--shape 256x256 --rows 8",
+    "static_schedule.py": "--shape 256x256 --weight mixed --rows 8 --alone",
     "sensitivity_speed.py": "--frames 4 --rounds 1 --channels 15 --turns 2 --layers 2",
     "streamed_sensitivity.py": "--probes 2 --grid rtn",
     "sweep_ahead_of_time.py": "--preset tiny-test --probes 2",
@@ -41,6 +42,7 @@ NEEDS = {
     "sensitivity_speed.py": ("torch",),
     "serve_libero.py": ("mujoco", "openpi_client"),
     "ahead_of_time.py v5e": ("libtpu",),
+    "static_schedule.py": ("libtpu",),
     "sweep_ahead_of_time.py v6e": ("libtpu",),
     "ahead_of_time.py h100": ("jax_cuda13_plugin",),
     "sweep_ahead_of_time.py h100": ("jax_cuda13_plugin",),

@@ -62,17 +62,17 @@ def test_slots_are_read(bundles):
     assert used.tolist() == [[0, 0, 2], [1, 3, 0]]
 
 
-# (shape and weight, rows) -> bundles for each block: what it takes, and a tenth.
+# (weight, rows) -> bundles for each block: a tenth more than it took with libtpu 0.0.42.1.
 CAPS = {
-    "v5e": {("2", 1): 0, ("4", 1): 0, ("mixed", 1): 0, ("4", 600): 0},
-    "v6e": {("2", 1): 0, ("4", 1): 0, ("mixed", 1): 0, ("4", 600): 0},
+    "v5e": {("2", 1): 1060, ("4", 1): 1060, ("mixed", 1): 700, ("4", 600): 22000},
+    "v6e": {("2", 1): 1100, ("4", 1): 1090, ("mixed", 1): 750, ("4", 600): 6100},
 }
 
 
 @pytest.mark.parametrize("target", [pytest.param(name, marks=TPU) for name in CAPS])
 def test_blocks_take_no_more_bundles_than_they_did(target):
     script = BENCHMARKS / "static_schedule.py"
-    options = ["--shape", "4096x4096", "--activations", "16", "--rows", "1", "600", "--alone"]
+    options = ["--shape", "4096x4096", "--activations", "16", "--alone"]
     done = subprocess.run(
         [sys.executable, script, target, *options], capture_output=True, text=True, check=False
     )
