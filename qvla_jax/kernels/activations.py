@@ -68,16 +68,27 @@ def largest_code(bits: int) -> int:
     return 0 if bits == 16 else 2 ** (bits - 1) - 1
 
 
-def _codes(
+def activation_scales(
     x: Float[Array, "*m k"], qmax: Float[Array, ""]
-) -> tuple[Float[Array, "*m k"], Float[Array, "*m 1"]]:
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+) -> tuple[Float[Array, "*m 1"], Float[Array, "*m 1"]]:
+    """Factors of each row, float32: x times the first, rounded, are the codes, times the second x.
+
+    Args:
+        x: activations.
+        qmax: `largest_code` of the bits.
+    """
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
     # Below this the quotient overflows; such a row counts as zeros.
     zero = largest < jnp.float32(2.0**-100)
     inverse = jnp.where(zero, 0.0, qmax / jnp.where(zero, 1.0, largest))
-    codes = jnp.clip(jnp.round(x * inverse), -qmax, qmax)
-    return codes, jnp.where(zero, 0.0, largest / qmax)
+    return inverse, jnp.where(zero, 0.0, largest / qmax)
+
+
+def _codes(
+    x: Float[Array, "*m k"], qmax: Float[Array, ""]
+) -> tuple[Float[Array, "*m k"], Float[Array, "*m 1"]]:
+    inverse, scale = activation_scales(x, qmax)
+    return jnp.clip(jnp.round(x.astype(jnp.float32) * inverse), -qmax, qmax), scale
 
 
 def round_activations(x: Float[Array, "*m k"], bits: int) -> Float[Array, "*m k"]:

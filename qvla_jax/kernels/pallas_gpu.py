@@ -75,7 +75,7 @@ def supports(w: PackedWeight) -> str | None:
 
 def prepare(w: PackedWeight) -> GpuWeight:
     """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
-    tiled = tiles.arrange(w, fragments.DEPTH, fragments.LANES, fragments.blocked)
+    tiled = tiles.arrange(w, fragments.DEPTH, fragments.LANES, blocked=fragments.blocked)
     return GpuWeight(tiled, tiles.positions(tiled, w.shape[0]))
 
 

@@ -2,21 +2,18 @@
 
 The grid walks over blocks of `kernels.tiles`, all of one size; tables prefetched into scalar memory
 give the width, the tile and the first input of each block. Rows of x stay in VMEM with all their
-inputs, and so do their sums, in the order of the tiles. The last step brings the sums into the
-order of the outputs: within a segment channels ascend, so 128 adjacent outputs take at most 128
-adjacent sums from each run of rows, which are in two vectors of lanes; a gather within those and a
-selection place them. Pruned channels select nothing. Then the bias is added and the block of
-outputs is stored.
+inputs. The sums of a tile are finished with its last block: scaled, rounded to the type of x, and
+stored, or held in the order of the lanes until the last step orders them.
 
 bfloat16 activations are multiplied by the codes in bfloat16, which holds them exactly, and float32
-activations in float32. Integer activations are multiplied in int8 and summed in int32 within a
-block. Sums are scaled per block, or per plane if groups are whole planes; finer groups scale the
-weights, as the exact sum of two bfloat16 numbers.
+activations in float32; if there are few rows, both are split into digits. Integer activations are
+rounded when the launch starts, multiplied in int8, and summed in int32 unless there are groups.
+Groups of a multiple of 128 inputs scale their own sums; others scale the weights, as the exact sum
+of two bfloat16 numbers. `tpu_kernel` has the parts, `tpu_weight` the arrangement.
 
 Without a TPU the kernel is interpreted, which is slow and only for tests.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Final
@@ -27,118 +24,58 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qvla_jax.array_typing import AnyArray, Array, Float, Int32
-from qvla_jax.kernels import planes, tiles
-from qvla_jax.kernels.activations import quantize_activations
+from qvla_jax.array_typing import AnyArray, Array, Float
+from qvla_jax.kernels import tiles
+from qvla_jax.kernels.activations import activation_scales, largest_code
 from qvla_jax.kernels.batching import over_rows
-from qvla_jax.kernels.codes import WORD_BITS, array_module
-from qvla_jax.kernels.packed import PackedWeight, Segment
+from qvla_jax.kernels.tpu_kernel import (
+    DIGITS,
+    LANES,
+    block_product,
+    clear_beyond,
+    joined,
+    round_rows,
+    split,
+    store,
+)
+from qvla_jax.kernels.tpu_weight import (
+    TpuWeight,
+    canonical,
+    lane_runs,
+    prepare,
+    step_tables,
+    supports,
+)
 from qvla_jax.quantization.codes import SOURCE, CodeMap
 
-_LANES: Final = 128
-# Candidates for the size of a block. 512 words by 512 channels are 1 MiB.
-_DEPTHS: Final = (128, 256, 512)
-_TILES: Final = (128, 256, 512)
-# A step of the grid takes about 0.3 microseconds, in which memory delivers about this many bytes.
-_STEP_BYTES: Final = 2**18
-# VMEM that a launch may use; v5e, v5p and v6e have at least twice as much.
-_VMEM_BYTES: Final = 40 * 2**20
+__all__ = ["canonical", "matmul", "prepare", "supports"]
+
+# VMEM that blocks may take, and that a launch may use with what the compiler adds; v5p has 64 MiB,
+# v5e and v6e have 128.
+_VMEM_BYTES: Final = 52 * 2**20
+_VMEM_LIMIT: Final = 60 * 2**20
 # Rows of a block of x: whole sublanes of int8, the narrowest type.
 _ROWS: Final = 32
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["tiled", "position", "windows"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class TpuWeight:
-    """Tiles, and the map from their lanes to the outputs; O vectors of 128 outputs, R runs."""
-
-    tiled: tiles.TiledWeight
-    position: AnyArray  # int32 [1, O 128], lane that an output's sum is in; -1: none
-    windows: AnyArray  # int32 [O R], first vector of lanes in which a run serves an output vector
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `dispatch.PreparedWeight`."""
-        return self.tiled.shape
-
-    @property
-    def implementation(self) -> str:
-        """See `dispatch.PreparedWeight`."""
-        return "pallas_tpu"
-
-
-def supports(w: PackedWeight) -> str | None:
-    """Why this implementation cannot run the weight; None if it can."""
-    return tiles.unsupported(w)
-
-
-def prepare(w: PackedWeight) -> TpuWeight:
-    """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
-    tiled = tiles.arrange(w, *block_shape(w.segments, w.shape[1], w.group))
-    position = tiles.positions(tiled, -(-w.shape[0] // _LANES) * _LANES)
-    windows = _windows(array_module(position), tiled, position)
-    return TpuWeight(tiled, position[None], windows)
-
-
-def _runs(w: tiles.TiledWeight) -> list[tuple[int, int]]:
-    """Lanes [start, stop) of each chunk, within which outputs ascend."""
-    runs, lane = [], 0
-    for part in w.parts:
-        start = lane
-        for chunk in part.chunks:
-            runs.append((start, start + chunk.rows))
-            start += chunk.rows
-        lane += part.tiles(w.lanes) * w.lanes
-    return runs
-
-
-def _windows(xp: Any, w: tiles.TiledWeight, position: AnyArray) -> Int32[AnyArray, " n"]:
-    """First of the two vectors of lanes from which each run serves each vector of outputs."""
-    by_vector = position.reshape(-1, _LANES)
-    # A window is two vectors and must end within the scratch, which has one vector more.
-    windows = []
-    for start, stop in _runs(w):
-        here = (by_vector >= start) & (by_vector < stop)
-        first = xp.where(here, by_vector, np.int32(2**30)).min(axis=1)
-        windows.append(xp.where(here.any(axis=1), first // _LANES, -1))
-    if not windows:
-        return xp.zeros(0, np.int32)
-    return xp.stack(windows, axis=1).reshape(-1).astype(np.int32)
-
-
-def canonical(w: TpuWeight) -> PackedWeight:
-    """The inverse of `prepare`, exactly."""
-    return tiles.restore(w.tiled)
-
-
-def block_shape(segments: tuple[Segment, ...], k: int, group: int | None) -> tuple[int, int]:
-    """Words and channels of a block: the fewest bytes to read, in steps that hide their overhead.
-
-    Groups need planes of 128 inputs, so that a plane is within one group if groups are multiples of
-    that.
-    """
-    depths = _DEPTHS if group is None else _DEPTHS[:1]
-
-    def cost(shape: tuple[int, int]) -> tuple[int, int]:
-        depth, lanes = shape
-        steps = sum(
-            part.tiles(lanes) * -(-k // tiles.covered(part.bits, depth))
-            for part in tiles.plan(segments, lanes)
-        )
-        return steps * max(depth * lanes * 4, _STEP_BYTES), lanes
-
-    return min(((d, n) for d in depths for n in _TILES), key=cost)
+# Rows of a block that is split into digits.
+_FEW: Final = (8, 16, 32)
+# From here on sums of int8 products might not fit 32 bits.
+_MOST_INPUTS: Final = 2**17
+# Kinds of TPUs whose matrix unit multiplies no int8.
+_WITHOUT_INT8: Final = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
+# How the kernel is interpreted; tests ask for more checks.
+_INTERPRET: Any = True
 
 
 def rows_per_block(m: int, w: TpuWeight, x_bytes: int, y_bytes: int) -> int:
     """Rows of x that a launch holds in VMEM at once: all, or as many as fit, evenly."""
-    tiled, c = w.tiled, w.position.shape[1]
-    row = 2 * tiled.padded_k * x_bytes + 4 * (tiled.index.shape[0] + _LANES) + 2 * c * y_bytes
-    # Words twice, one unpacked plane in int32 and in the activations' type, and the scales.
-    fixed = 4 * 4 * tiled.depth * tiled.lanes + 8 * tiled.scales.shape[0] * tiled.lanes
-    fits = max((_VMEM_BYTES - fixed) // (row + 8 * tiled.lanes) // _ROWS * _ROWS, _ROWS)
+    tiled = w.tiled
+    # Inputs, the sums and outputs of a tile, and all outputs with and without their order.
+    row = tiled.padded_k * x_bytes + 20 * tiled.lanes
+    if not w.ordered:
+        row += (tiled.index.shape[0] + w.position.shape[1]) * y_bytes
+    # Words twice, planes unpacked to bytes and to the activations' type, and the scales.
+    fixed = (8 + 48) * tiled.depth * tiled.lanes + 8 * tiled.scales.shape[0] * tiled.lanes
+    fits = max((_VMEM_BYTES - fixed) // row // _ROWS * _ROWS, _ROWS)
     count = -(-m // fits)
     return -(-m // (count * _ROWS)) * _ROWS
 
@@ -150,210 +87,246 @@ def matmul(x: Float[Array, "*m k"], w: TpuWeight, activation_bits: int) -> Float
 
 
 def _rows(x: Float[Array, "m k"], w: TpuWeight, activation_bits: int) -> Float[Array, "m c"]:
-    (m, k), tiled = x.shape, w.tiled
-    c = w.shape[0]
+    m, tiled = len(x), w.tiled
     if not tiled.segments or not m:
-        return jnp.broadcast_to(jnp.asarray(tiled.bias)[None], (m, c)).astype(x.dtype)
-    widths = {part.bits for part in tiled.parts}
-    rounded = activation_bits != 16 and widths != {SOURCE}
-    operands = {}
+        return jnp.broadcast_to(jnp.asarray(tiled.bias)[None], (m, w.shape[0])).astype(x.dtype)
+    integers = any(part.bits != SOURCE for part in tiled.parts)
+    rounded = activation_bits != 16 and integers
+    operands = {"float": x}
     if rounded:
-        operands["codes"], operands["scale"] = quantize_activations(x, activation_bits)
-    if not rounded or SOURCE in widths:
-        operands["float"] = x if activation_bits == 16 else x.astype(jnp.bfloat16)
-    bytes_per_input = sum(operands[n].dtype.itemsize for n in ("codes", "float") if n in operands)
-    bm = rows_per_block(m, w, bytes_per_input, x.dtype.itemsize)
-    padded = {
-        name: jnp.pad(value, ((0, -m % bm), (0, tiled.padded_k - k if name != "scale" else 0)))
-        for name, value in operands.items()
-    }
-    launch = functools.partial(_launch, bm=bm, dtype=x.dtype)
+        qmax = jnp.float32(largest_code(activation_bits))
+        for name, factor in zip(("inverse", "scale"), activation_scales(x, qmax), strict=True):
+            operands[name] = jnp.broadcast_to(factor, (m, LANES))
+    elif activation_bits != 16:
+        operands["float"] = x.astype(jnp.bfloat16)
+    bm = next((rows for rows in _FEW if m <= rows), None)
+    # Other groups need weights that are no integers.
+    split = integers and not rounded and (tiled.scale_step or 0) % LANES == 0 and _has_int8()
+    if not split or bm is None:
+        x_bytes = operands["float"].dtype.itemsize + rounded
+        bm, split = rows_per_block(m, w, x_bytes, x.dtype.itemsize), False
+    if m < bm <= max(_FEW):
+        # Whole vectors: the layout of a few rows is another, and the kernel slow with it.
+        operands = {n: jnp.pad(v, ((0, bm - m), (0, 0))) for n, v in operands.items()}
+    launch = functools.partial(
+        _launch, bm=bm, split=split, largest=largest_code(activation_bits), dtype=x.dtype
+    )
     y = jax.lax.platform_dependent(
-        padded,
+        operands,
         w,
         tpu=functools.partial(launch, interpret=False),
-        default=functools.partial(launch, interpret=True),
+        default=functools.partial(launch, interpret=_INTERPRET),
     )
-    return y[:m, :c]
+    return y[:m]
 
 
-def _launch(x: dict[str, Array], w: TpuWeight, *, bm: int, dtype: Any, interpret: bool) -> Array:
-    """One launch over padded rows; x has "float", or "codes" and "scale", or all three."""
+def _has_int8() -> bool:
+    """Whether the TPU multiplies int8; programs for one that is not here take it that it does."""
+    return jax.default_backend() != "tpu" or jax.devices()[0].device_kind not in _WITHOUT_INT8
+
+
+def _launch(
+    x: dict[str, Array],
+    w: TpuWeight,
+    *,
+    bm: int,
+    split: bool,
+    largest: int,
+    dtype: Any,
+    interpret: Any,
+) -> Array:
+    """One launch; x has "float", and "inverse" and "scale" if it is to be rounded.
+
+    Blocks reach beyond the rows and inputs of x and beyond the outputs.
+    """
     tiled = w.tiled
-    rows, padded_k = x["codes" if "codes" in x else "float"].shape
-    outputs, lanes, groups = w.position.shape[1], tiled.lanes, tiled.scales.shape[0]
-    bits, tile, start = (np.asarray(v, np.int32) for v in zip(*tiles.blocks(tiled), strict=True))
-    operands = x | {
-        "words": tiled.words,
-        "scales": tiled.scales,
-        "position": w.position,
-        "bias": jnp.pad(jnp.asarray(tiled.bias), (0, outputs - tiled.shape[0]))[None],
-    }
+    rows, padded_k = x["float"].shape[0], tiled.padded_k
+    lanes, groups = tiled.lanes, tiled.scales.shape[0]
+    laid, widths = tiled.index.shape[0], {part.bits for part in tiled.parts}
+    outputs, tables = laid if w.ordered else w.position.shape[1], step_tables(tiled)
+    operands = x | {"words": tiled.words, "scales": tiled.scales, "bias": w.bias}
     # The index maps receive the grid's indices and the prefetched tables.
+    # What is the same in all steps needs one buffer.
+    once = {"pipeline_mode": pl.Buffered(1)}
     specs = {
-        "float": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0)),
-        "codes": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0)),
-        "scale": pl.BlockSpec((bm, 1), lambda m, g, *_: (m, 0)),
+        "float": pl.BlockSpec((bm, padded_k), lambda m, g, *_: (m, 0), **once),
+        "inverse": pl.BlockSpec((bm, LANES), lambda m, g, *_: (m, 0), **once),
+        "scale": pl.BlockSpec((bm, LANES), lambda m, g, *_: (m, 0), **once),
         "words": pl.BlockSpec((1, tiled.depth, lanes), lambda m, g, *_: (g, 0, 0)),
-        "scales": pl.BlockSpec((groups, lanes), lambda m, g, bits, tile, *_: (0, tile[g])),
-        "position": pl.BlockSpec((1, outputs), lambda m, g, *_: (0, 0)),
-        "bias": pl.BlockSpec((1, outputs), lambda m, g, *_: (0, 0)),
+        "scales": pl.BlockSpec((groups, lanes), lambda m, g, kind, tile, *_: (0, tile[g])),
+        "bias": pl.BlockSpec((1, lanes), lambda m, g, kind, tile, *_: (0, tile[g])),
     }
+    scratch = {
+        "sums": pltpu.VMEM(
+            (bm * DIGITS if split else bm, lanes),
+            jnp.int32 if (split or "scale" in x) and _sums_whole(tiled) else jnp.float32,
+        ),
+    }
+    if tiled.group is not None:
+        scratch["scales"] = pltpu.VMEM((groups, lanes), jnp.float32)
+    if SOURCE in widths:
+        scratch["exact"] = pltpu.VMEM((bm, lanes), jnp.float32)
+    if "scale" in x:
+        scratch["codes"] = pltpu.VMEM((bm, padded_k), jnp.int8)
+    if split:
+        scratch["digits"] = pltpu.VMEM((bm * DIGITS, padded_k), jnp.int8)
+        scratch["scale"] = pltpu.VMEM((bm, LANES), jnp.float32)
+    out = pl.BlockSpec((bm, lanes), lambda m, g, kind, tile, *_: (m, tile[g]))
+    if not w.ordered:
+        operands |= {"position": w.position, "pruned": w.pruned}
+        specs["position"] = pl.BlockSpec((1, outputs), lambda m, g, *_: (0, 0))
+        specs["pruned"] = pl.BlockSpec((1, outputs), lambda m, g, *_: (0, 0))
+        size = np.dtype(dtype).itemsize
+        scratch["done"] = pltpu.VMEM((bm * size // 4, laid + LANES), jnp.int32)
+        out = pl.BlockSpec((bm, outputs), lambda m, g, *_: (m, 0), **once)
     call = pl.pallas_call(
         functools.partial(
             _kernel,
             codes={part.bits: tiled.code_map(part.bits) for part in tiled.parts},
             step=tiled.scale_step,
-            blocks=len(bits),
-            runs=len(_runs(tiled)),
+            runs=tuple(map(len, lane_runs(tiled))),
+            inputs=tiled.shape[1],
+            largest=largest,
         ),
-        out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, w.shape[0]), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(rows // bm, len(bits)),
+            num_scalar_prefetch=len(tables) + 1,
+            grid=(-(-rows // bm), len(tables["tile"])),
             in_specs=[{name: specs[name] for name in operands}],
-            out_specs=pl.BlockSpec((bm, outputs), lambda m, g, *_: (m, 0)),
-            scratch_shapes=[
-                pltpu.VMEM((bm, tiled.index.shape[0] + _LANES), jnp.float32),
-                pltpu.VMEM((groups, lanes), jnp.float32),
-            ],
+            out_specs=out,
+            scratch_shapes=[scratch],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES * 3 // 2
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_LIMIT,
+            disable_bounds_checks=True,
         ),
-        cost_estimate=_cost(operands, rows, rows // bm, dtype),
+        cost_estimate=_cost(operands, rows, -(-rows // bm), dtype),
         interpret=interpret,
         name="qvla_mixed_matmul",
     )
-    return call(bits, tile, start, w.windows, operands)
+    return call(*tables.values(), w.starts, operands)
 
 
-def _cost(operands: dict[str, Array], rows: int, passes: int, dtype: Any) -> pl.CostEstimate:
+def _sums_whole(w: tiles.TiledWeight) -> bool:
+    """Whether sums of int8 products stay integers until the end."""
+    return w.group is None and w.padded_k < _MOST_INPUTS
+
+
+def _cost(operands: Mapping[str, AnyArray], rows: int, passes: int, dtype: Any) -> pl.CostEstimate:
     words = operands["words"].nbytes * passes
     once = sum(value.nbytes for name, value in operands.items() if name != "words")
-    outputs, lanes = operands["bias"].shape[1], operands["scales"].shape[1]
-    inputs = operands["codes" if "codes" in operands else "float"].shape[1]
+    lanes = operands["scales"].shape[1]
+    inputs = operands["float"].shape[1]
     return pl.CostEstimate(
         flops=2 * rows * inputs * lanes,
-        bytes_accessed=words + once + rows * outputs * np.dtype(dtype).itemsize,
+        bytes_accessed=words + once + rows * lanes * np.dtype(dtype).itemsize,
         transcendentals=0,
     )
 
 
 def _kernel(
-    bits: Any,
+    kind: Any,
     tile: Any,
     start: Any,
-    windows: Any,
+    last: Any,
+    units: Any,
+    starts: Any,
     refs: dict[str, Any],
     y: Any,
-    *scratch: Any,
+    scratch: dict[str, Any],
+    *,
     codes: Mapping[int, CodeMap],
     step: int | None,
-    blocks: int,
-    runs: int,
+    runs: tuple[int, ...],
+    inputs: int,
+    largest: int,
 ) -> None:
     """A step of the grid: one block of words for one block of rows."""
-    sums, scales = scratch
     g = pl.program_id(1)
-    lanes = refs["words"].shape[2]
-    here = pl.ds(pl.multiple_of(tile[g] * lanes, _LANES), lanes)
+    words, scales = refs["words"], scratch.get("scales")
+    # What planes are multiplied by, and the scale of each row.
+    x, scale = refs["float"], None
+    if "digits" in scratch:
+        x, scale = scratch["digits"], scratch["scale"]
+    elif "codes" in scratch:
+        x, scale = scratch["codes"], refs["scale"]
 
-    @pl.when(start[g] == 0)
+    @pl.when(g == 0)
     def _() -> None:
-        sums[:, here] = jnp.zeros((sums.shape[0], lanes), jnp.float32)
-        # Rows of bfloat16 share sublanes, but single rows are read below.
-        scales[...] = refs["scales"][...].astype(jnp.float32)
+        clear_beyond(refs["float"], inputs)
+        if "digits" in scratch:
+            split(refs["float"], x, scale)
+        elif "codes" in scratch:
+            round_rows(refs["float"], refs["inverse"], x, largest)
 
-    for width in codes:
+    if scales is not None:
 
-        @pl.when(bits[g] == width)
-        def _(width: int = width) -> None:
-            sums[:, here] += _block(refs, scales, start[g], width, codes[width], step)
+        @pl.when(start[g] == 0)
+        def _() -> None:
+            scales[...] = refs["scales"][...].astype(jnp.float32) * units[g]
 
-    @pl.when(g == blocks - 1)
-    def _() -> None:
-        _store(windows, refs, y, sums, runs)
-
-
-def _block(
-    refs: dict[str, Any], scales: Any, start: Array, bits: int, codes: CodeMap, step: int | None
-) -> Float[Array, "m n"]:
-    """Scaled product of x with a block of words."""
-    words = refs["words"][0]
-    depth = words.shape[0]
-    source = bits == SOURCE
-    x = refs["float" if source or "codes" not in refs else "codes"]
-    fine = step is not None and step < depth and not source
-    total = None
-    for plane in range(WORD_BITS // bits):
-        first = pl.multiple_of(start + plane * depth, _LANES)
-        xs = x[:, pl.ds(first, depth)]
-        if source:
-            part = planes.dot(xs, planes.unpack(words, bits, plane, codes))
-        elif fine:
-            assert step is not None
-            above = jax.lax.div(first, step)
-            own = [scales[pl.ds(above + g, 1), :] for g in range(depth // step)]
-            part = _scaled_dot(xs, planes.unpack(words, bits, plane, codes), own)
-        else:
-            part = planes.dot(xs, planes.unpack(words, bits, plane, codes))
-            if step is not None:
-                part = part.astype(jnp.float32) * scales[pl.ds(jax.lax.div(first, step), 1), :]
-        total = part if total is None else total + part
-    assert total is not None
-    total = total.astype(jnp.float32)
-    if source:
-        return total
-    if step is None:
-        total = total * scales[0:1, :]
-    return total * refs["scale"][...] if "scale" in refs else total
-
-
-def _scaled_dot(
-    x: Array, codes: Int32[Array, "depth n"], scales: list[Float[Array, "1 n"]]
-) -> Float[Array, "m n"]:
-    """`x (s q)` with scales s of groups that are finer than a plane.
-
-    `s q` has at most 16 bits: 8 of q, 8 of the bfloat16 s.
-    """
-    depth, lanes = codes.shape
-    wide = [jnp.broadcast_to(row, (depth // len(scales), lanes)) for row in scales]
-    w = codes.astype(jnp.float32) * jnp.concatenate(wide)
-    if x.dtype == jnp.float32:
-        return planes.dot(x, w)
-    if x.dtype == jnp.int8:
-        x = x.astype(jnp.float32).astype(jnp.bfloat16)
-    upper = w.astype(jnp.bfloat16).astype(jnp.float32)
-    return planes.dot(x, upper) + planes.dot(x, w - upper)
-
-
-def _store(windows: Any, refs: dict[str, Any], y: Any, sums: Any, runs: int) -> None:
-    """Sums in the order of the tiles -> outputs, 128 at a time."""
-    rows = y.shape[0]
-
-    @pl.loop(0, y.shape[1] // _LANES)
-    def _(vector: Array) -> None:
-        here = pl.ds(pl.multiple_of(vector * _LANES, _LANES), _LANES)
-        wanted = jnp.broadcast_to(refs["position"][:, here], (rows, _LANES))
-        y[:, here] = jnp.broadcast_to(refs["bias"][:, here], (rows, _LANES)).astype(y.dtype)
-        for run in range(runs):
-            window = windows[vector * runs + run]
-
-            @pl.when(window >= 0)
-            def _(window: Array = window) -> None:
-                _merge(y, here, sums, window, wanted, refs["bias"])
-
-
-def _merge(y: Any, here: Any, sums: Any, window: Array, wanted: Array, bias: Any) -> None:
-    """Stores the wanted lanes that are in the two vectors of a window."""
-    result = y[:, here]
-    for half in range(2):
-        first = pl.multiple_of((window + half) * _LANES, _LANES)
-        lane = wanted - first
-        inside = (lane >= 0) & (lane < _LANES)
-        found = jnp.take_along_axis(
-            sums[:, pl.ds(first, _LANES)], lane & (_LANES - 1), axis=1, mode="promise_in_bounds"
+    def add(width: int) -> None:
+        source = width == SOURCE
+        sums = scratch["exact" if source else "sums"]
+        product = block_product(
+            refs["float"] if source else x,
+            words[0],
+            start[g],
+            bits=width,
+            codes=codes[width],
+            scales=scales,
+            step=step,
+            halved=source and "codes" in scratch,
         )
-        result = jnp.where(inside, (found + bias[:, here]).astype(y.dtype), result)
-    y[:, here] = result
+        before = jnp.where(start[g] == 0, jnp.zeros((), sums.dtype), sums[...])
+        sums[...] = before + product.astype(sums.dtype)
+
+    if len(codes) == 1:
+        add(*codes)
+    else:
+        jax.lax.switch(kind[g], [functools.partial(add, width) for width in codes])
+
+    @pl.when(last[g] == 1)
+    def _() -> None:
+        lanes = words.shape[2]
+        here = pl.ds(pl.multiple_of(tile[g] * lanes, LANES), lanes)
+
+        def finish(total: Array, factor: Any) -> None:
+            if factor is not None:
+                total = total * factor
+            total = (total + refs["bias"][...]).astype(y.dtype)
+            if "done" in scratch:
+                scratch["done"][:, here] = pltpu.bitcast(total, jnp.int32)
+            else:
+                y[...] = total
+
+        def sums_of_codes() -> None:
+            sums = scratch["sums"]
+            total = joined(sums) if "digits" in scratch else sums[...].astype(jnp.float32)
+            if scales is None:
+                total = total * (refs["scales"][...].astype(jnp.float32) * units[g])
+            finish(total, None if scale is None else scale[:, :1])
+
+        if "exact" not in scratch:
+            sums_of_codes()
+        elif len(codes) == 1:
+            finish(scratch["exact"][...], None)
+        else:
+            # 16-bit tiles are the first.
+            source = kind[g] == 0
+            pl.when(source)(lambda: finish(scratch["exact"][...], None))
+            pl.when(jnp.logical_not(source))(sums_of_codes)
+        if "done" in scratch:
+
+            @pl.when(g == pl.num_programs(1) - 1)
+            def _() -> None:
+                store(
+                    starts,
+                    refs["position"],
+                    refs["pruned"],
+                    scratch["done"],
+                    y,
+                    runs=len(runs),
+                    shared=sum(runs) - len(runs),
+                )

@@ -2,10 +2,12 @@
 
 Output channels are along the lanes, as both accelerators prefer. Channels of one bit-width form
 tiles of `lanes` channels, and a tile is a run of blocks of equal size, int32 [depth, lanes],
-whatever its width: a block of b bits covers P depth inputs, P = 32 / b. It is split into planes:
-word j of a column holds, in bit field i, the code of input start + i depth + j. So unpacking is one
-shift to the left and one arithmetic shift to the right, and each plane meets a contiguous slice of
-x.
+whatever its width: a block of b bits covers P depth inputs, P = 32 / b. It is split into planes,
+each of which meets a contiguous slice of x. The words consist of U = 32 / unit units, and plane p
+is the p-th field of every unit: in its unit v, word j of a column holds the code of input
+start + (p depth + j) U + v. With whole words as units, unpacking is one shift to the left and one
+arithmetic shift to the right; units of a byte are unpacked together and hold adjacent inputs.
+16-bit codes are units of their own, or whole words have two.
 
 A field holds the signed number s = u - 2^(b-1) for the stored code u: the code q itself where codes
 are signed, and q = 2 s + 1 in tiles of odd 2-bit codes. 3-bit codes are held in 4 bits. Channels
@@ -69,7 +71,7 @@ class Part:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scales", "bias", "index"],
-    meta_fields=[*REARRANGED, "depth", "lanes"],
+    meta_fields=[*REARRANGED, "depth", "lanes", "unit"],
 )
 @dataclasses.dataclass(frozen=True)
 class TiledWeight(Rearranged):
@@ -81,6 +83,8 @@ class TiledWeight(Rearranged):
     index: AnyArray  # int32 [T lanes], output channel of a lane; -1: padding
     depth: int
     lanes: int
+    # Bits of a unit of the words: 8 or 32.
+    unit: int
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -95,7 +99,7 @@ class TiledWeight(Rearranged):
     @property
     def scale_step(self) -> int | None:
         """Inputs that a row of `scales` covers; None: all."""
-        return None if self.group is None else scale_step(self.group, self.depth)
+        return None if self.group is None else scale_step(self.group, self.depth, self.unit)
 
     def code_map(self, bits: int) -> CodeMap:
         """What codes in tiles of a width stand for; rows that moved there have signed codes."""
@@ -136,9 +140,10 @@ def padded_inputs(k: int, parts: tuple[Part, ...], depth: int) -> int:
     return max((-(-k // covered(p.bits, depth)) * covered(p.bits, depth) for p in parts), default=0)
 
 
-def scale_step(group: int, depth: int) -> int:
+def scale_step(group: int, depth: int, unit: int) -> int:
     """Inputs that share a row of scales: whole planes, or an equal part of each."""
-    return group if group % depth == 0 else math.gcd(group, depth)
+    plane = WORD_BITS // unit * depth
+    return group if group % plane == 0 else math.gcd(group, plane)
 
 
 def blocks(w: TiledWeight) -> Iterator[tuple[int, int, int]]:
@@ -173,7 +178,11 @@ def positions(w: TiledWeight, size: int) -> Int32[AnyArray, " n"]:
 
 
 def arrange(
-    w: PackedWeight, depth: int, lanes: int, blocked: Callable[..., AnyArray] | None = None
+    w: PackedWeight,
+    depth: int,
+    lanes: int,
+    unit: int = WORD_BITS,
+    blocked: Callable[..., AnyArray] | None = None,
 ) -> TiledWeight:
     """Canonical -> tiles; numpy arrays stay numpy arrays.
 
@@ -181,9 +190,10 @@ def arrange(
         w: the weight.
         depth: words of a block.
         lanes: channels of a tile.
+        unit: bits of a word that are unpacked together.
         blocked: another order of the words of blocks, such as `fragments.blocked`.
     """
-    blocked = blocked or _blocked
+    blocked = blocked or functools.partial(_blocked, unit=unit)
     xp, (c, k) = array_module(*jax.tree.leaves(w)), w.shape
     parts = plan(w.segments, lanes)
     channels = xp.arange(c) if w.index is None else xp.asarray(w.index)
@@ -206,7 +216,7 @@ def arrange(
         index.append(xp.full(extra, -1, np.int32))
     joined = xp.concatenate([xp.ones((0, w.num_groups), ml_dtypes.bfloat16), *scales])
     if w.group is not None:
-        step = scale_step(w.group, depth)
+        step = scale_step(w.group, depth, unit)
         rows = -(-padded_inputs(k, parts, depth) // step)
         joined = xp.repeat(joined, w.group // step, axis=1)[:, :rows]
         joined = xp.pad(joined, ((0, 0), (0, rows - joined.shape[1])))
@@ -219,15 +229,16 @@ def arrange(
         **kept_of(w),
         depth=depth,
         lanes=lanes,
+        unit=unit,
     )
 
 
 def restore(w: TiledWeight, unblocked: Callable[..., AnyArray] | None = None) -> PackedWeight:
     """The inverse of `arrange`, exactly; `unblocked` is that of its `blocked`."""
-    unblocked = unblocked or _unblocked
+    unblocked = unblocked or functools.partial(_unblocked, unit=w.unit)
     xp, k = array_module(*jax.tree.leaves(w)), w.shape[1]
     found: dict[Chunk, tuple[AnyArray, AnyArray, AnyArray]] = {}
-    stride = 1 if w.group is None else w.group // scale_step(w.group, w.depth)
+    stride = 1 if w.group is None else w.group // scale_step(w.group, w.depth, w.unit)
     block = lane = 0
     for part in w.parts:
         tiles = part.tiles(w.lanes)
@@ -291,27 +302,44 @@ def _scales(w: PackedWeight, chunk: Chunk) -> AnyArray:
     return xp.asarray(w.scales[chunk.segment])[chunk.start : chunk.stop]
 
 
-def _blocked(fields: AnyArray, bits: int, depth: int, lanes: int) -> Int32[AnyArray, "g depth n"]:
+def _fields_of(bits: int, unit: int) -> list[tuple[int, int]]:
+    """(plane, unit) of each bit field of a word, from the lowest on."""
+    planes = max(unit // bits, 1)
+    return [(i % planes, i // planes) for i in range(WORD_BITS // bits)]
+
+
+def _blocked(
+    fields: AnyArray, bits: int, depth: int, lanes: int, unit: int
+) -> Int32[AnyArray, "g depth n"]:
     """Bit fields [T lanes, k] -> blocks, tile after tile."""
-    xp, planes = array_module(fields), WORD_BITS // bits
+    xp, places = array_module(fields), _fields_of(bits, unit)
+    planes, units = (max(place) + 1 for place in zip(*places, strict=True))
     rows, k = fields.shape
-    fields = xp.pad(fields, ((0, 0), (0, -k % (planes * depth))))
-    split = fields.reshape(rows // lanes, lanes, -1, planes, depth)
+    fields = xp.pad(fields, ((0, 0), (0, -k % covered(bits, depth))))
+    split = fields.reshape(rows // lanes, lanes, -1, planes, depth, units)
     words = xp.zeros((*split.shape[:3], depth), np.uint32)
-    for i in range(planes):
-        words = words | (split[:, :, :, i].astype(np.uint32) << xp.uint32(bits * i))
+    for i, (p, v) in enumerate(places):
+        words = words | (split[:, :, :, p, :, v].astype(np.uint32) << xp.uint32(bits * i))
     words = words.transpose(0, 2, 3, 1).reshape(-1, depth, lanes)
     if xp is jnp:
         return jax.lax.bitcast_convert_type(words, jnp.int32)
     return np.ascontiguousarray(words).view(np.int32)
 
 
-def _unblocked(words: AnyArray, bits: int, tiles: int) -> AnyArray:
+def _unblocked(words: AnyArray, bits: int, tiles: int, unit: int) -> AnyArray:
     """The inverse of `_blocked`: [T lanes, padded k]."""
-    xp, planes = array_module(words), WORD_BITS // bits
+    xp, places = array_module(words), _fields_of(bits, unit)
     words = words.view(np.uint32)
     depth, lanes = words.shape[1:]
     split = words.reshape(tiles, -1, depth, lanes).transpose(0, 3, 1, 2)
-    fields = [(split >> xp.uint32(bits * i)) & xp.uint32(2**bits - 1) for i in range(planes)]
     kind = np.uint16 if bits == SOURCE else np.uint8
-    return xp.stack(fields, axis=3).reshape(tiles * lanes, -1).astype(kind)
+    fields = [
+        ((split >> xp.uint32(bits * i)) & xp.uint32(2**bits - 1)).astype(kind)
+        for i in range(WORD_BITS // bits)
+    ]
+    # [T, lanes, blocks, planes, depth, units]
+    of_plane = [
+        xp.stack([f for f, (q, _) in zip(fields, places, strict=True) if q == p], axis=-1)
+        for p in range(max(places)[0] + 1)
+    ]
+    return xp.stack(of_plane, axis=3).reshape(tiles * lanes, -1)

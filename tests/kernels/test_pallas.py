@@ -1,4 +1,4 @@
-"""The Pallas kernels, interpreted: many tiles and blocks, groups, passes over rows, gradients."""
+"""The Pallas kernels, interpreted: many tiles and blocks, groups, gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ import pytest
 
 from qvla_jax import kernels
 from qvla_jax.errors import InputError
-from qvla_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, tiles
-from qvla_jax.kernels.packed import Segment
+from qvla_jax.kernels import pallas_gpu, pallas_triton
 
 from .weights import pack_codes, random_weight
 
@@ -61,28 +60,6 @@ def test_many_tiles_agree_with_the_reference(implementation, group, activation_b
     if dtype == jnp.bfloat16:  # both were rounded
         allowed = allowed + np.abs(expected) * 2.0**-7
     assert (np.abs(found - expected) <= allowed).all()
-
-
-def test_rows_that_do_not_fit_take_several_passes(monkeypatch):
-    w = kernels.pack(random_weight(40, 70, 0), np.full(40, 4))
-    x = jax.random.normal(jax.random.key(0), (75, 70), jnp.float32)
-    prepared = kernels.prepare(w, "pallas_tpu")
-    assert pallas_tpu.rows_per_block(75, prepared, 4, 4) == 96
-    monkeypatch.setattr(pallas_tpu, "_VMEM_BYTES", 2**10)
-    assert pallas_tpu.rows_per_block(75, prepared, 4, 4) == 32
-    expected = kernels.mixed_matmul(x, w, 8, "reference")
-    np.testing.assert_allclose(kernels.mixed_matmul(x, prepared, 8), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_blocks_follow_the_shape():
-    # Blocks of 256 KiB, and few inputs of padding.
-    assert pallas_tpu.block_shape((Segment(4, 4096),), 4096, None) == (512, 128)
-    # 2-bit blocks of 512 words would cover 8192 inputs.
-    depth, lanes = pallas_tpu.block_shape((Segment(2, 4096),), 4096, None)
-    assert tiles.covered(2, depth) == 4096
-    assert depth * lanes == 2**16
-    # A plane of 128 inputs must not straddle groups.
-    assert pallas_tpu.block_shape((Segment(4, 4096),), 4096, 128)[0] == 128
 
 
 @each_kernel
