@@ -13,6 +13,7 @@ one unpacks.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal
@@ -88,6 +89,11 @@ class _Place:
     blocks: Array
 
 
+# Layers of one shape are traced and lowered once.
+_once: Final = functools.partial(jax.jit, static_argnums=0, static_argnames="interpret")
+
+
+@_once
 def direct(
     launch: Launch,
     operands: Sequence[Int32[Array, "runs tiles lane word"]],
@@ -134,6 +140,7 @@ def direct(
     return _call(unit, launch, rows, kind, words, scales, operands)
 
 
+@_once
 def streamed(
     launch: Launch,
     operands: Sequence[Float[Array, "m k"]],

@@ -176,15 +176,20 @@ def _rows(x: Float[Array, "m k"], w: GpuWeight, activation_bits: int) -> Float[A
     operands = operands[: 1 + max(work.operand for work in launch.works)]
     padding = ((0, -rows % launch.rows), (0, tiled.padded_k - k))
     operands = [jnp.pad(operand, padding) for operand in operands]
-    if not streamed:
-        operands = [fragments.columns(operand) for operand in operands]
-    run = functools.partial(gpu_kernels.streamed if streamed else gpu_kernels.direct, launch)
+
+    def product(operands: list[Array], words: Array, scales: Array, *, interpret: bool) -> Array:
+        # Barriers are interpreted by callbacks, which would order a program on every platform.
+        if streamed and not interpret:
+            return gpu_kernels.streamed(launch, operands, words, scales, interpret=False)
+        columns = [fragments.columns(operand) for operand in operands]
+        return gpu_kernels.direct(launch, columns, words, scales, interpret=interpret)
+
     sums = lax.platform_dependent(
         operands,
         tiled.words,
         tiled.scales,
-        cuda=functools.partial(run, interpret=False),
-        default=functools.partial(run, interpret=True),
+        cuda=functools.partial(product, interpret=False),
+        default=functools.partial(product, interpret=True),
     )
     y = _joined(sums[..., :rows], launch.works, tiled, scale, m)
     position = jnp.asarray(w.position)
