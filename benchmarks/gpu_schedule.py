@@ -278,7 +278,7 @@ def main() -> int:
     )
     parser.add_argument("targets", nargs="+", choices=[*ARCHITECTURES])
     parser.add_argument("--shape", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
-    parser.add_argument("--weights", nargs="+", default=LABELS, help="bits, bits g group, mixed")
+    parser.add_argument("--weight", nargs="+", default=LABELS, help="bits, bits g group, mixed")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 600])
     parser.add_argument("--activations", nargs="+", type=int, default=[16], choices=(16, 8, 4))
     parser.add_argument("--json", action="store_true")
@@ -287,7 +287,7 @@ def main() -> int:
         estimate(target, shape, label, rows, bits)
         for target in arguments.targets
         for shape in arguments.shape
-        for label in arguments.weights
+        for label in arguments.weight
         for rows in arguments.rows
         for bits in arguments.activations
     ]

@@ -1,6 +1,7 @@
 """Estimates of the packed product from the schedules of programs compiled for accelerators.
 
     pip install 'qvla-jax[aot-tpu]' && python benchmarks/static_schedule.py v5e v6e
+    pip install 'qvla-jax[aot-gpu]' && python benchmarks/static_schedule.py h100
 
 **Every figure is an estimate, in microseconds; nothing runs on an accelerator.** Each line is one
 product, compiled for one chip. "memory" is the time in which memory delivers its operands once, as
@@ -14,7 +15,7 @@ bfloat16 activations.
 
 Left out: waiting for memory beyond the bytes (for the first block of a kernel, and for what does
 not come in time), conflicts in memory, the fetching of instructions, and the launch of programs.
-`--parts` lists how often which bundles are executed.
+`--parts` lists how often which bundles are executed. Lines of GPUs are those of `gpu_schedule.py`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import glob
 import itertools
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -91,7 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("targets", nargs="+", choices=CHIPS)
+    parser.add_argument("targets", nargs="+", choices=[*CHIPS, *aot.GPUS])
     parser.add_argument("--shape", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
     parser.add_argument("--weight", nargs="+", default=["2", "4", "mixed"], choices=WEIGHTS)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 600])
@@ -99,13 +101,23 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help="leave out XLA's own products")
     parser.add_argument("--parts", action="store_true", help="list where the bundles are")
     arguments = parser.parse_args()
+    if gpus := [target for target in arguments.targets if target in aot.GPUS]:
+        # In a process of its own: it has other settings of the compiler.
+        given = ("shape", "weight", "rows", "activations")
+        options = [[f"--{name}", *map(str, getattr(arguments, name))] for name in given]
+        program = Path(__file__).with_name("gpu_schedule.py")
+        done = subprocess.run([sys.executable, program, *gpus, *itertools.chain(*options)])
+        if done.returncode or len(gpus) == len(arguments.targets):
+            return done.returncode
     print(
         "| target | shape, weight | rows | activations | memory | issue | issue / memory |"
         " a block | around | slots | XLA bf16 | XLA int8 | rounded | XLA int4 |"
     )
     print("|---|" + "---|" * 13)
     for target, shape, rows in itertools.product(
-        arguments.targets, arguments.shape, arguments.rows
+        (target for target in arguments.targets if target in CHIPS),
+        arguments.shape,
+        arguments.rows,
     ):
         c, k = (int(n) for n in shape.split("x"))
         rivals = " | ".join(

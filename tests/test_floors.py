@@ -17,7 +17,7 @@ FOLDERS = {
 FLOORS = (
     {"array_typing", "caches", "errors", "output", "precision", "programs", "progress"},
     {"compiler"},
-    {"atomic", "devices", "failures", "mapping", "plain", "stage_times"},
+    {"atomic", "devices", "failures", "mapping", "plain", "plain_pickle", "stage_times"},
     {"remote"},
     {"provenance"},
     {"array_files", "repeating", "sharding"},

@@ -142,7 +142,7 @@ MODULES = [
 ]  # fmt: skip
 
 
-def DESCRIBED(source):  # noqa: N802
+def DESCRIBED(source, **_):  # noqa: N802
     from qvla_jax.report.modules import describe
 
     return describe("tiny-test")

@@ -45,7 +45,7 @@ class _Policy(Protocol):
 
     def infer_normalized(self, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]: ...
 
-    def unnormalize_actions(
+    def standard_actions(
         self, actions: Float[NpArray, "b h a"], state: Float[NpArray, "b p"] | None = None
     ) -> Float[NpArray, "b h a"]: ...
 
@@ -220,7 +220,7 @@ def _act(
         chunks = decide(policies[name], observations, rows=rows)
         has_state = observations[0].get("state") is not None
         state = np.stack([each["state"] for each in observations]) if has_state else None
-        metric = policies[name].unnormalize_actions(chunks, state)
+        metric = policies[name].standard_actions(chunks, state)
         for (worker, _, _), chunk in zip(members, metric, strict=True):
             _send(worker, chunk)
         # The simulators work in the meantime.

@@ -81,7 +81,7 @@ class ExpertPolicy:
         """Returns what `ExpertEnvironment` observed, as chunks of one action."""
         return np.asarray(batch["action"])[:, None]
 
-    def unnormalize_actions(self, actions: np.ndarray, state: Any = None) -> np.ndarray:
+    def standard_actions(self, actions: np.ndarray, state: Any = None) -> np.ndarray:
         """Does nothing: the actions are metric."""
         return actions
 

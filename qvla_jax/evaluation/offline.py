@@ -33,7 +33,7 @@ class _Policy(Protocol):
 
     def infer_normalized(self, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]: ...
 
-    def normalize_actions(
+    def normalize_standard(
         self, actions: Float[NpArray, "*b h a"], state: Float[NpArray, "*b p"] | None = None
     ) -> Float[NpArray, "*b h a"]: ...
 
@@ -276,7 +276,7 @@ def _expert(policy: _Policy, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"
         raise InputError(
             f"frames for evaluation need the expert's 'actions'; got {', '.join(sorted(batch))}"
         )
-    return policy.normalize_actions(np.asarray(batch["actions"]), batch.get("state"))
+    return policy.normalize_standard(np.asarray(batch["actions"]), batch.get("state"))
 
 
 def _checked(chunks: Float[NpArray, "b h a"]) -> Float[NpArray, "b h a"]:

@@ -121,6 +121,14 @@ class Processor(abc.ABC):
     ) -> Float[np.ndarray, "*b h a"]:
         """The inverse: normalized actions -> the robot's units; see `Policy`."""
 
+    def to_robot(self, actions: Float[np.ndarray, "*b r"]) -> Float[np.ndarray, "*b r"]:
+        """The standard form of data sets (`data.episode`) -> the robot's units; the same here."""
+        return actions
+
+    def from_robot(self, actions: Float[np.ndarray, "*b r"]) -> Float[np.ndarray, "*b r"]:
+        """The inverse of `to_robot`."""
+        return actions
+
     @property
     def action_units(self) -> Float[np.ndarray, " a"]:
         """The robot's units in one unit of each entry of a normalized action."""
@@ -206,10 +214,11 @@ class Family(abc.ABC):
         """The configuration, with the statistics of another data set."""
         return dataclasses.replace(config, unnorm_key=unnorm_key)
 
-    def public_statistics(self, statistics: Mapping[str, Any]) -> dict[str, Any]:
+    def public_statistics(self, config: Any, statistics: Mapping[str, Any]) -> dict[str, Any]:
         """Statistics of data sets in the layout that this family's checkpoints have.
 
         Args:
+            config: of the policy whose statistics they become.
             statistics: data set name -> statistics as OpenVLA's dataset_statistics.json has them.
         """
         return dict(statistics)

@@ -242,6 +242,21 @@ class Policy:
         """Normalized actions -> the robot's units; arguments as of `normalize_actions`."""
         return self.processor.unnormalize_actions(actions, state)
 
+    def normalize_standard(
+        self, actions: Float[np.ndarray, "*b h a"], state: Float[np.ndarray, "*b p"] | None = None
+    ) -> Float[np.ndarray, "*b h a"]:
+        """Actions of a data set, in standard form (`data.episode`) -> the normalized action space.
+
+        Arguments are as of `normalize_actions`.
+        """
+        return self.normalize_actions(self.processor.to_robot(actions), state)
+
+    def standard_actions(
+        self, actions: Float[np.ndarray, "*b h a"], state: Float[np.ndarray, "*b p"] | None = None
+    ) -> Float[np.ndarray, "*b h a"]:
+        """Normalized actions -> the standard form of data sets: the inverse."""
+        return self.processor.from_robot(self.unnormalize_actions(actions, state))
+
     def replace(self, *, model: Any) -> "Policy":
         """The same policy with another network."""
         return dataclasses.replace(self, model=model)

@@ -226,23 +226,25 @@ def _cost(operands: Mapping[str, AnyArray], rows: int, passes: int, dtype: Any) 
 
 
 def _kernel(
-    kind: Any,
-    tile: Any,
-    start: Any,
-    last: Any,
-    units: Any,
-    starts: Any,
-    refs: dict[str, Any],
-    y: Any,
-    scratch: dict[str, Any],
-    *,
+    *arguments: Any,
     codes: Mapping[int, CodeMap],
     step: int | None,
     runs: tuple[int, ...],
     inputs: int,
     largest: int,
 ) -> None:
-    """A step of the grid: one block of words for one block of rows."""
+    """A step of the grid: one block of words for one block of rows.
+
+    Args:
+        arguments: the tables of steps, where segments start, and by name the operands; the output;
+            and by name what is kept between steps.
+        codes: of each width.
+        step: inputs that share a scale, if groups have several.
+        runs: number of runs of lanes that hold the outputs of each segment.
+        inputs: of the weight.
+        largest: code of an activation.
+    """
+    kind, tile, start, last, units, starts, refs, y, scratch = arguments
     g = pl.program_id(1)
     words, scales = refs["words"], scratch.get("scales")
     # What planes are multiplied by, and the scale of each row.

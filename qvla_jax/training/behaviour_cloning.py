@@ -127,7 +127,7 @@ def train(config: TrainConfig, *, progress: Progress = no_progress) -> Path:
         architecture,
         model,
         files,
-        family.public_statistics(statistics.to_json()),
+        family.public_statistics(architecture, statistics.to_json()),
         source=", ".join(config.data),
     )
     load = functools.partial(

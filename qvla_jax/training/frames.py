@@ -74,7 +74,9 @@ def load_frames(
             }
         )
         rows = next_steps(np.arange(steps), steps, horizon)
-        chunks = processor.normalize_actions(episode.action[rows], episode.state)
+        chunks = processor.normalize_actions(
+            processor.to_robot(episode.action[rows]), episode.state
+        )
         leaves, form = jax.tree.flatten(Frames(inputs=inputs, chunks=chunks))
         held = held or [np.empty((capacity, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
         for whole, leaf in zip(held, leaves, strict=True):

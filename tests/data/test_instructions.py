@@ -126,6 +126,9 @@ class Processor:
     def __init__(self) -> None:
         self.seen: list[str] = []
 
+    def to_robot(self, actions: Any) -> Any:
+        return actions
+
     def normalize_actions(self, actions: Any, state: Any) -> Any:
         return actions
 

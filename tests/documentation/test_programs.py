@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("default")]
 SMALLER = {
     "kernels.py": "--shapes 256x256 --rows 1 8 --seconds 0.01 --rotation-mib 1",
     "ahead_of_time.py": "--shape 256x256 --rows 8",
-    "gpu_schedule.py": "--shape 1024x4096 --weights 4 --rows 1",
+    "gpu_schedule.py": "--shape 1024x4096 --weight 4 --rows 1",
     "static_schedule.py": "--shape 256x256 --weight mixed --rows 8 --alone",
     "sensitivity_speed.py": "--frames 4 --rounds 1 --channels 15 --turns 2 --layers 2",
     "streamed_sensitivity.py": "--probes 2 --grid rtn",

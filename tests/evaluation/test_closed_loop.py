@@ -73,7 +73,7 @@ class Constant:
         self.batches.append(batch)
         return np.full((len(batch["instruction"]), 4, 7), self.step / 2, np.float32)
 
-    def unnormalize_actions(self, actions, state=None):
+    def standard_actions(self, actions, state=None):
         return 2 * actions
 
 
@@ -208,7 +208,7 @@ class Policy:
     def infer_normalized(self, batch):
         assert set(batch["instruction"]) == {"none"}, "a simulator process imported JAX"
         return np.zeros((len(batch["instruction"]), 1, 7))
-    def unnormalize_actions(self, actions, state=None):
+    def standard_actions(self, actions, state=None):
         return actions
 
 if __name__ == "__main__":

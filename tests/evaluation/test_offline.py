@@ -21,7 +21,7 @@ class FakePolicy:
     def infer_normalized(self, batch):
         return np.asarray(batch["state"], np.float32)[:, None, :7] * np.ones((1, 3, 1), np.float32)
 
-    def normalize_actions(self, actions, state=None):
+    def normalize_standard(self, actions, state=None):
         return actions / np.float32(2)
 
 

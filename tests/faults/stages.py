@@ -147,7 +147,7 @@ class _Stepper:
     def infer_normalized(self, batch: Any) -> np.ndarray:
         return np.full((len(batch["instruction"]), 4, 7), self.step, np.float32)
 
-    def unnormalize_actions(self, actions: np.ndarray, state: Any = None) -> np.ndarray:
+    def standard_actions(self, actions: np.ndarray, state: Any = None) -> np.ndarray:
         return actions
 
 

@@ -57,7 +57,7 @@ class Still:
     def infer_normalized(self, batch):
         return np.zeros((len(batch["instruction"]), 4, 7), np.float32)
 
-    def unnormalize_actions(self, actions, state=None):
+    def standard_actions(self, actions, state=None):
         return actions
 
 

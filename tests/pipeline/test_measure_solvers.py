@@ -88,6 +88,7 @@ def test_the_gradient_is_that_of_the_measured_error(objective, start):
         assert (slope * direction).sum() == pytest.approx(difference, rel=0.05)
 
 
+@pytest.mark.long
 def test_costs_of_moves_predict_single_moves(frames, objective, table, start):
     index = np.arange(len(start))
     linear = gradient_costs(objective, start)

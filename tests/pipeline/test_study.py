@@ -120,7 +120,7 @@ def test_embeddings_of_8_bits_count_apart_from_the_layers(results, config, tmp_p
     rounded = dataclasses.replace(whole, embedding_bits=8)
     policy = load_policy(config.model)
     before = cell_of(results, "rtn", "w4a16")
-    for one in (rounded, whole, rounded):  # the file of a cell is that of the last command
+    for one in (rounded, whole):  # the file of a cell is that of the last command
         (cell,) = to_plain(pipeline.study(one))["cells"]
         file = method_file(tmp_path, cell["method"])
         assert embedding_bits(file, policy) == one.embedding_bits

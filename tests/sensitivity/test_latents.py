@@ -34,6 +34,7 @@ def policy():
     return make_policy(config, model, word_files(), statistics, source="x")
 
 
+@pytest.mark.long
 def test_jacobian_ranks_as_exact_probing_in_all_layers(policy):
     frames = calibration_set("bundled", frames=4, horizon=2)
     rules = LayerRules(include=(r"vision_backbone\.", r"language_model\.model\.", "action_decoder"))

@@ -66,6 +66,7 @@ def test_other_tokens_give_another_action(policy, model, inputs):
     assert np.abs(model(other) - model(completed)).max() > 1e-4
 
 
+@pytest.mark.long
 def test_jacobian_ranks_as_exact_probing(policy, frames):
     table = sensitivities(policy, frames, bits=(0, 4, 16), probes="full", joint=False)
     assert np.isfinite(table.costs).all()

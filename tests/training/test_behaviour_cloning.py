@@ -128,6 +128,7 @@ def checkpoint(config, step):
     ]
 
 
+@pytest.mark.long
 def test_flow_matching_on_two_sets_with_averaged_weights(config, data, tmp_path, monkeypatch):
     sizes = dict(depth=1, mlp_dim=8, num_heads=1, num_kv_heads=1, head_dim=4)
     mini = PRESETS["pi-mini"]

@@ -78,14 +78,27 @@ class OpenpiFamily(Family):
         rest = dataclasses.replace(options, preset=None, executed_steps=None)
         return super().adjusted(config, rest, source)
 
-    def public_statistics(self, statistics: Mapping[str, Any]) -> dict[str, Any]:
+    def public_statistics(
+        self, config: OpenpiConfig, statistics: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        assert config.robot is not None
+        signed = ROBOTS[config.robot].signed
+
+        def public(entry: Mapping[str, Any], block: str) -> dict[str, list[float]]:
+            found = {key: list(entry[key]) for key in ("mean", "std", "q01", "q99")}
+            for place in signed if block == "actions" else ():
+                # Those of 1 - 2 x, which swaps the quantiles.
+                low, high = found["q01"][place], found["q99"][place]
+                found["q01"][place], found["q99"][place] = 1 - 2 * high, 1 - 2 * low
+                found["mean"][place] = 1 - 2 * found["mean"][place]
+                found["std"][place] *= 2
+            return found
+
         blocks = (("state", "proprio"), ("actions", "action"))
         return {
             name: {
                 "norm_stats": {
-                    block: {key: entry[ours][key] for key in ("mean", "std", "q01", "q99")}
-                    for block, ours in blocks
-                    if ours in entry
+                    block: public(entry[ours], block) for block, ours in blocks if ours in entry
                 }
             }
             for name, entry in statistics.items()

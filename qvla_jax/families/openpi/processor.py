@@ -156,6 +156,16 @@ class Processor(family.Processor):
         values = values[..., : self.robot.action_dim]
         return aloha_commands(values) if self._adapts else values
 
+    def to_robot(self, actions: Float[np.ndarray, "*b r"]) -> Float64[np.ndarray, "*b r"]:
+        """The standard form of data sets -> what the robot's controller takes."""
+        signed = np.isin(np.arange(self.robot.action_dim), self.robot.signed)
+        return np.where(signed, 1 - 2 * np.asarray(actions, np.float64), actions)
+
+    def from_robot(self, actions: Float[np.ndarray, "*b r"]) -> Float64[np.ndarray, "*b r"]:
+        """The inverse of `to_robot`."""
+        signed = np.isin(np.arange(self.robot.action_dim), self.robot.signed)
+        return np.where(signed, (1 - np.asarray(actions, np.float64)) / 2, actions)
+
     @property
     def action_units(self) -> Float64[np.ndarray, " a"]:
         """The robot's units in one unit of each entry of a normalized action; 0 in the padding."""

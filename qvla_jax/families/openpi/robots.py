@@ -39,6 +39,9 @@ class Robot:
     action_dim: int
     # Entries that are relative to the state where a policy predicts relative joints.
     relative: tuple[bool, ...]
+    # Entries of an action that are -1 for open and 1 for closed, where the standard form of data
+    # sets has 1 for open and 0 for closed.
+    signed: tuple[int, ...]
     # openpi's clients' observation -> ours.
     from_client: Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -182,6 +185,7 @@ ROBOTS: Final[Mapping[str, Robot]] = {
         state_dim=8,
         action_dim=7,
         relative=(True,) * 6 + (False,),
+        signed=(6,),
         from_client=_libero,
     ),
     # Seven joints and the gripper, in state and actions.
@@ -191,6 +195,7 @@ ROBOTS: Final[Mapping[str, Robot]] = {
         state_dim=8,
         action_dim=8,
         relative=(True,) * 7 + (False,),
+        signed=(),
         from_client=_droid,
     ),
     # Two arms of six joints and a gripper.
@@ -200,6 +205,7 @@ ROBOTS: Final[Mapping[str, Robot]] = {
         state_dim=14,
         action_dim=14,
         relative=((True,) * 6 + (False,)) * 2,
+        signed=(),
         from_client=_aloha,
     ),
 }

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from qvla_jax.checkpoints import public_tensors
+from qvla_jax.data.libero.environment import libero_action
+from qvla_jax.data.statistics import ArrayStatistics
 from qvla_jax.errors import CheckpointError, InputError
 from qvla_jax.inference import import_policy, load_policy
 from qvla_jax.inference.dequantizing import dequantized
@@ -47,6 +49,28 @@ def test_the_noise_of_a_frame_does_not_depend_on_its_batch(policy):
         alone = policy.infer(observations[i], seed=seed)
         metric = policy.unnormalize_actions(together[i : i + 1], observations[i]["state"][None])
         np.testing.assert_allclose(metric[0], alone, atol=1e-4)
+
+
+def test_grippers_of_libero_have_the_sign_of_its_controller(policies):
+    """openpi's LIBERO data hold raw commands, and so do the actions of its policies."""
+    rng = np.random.default_rng(0)
+    raw = rng.uniform(-1, 1, (4, 3, 7))
+    raw[..., 6] = rng.choice([-1, 1], (4, 3))
+    policy, state = policies["pi05"], np.zeros((4, 8))
+    processor = policy.processor
+    standard = processor.from_robot(raw)
+    np.testing.assert_array_equal(processor.to_robot(standard), raw)
+    np.testing.assert_array_equal(standard[..., :6], raw[..., :6])
+    # What a closed loop executes.
+    for command, action in zip(raw.reshape(-1, 7), standard.reshape(-1, 7), strict=True):
+        np.testing.assert_array_equal(libero_action(action), command)
+    normalized = policy.normalize_standard(standard, state)
+    np.testing.assert_array_equal(normalized, policy.normalize_actions(raw, state))
+    np.testing.assert_allclose(policy.standard_actions(normalized, state), standard, atol=1e-6)
+    found, expected = (ArrayStatistics.of(x.reshape(-1, 7)).to_json() for x in (standard, raw))
+    public = policy.family.public_statistics(policy.config, {"set": {"action": found}})
+    for key, values in public["set"]["norm_stats"]["actions"].items():
+        np.testing.assert_allclose(values, expected[key], atol=1e-9)
 
 
 def test_actions_are_relative_to_the_state(policy):
