@@ -47,7 +47,7 @@ demo: $(VENV)/.core  ## Quantize the bundled policy at 4 bits per weight and rep
 test: $(VENV)/.dev  ## Run the tests, or those of TESTS=...
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
-test-long: $(VENV)/.dev  ## Run the tests that take minutes each
+test-long: $(VENV)/.dev  ## Run the tests that take long
 	$(BIN)/python -m pytest -m long
 
 # Where there is no newer interpreter than the usual one, newer versions of packages are left to test.
