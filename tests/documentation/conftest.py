@@ -56,6 +56,8 @@ def world(tmp_path_factory, closed_loop_summary) -> Path:
     for name in open_x.MIXTURES["oxe_magic_soup_plus"]:
         open_x_sets.write(folder / "data" / "open_x", name, **long)
     lerobot_sets.write(folder / "data" / "libero", lerobot_sets.parts((12, 10), videos=True))
+    joints = lerobot_sets.joint_parts("lerobot/aloha_sim_insertion_human", (12, 10))
+    lerobot_sets.write(folder / "data" / "aloha", joints)
     structure = open_x_sets.STRUCTURES["libero"]
     written, _ = open_x_sets.write(folder, "libero_spatial", structure=structure, **long)
     shutil.copytree(written, folder / "libero_spatial_rlds")

@@ -69,6 +69,7 @@ STAND_INS = {
     # One process instead of several; two that meet are a test of the sweep's.
     r"(?i)host0:1234 --processes \d --process \d": "127.0.0.1:PORT --processes 1 --process 0",
     r"--lerobot-port \d+": "--lerobot-port 0",
+    r" --cluster \S+": "",  # what a cluster changes is a test of its own
     r"\bSOURCE\b": "checkpoints/my-openvla-oft",
     r"\bFILE\.qvla\b": "mini.qvla",
     r"\bFOLDER\b": "runs/sim",
