@@ -1,4 +1,4 @@
-"""Unpacks a plane of a block and multiplies by it, for the Pallas kernels."""
+"""Unpacks a plane of a block and multiplies by it, for the Triton kernel."""
 
 import jax
 import jax.numpy as jnp
