@@ -13,7 +13,6 @@ three bfloat16 rows. Groups scale the sums of their inputs.
 Without a GPU the kernel is interpreted, which is slow and only for tests.
 """
 
-import dataclasses
 import functools
 from typing import Any, Final
 
@@ -21,12 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qvla_jax.array_typing import AnyArray, Array, Float
+from qvla_jax.array_typing import Array, Float
 from qvla_jax.kernels import fragments, gpu_kernels, tiles
 from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.batching import over_rows
 from qvla_jax.kernels.gpu_kernels import Launch, Work
 from qvla_jax.kernels.packed import PackedWeight
+from qvla_jax.kernels.tiles import PlacedWeight
 from qvla_jax.quantization.codes import SOURCE
 
 # Units that run at once: two on each of the 132 processors of an H100.
@@ -38,27 +38,6 @@ _MOST_STREAMED: Final = 128
 _FEW: Final = 16
 # Unpacking for a unit takes about as long as the products of so many rows.
 _OVERHEAD: Final = 24
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["tiled", "position"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class GpuWeight:
-    """Tiles, with words in the order of `kernels.fragments`, and the lane of each output."""
-
-    tiled: tiles.TiledWeight
-    position: AnyArray  # int32 [c]; -1: pruned
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `dispatch.PreparedWeight`."""
-        return self.tiled.shape
-
-    @property
-    def implementation(self) -> str:
-        """See `dispatch.PreparedWeight`."""
-        return "pallas_gpu"
 
 
 def supports(w: PackedWeight) -> str | None:
@@ -73,18 +52,18 @@ def supports(w: PackedWeight) -> str | None:
     return tiles.unsupported(w)
 
 
-def prepare(w: PackedWeight) -> GpuWeight:
+def prepare(w: PackedWeight) -> PlacedWeight:
     """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
     tiled = tiles.arrange(w, fragments.DEPTH, fragments.LANES, blocked=fragments.blocked)
-    return GpuWeight(tiled, tiles.positions(tiled, w.shape[0]))
+    return PlacedWeight(tiled, tiles.positions(tiled, w.shape[0]), "pallas_gpu")
 
 
-def canonical(w: GpuWeight) -> PackedWeight:
+def canonical(w: PlacedWeight) -> PackedWeight:
     """The inverse of `prepare`, exactly."""
     return tiles.restore(w.tiled, fragments.unblocked)
 
 
-def matmul(x: Float[Array, "*m k"], w: GpuWeight, activation_bits: int) -> Float[Array, "*m c"]:
+def matmul(x: Float[Array, "*m k"], w: PlacedWeight, activation_bits: int) -> Float[Array, "*m c"]:
     """See `reference`; x is bfloat16 or float32."""
     run = functools.partial(_rows, activation_bits=activation_bits)
     return over_rows(run)(x, w)
@@ -162,7 +141,7 @@ def _rows_of_unit(rows: int, tiles: int, most: int) -> int:
     return min(range(size, min(-(-rows // size) * size, most) + 1, size), key=cost)
 
 
-def _rows(x: Float[Array, "m k"], w: GpuWeight, activation_bits: int) -> Float[Array, "m c"]:
+def _rows(x: Float[Array, "m k"], w: PlacedWeight, activation_bits: int) -> Float[Array, "m c"]:
     (m, k), tiled = x.shape, w.tiled
     bias = jnp.asarray(tiled.bias)[None]
     if not tiled.segments or not m:

@@ -19,7 +19,6 @@ plane, which never spans two groups.
 Without a GPU the kernel is interpreted, which is slow and only for tests.
 """
 
-import dataclasses
 import functools
 from typing import Any, Final
 
@@ -28,12 +27,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from qvla_jax.array_typing import AnyArray, Array, Float
+from qvla_jax.array_typing import Array, Float
 from qvla_jax.kernels import planes, tiles
 from qvla_jax.kernels.activations import quantize_activations
 from qvla_jax.kernels.batching import over_rows
 from qvla_jax.kernels.codes import WORD_BITS
 from qvla_jax.kernels.packed import PackedWeight
+from qvla_jax.kernels.tiles import PlacedWeight
 from qvla_jax.quantization.codes import SOURCE, CodeMap
 
 # Channels of a tile.
@@ -47,27 +47,6 @@ _LEAST_ROWS: Final = 16
 _PROGRAMS: Final = 264
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["tiled", "position"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class TritonWeight:
-    """Tiles, and the lane of each output."""
-
-    tiled: tiles.TiledWeight
-    position: AnyArray  # int32 [c]; -1: pruned
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `dispatch.PreparedWeight`."""
-        return self.tiled.shape
-
-    @property
-    def implementation(self) -> str:
-        """See `dispatch.PreparedWeight`."""
-        return "pallas_triton"
-
-
 def supports(w: PackedWeight) -> str | None:
     """Why this implementation cannot run the weight; None if it can."""
     if jax.__version_info__ >= (0, 11):
@@ -75,26 +54,26 @@ def supports(w: PackedWeight) -> str | None:
     return tiles.unsupported(w)
 
 
-def prepare(w: PackedWeight) -> TritonWeight:
+def prepare(w: PackedWeight) -> PlacedWeight:
     """Arranges a weight in tiles; numpy arrays stay numpy arrays."""
     # Groups are multiples of 16, so a plane is within one group.
     depth = _DEPTH if w.group is None or w.group % _DEPTH == 0 else _DEPTH // 2
     tiled = tiles.arrange(w, depth, _LANES)
-    return TritonWeight(tiled, tiles.positions(tiled, w.shape[0]))
+    return PlacedWeight(tiled, tiles.positions(tiled, w.shape[0]), "pallas_triton")
 
 
-def canonical(w: TritonWeight) -> PackedWeight:
+def canonical(w: PlacedWeight) -> PackedWeight:
     """The inverse of `prepare`, exactly."""
     return tiles.restore(w.tiled)
 
 
-def matmul(x: Float[Array, "*m k"], w: TritonWeight, activation_bits: int) -> Float[Array, "*m c"]:
+def matmul(x: Float[Array, "*m k"], w: PlacedWeight, activation_bits: int) -> Float[Array, "*m c"]:
     """See `reference`; x is bfloat16 or float32."""
     run = functools.partial(_rows, activation_bits=activation_bits)
     return over_rows(run)(x, w)
 
 
-def _rows(x: Float[Array, "m k"], w: TritonWeight, activation_bits: int) -> Float[Array, "m c"]:
+def _rows(x: Float[Array, "m k"], w: PlacedWeight, activation_bits: int) -> Float[Array, "m c"]:
     (m, k), tiled = x.shape, w.tiled
     bias = jnp.asarray(tiled.bias)[None]
     if not tiled.segments or not m:

@@ -157,6 +157,25 @@ def blocks(w: TiledWeight) -> Iterator[tuple[int, int, int]]:
             tile += 1
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tiled", "position"],
+    meta_fields=["implementation"],
+)
+@dataclasses.dataclass(frozen=True)
+class PlacedWeight:
+    """Tiles, and the lane of each output: what the kernels of GPUs take."""
+
+    tiled: TiledWeight
+    position: AnyArray  # int32 [c]; -1: pruned
+    implementation: str  # see `dispatch.PreparedWeight`
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `dispatch.PreparedWeight`."""
+        return self.tiled.shape
+
+
 def unsupported(w: PackedWeight) -> str | None:
     """Why tiles cannot hold a weight; None if they can."""
     if w.source_dtype != "bfloat16" and any(s.bits == SOURCE for s in w.segments):
