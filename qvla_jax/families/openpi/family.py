@@ -82,17 +82,16 @@ class OpenpiFamily(Family):
         self, config: OpenpiConfig, statistics: Mapping[str, Any]
     ) -> dict[str, Any]:
         assert config.robot is not None
-        signed = ROBOTS[config.robot].signed
+        convert = ROBOTS[config.robot].from_standard
 
         def public(entry: Mapping[str, Any], block: str) -> dict[str, list[float]]:
-            found = {key: list(entry[key]) for key in ("mean", "std", "q01", "q99")}
-            for place in signed if block == "actions" else ():
-                # Those of 1 - 2 x, which swaps the quantiles.
-                low, high = found["q01"][place], found["q99"][place]
-                found["q01"][place], found["q99"][place] = 1 - 2 * high, 1 - 2 * low
-                found["mean"][place] = 1 - 2 * found["mean"][place]
-                found["std"][place] *= 2
-            return found
+            mean, std, q01, q99 = (np.asarray(entry[key]) for key in ("mean", "std", "q01", "q99"))
+            if block == "actions":  # which a falling line may convert
+                std = np.abs(convert(std) - convert(np.zeros_like(std)))
+                mean, q01, q99 = map(convert, (mean, q01, q99))
+                q01, q99 = np.minimum(q01, q99), np.maximum(q01, q99)
+            found = {"mean": mean, "std": std, "q01": q01, "q99": q99}
+            return {key: values.tolist() for key, values in found.items()}
 
         blocks = (("state", "proprio"), ("actions", "action"))
         return {

@@ -158,13 +158,11 @@ class Processor(family.Processor):
 
     def to_robot(self, actions: Float[np.ndarray, "*b r"]) -> Float64[np.ndarray, "*b r"]:
         """The standard form of data sets -> what the robot's controller takes."""
-        signed = np.isin(np.arange(self.robot.action_dim), self.robot.signed)
-        return np.where(signed, 1 - 2 * np.asarray(actions, np.float64), actions)
+        return self.robot.from_standard(actions)
 
     def from_robot(self, actions: Float[np.ndarray, "*b r"]) -> Float64[np.ndarray, "*b r"]:
         """The inverse of `to_robot`."""
-        signed = np.isin(np.arange(self.robot.action_dim), self.robot.signed)
-        return np.where(signed, (1 - np.asarray(actions, np.float64)) / 2, actions)
+        return self.robot.to_standard(actions)
 
     @property
     def action_units(self) -> Float64[np.ndarray, " a"]:

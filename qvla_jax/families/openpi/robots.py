@@ -45,6 +45,18 @@ class Robot:
     # openpi's clients' observation -> ours.
     from_client: Callable[[Mapping[str, Any]], dict[str, Any]]
 
+    def from_standard(self, actions: Float[np.ndarray, "*b r"]) -> Float64[np.ndarray, "*b r"]:
+        """The standard form of data sets -> what the robot's controller takes."""
+        return np.where(self._is_signed, 1 - 2 * np.asarray(actions, np.float64), actions)
+
+    def to_standard(self, actions: Float[np.ndarray, "*b r"]) -> Float64[np.ndarray, "*b r"]:
+        """The inverse."""
+        return np.where(self._is_signed, (1 - np.asarray(actions, np.float64)) / 2, actions)
+
+    @property
+    def _is_signed(self) -> np.ndarray:
+        return np.isin(np.arange(self.action_dim), self.signed)
+
 
 # What clients of real-time chunking add, in LeRobot's words and in those of openpi's authors.
 # openpi's own server has no such entry.
