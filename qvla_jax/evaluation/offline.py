@@ -1,11 +1,10 @@
 """Offline action error: chunks of a quantized policy against full precision and against the expert.
 
-Everything is in the normalized action space (quantiles mapped to [-1, 1], gripper in [0, 1]); names
-say so. Sums are in float64.
+Everything is in the normalized action space of the policy; names say so. Sums are in float64.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -21,8 +20,9 @@ if TYPE_CHECKING:
     from qvla_jax.inference.policy import Policy
 
 _NO_FRAMES: Final = "there are no frames to evaluate on"
-# A gripper entry is in [0, 1]; the controller opens above and closes below this.
-GRIPPER_THRESHOLD = 0.5
+# The standard form of data sets has a gripper closed at 0 and open at 1.
+_HALF_OPEN: Final = 0.5
+_GRIPPER_LAST: Final[Mapping[int, float]] = {-1: _HALF_OPEN}
 
 
 class _Policy(Protocol):
@@ -54,12 +54,13 @@ class Predictions:
     Attributes:
         chunks: `[N, s, e]`, normalized.
         expert: `[N, s, e]`, the demonstrator's actions from each frame on, normalized.
-        grippers: entries among these that open and close grippers.
+        grippers: which of these entries open and close grippers, and the value of a gripper that is
+            half open.
     """
 
     chunks: Float[NpArray, "N s e"]
     expert: Float[NpArray, "N s e"]
-    grippers: tuple[int, ...]
+    grippers: Mapping[int, float]
 
     @classmethod
     def of(
@@ -67,13 +68,21 @@ class Predictions:
         layout: Layout,
         chunks: Float[NpArray, "N h d"],
         expert: Float[NpArray, "N h d"],
+        half_open: Float[NpArray, " d"],
     ) -> "Predictions":
         """From chunks and actions as a policy returns and normalizes them.
+
+        Args:
+            layout: of the policy.
+            chunks: predictions.
+            expert: the demonstrator's actions.
+            half_open: a normalized action whose grippers are half open.
 
         Raises:
             InputError: a prediction is not finite.
         """
-        grippers = tuple(layout.action_entries.index(entry) for entry in layout.grippers)
+        entries = layout.action_entries
+        grippers = {entries.index(entry): float(half_open[entry]) for entry in layout.grippers}
         return cls(layout.executed(_checked(chunks)), layout.executed(expert), grippers)
 
     def errors(self, reference: Float[NpArray, "N h a"]) -> "ActionErrors":
@@ -97,7 +106,7 @@ class ActionErrors:
         l1_by_dimension: mean absolute error of each action dimension, `[a]`.
         worst_by_dimension: largest absolute error of each action dimension, over all frames and
             steps, `[a]`.
-        gripper_flips: gripper entries on the other side of the threshold than the reference's.
+        gripper_flips: gripper entries on the other side of half open than the reference's.
         gripper_flip_rate: the same, as a share of all gripper entries.
         frames: N.
     """
@@ -121,10 +130,12 @@ class PreparedFrames:
     Attributes:
         inputs: batches of one size; the last one is padded.
         expert: `[N, h, d]`, the demonstrator's actions, normalized.
+        half_open: a normalized action whose grippers are half open.
     """
 
     inputs: tuple[Any, ...]
     expert: Float[NpArray, "N h d"]
+    half_open: Float[NpArray, " d"]
 
     @classmethod
     def of(cls, policy: "Policy", frames: _Frames, batch_size: int = 8) -> "PreparedFrames":
@@ -140,14 +151,15 @@ class PreparedFrames:
         """
         mesh = sharding.data_mesh()
         size = -(-batch_size // mesh.size) * mesh.size
-        inputs, expert = [], []
+        inputs, expert, half_open = [], [], None
         for batch in frames.batches(size):
             expert.append(_expert(policy, batch))
+            half_open = _half_open(policy, batch)
             padded, _ = sharding.pad_batch(policy.prepare(batch), size)
             inputs.append(sharding.shard_batch(mesh, padded))
-        if not expert:
+        if half_open is None:
             raise InputError(_NO_FRAMES)
-        return cls(tuple(inputs), np.concatenate(expert))
+        return cls(tuple(inputs), np.concatenate(expert), half_open)
 
     def predict(self, policy: "Policy") -> Predictions:
         """Runs a policy on every frame.
@@ -156,21 +168,21 @@ class PreparedFrames:
             InputError: a prediction is not finite.
         """
         chunks = np.concatenate(policy.run_all(self.inputs))[: len(self.expert)]
-        return Predictions.of(policy.layout, chunks, self.expert)
+        return Predictions.of(policy.layout, chunks, self.expert, self.half_open)
 
 
 def action_errors(
     candidate: Float[NpArray, "N h a"],
     reference: Float[NpArray, "N h a"],
     *,
-    grippers: Sequence[int] = (-1,),
+    grippers: Mapping[int, float] = _GRIPPER_LAST,
 ) -> ActionErrors:
     """Compares chunks with reference chunks.
 
     Args:
         candidate: normalized chunks.
         reference: chunks of the same shape: those of full precision, or the expert's.
-        grippers: entries of an action that open and close grippers (`Layout.grippers`).
+        grippers: as `Predictions.grippers`.
 
     Raises:
         InputError: the shapes differ, there are no frames, or a value is not finite.
@@ -234,11 +246,12 @@ def evaluate(
 def gripper_flips(
     candidate: Float[NpArray, "N h a"],
     reference: Float[NpArray, "N h a"],
-    grippers: Sequence[int] = (-1,),
+    grippers: Mapping[int, float] = _GRIPPER_LAST,
 ) -> int:
-    """Counts gripper commands on the other side of the threshold."""
+    """Counts gripper commands on the other side of half open; arguments as of `action_errors`."""
+    half = np.array(list(grippers.values()))
     ours, theirs = (chunks[..., list(grippers)] for chunks in (candidate, reference))
-    return int(np.sum((ours > GRIPPER_THRESHOLD) != (theirs > GRIPPER_THRESHOLD)))
+    return int(np.sum((ours > half) != (theirs > half)))
 
 
 def predict(
@@ -261,14 +274,16 @@ def predict(
     Raises:
         InputError: the frames carry no expert actions, or a prediction is not finite.
     """
-    chunks, expert = [], []
+    chunks, expert, half_open = [], [], None
     total = -(-frames.frames // batch_size)
     for batch in track(frames.batches(batch_size), total, stage, progress):
         expert.append(_expert(policy, batch))
+        half_open = _half_open(policy, batch)
         chunks.append(np.asarray(policy.infer_normalized(batch)))
-    if not chunks:
+    if half_open is None:
         raise InputError(_NO_FRAMES)
-    return Predictions.of(policy.layout, np.concatenate(chunks), np.concatenate(expert))
+    joined = np.concatenate(chunks), np.concatenate(expert)
+    return Predictions.of(policy.layout, *joined, half_open)
 
 
 def _expert(policy: _Policy, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"]:
@@ -277,6 +292,13 @@ def _expert(policy: _Policy, batch: Mapping[str, Any]) -> Float[NpArray, "b h a"
             f"frames for evaluation need the expert's 'actions'; got {', '.join(sorted(batch))}"
         )
     return policy.normalize_standard(np.asarray(batch["actions"]), batch.get("state"))
+
+
+def _half_open(policy: _Policy, batch: Mapping[str, Any]) -> Float[NpArray, " d"]:
+    """A normalized action whose grippers are half open; the other entries mean nothing."""
+    action = np.full_like(np.asarray(batch["actions"])[:1, :1], _HALF_OPEN)
+    state = batch["state"][:1] if "state" in batch else None
+    return policy.normalize_standard(action, state)[0, 0]
 
 
 def _checked(chunks: Float[NpArray, "b h a"]) -> Float[NpArray, "b h a"]:

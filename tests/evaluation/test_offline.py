@@ -93,7 +93,9 @@ def test_gripper_flips_look_at_the_grippers_alone():
     candidate[..., -1] = [[0.4, 0.6], [0.5, -3.0]]
     assert gripper_flips(candidate, reference) == 1
     # Those of both arms.
-    assert gripper_flips(candidate, reference, grippers=(0, 6)) == 5
+    assert gripper_flips(candidate, reference, grippers={0: 0.5, 6: 0.5}) == 5
+    # Where grippers are normalized, half open is another number.
+    assert gripper_flips(candidate, reference, grippers={6: 0.45}) == 2
 
 
 def test_small_differences_are_summed_in_float64():

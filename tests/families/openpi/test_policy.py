@@ -1,6 +1,7 @@
 """pi0 and pi0.5 as residents: one door for public directories, ours and packed files."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from qvla_jax.checkpoints import public_tensors
 from qvla_jax.data.libero.environment import libero_action
 from qvla_jax.data.statistics import ArrayStatistics
 from qvla_jax.errors import CheckpointError, InputError
+from qvla_jax.evaluation import predict
 from qvla_jax.inference import import_policy, load_policy
 from qvla_jax.inference.dequantizing import dequantized
 from qvla_jax.inference.quantize import quantize_uniform
@@ -71,6 +73,22 @@ def test_grippers_of_libero_have_the_sign_of_its_controller(policies):
     public = policy.family.public_statistics(policy.config, {"set": {"action": found}})
     for key, values in public["set"]["norm_stats"]["actions"].items():
         np.testing.assert_allclose(values, expected[key], atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flips_are_those_of_the_commands_that_the_robot_gets(policies, variant):
+    """By z-scores and by quantiles: a flip is a change of the raw command's sign."""
+    policy, rng, frames = policies[variant], np.random.default_rng(1), 20
+    raw, other = rng.uniform(-1, 1, (2, frames, 3, 7))
+    batch = {"actions": policy.processor.from_robot(raw), "state": np.zeros((frames, 8))}
+    acting = SimpleNamespace(
+        layout=policy.layout,
+        infer_normalized=lambda batch: policy.normalize_actions(other, batch["state"]),
+        normalize_standard=policy.normalize_standard,
+    )
+    found = predict(acting, SimpleNamespace(frames=frames, batches=lambda _: [batch]))
+    flips = ((raw[..., 6] > 0) != (other[..., 6] > 0))[:, : policy.layout.executed_steps]
+    assert found.errors(found.expert).gripper_flips == flips.sum()
 
 
 def test_actions_are_relative_to_the_state(policy):
