@@ -28,18 +28,61 @@ from qvla_jax.plain import finite
 from qvla_jax.precision import in_32_bits
 
 
+class _Structure:
+    """A network without its arrays, as a static argument: it is hashed once, not in every call."""
+
+    def __init__(self, graphdef: nnx.GraphDef[Any], treedef: jax.tree_util.PyTreeDef) -> None:
+        self._parts = graphdef, treedef
+        self._hash = hash(self._parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Structure):
+            return NotImplemented
+        return self is other or (self._hash == other._hash and self._parts == other._parts)
+
+    def merge(self, arrays: Sequence[Any]) -> Any:
+        """The network of these arrays."""
+        graphdef, treedef = self._parts
+        return nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """A network on the devices, as a call takes it.
+
+    Attributes:
+        structure: the network without its arrays.
+        mesh: the devices, among which a batch is divided.
+        arrays: its arrays, on every device.
+        conditioning: what every call reads and no observation changes, on every device.
+    """
+
+    structure: _Structure
+    mesh: jax.sharding.Mesh
+    arrays: tuple[Any, ...]
+    conditioning: Any
+
+    def __call__(self, inputs: Any) -> Float[Array, "b h a"]:
+        """Prepared inputs, as many as devices or a multiple -> normalized chunks."""
+        placed = sharding.shard_batch(self.mesh, inputs)
+        return _forward(self.structure, self.mesh, self.arrays, placed, self.conditioning)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(
-    graphdef: nnx.GraphDef[Any],
+    structure: _Structure,
     mesh: jax.sharding.Mesh,
-    state: nnx.State,
+    arrays: tuple[Any, ...],
     inputs: Any,
     conditioning: Any,
 ) -> Float[Array, "b h a"]:
     # Each device runs its share of the batch by itself: XLA cannot partition a custom call, and
     # would run the packed layers of the whole batch on every device.
-    def actions(state: nnx.State, inputs: Any, conditioning: Any) -> Float[Array, "b h a"]:
-        return nnx.merge(graphdef, state).actions(inputs, conditioning)
+    def actions(arrays: tuple[Any, ...], inputs: Any, conditioning: Any) -> Float[Array, "b h a"]:
+        return structure.merge(arrays).actions(inputs, conditioning)
 
     batch, whole = jax.sharding.PartitionSpec(sharding.DATA_AXIS), jax.sharding.PartitionSpec()
     return jax.shard_map(
@@ -48,7 +91,7 @@ def _forward(
         in_specs=(whole, batch, whole),
         out_specs=batch,
         check_vma=False,
-    )(state, inputs, conditioning)
+    )(arrays, inputs, conditioning)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -74,7 +117,8 @@ class Policy:
 
     # Of its family; see `families.family.Config` for what all of them have.
     config: Any
-    # A `families.family.Network`.
+    # A `families.family.Network`. To change it, make another policy by `replace`: what the first
+    # call has put on the devices is what later calls run.
     model: Any
     processor: Processor
     # Data set name -> its public statistics, kept for `save`; null for numbers that are not finite.
@@ -140,32 +184,35 @@ class Policy:
     @in_32_bits
     def run(self, inputs: Any) -> Float[np.ndarray, "b h a"]:
         """Prepared inputs -> normalized action chunks; see `infer_normalized`."""
-        mesh = sharding.data_mesh()
-        padded, count = sharding.pad_batch(inputs, mesh.size)
-        graphdef, state = nnx.split(self.model)
-        conditioning = self.conditioning
+        padded, count = sharding.pad_batch(inputs, self._placed.mesh.size)
         with jax.default_matmul_precision("float32"):
-            placed = sharding.shard_batch(mesh, padded)
-            chunk = _forward(graphdef, mesh, state, placed, conditioning)
+            chunk = self._placed(padded)
         return np.asarray(chunk)[:count]
 
     @in_32_bits
     def run_all(self, batches: Sequence[Any]) -> list[Float[np.ndarray, "b h a"]]:
-        """As `run` for each of many batches: the weights are put on the devices once.
+        """As `run` for each of many batches, none of which waits for the one before.
 
         Args:
             batches: prepared inputs; the size of each is a multiple of the number of devices.
         """
+        with jax.default_matmul_precision("float32"):
+            chunks = [self._placed(inputs) for inputs in batches]
+        return [np.asarray(chunk) for chunk in chunks]
+
+    @functools.cached_property
+    @in_32_bits
+    def _placed(self) -> _Placed:
+        """The network on the devices; a change of `model` after the first call is not seen."""
         mesh = sharding.data_mesh()
         graphdef, state = nnx.split(self.model)
-        state = sharding.replicate(mesh, state)
-        conditioning = self.conditioning
-        with jax.default_matmul_precision("float32"):
-            chunks = [
-                _forward(graphdef, mesh, state, sharding.shard_batch(mesh, inputs), conditioning)
-                for inputs in batches
-            ]
-        return [np.asarray(chunk) for chunk in chunks]
+        arrays, treedef = jax.tree.flatten(state)
+        return _Placed(
+            _Structure(graphdef, treedef),
+            mesh,
+            sharding.replicate(mesh, tuple(arrays)),
+            sharding.replicate(mesh, self.conditioning),
+        )
 
     @functools.cached_property
     @in_32_bits
