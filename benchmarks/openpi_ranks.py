@@ -1,6 +1,7 @@
-"""How the sensitivities of pi0 and pi0.5 rank, on the tiny checkpoints of the tests.
+"""How the sensitivities of pi0 and pi0.5 rank.
 
-    python benchmarks/openpi_ranks.py pi0 pi05
+    python benchmarks/openpi_ranks.py pi0 pi05        # the tiny checkpoints of the tests
+    python benchmarks/openpi_ranks.py FOLDER          # a policy of your own
 
 Prints, for 2 bundled LIBERO frames and all basis vectors of the executed actions as probes:
 
@@ -10,8 +11,8 @@ Prints, for 2 bundled LIBERO frames and all basis vectors of the executed action
 3. costs of the rows of the token embedding, to first order and exact, and the error with all rows
    rounded.
 
-The weights are random, so the figures say that the first order is right, not how a trained policy
-ranks.
+The weights of the tiny checkpoints are random: their figures say that the first order is right,
+not how a trained policy ranks.
 """
 
 import argparse
@@ -42,19 +43,21 @@ _SHARE = 1e-3
 def main() -> None:
     """Prints the figures of the policies that are asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("policies", nargs="+", choices=["pi0", "pi05"])
+    parser.add_argument("policies", nargs="+", help="pi0, pi05, or a policy's name or folder")
     for name in parser.parse_args().policies:
-        with tempfile.TemporaryDirectory() as folder:
-            with zipfile.ZipFile(FIXTURES / f"{name}_tiny.zip") as archive:
-                archive.extractall(folder)
-            policy = load_policy(
-                folder,
-                preset=f"{name}_libero",
-                tokenizer=str(Path(folder, "tokenizer", "paligemma_tokenizer.model")),
-            )
+        policy = tiny(name) if name in ("pi0", "pi05") else load_policy(name)
         frames = calibration_set("bundled", frames=FRAMES, horizon=policy.config.action_horizon)
-        print_ranks(name, policy, frames)
-        print_rows(name, policy, frames)
+        print_ranks(policy.config.name, policy, frames)
+        print_rows(policy.config.name, policy, frames)
+
+
+def tiny(name: str) -> Policy:
+    """A tiny checkpoint in openpi's own layout."""
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(FIXTURES / f"{name}_tiny.zip") as archive:
+            archive.extractall(folder)
+        tokenizer = Path(folder, "tokenizer", "paligemma_tokenizer.model")
+        return load_policy(folder, preset=f"{name}_libero", tokenizer=str(tokenizer))
 
 
 def print_ranks(name: str, policy: Policy, frames: CalibrationSet) -> None:

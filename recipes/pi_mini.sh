@@ -32,7 +32,7 @@ train() { # NAME OPTIONS...: one stage
   local name=$1
   shift
   [ -d "$runs/$name/policy" ] ||
-    qvla train --model pi-mini --data $(sets demonstrations) --out "$runs/$name" --average-decay 0.995 "$@"
+    qvla train --model pi-mini --data $(sets demonstrations) --out "$runs/$name" --average-decay 0.995 --evaluate-every 500 "$@"
 }
 
 collect demonstrations --episodes-per-task 25 --seed 0
