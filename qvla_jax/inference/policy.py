@@ -29,13 +29,14 @@ from qvla_jax.precision import in_32_bits
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(
+def forward(
     graphdef: nnx.GraphDef[Any],
     mesh: jax.sharding.Mesh,
     state: nnx.State,
     inputs: Any,
     conditioning: Any,
 ) -> Float[Array, "b h a"]:
+    """What `Policy.run` compiles: normalized chunks, of a batch that is split over the mesh."""
     # Each device runs its share of the batch by itself: XLA cannot partition a custom call, and
     # would run the packed layers of the whole batch on every device.
     def actions(state: nnx.State, inputs: Any, conditioning: Any) -> Float[Array, "b h a"]:
@@ -146,7 +147,7 @@ class Policy:
         conditioning = self.conditioning
         with jax.default_matmul_precision("float32"):
             placed = sharding.shard_batch(mesh, padded)
-            chunk = _forward(graphdef, mesh, state, placed, conditioning)
+            chunk = forward(graphdef, mesh, state, placed, conditioning)
         return np.asarray(chunk)[:count]
 
     @in_32_bits
@@ -162,7 +163,7 @@ class Policy:
         conditioning = self.conditioning
         with jax.default_matmul_precision("float32"):
             chunks = [
-                _forward(graphdef, mesh, state, sharding.shard_batch(mesh, inputs), conditioning)
+                forward(graphdef, mesh, state, sharding.shard_batch(mesh, inputs), conditioning)
                 for inputs in batches
             ]
         return [np.asarray(chunk) for chunk in chunks]
