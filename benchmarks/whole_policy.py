@@ -5,14 +5,12 @@
     python benchmarks/whole_policy.py v6e-1 --policy pi05_libero
 
 **Every figure is an estimate; nothing runs on a TPU.** Policies have the shapes of the presets and
-no numbers. Each kind of stage (a transformer block, a patch embedding, a projector, the head) is
-compiled once for one chip, and counted as often as a call runs it: a policy of 7B compiled as one
-program takes hours (`--whole` does that, for memory alone).
-
-- Packed: each product is compiled by itself, joined as in a policy, and takes the longer of the
-  time of its bundles (`static_schedule.py`) and of its bytes. The rest of the stage is compiled
-  without its products, and takes the longer of its bundles' time and of the bytes that XLA counts.
-- bfloat16: the stage is compiled whole by XLA, and takes the longer of the same two.
+no numbers. A policy of 7B takes hours to compile as one program (`--whole` does that, for its
+memory), so its parts are compiled for one chip each, and counted as often as a call runs them: the
+products of quantized layers, joined as in a policy, packed or by XLA in bfloat16; and of each kind
+of stage (a transformer block, a patch embedding, a projector, the head) what is left without these.
+A product takes the longer of the time of its bundles and of its bytes (`static_schedule.py`), the
+rest of a stage the longer of its bundles' time and of the bytes that XLA counts.
 
 Weights are in bfloat16, in 4 bits, or mixed as `qvla pack --mean-bits 4` mixes them; activations of
 packed layers are rounded to 8 bits; what is not quantized stays in bfloat16, token embeddings too.
@@ -21,11 +19,12 @@ largest axis); "working" is the largest of all stages' activations and temporari
 
 The call of a policy splits observations over chips and keeps all weights on each, so a host with
 four chips answers four observations in the time of one. Left out: what lies between stages (token
-lookup, masks, the last norm), waiting for memory beyond the bytes, launches, and the host.
+lookup, masks, the last norm), fusion of products with what is around them, waiting for memory
+beyond the bytes, launches, and the host.
 
-OpenVLA-OFT computes in float32 in this package, pi0.5 in what its configuration says. With
-`--arithmetic bfloat16`, the default, both do in bfloat16, as the public policies: pixels and
-proprio are rounded, and what has parameters keeps the type.
+OpenVLA-OFT computes in float32 in this package, pi0.5 in what its configuration says. Here both do
+in bfloat16, as the public policies: pixels and proprio are rounded, and what has parameters keeps
+the type. `--whole --arithmetic float32` compiles the program of the package.
 """
 
 import argparse
@@ -134,6 +133,8 @@ def main() -> int:
     parser.add_argument("--whole", action="store_true", help="compile the call as one program")
     parser.add_argument("--costs", type=Path, help="keeps what is compiled; an hour or more")
     arguments = parser.parse_args()
+    if not arguments.whole and arguments.arithmetic != "bfloat16":
+        parser.error("float32 needs --whole: products in bfloat16 stand for it otherwise")
     report = whole_programs if arguments.whole else estimates
     with jax.default_matmul_precision("float32"):  # as `Policy.run` has it
         return report(arguments)
@@ -147,7 +148,7 @@ def estimates(arguments: argparse.Namespace) -> int:
     )
     costs = Costs(arguments.costs)
     for name in arguments.policy:
-        own, (model, inputs) = layout_of(name), abstract_policy(name, arguments.arithmetic)
+        own, (model, inputs) = layout_of(name), abstract_policy(name, "bfloat16")
         with looping(unrolled):
             kinds = stages.kinds_of_stages(model, own, inputs)
         for target, label in itertools.product(arguments.targets, arguments.weights):
@@ -221,8 +222,6 @@ def cost_of(
     costs: Costs, chip: str, stage: str, kind: stages.Kind, own: Layout, label: str
 ) -> Cost:
     """Of one call of a stage with some kind of weights; `stage` names it in the file of costs."""
-    if not WEIGHTS[label] or not kind.layers:
-        return costs.once(f"{chip}, {stage}, whole", lambda: plain_cost(chip, kind))
     products, rest_of = without_products(kind, own)
     found = costs.once(f"{chip}, {stage}, rest", lambda: rest_of(chip))
     seconds = found.seconds
@@ -232,17 +231,6 @@ def cost_of(
         compute = functools.partial(product_cost, chip, product, label)
         seconds += costs.once(key, compute).seconds
     return Cost(seconds, found.working)
-
-
-def plain_cost(chip: str, kind: stages.Kind) -> Cost:
-    """The stage as XLA compiles it."""
-
-    def run(values: Any, state: Any) -> Any:
-        fixed, floats = values
-        stage = kind.stage
-        return nnx.merge(stage.graphdef, state)(*stage.arguments(fixed, floats))
-
-    return compiled_cost(chip, run, (kind.fixed, kind.values), kind.state)
 
 
 def compiled_cost(chip: str, run: Callable[..., Any], values: Any, weights: Any) -> Cost:
@@ -300,7 +288,10 @@ def without_products(kind: stages.Kind, own: Layout) -> tuple[list[Product], Cal
 
 
 def product_cost(chip: str, product: Product, label: str) -> Cost:
-    """The longer of bundles and bytes of a packed product, with what XLA runs around it."""
+    """The longer of bundles and bytes of a product, with what XLA runs around a packed one."""
+    if not WEIGHTS[label]:
+        c, k = sum(product.outputs), product.inputs
+        return Cost(static.plain_time(chip, c, k, product.rows, "bf16"), 0)
     w = joined_weight(product.outputs, product.inputs, label)
     found = static.packed(chip, w, product.rows, ACTIVATION_BITS, product.dtype)
     own = static.CHIPS[chip]
