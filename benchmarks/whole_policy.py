@@ -307,6 +307,7 @@ def joined_weight(outputs: tuple[int, ...], k: int, label: str) -> PackedWeight:
         pruned = int(full_size.MIXED[0] * c) if len(own) > 1 else 0
         own[max(own, key=own.__getitem__)] += c - pruned - sum(own.values())
         rows = {bits: rows[bits] + own[bits] for bits in rows}
+    rows = {bits: n for bits, n in rows.items() if n}
     w = aot.shapes(sum(outputs), k, rows, None)
     return dataclasses.replace(w, index=None) if len(rows) == 1 else w
 
@@ -378,8 +379,8 @@ def whole_programs(arguments: argparse.Namespace) -> int:
             continue
         memory, costs = program.memory_analysis(), program.cost_analysis() or {}
         print(
-            f"| {name} | {target} | {label} | {memory.argument_size_in_bytes / 2**30:.3f} GiB "
-            f"| {memory.temp_size_in_bytes / 2**30:.3f} GiB | {costs.get('flops', 0) / 1e12:.3g} T "
+            f"| {name} | {target} | {label} | {memory.argument_size_in_bytes / 2**20:.1f} MiB "
+            f"| {memory.temp_size_in_bytes / 2**20:.1f} MiB | {costs.get('flops', 0) / 1e12:.3g} T "
             f"| {time.perf_counter() - started:.0f} |",
             flush=True,
         )
