@@ -115,8 +115,7 @@ def on_all(w: PackedWeight, target: str, chips: list[Any]) -> tuple[Any, Any]:
     """The weight dealt over all chips, shapes alone, and where its activations are."""
     mesh = Mesh(np.array(chips), ("channel",))
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), w)
-    if w.index is not None:
-        zeros = dataclasses.replace(zeros, index=np.arange(len(zeros.index), dtype=np.uint16))
+    zeros = dataclasses.replace(zeros, index=np.arange(w.shape[0], dtype=np.uint16))
     dealt = sharded.arrange(zeros, mesh, "channel", backend(target))
     split, every = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("channel",), ()))
     return dataclasses.replace(

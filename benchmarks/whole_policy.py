@@ -47,7 +47,7 @@ import numpy as np
 import static_schedule as static
 import sweep_ahead_of_time as stages
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from qvla_jax import kernels, sharding
 from qvla_jax.families.layout import Layout
@@ -58,6 +58,7 @@ from qvla_jax.families.prismatic.specs import inputs_spec
 from qvla_jax.families.registry import family_of, preset
 from qvla_jax.inference import policy
 from qvla_jax.inference.packed_linear import PackedArrays, PackedLinear
+from qvla_jax.kernels import tiles
 from qvla_jax.kernels.packed import PackedWeight
 from qvla_jax.models import named_modules, replace_modules
 from qvla_jax.models.loops import looping, unrolled
@@ -329,8 +330,7 @@ def nbytes(tree: Any) -> int:
 def weight_bytes(name: str, label: str, chips: int) -> int:
     """Of all weights of a call that each of some chips holds, if they are split."""
     own, (model, _) = layout_of(name), abstract_policy(name, "bfloat16")
-    devices = aot.devices("v5e")[:chips]
-    mesh = Mesh(np.array(devices), (sharding.CHANNEL_AXIS,))
+    mesh = AbstractMesh((chips,), (sharding.CHANNEL_AXIS,))
     # A copy, whose layers are taken away as they are counted.
     model = nnx.merge(*nnx.split(model))
     linears = quantizable_layers(model, own.rules) if WEIGHTS[label] else {}
@@ -353,10 +353,13 @@ def weight_bytes(name: str, label: str, chips: int) -> int:
 def arranged_bytes(outputs: tuple[int, ...], k: int, label: str, chips: int) -> int:
     """Of a packed weight as the kernel reads it, on each of some chips."""
     w = joined_weight(outputs, k, label)
-    if chips == 1:
-        return nbytes(jax.eval_shape(lambda w: kernels.prepare(w, "pallas_tpu"), w))
-    dealt, _ = aot.on_all(w, "v5e", aot.devices("v5e"))
-    return nbytes(dealt.shards) // chips + nbytes((dealt.position, dealt.pruned_bias))
+    # A chip's share has as many channels of each width as all others' (`kernels.sharded.deal`).
+    rows = {part.bits: part.tiles(chips) for part in tiles.plan(w.segments, chips)}
+    share = aot.shapes(sum(rows.values()), k, {b: n for b, n in rows.items() if n}, None)
+    if len(rows) == 1:
+        share = dataclasses.replace(share, index=None)
+    held = nbytes(jax.eval_shape(lambda w: kernels.prepare(w, "pallas_tpu"), share))
+    return held + (4 * sum(outputs) if chips > 1 else 0)  # where channels are
 
 
 def whole_programs(arguments: argparse.Namespace) -> int:
