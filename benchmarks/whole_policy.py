@@ -9,8 +9,9 @@ no numbers. A policy of 7B takes hours to compile as one program (`--whole` does
 memory), so its parts are compiled for one chip each, and counted as often as a call runs them: the
 products of quantized layers, joined as in a policy, packed or by XLA in bfloat16; and of each kind
 of stage (a transformer block, a patch embedding, a projector, the head) what is left without these.
-A product takes the longer of the time of its bundles and of its bytes (`static_schedule.py`), the
-rest of a stage the longer of its bundles' time and of the bytes that XLA counts.
+Each takes the longer of the time of its bundles and of that of its operands and results
+(`static_schedule.py`). "with XLA's bytes" is an upper end: there the rest of a stage also waits for
+all bytes that XLA counts, of which much stays in the chip's own memory.
 
 Weights are in bfloat16, in 4 bits, or mixed as `qvla pack --mean-bits 4` mixes them; activations of
 packed layers are rounded to 8 bits; what is not quantized stays in bfloat16, token embeddings too.
@@ -96,7 +97,9 @@ class Product:
 class Cost:
     """Of one call of a stage."""
 
+    # The longer of bundles and of operands and results; and with all bytes that XLA counts.
     seconds: float
+    counted: float
     # Bytes of what it reads besides weights, of its results and of its temporaries.
     working: int
 
@@ -118,8 +121,8 @@ class Costs:
             print(f"{time.perf_counter() - started:.0f} s: {key}", file=sys.stderr, flush=True)
             if self.path is not None:
                 self.path.write_text(json.dumps(self.known, indent=1))
-        seconds, working = self.known[key]
-        return Cost(seconds, int(working))
+        seconds, counted, working = self.known[key]
+        return Cost(seconds, counted, int(working))
 
 
 def main() -> int:
@@ -145,7 +148,9 @@ def estimates(arguments: argparse.Namespace) -> int:
     """Stage by stage; what each takes goes to stderr."""
     print(
         "| policy | target | weights | all weights, on one chip | over four chips | working "
-        "| memory of a chip | estimated latency | observations a second |\n" + "|---" * 9 + "|"
+        "| memory of a chip | estimated latency | with XLA's bytes | observations a second |\n"
+        + "|---" * 10
+        + "|"
     )
     costs = Costs(arguments.costs)
     for name in arguments.policy:
@@ -154,18 +159,20 @@ def estimates(arguments: argparse.Namespace) -> int:
             kinds = stages.kinds_of_stages(model, own, inputs)
         for target, label in itertools.product(arguments.targets, arguments.weights):
             chip, count = TARGETS[target]
-            seconds, working = 0.0, 0
+            seconds, counted, working = 0.0, 0.0, 0
             for path, calls, kind in kinds:
                 shapes = " ".join(str(value.shape) for value in kind.values[:1])
                 stage = f"{name}, {path} of {shapes}, {arguments.arithmetic}"
                 cost = cost_of(costs, chip, stage, kind, own, label)
-                seconds, working = seconds + calls * cost.seconds, max(working, cost.working)
+                seconds, counted = seconds + calls * cost.seconds, counted + calls * cost.counted
+                working = max(working, cost.working)
                 each = static.microseconds(cost.seconds)
                 print(f"{name}, {chip}, {label}: {path}: {calls} x {each}", file=sys.stderr)
             held = [f"{weight_bytes(name, label, n) / 2**30:.2f} GiB" for n in (1, 4)]
             print(
                 f"| {name} | {target} | {label} | {held[0]} | {held[1]} | {working / 2**20:.0f} MiB"
-                f" | {MEMORY[chip]} GB | {1e3 * seconds:.1f} ms | {count / seconds:.1f} |",
+                f" | {MEMORY[chip]} GB | {1e3 * seconds:.1f} ms | {1e3 * counted:.1f} ms "
+                f"| {count / seconds:.1f} |",
                 flush=True,
             )
     return 0
@@ -225,13 +232,15 @@ def cost_of(
     """Of one call of a stage with some kind of weights; `stage` names it in the file of costs."""
     products, rest_of = without_products(kind, own)
     found = costs.once(f"{chip}, {stage}, rest", lambda: rest_of(chip))
-    seconds = found.seconds
+    total = found
     for product in products:
         c, k, rows = sum(product.outputs), product.inputs, product.rows
         key = f"{chip}, {c}x{k}, {label}, {rows} rows, {jnp.dtype(product.dtype)}"
         compute = functools.partial(product_cost, chip, product, label)
-        seconds += costs.once(key, compute).seconds
-    return Cost(seconds, found.working)
+        cost = costs.once(key, compute)
+        seconds, counted = total.seconds + cost.seconds, total.counted + cost.counted
+        total = Cost(seconds, counted, max(total.working, cost.working))
+    return total
 
 
 def compiled_cost(chip: str, run: Callable[..., Any], values: Any, weights: Any) -> Cost:
@@ -239,9 +248,9 @@ def compiled_cost(chip: str, run: Callable[..., Any], values: Any, weights: Any)
     place = SingleDeviceSharding(aot.devices(chip)[0])
     given = jax.tree.map(lambda leaf: aot.placed_shape(leaf, place), (values, weights))
     found, own = static.compiled(run, *given, "", {}), static.CHIPS[chip]
-    issue, memory = sum(found.bundles.values()) / own.clock, found.accessed / own.bandwidth
-    results = jax.eval_shape(run, values, weights)
-    return Cost(max(issue, memory), found.temporary + nbytes((values, results)))
+    seconds = max(sum(found.bundles.values()) / own.clock, found.bytes / own.bandwidth)
+    working = found.temporary + nbytes((values, jax.eval_shape(run, values, weights)))
+    return Cost(seconds, max(seconds, found.accessed / own.bandwidth), working)
 
 
 def without_products(kind: stages.Kind, own: Layout) -> tuple[list[Product], Callable[[str], Cost]]:
@@ -292,12 +301,13 @@ def product_cost(chip: str, product: Product, label: str) -> Cost:
     """The longer of bundles and bytes of a product, with what XLA runs around a packed one."""
     if not WEIGHTS[label]:
         c, k = sum(product.outputs), product.inputs
-        return Cost(static.plain_time(chip, c, k, product.rows, "bf16"), 0)
+        plain = static.plain_time(chip, c, k, product.rows, "bf16")
+        return Cost(plain, plain, 0)
     w = joined_weight(product.outputs, product.inputs, label)
     found = static.packed(chip, w, product.rows, ACTIVATION_BITS, product.dtype)
     own = static.CHIPS[chip]
-    issue, memory = sum(found.bundles.values()) / own.clock, found.bytes / own.bandwidth
-    return Cost(max(issue, memory), found.temporary)
+    seconds = max(sum(found.bundles.values()) / own.clock, found.bytes / own.bandwidth)
+    return Cost(seconds, seconds, found.temporary)
 
 
 def joined_weight(outputs: tuple[int, ...], k: int, label: str) -> PackedWeight:
