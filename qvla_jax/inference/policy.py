@@ -37,6 +37,7 @@ def forward(
     conditioning: Any,
 ) -> Float[Array, "b h a"]:
     """What `Policy.run` compiles: normalized chunks, of a batch that is split over the mesh."""
+
     # Each device runs its share of the batch by itself: XLA cannot partition a custom call, and
     # would run the packed layers of the whole batch on every device.
     def actions(state: nnx.State, inputs: Any, conditioning: Any) -> Float[Array, "b h a"]:

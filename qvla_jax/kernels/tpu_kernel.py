@@ -234,9 +234,7 @@ def _finely_scaled(
     x = x.astype(jnp.float32).astype(jnp.bfloat16)
     upper = w.astype(jnp.bfloat16)
     lower = (w - upper.astype(jnp.float32)).astype(jnp.bfloat16)
-    product = functools.partial(
-        jnp.dot, precision=_EXACT, preferred_element_type=jnp.float32
-    )
+    product = functools.partial(jnp.dot, precision=_EXACT, preferred_element_type=jnp.float32)
     return product(x, upper) + product(x, lower)
 
 
