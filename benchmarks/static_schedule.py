@@ -51,6 +51,7 @@ import tpu_bundles  # noqa: E402
 from qvla_jax import kernels  # noqa: E402
 from qvla_jax.kernels import tpu_weight  # noqa: E402
 from qvla_jax.kernels.activations import quantize_activations  # noqa: E402
+from qvla_jax.kernels.packed import PackedWeight  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,9 @@ class Schedule:
     slots: dict[str, float]  # of the kernel that is named, as shares of its bundles' capacity
     parts: list[tuple[int, int, int]]  # (first bundle, end, times), likewise
     bytes: int  # of arguments and results
+    temporary: int  # bytes
+    # Bytes that its operations read and write, by XLA's count; XLA counts no kernels' operations.
+    accessed: float
     blocks: int  # steps of the kernel's grid in which it reads words
 
 
@@ -125,7 +129,7 @@ def main() -> int:
             for kind in ("bf16", "int8", "rounded", "int4")
         )
         for label, bits in itertools.product(arguments.weight, arguments.activations):
-            found = packed(target, label, c, k, rows, bits)
+            found = packed(target, weight(label, c, k), rows, bits)
             kind = "bfloat16" if bits == 16 else "int8"
             what = f"{target} | {shape}, {label} | {rows} | {kind}"
             print(f"| {what} | {described(found, CHIPS[target])} | {rivals} |", flush=True)
@@ -153,14 +157,19 @@ def microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.1f}" if seconds < 1e-4 else f"{seconds * 1e6:.0f}"
 
 
-def packed(target: str, label: str, c: int, k: int, rows: int, bits: int) -> Schedule:
-    """The product with a packed weight."""
+def weight(label: str, c: int, k: int) -> PackedWeight:
+    """Shapes of a packed weight of some kind."""
     shares, group = WEIGHTS[label]
     w = aot.shapes(c, k, {width: round(share * c) for width, share in shares.items()}, group)
-    if len(shares) == 1:
-        w = dataclasses.replace(w, index=None)
+    return dataclasses.replace(w, index=None) if len(shares) == 1 else w
+
+
+def packed(
+    target: str, w: PackedWeight, rows: int, bits: int, dtype: Any = jnp.bfloat16
+) -> Schedule:
+    """The product with a packed weight, of activations of a dtype that are rounded to bits."""
     prepared, sharding = aot.on_one(w, target, aot.devices(target)[0])
-    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16, sharding=sharding)
+    x = jax.ShapeDtypeStruct((rows, w.shape[1]), dtype, sharding=sharding)
     columns = tpu_weight.step_tables(prepared.tiled).values()
     # Numbers that are not integers steer nothing.
     tables = {i: column for i, column in enumerate(columns) if column.dtype == np.int32}
@@ -192,7 +201,8 @@ def compiled(run: Any, x: Any, w: Any, name: str, tables: Mapping[int, np.ndarra
     """Compiles a function and counts what its programs execute."""
     for path in glob.glob(f"{DUMPS.name}/*"):
         os.remove(path)
-    memory = jax.jit(run).lower(x, w).compile().memory_analysis()
+    program = jax.jit(run).lower(x, w).compile()
+    memory, costs = program.memory_analysis(), program.cost_analysis() or {}
     bundles, slots, parts = {}, {}, []
     for path in sorted(glob.glob(f"{DUMPS.name}/*-packed-bundles-post-ra.txt")):
         found = re.match(r"\d+-(.*)-\d+-packed", Path(path).name)
@@ -209,7 +219,15 @@ def compiled(run: Any, x: Any, w: Any, name: str, tables: Mapping[int, np.ndarra
             parts = sections(counts)
             slots = occupied(re.sub(r"-\d+-packed-.*", "", path), counts)
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return Schedule(bundles, slots, parts, moved, max(map(len, tables.values()), default=0))
+    return Schedule(
+        bundles=bundles,
+        slots=slots,
+        parts=parts,
+        bytes=moved,
+        temporary=memory.temp_size_in_bytes,
+        accessed=costs.get("bytes accessed", 0.0),
+        blocks=max(map(len, tables.values()), default=0),
+    )
 
 
 def sections(counts: np.ndarray) -> list[tuple[int, int, int]]:

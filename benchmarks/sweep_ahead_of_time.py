@@ -156,7 +156,10 @@ def by_stage(arguments: argparse.Namespace) -> int:
         model = abstract_model(preset(arguments.preset), dtype=jnp.bfloat16)
         inputs = inputs_spec(preset(arguments.preset), batch_size=frames)
         total, weights, seconds = 0.0, 0, time.perf_counter()
-        for path, count, kind in kinds_of_stages(model, layout(preset(arguments.preset)), inputs):
+        found = kinds_of_stages(model, layout(preset(arguments.preset)), inputs)
+        for path, count, kind in found:
+            if not kind.layers:
+                continue
             traced = trace_stage(kind, mesh, target.options, frames, arguments.probes)
             compiled = traced.lower().compile()
             memory = compiled.memory_analysis()
@@ -206,7 +209,7 @@ class Kind:
 
 
 def kinds_of_stages(model: Any, own: Layout, inputs: Any) -> list[tuple[str, int, Kind]]:
-    """The first stage of each kind that the forward pass calls, and how many there are."""
+    """The first stage of each kind that the forward pass calls, and how many calls there are."""
     widths = {
         path: (layer.out_features, layer.in_features)
         for path, layer in quantizable_layers(model, own.rules).items()
@@ -228,7 +231,7 @@ def kinds_of_stages(model: Any, own: Layout, inputs: Any) -> list[tuple[str, int
         )
         kind = Kind(stage, *(shapes(x) for x in (own, fixed, values, output)), layers)
         key = f"{stage} {kind.state} {kind.values} {layers}"
-        counts[key] += bool(layers)
+        counts[key] += 1
         first.setdefault(key, (path, kind))
         return output
 
@@ -238,7 +241,7 @@ def kinds_of_stages(model: Any, own: Layout, inputs: Any) -> list[tuple[str, int
         return copy(inputs)
 
     jax.eval_shape(run, state, inputs)
-    return [(path, counts[key], kind) for key, (path, kind) in first.items() if counts[key]]
+    return [(path, counts[key], kind) for key, (path, kind) in first.items()]
 
 
 def trace_stage(kind: Kind, mesh: Mesh, options: int, frames: int, probes: int) -> Any:

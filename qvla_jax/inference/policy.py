@@ -28,18 +28,25 @@ from qvla_jax.plain import finite
 from qvla_jax.precision import in_32_bits
 
 
-class _Structure:
+class Structure:
     """A network without its arrays, as a static argument: it is hashed once, not in every call."""
 
     def __init__(self, graphdef: nnx.GraphDef[Any], treedef: jax.tree_util.PyTreeDef) -> None:
         self._parts = graphdef, treedef
         self._hash = hash(self._parts)
 
+    @classmethod
+    def split(cls, model: Any) -> tuple["Structure", tuple[Any, ...]]:
+        """A network without its arrays, and the arrays."""
+        graphdef, state = nnx.split(model)
+        arrays, treedef = jax.tree.flatten(state)
+        return cls(graphdef, treedef), tuple(arrays)
+
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Structure):
+        if not isinstance(other, Structure):
             return NotImplemented
         return self is other or (self._hash == other._hash and self._parts == other._parts)
 
@@ -60,7 +67,7 @@ class _Placed:
         conditioning: what every call reads and no observation changes, on every device.
     """
 
-    structure: _Structure
+    structure: Structure
     mesh: jax.sharding.Mesh
     arrays: tuple[Any, ...]
     conditioning: Any
@@ -68,17 +75,19 @@ class _Placed:
     def __call__(self, inputs: Any) -> Float[Array, "b h a"]:
         """Prepared inputs, as many as devices or a multiple -> normalized chunks."""
         placed = sharding.shard_batch(self.mesh, inputs)
-        return _forward(self.structure, self.mesh, self.arrays, placed, self.conditioning)
+        return forward(self.structure, self.mesh, self.arrays, placed, self.conditioning)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(
-    structure: _Structure,
+def forward(
+    structure: Structure,
     mesh: jax.sharding.Mesh,
     arrays: tuple[Any, ...],
     inputs: Any,
     conditioning: Any,
 ) -> Float[Array, "b h a"]:
+    """What `Policy.run` compiles: normalized chunks, of a batch that is split over the mesh."""
+
     # Each device runs its share of the batch by itself: XLA cannot partition a custom call, and
     # would run the packed layers of the whole batch on every device.
     def actions(arrays: tuple[Any, ...], inputs: Any, conditioning: Any) -> Float[Array, "b h a"]:
@@ -205,14 +214,9 @@ class Policy:
     def _placed(self) -> _Placed:
         """The network on the devices; a change of `model` after the first call is not seen."""
         mesh = sharding.data_mesh()
-        graphdef, state = nnx.split(self.model)
-        arrays, treedef = jax.tree.flatten(state)
-        return _Placed(
-            _Structure(graphdef, treedef),
-            mesh,
-            sharding.replicate(mesh, tuple(arrays)),
-            sharding.replicate(mesh, self.conditioning),
-        )
+        structure, arrays = Structure.split(self.model)
+        placed = sharding.replicate(mesh, (arrays, self.conditioning))
+        return _Placed(structure, mesh, *placed)
 
     @functools.cached_property
     @in_32_bits

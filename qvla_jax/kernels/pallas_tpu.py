@@ -81,7 +81,12 @@ def rows_per_block(m: int, w: TpuWeight, x_bytes: int, y_bytes: int) -> int:
 
 
 def matmul(x: Float[Array, "*m k"], w: TpuWeight, activation_bits: int) -> Float[Array, "*m c"]:
-    """See `reference`; x is bfloat16 or float32."""
+    """See `reference`; x is bfloat16 or float32.
+
+    Of a few rows, which are split into digits, one that holds an infinity gives NaN in all channels
+    of fewer than 16 bits, where the reference may give infinities. A row that holds NaN gives NaN
+    in both.
+    """
     run = functools.partial(_rows, activation_bits=activation_bits)
     return over_rows(run)(x, w)
 

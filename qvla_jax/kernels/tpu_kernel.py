@@ -36,6 +36,9 @@ _STORED: Final = 16
 _UNROLL: Final = 4
 # Rows of vectors of x that are worked on at once.
 _SIDE_BY_SIDE: Final = 512
+# Of products of int8 or bfloat16 numbers, which are exact: the matrix unit takes no other, whatever
+# `jax.default_matmul_precision` says.
+_EXACT: Final = jax.lax.Precision.DEFAULT
 
 
 def code_scale(bits: int, codes: CodeMap) -> float:
@@ -73,11 +76,12 @@ def _in_bytes(value: int) -> np.int32:
 def dot(x: Array, plane: Array) -> Array:
     """`x` times a plane; sums in int32 or float32."""
     if x.dtype == jnp.int8:
-        return jnp.dot(x, plane, preferred_element_type=jnp.int32)
+        return jnp.dot(x, plane, precision=_EXACT, preferred_element_type=jnp.int32)
     if x.dtype == jnp.float32:
         plane = plane.astype(jnp.float32)
         return jnp.dot(x, plane, precision=jax.lax.Precision.HIGHEST)
-    return jnp.dot(x, plane.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    plane = plane.astype(jnp.bfloat16)
+    return jnp.dot(x, plane, precision=_EXACT, preferred_element_type=jnp.float32)
 
 
 def clear_beyond(x: Any, inputs: int) -> None:
@@ -230,7 +234,7 @@ def _finely_scaled(
     x = x.astype(jnp.float32).astype(jnp.bfloat16)
     upper = w.astype(jnp.bfloat16)
     lower = (w - upper.astype(jnp.float32)).astype(jnp.bfloat16)
-    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.dot, precision=_EXACT, preferred_element_type=jnp.float32)
     return product(x, upper) + product(x, lower)
 
 

@@ -46,7 +46,7 @@ def heads_first(
         parts: keys, values and mask of each part; a query attends to the positions of all parts.
     """
     q = q * q.shape[-1] ** -0.5
-    logits = [(q @ k).astype(jnp.float32) for k, _, _ in parts]
+    logits = [_product(q, k).astype(jnp.float32) for k, _, _ in parts]
     masked = [
         x if mask is None else jnp.where(mask, x, _MASKED)
         for x, (_, _, mask) in zip(logits, parts, strict=True)
@@ -54,5 +54,12 @@ def heads_first(
     weights = jax.nn.softmax(jnp.concatenate(masked, axis=-1), axis=-1)
     ends = list(itertools.accumulate(k.shape[-1] for k, _, _ in parts))
     shares = jnp.split(weights, ends[:-1], axis=-1)
-    outputs = (w.astype(v.dtype) @ v for w, (_, v, _) in zip(shares, parts, strict=True))
+    outputs = (_product(w.astype(v.dtype), v) for w, (_, v, _) in zip(shares, parts, strict=True))
     return functools.reduce(jnp.add, outputs)
+
+
+def _product(a: Float[Array, "b n t d"], b: Float[Array, "b n d s"]) -> Float[Array, "b n t s"]:
+    # Products of bfloat16 numbers are exact. Where policies ask for float32 precision, the TPU
+    # compiler's own kernel for attention would refuse them.
+    exact = a.dtype == b.dtype == jnp.bfloat16
+    return jnp.matmul(a, b, precision=jax.lax.Precision.DEFAULT if exact else None)

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import jaxprs_in_params
 
 from qvla_jax import kernels
 from qvla_jax.kernels import pallas_tpu, tiles, tpu_weight
@@ -121,3 +122,25 @@ def test_blocks_follow_the_shape():
     assert 2**19 <= 4 * depth * lanes <= 2**20
     # Few channels are not padded to wide tiles.
     assert shape(4, 100, 1024)[1] == 128
+
+
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_exact_products_ask_for_no_more_precision(activation_bits):
+    # The compiler refuses products of int8 or bfloat16 in float32 precision, and policies set it.
+    w = make((16, 4), 20, 200, 48)
+    with jax.default_matmul_precision("float32"):
+        found = jax.make_jaxpr(lambda x: kernels.mixed_matmul(x, w, activation_bits, "pallas_tpu"))(
+            inputs(40, 200)
+        )
+    products = [e for e in equations(found.jaxpr) if e.primitive.name == "dot_general"]
+    exact = [e for e in products if e.invars[0].aval.dtype != jnp.float32]
+    assert exact
+    assert {p for e in exact for p in e.params["precision"]} == {jax.lax.Precision.DEFAULT}
+
+
+def equations(jaxpr):
+    """All equations, of inner functions too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)

@@ -96,10 +96,10 @@ def test_actions_of_a_mixed_batch_are_each_in_the_units_that_were_asked_for(poli
 def test_nothing_compiles_after_the_warm_up(policy):
     batcher = Batcher(policy, max_batch=4, window=0.0)
     batcher.warm_up()
-    compiled = policy_module._forward._cache_size()
+    compiled = policy_module.forward._cache_size()
     for count in range(1, 6):
         answers(policy, range(count))
-    assert policy_module._forward._cache_size() == compiled
+    assert policy_module.forward._cache_size() == compiled
 
 
 class Broken(Policy):

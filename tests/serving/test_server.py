@@ -270,7 +270,7 @@ def test_many_clients_of_both_kinds_each_get_their_own_answers(policy, server):
         [policy.infer(policy.fake_observation(10 * client + seed)) for seed in seeds]
         for client in range(8)
     ]
-    compiled = policy_module._forward._cache_size()
+    compiled = policy_module.forward._cache_size()
     barrier = threading.Barrier(8)
 
     def robot(client):
@@ -288,7 +288,7 @@ def test_many_clients_of_both_kinds_each_get_their_own_answers(policy, server):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(robot, range(8)))
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert policy_module._forward._cache_size() == compiled
+    assert policy_module.forward._cache_size() == compiled
     stats = requests.get(url(server, "/stats"), timeout=PATIENCE).json()
     assert max(map(int, stats["answers_by_batch_size"])) > 1
     assert stats["answered"] >= 32
