@@ -6,8 +6,8 @@ whole matrix:
     s = mean |W|,   q = clip(round(W / s), -1, 1),   w_hat = s q.
 
 Here a trained policy is rounded this way without training, which is not what BitVLA does. Ternary
-codes have 1.58 bits of information; BitVLA's released code stores 2 bits, and so does the packed
-file, with the same scale for each row.
+codes have 1.58 bits of information; a public copy of BitVLA's code stores 2 bits, and so does the
+packed file, with the same scale for each row.
 """
 
 from collections.abc import Iterator

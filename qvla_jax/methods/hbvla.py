@@ -1,11 +1,12 @@
-"""HBVLA's binarization in the Haar domain (arXiv 2602.13710), as far as it is published.
+"""HBVLA's binarization in the Haar domain (arXiv 2602.13710), from its outline.
 
-Published are the abstract and the method's outline, no code; what follows is that outline, with
-details from the released code of HBLLM (arXiv 2512.00862), which it extends, where it names none:
+No code of HBVLA is public. This follows its abstract and others' summaries of the paper, with
+details from the released code of HBLLM (arXiv 2512.00862), whose terms it shares, where those name
+none:
 
 1. *Salient columns* of a layer are those of largest ||w_i||^2 / [H^-1]_ii (Optimal Brain Surgeon),
-   H being the action-weighted second moment of the inputs. They are 8 % of the columns, because 1.08
-   bits are published and only salient weights have a second bit.
+   H being the action-weighted second moment of the inputs. They are 8 % of the columns: HBVLA
+   states 1.08 bits, and here only salient weights have a second bit.
 2. *Other columns* are paired greedily, the two of smallest distance first, and every pair (a, b)
    becomes its low band (a + b) / sqrt 2 and its high band (a - b) / sqrt 2.
 3. *Binarization.* The coefficients v of a row and band form two groups of small and of large
@@ -14,9 +15,9 @@ details from the released code of HBLLM (arXiv 2512.00862), which it extends, wh
 4. *Salient weights* take the Haar transform along the column, and are binarized twice, the second
    time their residual.
 
-Missing: HBVLA's own token weights, its groups, its number of salient columns, and whether rounding
-errors are fed back. Nothing here packs rows in the Haar domain, so the file keeps the values in 16
-bits; its header says what the codes would take.
+Unknown are HBVLA's token weights, its groups, its number of salient columns, and whether it feeds
+rounding errors back; nothing is fed back here. Nothing here packs rows in the Haar domain, so the
+file keeps the values in 16 bits; its header says what the codes would take.
 """
 
 from collections.abc import Iterator

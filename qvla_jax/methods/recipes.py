@@ -57,7 +57,7 @@ RECIPES: Final[Mapping[str, Recipe]] = {
         widths=(bitvla.BITS,),
     ),
     "hbvla": Recipe(
-        title="HBVLA's binarization, as far as published", quantizer=hbvla_policy,
+        title="HBVLA's binarization, from its outline", quantizer=hbvla_policy,
         widths=(hbvla.BITS,),
     ),
     "qvla": Recipe(
