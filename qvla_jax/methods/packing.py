@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 from flax import nnx
 
 from qvla_jax import kernels
@@ -57,6 +58,7 @@ def packed_policy(
     setting: Setting,
     rows: Iterable[QuantizedRows],
     *,
+    sources: Iterable[Float[np.ndarray, "c k"]] | None = None,
     calibrated: bool = True,
     details: Mapping[str, Any] | None = None,
 ) -> Policy:
@@ -66,6 +68,7 @@ def packed_policy(
         measured: the full-precision policy, and its quantized layers.
         setting: the method and its bits; its activation bits apply to every layer.
         rows: those of each layer, in the order of `policy_index`.
+        sources: what rows of 16 bits keep, likewise; None: the policy's weights.
         calibrated: whether the rows depend on the calibration set.
         details: further entries of the file's header.
     """
@@ -74,10 +77,12 @@ def packed_policy(
     model = nnx.merge(*nnx.split(policy.model))
     linears = quantizable_layers(model, measured.rules)
     weights, inputs = {}, {}
-    for layer, own in zip(index.layers, rows, strict=True):
+    if sources is None:
+        sources = map(weight_rows, linears.values())
+    for layer, own, source in zip(index.layers, rows, sources, strict=True):
         linear = linears[layer.path]
         bias = None if linear.bias is None else linear.bias[...]
-        weights[layer.path] = pack_layer(layer, own, weight_rows(linear), bias, index=False)
+        weights[layer.path] = pack_layer(layer, own, source, bias, index=False)
         inputs[layer.path] = kernels.LayerInputs(int(setting.activation_bits), own.input_scale)
     replace_by_packed(model, weights.items(), inputs, same_input=policy.layout.same_input)
     header = described(measured, setting, calibrated=calibrated) | dict(details or {})

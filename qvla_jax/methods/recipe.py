@@ -8,6 +8,7 @@ from qvla_jax.inference.policy import Policy
 from qvla_jax.methods.measurements import Measurements
 from qvla_jax.methods.settings import Setting
 from qvla_jax.quantization import QuantizerSettings
+from qvla_jax.quantization.codes import GRID_BITS
 
 # A published quantizer with steps of its own: the packed policy at a setting's bits.
 Rounding: TypeAlias = Callable[[Measurements, Setting], Policy]
@@ -22,6 +23,8 @@ class Recipe:
 
     # Quantize: grid, rounding and bias correction; or the step of a published quantizer.
     quantizer: QuantizerSettings | Rounding = dataclasses.field(default_factory=QuantizerSettings)
+    # Bits of weights that it has, if it does not allocate them.
+    widths: tuple[int, ...] = GRID_BITS
     # Groups of inputs may have scales of their own.
     grouped: bool = False
     # Rotate inputs if activations have fewer than 8 bits, which makes activations easier to round

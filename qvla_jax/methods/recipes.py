@@ -20,9 +20,11 @@ from typing import Final
 from qvla_jax.errors import InputError, unknown
 from qvla_jax.kernels.activations import ACTIVATION_BITS
 from qvla_jax.kernels.packed import GROUP_MULTIPLE
+from qvla_jax.methods import bitvla, hbvla
 from qvla_jax.methods.awq import awq_policy
+from qvla_jax.methods.bitvla import bitvla_policy
 from qvla_jax.methods.gptq import gptq_policy
-from qvla_jax.methods.numerics import WIDTHS
+from qvla_jax.methods.hbvla import hbvla_policy
 from qvla_jax.methods.omniquant import omniquant_policy
 from qvla_jax.methods.packing import round_to_nearest
 from qvla_jax.methods.recipe import Recipe
@@ -49,6 +51,14 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     "gptq": Recipe(title="GPTQ (qwix)", quantizer=gptq_policy, grouped=True),
     "omniquant": Recipe(
         title="OmniQuant's learned clips", quantizer=omniquant_policy, grouped=True
+    ),
+    "bitvla": Recipe(
+        title="BitVLA's ternary rounding, after training", quantizer=bitvla_policy,
+        widths=(bitvla.BITS,),
+    ),
+    "hbvla": Recipe(
+        title="HBVLA's binarization, from its outline", quantizer=hbvla_policy,
+        widths=(hbvla.BITS,),
     ),
     "qvla": Recipe(
         title="QVLA, as the paper describes it", quantizer=UNIFORM_BASELINE, options=_ALL,
@@ -121,8 +131,9 @@ def check_setting(name: str) -> Setting:
     recipe = RECIPES[setting.method]
     if recipe.allocates and not 0 < setting.bits <= 16:
         raise InputError(f"{name}: a budget lies above 0 and at most 16 bits for each weight")
-    if not recipe.allocates and setting.bits not in WIDTHS:
-        raise InputError(f"{name}: {setting.method} has weights of {WIDTHS} bits")
+    if not recipe.allocates and setting.bits not in recipe.widths:
+        widths = ", ".join(map(str, recipe.widths))
+        raise InputError(f"{name}: {setting.method} has weights of {widths} bits")
     if recipe.activations == "allocated":
         if not 4 < setting.activation_bits < 16:
             raise InputError(

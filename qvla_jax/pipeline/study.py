@@ -75,7 +75,9 @@ class StudyConfig(FramesConfig, HeldoutConfig):
     rows: tuple[str, ...] = tuple(RECIPES)
     # Settings: bits of weights (for methods that allocate, a budget of stored bits), and aBITS of
     # activations. If a method does not support a setting, the cell stays empty.
-    columns: tuple[str, ...] = ("w8a16", "w4a16", "w8a8", "w4a4", "w4a5", "w3", "w2.5", "w2")
+    columns: tuple[str, ...] = (
+        "w8a16", "w4a16", "w8a8", "w4a4", "w4a5", "w3", "w2.5", "w2", "w1.5", "w1",
+    )  # fmt: skip
     # Random probe vectors per frame, for the sensitivities.
     probes: int = 8
     # LIBERO suite for success in closed loop, such as libero_spatial; by default offline only.

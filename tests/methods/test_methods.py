@@ -36,6 +36,8 @@ ROWS = (
     "awq-w4-g16",
     "smoothquant-w4a4",
     "omniquant-w3",
+    "bitvla-w2a8",
+    "hbvla-w1",
     "qvla-w9",
     "qvla-released-w6",
     "aware-w3a8",
@@ -178,7 +180,7 @@ def counted_bytes(loaded, index, setting):
         layer.out_features
         * row_bytes(
             layer.fan_in,
-            int(setting.bits),
+            16 if setting.method == "hbvla" else int(setting.bits),
             bias=layer.has_bias,
             permuted=False,
             source_bytes=layer.source_bytes,
@@ -264,7 +266,8 @@ def test_a_budget_below_the_smallest_option_is_refused(policy, calibration, meas
     [
         ("gptq", "expected METHOD-wBITS"),
         ("gptk-w4", "did you mean gptq"),
-        ("gptq-w5", r"weights of \(2, 3, 4, 8\) bits"),
+        ("gptq-w5", "weights of 2, 3, 4, 8 bits"),
+        ("bitvla-w3", "weights of 2 bits"),
         ("gptq-w4a7", r"activations have \(16, 8, 4\) bits"),
         ("rtn-w4a4.5", r"activations have \(16, 8, 4\) bits"),
         ("action-activations-w4", "nothing to allocate"),
