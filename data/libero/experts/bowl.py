@@ -57,24 +57,19 @@ class BowlExpert:
 
     def __call__(self, state: Mapping[str, Any]) -> "Float64[NpArray, ' 7']":
         """The action to take in a state."""
-        gripper, opening = state["robot0_eef_pos"], opening_of(state)
+        opening = opening_of(state)
         bowl, plate = state[f"{self.bowl}_pos"], self.place(state)
-        up = rotation_matrix(state[f"{self.bowl}_quat"])[:, 2]
         side = self._side(state)
-        outwards = np.array([np.cos(side), np.sin(side), 0.0])
-        outwards -= up * (outwards @ up)
-        outwards /= np.linalg.norm(outwards)
-        error = bowl + outwards * self.radius + up * self.lift - gripper
+        error = self._error(state, side)
         sideways = float(np.hypot(error[0], error[1]))
         turn = turn_to(state, side)
         from_plate = float(np.hypot(*(bowl - plate)[:2]))
         height = bowl[2] - plate[2]
-        near = sideways < 0.03 and abs(error[2]) < 0.035
         action = rotating(turn)
         if (from_plate < 0.025 and height < 0.014) or (from_plate < 0.018 and height < 0.019):
             self.phase = "release"  # Open, then back off upwards.
             action[2] = 0.6 * ramp(opening, 0.04, 0.07)
-        elif near and 0.001 < opening < self._closed:
+        elif self.holds(state):
             self.phase = "carry"
             target = plate[2] - 0.004 + self._carry * ramp(from_plate, 0.008, 0.068)
             # Over the cabinet, and once lifted out of the drawer, high enough to clear it.
@@ -93,6 +88,21 @@ class BowlExpert:
                 self.phase = "close"
                 action[6] = 1.0
         return action
+
+    def holds(self, state: Mapping[str, Any]) -> bool:
+        """Whether closed fingers have the rim between them."""
+        error = self._error(state, self._side(state))
+        near = np.hypot(error[0], error[1]) < 0.03 and abs(error[2]) < 0.035
+        return bool(near and 0.001 < opening_of(state) < self._closed)
+
+    def _error(self, state: Mapping[str, Any], side: float) -> "Float64[NpArray, ' 3']":
+        """From the gripper to where it grasps the rim (m)."""
+        up = rotation_matrix(state[f"{self.bowl}_quat"])[:, 2]
+        outwards = np.array([np.cos(side), np.sin(side), 0.0])
+        outwards -= up * (outwards @ up)
+        outwards /= np.linalg.norm(outwards)
+        grasp = state[f"{self.bowl}_pos"] + outwards * self.radius + up * self.lift
+        return grasp - state["robot0_eef_pos"]
 
     def _side(self, state: Mapping[str, Any]) -> float:
         """Where the rim is grasped in this state, radians."""

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qvla_jax.data.libero.experts.motion import (
-    CARRY_CAP,
     GAIN,
     REACH_CAP,
-    TURNED,
     Phase,
     Point,
     approach,
     capped,
     ramp,
     rotating,
-    turn_to,
+    rotation_to,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PushExpert:
-    """Presses open fingers into a plate and drags it to a place.
+    """Pushes a plate to a place, from behind, with open fingers left and right of its middle.
 
     Attributes:
         plate: the plate's name in the state.
@@ -39,24 +37,51 @@ class PushExpert:
     phase: Phase = "reach"
 
     _hover = 0.10
-    # Height (m) of the gripper over the plate's origin where its fingers touch it, and how deep
-    # they press.
-    _touch, _press = 0.024, 0.015
+    # From the plate's center to the gripper when fingers touch the rim, the same when they come
+    # down behind it, and the gripper's height over the plate's origin (m).
+    _behind, _lift = 0.086, 0.017
+    # The hand leans over the plate (rad), away from what is behind it.
+    _lean = 0.8
+    _push = 0.5
 
     def __call__(self, state: Mapping[str, Any]) -> "Float64[NpArray, ' 7']":
         """The action to take in a state."""
-        plate = state[f"{self.plate}_pos"]
-        error = plate + np.array([0.0, 0.0, self._touch]) - state["robot0_eef_pos"]
-        sideways = float(np.hypot(error[0], error[1]))
-        turn = turn_to(state, np.pi / 2)
+        plate, gripper = state[f"{self.plate}_pos"], state["robot0_eef_pos"]
+        way = (self.place(state) - plate) * np.array([1.0, 1.0, 0.0])
+        ahead = way / max(1e-6, float(np.linalg.norm(way)))
+        aside = np.array([-ahead[1], ahead[0], 0.0])
+        pose = self._pose(ahead)
+        turn = rotation_to(state, pose)
+        # It turns over the plate, where nothing is in the way.
+        unturned = ramp(float(np.abs(turn).max()), 0.15, 0.4)
+        error = plate - (1.0 - unturned) * self._behind * ahead - gripper
+        error[2] += self._lift
         action = rotating(turn)
-        if sideways < 0.03 and error[2] > -0.008 and np.abs(turn).max() < TURNED:
+        action[6] = 1.0
+        beyond, off = float(error @ ahead), float(error @ aside)
+        self.debug = (beyond, off, error[2], plate, turn)
+        if -0.03 < beyond < 0.03 and abs(off) < 0.025 and abs(error[2]) < 0.02 and np.abs(turn).max() < 0.35:
             self.phase = "carry"
-            motion = GAIN * (self.place(state) - plate)
-            motion[2] = GAIN * (error[2] - self._press)
-            action[:3] = capped(motion, CARRY_CAP)
+            # Not over the rim, which is low.
+            low = ramp(error[2], -0.015, -0.006)
+            motion = low * capped(GAIN * way, self._push) + GAIN * off * aside
+            motion[2] = 2.0 * GAIN * error[2]
+            action[:3] = capped(motion, REACH_CAP)
         else:
             self.phase = "reach"
-            rise = error[2] - 0.005 + self._hover * ramp(sideways, 0.006, 0.056)
-            action[:3] = approach(error, rise, REACH_CAP)
+            # Slanting, from over the plate: what is behind it may be in the way.
+            depth = float(error @ pose[:, 2])
+            across = error - depth * pose[:, 2]
+            far = max(ramp(float(np.linalg.norm(across)), 0.008, 0.04), unturned)
+            advance = depth - self._hover * far
+            gate = 1.0 - ramp(-advance, 0.02, 0.06)
+            action[:3] = capped(GAIN * (gate * across + advance * pose[:, 2]), REACH_CAP)
         return action
+
+    def _pose(self, ahead: np.ndarray) -> "Float64[NpArray, '3 3']":
+        """Fingers side by side along x, leaning forwards."""
+        along = np.array([0.0, np.copysign(1.0, ahead[1]), 0.0])
+        inwards = np.array([0.0, 0.0, -np.cos(self._lean)]) - np.sin(self._lean) * along
+        # Of the two such orientations the one nearer to the usual.
+        fingers = np.array([-1.0, 0.0, 0.0])
+        return np.stack([np.cross(fingers, inwards), fingers, inwards], axis=1)
