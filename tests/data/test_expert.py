@@ -88,6 +88,8 @@ def test_object_ends_in_the_basket(seed):
         offset=np.array([0.0, 0, 0.02]),
         bottom=-0.03,
         is_held=lambda: table.hold is not None,
+        clear=0.18,
+        drop=0.18,
     )
     phases = run(table, actor)
     assert np.hypot(*(table.item - table.goal)[:2]) < 0.06

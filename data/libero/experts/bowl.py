@@ -161,5 +161,3 @@ def bowl_expert(environment: "LiberoEnvironment") -> BowlExpert:
     return DrawerExpert(
         _TARGET, plate, along, radius=0.048, lift=0.040, drawer=data.xpos[drawer].copy()
     )
-
-

@@ -34,9 +34,9 @@ _FIN = (0.036, 0.036)
 # Half the depth of the cabinet's top, from the drawer's handle to the inner face of its front, the
 # height of a place in the drawer under the center of its region, all in m.
 _TOP, _FRONT, _UNDER = 0.0944, 0.0366, 0.008
-# Of objects put down: height over the place on the way, and where they are released.
-_INTO_BOWL: Final = {"clear": 0.065, "drop": 0.065}
-_UPRIGHT: Final = {"clear": 0.04, "drop": -0.02}
+# How high over a bowl something passes its rim and is dropped; over a place where a bottle is put
+# upright it moves this high, and goes down until it stands (m).
+_RIM, _OVER, _DOWN = 0.065, 0.04, -0.02
 
 
 def goal_expert(environment: "LiberoEnvironment") -> Expert:
@@ -52,15 +52,23 @@ def goal_expert(environment: "LiberoEnvironment") -> Expert:
         return _handle_expert(environment, item)
     if predicate == "in" and item.startswith("akita_black_bowl"):
         return _stow_expert(environment, item, where[0])
-    if predicate == "on" and item.startswith("akita_black_bowl"):
-        return BowlExpert(item, _place(environment, where[0]), _SIDE, over_cabinet=0.0)
-    if predicate == "on" and item.startswith("plate"):
-        return PushExpert(item, _place(environment, where[0]))
-    if predicate == "on" and item.startswith("cream_cheese"):
-        return grasp_of(environment, item, _place(environment, where[0]), **_INTO_BOWL)
-    if predicate == "on" and item.startswith("wine_bottle"):
-        return grasp_of(environment, item, _place(environment, where[0]), **_UPRIGHT)
-    raise InputError(f"{environment.name}: there is no scripted expert for this task")
+    expert = _on(environment, item, where[0]) if predicate == "on" else None
+    if expert is None:
+        raise InputError(f"{environment.name}: there is no scripted expert for this task")
+    return expert
+
+
+def _on(environment: "LiberoEnvironment", item: str, where: str) -> Expert | None:
+    """The expert that puts an object onto something; None if there is none."""
+    if item.startswith("akita_black_bowl"):
+        return BowlExpert(item, _place(environment, where), _SIDE, over_cabinet=0.0)
+    if item.startswith("plate"):
+        return PushExpert(item, _place(environment, where))
+    if item.startswith("cream_cheese"):
+        return grasp_of(environment, item, _place(environment, where), clear=_RIM, drop=_RIM)
+    if item.startswith("wine_bottle"):
+        return grasp_of(environment, item, _place(environment, where), clear=_OVER, drop=_DOWN)
+    return None
 
 
 def _place(environment: "LiberoEnvironment", name: str) -> Point:

@@ -54,8 +54,8 @@ class ObjectExpert:
     offset: "Float64[NpArray, ' 3']"
     bottom: float
     is_held: Any
-    clear: float = 0.18
-    drop: float = 0.18
+    clear: float
+    drop: float
     phase: Phase = "reach"
 
     _hover = 0.10
@@ -99,7 +99,12 @@ def object_expert(environment: "LiberoEnvironment") -> ObjectExpert:
 
 
 def grasp_of(
-    environment: "LiberoEnvironment", item: str, place: Point, **heights: float
+    environment: "LiberoEnvironment",
+    item: str,
+    place: Point,
+    *,
+    clear: float = 0.18,
+    drop: float = 0.18,
 ) -> ObjectExpert:
     """The expert that grasps an object near its top, where fingers and hand are free.
 
@@ -107,7 +112,7 @@ def grasp_of(
         environment: the episode's environment.
         item: the object's name.
         place: where it is to go.
-        heights: `clear` and `drop` of the expert.
+        clear: as in `ObjectExpert`, and so is `drop`.
     """
     simulator = environment.simulator
     data = simulator.sim.data._data
@@ -129,7 +134,8 @@ def grasp_of(
         offset=np.array([centre[0], centre[1], lift]),
         bottom=float(low[2]),
         is_held=lambda: simulator._check_grasp(simulator.robots[0].gripper, geoms),
-        **heights,
+        clear=clear,
+        drop=drop,
     )
 
 

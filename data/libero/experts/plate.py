@@ -11,7 +11,6 @@ from qvla_jax.data.libero.experts.motion import (
     REACH_CAP,
     Phase,
     Point,
-    approach,
     capped,
     ramp,
     rotating,
@@ -39,10 +38,11 @@ class PushExpert:
     _hover = 0.10
     # From the plate's center to the gripper when fingers touch the rim, the same when they come
     # down behind it, and the gripper's height over the plate's origin (m).
-    _behind, _lift = 0.086, 0.017
+    _behind, _lift = 0.086, 0.018
     # The hand leans over the plate (rad), away from what is behind it.
-    _lean = 0.8
-    _push = 0.5
+    _lean = 0.5
+    # How fast it pushes, and how far the gripper aims below its height (m), against riding up.
+    _push, _press = 0.35, 0.008
 
     def __call__(self, state: Mapping[str, Any]) -> "Float64[NpArray, ' 7']":
         """The action to take in a state."""
@@ -59,13 +59,18 @@ class PushExpert:
         action = rotating(turn)
         action[6] = 1.0
         beyond, off = float(error @ ahead), float(error @ aside)
-        self.debug = (beyond, off, error[2], plate, turn)
-        if -0.03 < beyond < 0.03 and abs(off) < 0.025 and abs(error[2]) < 0.02 and np.abs(turn).max() < 0.35:
+        short = 0.03 if abs(error[2]) < 0.012 else 0.012
+        if (
+            -short < beyond < 0.03
+            and abs(off) < 0.025
+            and abs(error[2]) < 0.02
+            and np.abs(turn).max() < 0.35
+        ):
             self.phase = "carry"
             # Not over the rim, which is low.
             low = ramp(error[2], -0.015, -0.006)
             motion = low * capped(GAIN * way, self._push) + GAIN * off * aside
-            motion[2] = 2.0 * GAIN * error[2]
+            motion[2] = 2.0 * GAIN * (error[2] - self._press)
             action[:3] = capped(motion, REACH_CAP)
         else:
             self.phase = "reach"
