@@ -112,7 +112,8 @@ def grasp_of(
         environment: the episode's environment.
         item: the object's name.
         place: where it is to go.
-        clear: as in `ObjectExpert`, and so is `drop`.
+        clear: as in `ObjectExpert`.
+        drop: as in `ObjectExpert`.
     """
     simulator = environment.simulator
     data = simulator.sim.data._data

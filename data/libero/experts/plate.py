@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PushExpert:
-    """Pushes a plate to a place, from behind, with open fingers left and right of its middle.
+    """Pushes a plate over the table to a place, from behind, with closed fingers that lean over it.
 
     Attributes:
         plate: the plate's name in the state.
@@ -35,14 +35,15 @@ class PushExpert:
     place: Point
     phase: Phase = "reach"
 
+    # How far the gripper stays back along the fingers until it is in line with its place (m).
     _hover = 0.10
-    # From the plate's center to the gripper when fingers touch the rim, the same when they come
-    # down behind it, and the gripper's height over the plate's origin (m).
+    # From the plate's center back to the gripper when the fingers come down, a few millimeters
+    # behind the rim, and the gripper's height over the plate's origin (m).
     _behind, _lift = 0.086, 0.018
     # The hand leans over the plate (rad), away from what is behind it.
-    _lean = 0.5
+    _lean = 0.35
     # How fast it pushes, and how far the gripper aims below its height (m), against riding up.
-    _push, _press = 0.35, 0.008
+    _push, _press = 0.2, 0.015
 
     def __call__(self, state: Mapping[str, Any]) -> "Float64[NpArray, ' 7']":
         """The action to take in a state."""

@@ -39,8 +39,9 @@ class KnobExpert:
     phase: Phase = "reach"
 
     _hover = 0.10
-    # Room (m) for the fin between the fingers, along which they push, and along the fin.
+    # The stove is so near to the robot's base that a faster arm runs into the limits of its joints.
     _cap = 0.4
+    # How far the gripper may be off (m) while it pushes: along the push, along the fin, in height.
     _across, _along, _height = 0.045, 0.02, 0.012
 
     def __call__(self, state: Mapping[str, Any]) -> "Float64[NpArray, ' 7']":
@@ -48,7 +49,6 @@ class KnobExpert:
         c, s = np.cos(self.angle()), np.sin(self.angle())
         fin, push = np.array([c, s, 0.0]), np.array([-s, c, 0.0])
         error = self.pivot + fin * self.radius - state["robot0_eef_pos"]
-        self.debug = (self.angle(), error @ push, error @ fin)
         turn = turn_to(state, np.pi / 2)
         action = rotating(turn)
         around = abs(error @ push) < self._across and abs(error @ fin) < self._along
