@@ -8,7 +8,6 @@ from qvla_jax.data.libero.experts.bowl import BowlExpert
 from qvla_jax.data.libero.experts.drawer import HandleExpert, StowExpert
 from qvla_jax.data.libero.experts.motion import Expert, Point, position_of
 from qvla_jax.data.libero.experts.object import grasp_of
-from qvla_jax.data.libero.experts.plate import PushExpert
 from qvla_jax.data.libero.experts.stove import KnobExpert
 from qvla_jax.errors import InputError
 
@@ -54,16 +53,17 @@ def goal_expert(environment: "LiberoEnvironment") -> Expert:
         return _stow_expert(environment, item, where[0])
     expert = _on(environment, item, where[0]) if predicate == "on" else None
     if expert is None:
-        raise InputError(f"{environment.name}: there is no scripted expert for this task")
+        raise InputError(
+            f"{environment.name}: there is no scripted expert for this task; name "
+            "others with --tasks"
+        )
     return expert
 
 
 def _on(environment: "LiberoEnvironment", item: str, where: str) -> Expert | None:
-    """The expert that puts an object onto something; None if there is none."""
+    """The expert that puts an object onto something; None for a plate to be pushed, and others."""
     if item.startswith("akita_black_bowl"):
         return BowlExpert(item, _place(environment, where), _SIDE, over_cabinet=0.0)
-    if item.startswith("plate"):
-        return PushExpert(item, _place(environment, where))
     if item.startswith("cream_cheese"):
         return grasp_of(environment, item, _place(environment, where), clear=_RIM, drop=_RIM)
     if item.startswith("wine_bottle"):
