@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qvla_jax.data.libero import expert
+from qvla_jax.data.libero import experts
 from qvla_jax.data.libero.environment import LiberoEnvironment, policy_action
 from qvla_jax.data.libero.recorded import Recording, save_recording
 from qvla_jax.evaluation.episodes import Episode
@@ -22,7 +22,9 @@ EXPERT = "expert"
 
 def expert_hash(sigmas: Sequence[float] = (0.0,)) -> str:
     """Identifies the expert in results: a digest of its source and its noise."""
-    digest = hashlib.sha256(Path(expert.__file__).read_bytes())
+    digest = hashlib.sha256()
+    for path in sorted(Path(experts.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     digest.update(repr(tuple(map(float, sigmas))).encode())
     return f"{EXPERT}:{digest.hexdigest()}"
 
@@ -48,14 +50,14 @@ class ExpertEnvironment(LiberoEnvironment):
         """As `LiberoEnvironment`; `sigmas` as in `make_libero`."""
         super().__init__(*arguments, **options)
         self._sigmas = tuple(sigmas)
-        self._expert: expert.Expert | None = None
-        self._noise: expert.SmoothNoise | None = None
+        self._expert: experts.Expert | None = None
+        self._noise: experts.SmoothNoise | None = None
 
     def reset(self, initial_state: int | None, *, seed: int, **options: Any) -> None:
         """Starts an episode, and its noise."""
         super().reset(initial_state, seed=seed, **options)
-        self._expert = expert.make_expert(self)
-        self._noise = expert.SmoothNoise(np.random.default_rng(seed), noise_of(seed, self._sigmas))
+        self._expert = experts.make_expert(self)
+        self._noise = experts.SmoothNoise(np.random.default_rng(seed), noise_of(seed, self._sigmas))
 
     def observe(self) -> dict[str, Any]:
         """The expert's action, for `ExpertPolicy` to return."""
@@ -104,7 +106,7 @@ def record(
     """
     assert isinstance(environment, LiberoEnvironment)
     environment.reset(episode.initial_state, seed=episode.seed)
-    labeller = expert.make_expert(environment)
+    labeller = experts.make_expert(environment)
     recording = Recording.empty(
         task=environment.name, instruction=environment.instruction, seed=episode.seed
     )

@@ -42,7 +42,7 @@ class CollectConfig(ModelOptions):
     expert's, even where a policy acted and visited states that the expert would not.
     """
 
-    # LIBERO suite with a scripted expert: libero_spatial or libero_object.
+    # LIBERO suite with a scripted expert: libero_spatial, libero_object or libero_goal.
     sim: str
     # Data directory; the set is written to <out>/<name>/1.0.0, its source episodes to
     # <out>/episodes.
@@ -216,8 +216,8 @@ class _Run:
     def path(self, episode: Episode) -> Path:
         """Path of an episode's recording."""
         who = episode.policy_hash.rpartition(":")[2][:12]
-        name = f"{episode.task:02d}_{episode.seed}_{episode.size}_{episode.rendering}.npz"
-        return self._folder / who / name
+        start = f"{episode.suite}_{episode.task:02d}_{episode.seed}"
+        return self._folder / who / f"{start}_{episode.size}_{episode.rendering}.npz"
 
     def lacking(self) -> list[Episode]:
         """The next episodes to run; none if enough are kept.

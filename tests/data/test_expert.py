@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from qvla_jax.data.libero import expert
-from qvla_jax.data.libero.expert import BowlExpert, ObjectExpert, SmoothNoise
+from qvla_jax.data.libero.experts import motion, object
+from qvla_jax.data.libero.experts.bowl import BowlExpert
+from qvla_jax.data.libero.experts.motion import SmoothNoise, position_of
+from qvla_jax.data.libero.experts.object import ObjectExpert
 
 DOWN = Rotation.from_matrix(np.diag([1.0, -1.0, -1.0]))
 
@@ -70,7 +72,7 @@ def run(table, actor, steps=300):
 def test_bowl_ends_on_the_plate(seed):
     rng = np.random.default_rng(seed)
     table = Table(rng)
-    phases = run(table, BowlExpert("bowl", "plate", side=rng.uniform(-np.pi, np.pi)))
+    phases = run(table, BowlExpert("bowl", position_of("plate"), side=rng.uniform(-np.pi, np.pi)))
     assert np.hypot(*(table.item - table.goal)[:2]) < 0.03
     assert table.hold is None
     assert phases == ["reach", "close", "carry", "release"]
@@ -81,11 +83,13 @@ def test_object_ends_in_the_basket(seed):
     table = Table(np.random.default_rng(seed), offset=0.0, lift=0.02)
     actor = ObjectExpert(
         item="bowl",
-        basket="plate",
+        place=position_of("plate"),
         side=np.pi / 2,
         offset=np.array([0.0, 0, 0.02]),
         bottom=-0.03,
         is_held=lambda: table.hold is not None,
+        clear=0.18,
+        drop=0.18,
     )
     phases = run(table, actor)
     assert np.hypot(*(table.item - table.goal)[:2]) < 0.06
@@ -95,19 +99,19 @@ def test_object_ends_in_the_basket(seed):
 def test_it_is_a_function_of_the_state_alone():
     rng = np.random.default_rng(0)
     table = Table(rng)
-    used, labels, states = BowlExpert("bowl", "plate", side=1.0), [], []
+    used, labels, states = BowlExpert("bowl", position_of("plate"), side=1.0), [], []
     for _ in range(120):
         states.append(table.state())
         labels.append(used(states[-1]))
         table.step(labels[-1])
     for index in rng.permutation(120):
-        fresh = BowlExpert("bowl", "plate", side=1.0)
+        fresh = BowlExpert("bowl", position_of("plate"), side=1.0)
         np.testing.assert_array_equal(fresh(states[index]), labels[index])
 
 
 def test_it_recovers_from_a_dropped_bowl():
     table = Table(np.random.default_rng(3))
-    actor = BowlExpert("bowl", "plate", side=0.5)
+    actor = BowlExpert("bowl", position_of("plate"), side=0.5)
     while actor.phase != "carry":
         table.step(actor(table.state()))
     table.opening, table.hold = 0.08, None
@@ -117,7 +121,7 @@ def test_it_recovers_from_a_dropped_bowl():
 
 def test_fingers_take_the_shorter_turn():
     for side in np.linspace(-np.pi, np.pi, 41):
-        turn = expert._turn({"robot0_eef_quat": DOWN.as_quat()}, side)
+        turn = motion.turn_to({"robot0_eef_quat": DOWN.as_quat()}, side)
         assert np.abs(turn[:2]).max() < 1e-9
         assert abs(turn[2]) <= np.pi / 2 + 1e-6
         # Afterwards the finger axis (y of the gripper) is parallel to the side.
@@ -129,9 +133,9 @@ def test_rotations_match_scipy():
     for vector in np.random.default_rng(0).uniform(-1.5, 1.5, (20, 3)):
         rotation = Rotation.from_rotvec(vector)
         np.testing.assert_allclose(
-            expert.rotation_matrix(rotation.as_quat()), rotation.as_matrix(), atol=1e-12
+            motion.rotation_matrix(rotation.as_quat()), rotation.as_matrix(), atol=1e-12
         )
-        np.testing.assert_allclose(expert.rotation_vector(rotation.as_matrix()), vector, atol=1e-9)
+        np.testing.assert_allclose(motion.rotation_vector(rotation.as_matrix()), vector, atol=1e-9)
 
 
 def test_noise_has_its_strength_and_correlation():
@@ -154,7 +158,7 @@ def test_objects_are_grasped_across_a_side_that_fits_and_is_free():
             np.concatenate([np.column_stack([other, np.full(4, z)]) for z in (0.0, top)])
             for other in others
         ]
-        return round(np.rad2deg(expert._free_side(points, solids, grasp=0.01)))
+        return round(np.rad2deg(object.free_side(points, solids, grasp=0.01)))
 
     corners = np.array([[x, y] for x in (-0.02, 0.02) for y in (-0.06, 0.06)])
     turned = corners @ Rotation.from_euler("z", 30, degrees=True).as_matrix()[:2, :2].T
@@ -166,8 +170,8 @@ def test_objects_are_grasped_across_a_side_that_fits_and_is_free():
     assert side(box, box + np.array([0.2, 0])) == 90
     blocked = side(box, box + np.array([0, 0.08]))
     assert blocked != 90
-    finger = expert._FINGER * np.array([np.cos(np.deg2rad(blocked)), np.sin(np.deg2rad(blocked))])
-    assert abs(finger[1]) < 0.06 - expert._FREE + 1e-9
+    finger = object._FINGER * np.array([np.cos(np.deg2rad(blocked)), np.sin(np.deg2rad(blocked))])
+    assert abs(finger[1]) < 0.06 - object._FREE + 1e-9
     # Farther off, beyond the fingers, only a tall one is in the way: of the hand.
     behind = box + np.array([0, 0.1])
     assert side(box, behind) == 90

@@ -90,7 +90,7 @@ def collect(monkeypatch, tmp_path):
     def run(actor, **changes):
         ran.clear()
         settings = {"tasks": (0, 2), "episodes_per_task": 3, "workers": 2, "size": 16}
-        config = CollectConfig(sim="libero_spatial", out=tmp_path, **{**settings, **changes})
+        config = CollectConfig(**{"sim": "libero_spatial", "out": tmp_path, **settings, **changes})
         return stage.collect(config, policy=actor, make=Coin, keep=keep), list(ran)
 
     return run
@@ -141,13 +141,25 @@ def test_finished_episodes_are_not_run_again(collect, tmp_path):
     lost = sorted((tmp_path / "episodes").glob("*/*.npz"))[0]
     lost.unlink()
     third, ran = collect(Still(), name="third")
-    assert [e.seed for e in ran] == [int(lost.stem.split("_")[1])]
+    assert [e.seed for e in ran] == [int(lost.stem.split("_")[-3])]
     assert [r.episode for r in third.kept] == [r.episode for r in first.kept]
     more, ran = collect(Still(), name="more", episodes_per_task=4)
     assert len(ran) == 2
     assert len(more.kept) == 8
     lines = (tmp_path / "episodes" / "episodes.jsonl").read_text().splitlines()
     assert all(json.loads(line)["initial_state"] is None for line in lines)
+
+
+def test_suites_in_one_folder_keep_their_own_recordings(collect, tmp_path):
+    first, _ = collect(Still())
+    other, ran = collect(Still(), sim="libero_object")
+    assert len(ran) == 6
+    assert len(list((tmp_path / "episodes").glob("*/*.npz"))) == 12
+    assert first.folder != other.folder
+    # Failures last as long as the suite lets them.
+    assert {len(e) for e in read(other.folder, "train")} == {3, 280}
+    _, ran = collect(Still(), name="again")
+    assert ran == []
 
 
 def test_a_task_that_never_succeeds_ends_with_its_counts(collect):
