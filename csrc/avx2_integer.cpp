@@ -218,7 +218,7 @@ void multiply_integer(const Job& job) {
 
 const Kernel QVLA_KERNEL = {
     QVLA_KERNEL_NAME, avx2::float_bytes, integer_bytes, avx2::prepare_float, prepare_integer,
-    avx2::multiply_float, multiply_integer,
+    avx2::multiply_float, multiply_integer, avx2::attend,
 };
 
 }  // namespace qvla

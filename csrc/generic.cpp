@@ -200,7 +200,7 @@ void multiply_integer(const Job& job) {
 
 const Kernel kPortable = {
     "portable",      float_bytes,    integer_bytes,    prepare_float,
-    prepare_integer, multiply_float, multiply_integer,
+    prepare_integer, multiply_float, multiply_integer, basic::attend,
 };
 
 }  // namespace qvla

@@ -408,7 +408,7 @@ void multiply_integer(const Job& job) {
 
 const Kernel QVLA_KERNEL = {
     QVLA_KERNEL_NAME, float_bytes,    integer_bytes,    prepare_float,
-    prepare_integer,  multiply_float, multiply_integer,
+    prepare_integer,  multiply_float, multiply_integer, basic::attend,
 };
 
 }  // namespace qvla
