@@ -1,8 +1,8 @@
 // Attention in the widest vectors of the target; compiled for several (QVLA_PATH names the namespace).
 //
 // Keys and values of a head are copied once into panels: columns of two vectors (the last may have one),
-// row after row, as `product` reads them. Then blocks of queries follow one another: their logits, all of
-// them, stay in the caches, so the softmax is the plain one. All is computed in float32.
+// row after row, as `product` reads them. Then come blocks of queries. All logits of a block stay in the
+// caches, so the softmax is the plain one. Numbers are float32, whatever operands are.
 #include "attention.h"
 
 #include <algorithm>
@@ -56,7 +56,7 @@ inline Vector exp2(Vector x) {
   return x < -126.0f ? Vector{} : sum * (Vector)power;
 }
 
-// A row of N vectors out of every `count` of the panel times kRows rows of x: out[m] = sum x[m][i] w[i].
+// kRows rows of x times a column of N vectors, [count][N]: out[m] = the sum of x[m][i] w[i].
 template <int N>
 [[gnu::noinline]] void product(const float* x, ptrdiff_t x_stride, const float* w, int count,
                                float* out, ptrdiff_t out_stride) {
@@ -109,62 +109,49 @@ inline float number(const float* x, ptrdiff_t i) { return x[i]; }
 inline float number(const uint16_t* x, ptrdiff_t i) { return to_float(x[i]); }
 
 template <class T>
-void pack_keys(const Positions& part, int head_dim, int first, int width, float* panel) {
-  const T* const k = static_cast<const T*>(part.k);
-  for (int p = 0; p < rounded_up(part.count); ++p) {
-    const Column to(panel, head_dim, width, first + p);
-    const T* const from = k + p * part.k_position;
-    if (p < part.count)
-      for (int i = 0; i < head_dim; ++i) to.at[i * to.step] = number(from, i * part.k_number);
-    else
-      for (int i = 0; i < head_dim; ++i) to.at[i * to.step] = 0;
+void pack_keys(const Attention& job, float* panel) {
+  const T* k = static_cast<const T*>(job.k);
+  const int d = job.head_dim, width = rounded_up(job.positions);
+  for (int p = 0; p < width; ++p, k += job.position_stride) {
+    const Column to(panel, d, width, p);
+    for (int i = 0; i < d; ++i) to.at[i * to.step] = p < job.positions ? number(k, i) : 0;
   }
 }
 
 template <class T>
-void pack_values(const Positions& part, int head_dim, int first, int count, float* panel) {
-  const T* const v = static_cast<const T*>(part.v);
-  const int width = rounded_up(head_dim);
+void pack_values(const Attention& job, float* panel) {
+  const int d = job.head_dim, count = job.positions, width = rounded_up(d);
   for (int begin = 0; begin < width; begin += kWidth) {
     const Column to(panel, count, width, begin);
-    const int filled = std::min(kWidth, head_dim - begin);
-    for (int p = 0; p < rounded_up(part.count); ++p) {
-      float* const out = to.at + (first + p) * to.step;
-      Vector lanes = {};
-      if (p < part.count) {
-        const T* const from = v + p * part.v_position + begin;
-        if (filled == kWidth)
-          for (int j = 0; j < kWidth; ++j) lanes[j] = number(from, j);
-        else
-          for (int j = 0; j < filled; ++j) lanes[j] = number(from, j);
-      }
-      store(lanes, out);
+    const T* v = static_cast<const T*>(job.v) + begin;
+    for (int p = 0; p < count; ++p, v += job.position_stride) {
+      Vector numbers = {};
+      if (begin + kWidth <= d)
+        for (int j = 0; j < kWidth; ++j) numbers[j] = number(v, j);
+      else
+        for (int j = 0; begin + j < d; ++j) numbers[j] = number(v, j);
+      store(numbers, to.at + p * to.step);
     }
   }
 }
 
-// Logits of query i, in units of log 2 -> weights; the inverse of their sum.
-float soften(const Attention& job, int query, int positions, float* logits) {
-  float* at = logits;
-  for (int p = 0; p < job.num_parts; ++p) {
-    const Positions& part = job.parts[p];
-    if (part.mask) {
-      const uint8_t* const mask = part.mask + query * part.mask_query;
-      for (int i = 0; i < part.count; ++i) at[i] = mask[i] ? at[i] : kMasked;
-    }
-    const int end = rounded_up(part.count);
-    for (int i = part.count; i < end; ++i) at[i] = -std::numeric_limits<float>::infinity();
-    at += end;
+// Logits of a query, in units of log 2 -> weights; the inverse of their sum.
+float soften(const Attention& job, int query, float* logits) {
+  const int width = rounded_up(job.positions);
+  if (job.mask) {
+    const uint8_t* const mask = job.mask + query * job.mask_stride;
+    for (int i = 0; i < job.positions; ++i) logits[i] = mask[i] ? logits[i] : kMasked;
   }
+  for (int i = job.positions; i < width; ++i) logits[i] = -std::numeric_limits<float>::infinity();
   Vector most = load(logits);
-  for (int i = kWidth; i < positions; i += kWidth) {
+  for (int i = kWidth; i < width; i += kWidth) {
     const Vector x = load(logits + i);
     most = x > most ? x : most;
   }
   float largest = most[0];
   for (int j = 1; j < kWidth; ++j) largest = std::max(largest, most[j]);
   Vector sum = {};
-  for (int i = 0; i < positions; i += kWidth) {
+  for (int i = 0; i < width; i += kWidth) {
     const Vector weight = exp2(load(logits + i) - largest);
     sum += weight;
     store(weight, logits + i);
@@ -174,19 +161,25 @@ float soften(const Attention& job, int query, int positions, float* logits) {
   return 1 / total;
 }
 
+// Where a row of q or y begins.
+inline ptrdiff_t place_of(const Attention& job, int row) {
+  return row / job.queries * job.head_stride + row % job.queries * job.query_stride;
+}
+
+// kRows rows, the last ones zeros if there are only `count`.
 template <class T>
-void read_queries(const Attention& job, int row, int count, float scale, float* out) {
-  for (int m = 0; m < kRows; ++m, out += job.head_dim) {
-    const int r = row + m;
-    const T* const q = static_cast<const T*>(job.q) + r / job.queries * job.q_head +
-                       r % job.queries * job.q_query;
-    for (int i = 0; i < job.head_dim; ++i) out[i] = m < count ? number(q, i) * scale : 0;
+void read_queries(const Attention& job, int row, int count, float* out) {
+  const int d = job.head_dim;
+  const float scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(d)));
+  for (int m = 0; m < kRows; ++m, out += d) {
+    const T* const q = static_cast<const T*>(job.q) + (m < count ? place_of(job, row + m) : 0);
+    for (int i = 0; i < d; ++i) out[i] = m < count ? number(q, i) * scale : 0;
   }
 }
 
 void write_row(const Attention& job, int row, const float* sums, float factor) {
-  const ptrdiff_t at = row / job.queries * job.y_head + row % job.queries * job.y_query;
-  if (job.bfloat16) {
+  const ptrdiff_t at = place_of(job, row);
+  if (job.q_bfloat16) {
     uint16_t* const y = static_cast<uint16_t*>(job.y) + at;
     for (int i = 0; i < job.head_dim; ++i) y[i] = to_bfloat16(sums[i] * factor);
   } else {
@@ -200,38 +193,29 @@ void write_row(const Attention& job, int row, const float* sums, float factor) {
 namespace QVLA_PATH {
 
 void attend(const Attention& job) {
-  const int d = job.head_dim, width = rounded_up(d);
-  int positions = 0;
-  for (int p = 0; p < job.num_parts; ++p) positions += rounded_up(job.parts[p].count);
+  const int d = job.head_dim, width = rounded_up(d), count = job.positions;
   const auto memory = [](int use, size_t numbers) {
     return reinterpret_cast<float*>(scratch(use, numbers * sizeof(float)));
   };
-  float* const keys = memory(0, static_cast<size_t>(positions) * d);
-  float* const values = memory(1, static_cast<size_t>(positions) * width);
-  for (int p = 0, first = 0; p < job.num_parts; ++p) {
-    const Positions& part = job.parts[p];
-    part.k_bfloat16 ? pack_keys<uint16_t>(part, d, first, positions, keys)
-                    : pack_keys<float>(part, d, first, positions, keys);
-    part.v_bfloat16 ? pack_values<uint16_t>(part, d, first, positions, values)
-                    : pack_values<float>(part, d, first, positions, values);
-    first += rounded_up(part.count);
-  }
+  float* const keys = memory(0, static_cast<size_t>(rounded_up(count)) * d);
+  float* const values = memory(1, static_cast<size_t>(count) * width);
+  job.k_bfloat16 ? pack_keys<uint16_t>(job, keys) : pack_keys<float>(job, keys);
+  job.v_bfloat16 ? pack_values<uint16_t>(job, values) : pack_values<float>(job, values);
   // A cache line more, so that rows do not compete for one set of the first-level cache.
-  const ptrdiff_t stride = positions + kLanes;
+  const ptrdiff_t stride = rounded_up(count) + kLanes;
   float* const logits = memory(2, kRows * (stride + d + width));
   float* const queries = logits + kRows * stride;
   float* const sums = queries + kRows * d;
-  const float scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(d)));
   for (int row = job.begin; row < job.end; row += kRows) {
-    const int count = std::min(kRows, job.end - row);
-    job.bfloat16 ? read_queries<uint16_t>(job, row, count, scale, queries)
-                 : read_queries<float>(job, row, count, scale, queries);
-    products(queries, d, keys, d, positions, logits, stride);
+    const int rows = std::min(kRows, job.end - row);
+    job.q_bfloat16 ? read_queries<uint16_t>(job, row, rows, queries)
+                   : read_queries<float>(job, row, rows, queries);
+    products(queries, d, keys, d, rounded_up(count), logits, stride);
     float factors[kRows];
-    for (int m = 0; m < count; ++m)
-      factors[m] = soften(job, (row + m) % job.queries, positions, logits + m * stride);
-    products(logits, stride, values, positions, width, sums, width);
-    for (int m = 0; m < count; ++m) write_row(job, row + m, sums + m * width, factors[m]);
+    for (int m = 0; m < rows; ++m)
+      factors[m] = soften(job, (row + m) % job.queries, logits + m * stride);
+    products(logits, stride, values, count, width, sums, width);
+    for (int m = 0; m < rows; ++m) write_row(job, row + m, sums + m * width, factors[m]);
   }
 }
 

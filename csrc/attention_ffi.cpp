@@ -1,7 +1,6 @@
 // The XLA custom call of attention: checks its operands, and shares heads and queries over XLA's threads.
 #include <algorithm>
 #include <string>
-#include <vector>
 
 #include "kernel.h"
 #include "parallel.h"
@@ -13,89 +12,75 @@ ffi::Error refused(const std::string& what) {
   return ffi::Error::InvalidArgument("qvla_attention: " + what);
 }
 
-bool is_float(ffi::DataType type) { return type == ffi::F32 || type == ffi::BF16; }
-
-const uint8_t* at(const ffi::AnyBuffer& x, ptrdiff_t element) {
-  return static_cast<const uint8_t*>(x.untyped_data()) +
-         element * (x.element_type() == ffi::F32 ? 4 : 2);
+bool is_float(const ffi::AnyBuffer& x) {
+  return x.element_type() == ffi::F32 || x.element_type() == ffi::BF16;
 }
 
-// q [b, t, n, d], then for each part k [b, s, m, d], v [b, s, m, d] and, where `masked` says so, a mask
-// [b or 1, 1, t or 1, s] -> y as q.
-ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::RemainingArgs rest,
-                     ffi::Result<ffi::AnyBuffer> y, ffi::Span<const int64_t> masked,
+uint8_t* at(ffi::AnyBuffer x, ptrdiff_t element) {
+  return static_cast<uint8_t*>(x.untyped_data()) + element * (x.element_type() == ffi::F32 ? 4 : 2);
+}
+
+// q [b, t, n, d], k and v [b, s, m, d] and perhaps a mask [1 or b, 1, 1 or t, s] -> y as q.
+ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::RemainingArgs masks, ffi::Result<ffi::AnyBuffer> y,
                      int64_t max_threads) {
-  const auto shape = q.dimensions();
-  if (shape.size() != 4 || !is_float(q.element_type()) || y->element_type() != q.element_type() ||
-      y->element_count() != q.element_count())
-    return refused("q");
-  const int64_t b = shape[0], t = shape[1], n = shape[2], d = shape[3];
-  struct Part {
-    ffi::AnyBuffer k, v;
-    const uint8_t* mask;
-    int64_t count, mask_batch, mask_query;  // strides, 0 for an axis of one
-  };
-  std::vector<Part> parts;
-  int64_t m = 0, positions = 0;
-  size_t next = 0;
-  for (const int64_t has_mask : masked) {
-    const auto k = rest.get<ffi::AnyBuffer>(next), v = rest.get<ffi::AnyBuffer>(next + 1);
-    next += 2;
-    if (!k.has_value() || !v.has_value()) return refused("operands are missing");
-    const auto dims = k->dimensions(), others = v->dimensions();
-    if (dims.size() != 4 || !std::equal(dims.begin(), dims.end(), others.begin(), others.end()) ||
-        dims[0] != b || dims[3] != d ||
-        !is_float(k->element_type()) || !is_float(v->element_type()) || (m && dims[2] != m))
-      return refused("k and v");
-    m = dims[2];
-    Part part = {*k, *v, nullptr, dims[1], 0, 0};
-    if (has_mask) {
-      const auto mask = rest.get<ffi::AnyBuffer>(next++);
-      if (!mask.has_value() || mask->element_type() != ffi::PRED) return refused("mask");
-      const auto size = mask->dimensions();
-      if (size.size() != 4 || (size[0] != b && size[0] != 1) || size[1] != 1 ||
-          (size[2] != t && size[2] != 1) || size[3] != part.count)
-        return refused("mask");
-      part.mask = static_cast<const uint8_t*>(mask->untyped_data());
-      part.mask_query = size[2] == 1 ? 0 : part.count;
-      part.mask_batch = size[0] == 1 ? 0 : size[2] * part.count;
-    }
-    positions += part.count;
-    parts.push_back(part);
+  const auto shape = q.dimensions(), keys = k.dimensions(), values = v.dimensions();
+  if (!is_float(q) || !is_float(k) || !is_float(v) || y->element_type() != q.element_type())
+    return refused("q, k and v must be float32 or bfloat16, and y as q");
+  if (shape.size() != 4 || keys.size() != 4 || y->element_count() != q.element_count() ||
+      !std::equal(keys.begin(), keys.end(), values.begin(), values.end()))
+    return refused("shapes");
+  const int64_t b = shape[0], t = shape[1], n = shape[2], d = shape[3], s = keys[1], m = keys[2];
+  if (keys[0] != b || keys[3] != d || !m || n % m || !s) return refused("shapes");
+  const uint8_t* mask = nullptr;
+  int64_t mask_batch = 0, mask_query = 0;
+  if (masks.size()) {
+    const auto given = masks.get<ffi::Buffer<ffi::PRED>>(0);
+    if (!given.has_value() || masks.size() > 1) return refused("mask");
+    const auto size = given->dimensions();
+    if (size.size() != 4 || (size[0] != b && size[0] != 1) || size[1] != 1 ||
+        (size[2] != t && size[2] != 1) || size[3] != s)
+      return refused("the mask's shape");
+    mask = static_cast<const uint8_t*>(given->untyped_data());
+    mask_query = size[2] == 1 ? 0 : s;
+    mask_batch = size[0] == 1 ? 0 : size[2] * s;
   }
-  if (!m || n % m || !positions) return refused("heads and positions");
   if (!q.element_count()) return ffi::Error::Success();
 
   const Kernel& kernel = chosen_kernel();
   int64_t threads = std::max<int64_t>(1, pool.num_threads());
   if (max_threads > 0) threads = std::min(threads, max_threads);
-  // Each item copies keys and values of its head for itself, so queries of a head are shared only where
-  // heads are too few.
+  // Each item copies the keys and values of its head for itself, so queries of a head are shared out only
+  // if heads are few.
   const int64_t group = n / m, rows = group * t, heads = b * m;
   const int64_t blocks = (rows + kQueryRows - 1) / kQueryRows;
-  const int64_t shares = std::min(blocks, (2 * threads + heads - 1) / heads);
-  const int64_t share = (blocks + shares - 1) / shares * kQueryRows;
-  const int64_t items_of_head = (rows + share - 1) / share;
-  parallel(
-      pool, threads, 0, [](int64_t) {}, heads * items_of_head, [&](int64_t i) {
-        const int64_t head = i / items_of_head % m, batch = i / items_of_head / m;
-        std::vector<Positions> given;
-        for (const Part& part : parts) {
-          const int64_t first = (batch * part.count * m + head) * d;
-          given.push_back({at(part.k, first), at(part.v, first),
-                           part.k.element_type() == ffi::BF16, part.v.element_type() == ffi::BF16,
-                           static_cast<int>(part.count), m * d, 1, m * d,
-                           part.mask ? part.mask + batch * part.mask_batch : nullptr,
-                           part.mask_query});
-        }
-        const int64_t first = (batch * t * n + head * group) * d;
-        const int64_t begin = i % items_of_head * share;
-        const ffi::AnyBuffer out = *y;
-        kernel.attend({given.data(), static_cast<int>(given.size()), static_cast<int>(d),
-                       at(q, first), const_cast<uint8_t*>(at(out, first)),
-                       q.element_type() == ffi::BF16, n * d, d, n * d, d, static_cast<int>(t),
-                       static_cast<int>(begin), static_cast<int>(std::min(rows, begin + share))});
-      });
+  const int64_t wanted = std::min(blocks, (2 * threads + heads - 1) / heads);
+  const int64_t share = (blocks + wanted - 1) / wanted * kQueryRows;
+  const int64_t shares = (rows + share - 1) / share;
+  const auto attend = [&](int64_t i) {
+    const int64_t batch = i / shares / m, head = i / shares % m, begin = i % shares * share;
+    const int64_t query = (batch * t * n + head * group) * d, key = (batch * s * m + head) * d;
+    Attention job;
+    job.head_dim = static_cast<int>(d);
+    job.q = at(q, query);
+    job.k = at(k, key);
+    job.v = at(v, key);
+    job.q_bfloat16 = q.element_type() == ffi::BF16;
+    job.k_bfloat16 = k.element_type() == ffi::BF16;
+    job.v_bfloat16 = v.element_type() == ffi::BF16;
+    job.y = at(*y, query);
+    job.queries = static_cast<int>(t);
+    job.positions = static_cast<int>(s);
+    job.query_stride = n * d;
+    job.head_stride = d;
+    job.position_stride = m * d;
+    job.mask = mask ? mask + batch * mask_batch : nullptr;
+    job.mask_stride = mask_query;
+    job.begin = static_cast<int>(begin);
+    job.end = static_cast<int>(std::min(rows, begin + share));
+    kernel.attend(job);
+  };
+  parallel(pool, threads, 0, [](int64_t) {}, heads * shares, attend);
   return ffi::Error::Success();
 }
 
@@ -108,9 +93,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qvla_attention, qvla::attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<ffi::Span<const int64_t>>("masked")
                                   .Attr<int64_t>("max_threads"));
 
 #pragma GCC visibility pop
