@@ -14,46 +14,40 @@
 namespace qvla {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kWidth = 16, kRows = 12;  // numbers of a vector; queries whose sums fit the registers
-#elif defined(__AVX2__)
-constexpr int kWidth = 8, kRows = 6;
-#elif defined(__aarch64__)
-constexpr int kWidth = 4, kRows = 12;
+// Queries whose sums fit the registers, of which 64-bit ARM has as many as AVX-512.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 12;
 #else
-constexpr int kWidth = 4, kRows = 6;
+constexpr int kRows = 6;
 #endif
 static_assert(kQueryRows % kRows == 0, "blocks of queries");
 constexpr float kMasked = -1e30f;  // as models/attention.py has it: a row of these alone gives numbers
 
-typedef float Vector __attribute__((vector_size(4 * kWidth)));
-typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
-
-inline Vector load(const float* from) {
-  Vector value;
+inline Floats load(const float* from) {
+  Floats value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
 
-inline void store(Vector value, float* to) { std::memcpy(to, &value, sizeof value); }
+inline void store(Floats value, float* to) { std::memcpy(to, &value, sizeof value); }
 
-inline int rounded_up(int n) { return (n + kWidth - 1) / kWidth * kWidth; }
+inline int rounded_up(int n) { return (n + kVector - 1) / kVector * kVector; }
 
 // 2^x of x <= 0, 0 where it would be subnormal; NaN stays NaN.
-inline Vector exp2(Vector x) {
-  const Vector bounded = x < -126.0f ? Vector{} - 126.0f : x;
-  const Vector shifted = bounded + 0x1.8p23f;  // the nearest integer, in the low bits
-  const Vector rest = bounded - (shifted - 0x1.8p23f);
+inline Floats exp2(Floats x) {
+  const Floats bounded = x < -126.0f ? Floats{} - 126.0f : x;
+  const Floats shifted = bounded + 0x1.8p23f;  // the nearest integer, in the low bits
+  const Floats rest = bounded - (shifted - 0x1.8p23f);
   // Interpolated from -1/2 to 1/2, within 2e-8.
-  Vector sum = Vector{} + 0x1.446c7ep-13f;
+  Floats sum = Floats{} + 0x1.446c7ep-13f;
   sum = sum * rest + 0x1.5f48c8p-10f;
   sum = sum * rest + 0x1.3b29d8p-7f;
   sum = sum * rest + 0x1.c6aeccp-5f;
   sum = sum * rest + 0x1.ebfbe0p-3f;
   sum = sum * rest + 0x1.62e430p-1f;
   sum = sum * rest + 1.0f;
-  const Integers power = ((Integers)shifted << 23) + (127 << 23);
-  return x < -126.0f ? Vector{} : sum * (Vector)power;
+  const Ints power = ((Ints)shifted << 23) + (127 << 23);
+  return x < -126.0f ? Floats{} : sum * (Floats)power;
 }
 
 // kRows rows of x times a column of N vectors, [count][N]: out[m] = the sum of x[m][i] w[i].
@@ -61,17 +55,17 @@ template <int N>
 [[gnu::noinline]] void product(const float* x, ptrdiff_t x_stride, const float* w, int count,
                                float* out, ptrdiff_t out_stride) {
   const float* row[kRows];
-  Vector sum[kRows][N];
+  Floats sum[kRows][N];
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
     row[m] = x + m * x_stride;
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[m][n] = Vector{};
+    for (int n = 0; n < N; ++n) sum[m][n] = Floats{};
   }
-  for (int i = 0; i < count; ++i, w += N * kWidth) {
-    Vector column[N];
+  for (int i = 0; i < count; ++i, w += N * kVector) {
+    Floats column[N];
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) column[n] = load(w + n * kWidth);
+    for (int n = 0; n < N; ++n) column[n] = load(w + n * kVector);
 #pragma GCC unroll 12
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 2
@@ -80,14 +74,14 @@ template <int N>
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) store(sum[m][n], out + m * out_stride + n * kWidth);
+    for (int n = 0; n < N; ++n) store(sum[m][n], out + m * out_stride + n * kVector);
 }
 
 // kRows rows of x [count] times a panel [count][width].
 void products(const float* x, ptrdiff_t x_stride, const float* panel, int count, int width,
               float* out, ptrdiff_t out_stride) {
   int at = 0;
-  for (; at + 2 * kWidth <= width; at += 2 * kWidth)
+  for (; at + 2 * kVector <= width; at += 2 * kVector)
     product<2>(x, x_stride, panel + static_cast<ptrdiff_t>(at) * count, count, out + at, out_stride);
   if (at < width)
     product<1>(x, x_stride, panel + static_cast<ptrdiff_t>(at) * count, count, out + at, out_stride);
@@ -99,8 +93,8 @@ struct Column {
   ptrdiff_t step;
 
   Column(float* panel, int count, int width, int column) {
-    const int begin = column / (2 * kWidth) * 2 * kWidth;
-    step = begin + 2 * kWidth <= width ? 2 * kWidth : kWidth;
+    const int begin = column / (2 * kVector) * 2 * kVector;
+    step = begin + 2 * kVector <= width ? 2 * kVector : kVector;
     at = panel + static_cast<ptrdiff_t>(begin) * count + (column - begin);
   }
 };
@@ -121,13 +115,13 @@ void pack_keys(const Attention& job, float* panel) {
 template <class T>
 void pack_values(const Attention& job, float* panel) {
   const int d = job.head_dim, count = job.positions, width = rounded_up(d);
-  for (int begin = 0; begin < width; begin += kWidth) {
+  for (int begin = 0; begin < width; begin += kVector) {
     const Column to(panel, count, width, begin);
     const T* v = static_cast<const T*>(job.v) + begin;
     for (int p = 0; p < count; ++p, v += job.position_stride) {
-      Vector numbers = {};
-      if (begin + kWidth <= d)
-        for (int j = 0; j < kWidth; ++j) numbers[j] = number(v, j);
+      Floats numbers = {};
+      if (begin + kVector <= d)
+        for (int j = 0; j < kVector; ++j) numbers[j] = number(v, j);
       else
         for (int j = 0; begin + j < d; ++j) numbers[j] = number(v, j);
       store(numbers, to.at + p * to.step);
@@ -143,21 +137,21 @@ float soften(const Attention& job, int query, float* logits) {
     for (int i = 0; i < job.positions; ++i) logits[i] = mask[i] ? logits[i] : kMasked;
   }
   for (int i = job.positions; i < width; ++i) logits[i] = -std::numeric_limits<float>::infinity();
-  Vector most = load(logits);
-  for (int i = kWidth; i < width; i += kWidth) {
-    const Vector x = load(logits + i);
+  Floats most = load(logits);
+  for (int i = kVector; i < width; i += kVector) {
+    const Floats x = load(logits + i);
     most = x > most ? x : most;
   }
   float largest = most[0];
-  for (int j = 1; j < kWidth; ++j) largest = std::max(largest, most[j]);
-  Vector sum = {};
-  for (int i = 0; i < width; i += kWidth) {
-    const Vector weight = exp2(load(logits + i) - largest);
+  for (int j = 1; j < kVector; ++j) largest = std::max(largest, most[j]);
+  Floats sum = {};
+  for (int i = 0; i < width; i += kVector) {
+    const Floats weight = exp2(load(logits + i) - largest);
     sum += weight;
     store(weight, logits + i);
   }
   float total = 0;
-  for (int j = 0; j < kWidth; ++j) total += sum[j];
+  for (int j = 0; j < kVector; ++j) total += sum[j];
   return 1 / total;
 }
 

@@ -316,9 +316,9 @@ void add_bias_and_store_rows(const Job& job, int row, int height, int first, int
 size_t integer_bytes(int padded) { return padded; }
 
 void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32_t* sums) {
-  quantize_row(row, qmax, scale, sums, [&](int i, Ints code) {
+  quantize_row(row, qmax, scale, sums, [&](int i, const Ints* codes) {
     __m512i wide;
-    std::memcpy(&wide, &code, sizeof wide);
+    std::memcpy(&wide, codes, sizeof wide);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtsepi32_epi8(wide));
   });
 }
