@@ -91,7 +91,8 @@ sanitize: $(VENV)/.dev  ## Run the checks and tests of the CPU kernel under ASan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	QVLA_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
-	  $(BIN)/python -m pytest --capture=no tests/kernels/test_cpu.py tests/kernels/test_matmul.py -k "not pallas and not reference"
+	  $(BIN)/python -m pytest --capture=no tests/kernels/test_cpu.py tests/kernels/test_cpu_attention.py \
+	  tests/kernels/test_matmul.py -k "not pallas and not reference"
 
 # Atheris (libFuzzer) has wheels for Linux on x86-64; without it kinds of refusal guide the run.
 fuzz: $(VENV)/.dev  ## Feed a million damaged files and messages to every reader (docs/reliability.md)

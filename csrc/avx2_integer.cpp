@@ -31,9 +31,9 @@ constexpr int kQuads = kVnni ? 1 << 20 : BITS == 2 ? 32 : 8;  // whose pairs are
 size_t integer_bytes(int padded) { return padded; }
 
 void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32_t* sums) {
-  quantize_row(row, qmax, scale, sums, [&](int i, Ints code) {
+  quantize_row(row, qmax, scale, sums, [&](int i, const Ints* codes) {
     __m256i v[2];
-    std::memcpy(v, &code, sizeof v);
+    std::memcpy(v, codes, sizeof v);
     const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(v[0], v[1]), 0xd8);
     const __m128i bytes =
         _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
@@ -218,7 +218,7 @@ void multiply_integer(const Job& job) {
 
 const Kernel QVLA_KERNEL = {
     QVLA_KERNEL_NAME, avx2::float_bytes, integer_bytes, avx2::prepare_float, prepare_integer,
-    avx2::multiply_float, multiply_integer,
+    avx2::multiply_float, multiply_integer, avx2::attend,
 };
 
 }  // namespace qvla

@@ -310,7 +310,7 @@ void multiply_float(const Job& job) {
 
 const Kernel kAvx512Bf16 = {
     "avx512_bf16",  float_bytes,    avx512::integer_bytes, prepare_float, avx512::prepare_integer,
-    multiply_float, avx512::multiply_integer,
+    multiply_float, avx512::multiply_integer, avx512::attend,
 };
 
 }  // namespace qvla

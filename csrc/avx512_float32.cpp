@@ -228,7 +228,7 @@ void multiply_float(const Job& job) {
 
 const Kernel kAvx512 = {
     "avx512",       float_bytes,    avx512::integer_bytes, prepare_float, avx512::prepare_integer,
-    multiply_float, avx512::multiply_integer,
+    multiply_float, avx512::multiply_integer, avx512::attend,
 };
 
 }  // namespace qvla

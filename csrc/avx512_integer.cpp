@@ -28,38 +28,87 @@ inline __m256i narrowed(__m512 value) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 }
 
+// Where the lanes of a tile go.
+class Channels {
+ public:
+  // For `many` rows also in windows: 16 channels, of which `mask` says which are lanes of the tile, and
+  // `order` which lanes. A tile of sorted channels has few, and a window takes the time of a few lanes.
+  Channels(const int32_t* index, bool many) : index_(index) {
+    const __m512i run =
+        _mm512_add_epi32(_mm512_set1_epi32(index[0]),
+                         _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    const __m512i all = _mm512_loadu_si512(index);
+    all_ = _mm512_movepi32_mask(all) == 0;
+    contiguous_ = all_ && _mm512_cmpeq_epi32_mask(all, run) == 0xffff;
+    if (many && !contiguous_ && !find_windows()) count_ = 0;
+  }
+
+  void store(__m512 wide, float* y) const {
+    if (contiguous_) return _mm512_storeu_ps(y + index_[0], wide);
+    for (int w = 0; w < count_; ++w)
+      _mm512_mask_storeu_ps(y + windows_[w].first, windows_[w].mask, moved(wide, w));
+    if (count_) return;
+    alignas(64) float lanes[kLanes];
+    _mm512_store_ps(lanes, wide);
+    distribute(lanes, index_, all_, y);
+  }
+
+  void store(__m512 wide, uint16_t* y) const {
+    if (contiguous_)
+      return _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + index_[0]), narrowed(wide));
+    for (int w = 0; w < count_; ++w)
+      _mm256_mask_storeu_epi16(y + windows_[w].first, windows_[w].mask, narrowed(moved(wide, w)));
+    if (count_) return;
+    alignas(32) uint16_t lanes[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), narrowed(wide));
+    distribute(lanes, index_, all_, y);
+  }
+
+ private:
+  struct Window {
+    alignas(64) int32_t order[kLanes];
+    int32_t first;
+    __mmask16 mask;
+  };
+  static constexpr int kMost = 8;  // more take longer than lane after lane
+
+  __m512 moved(__m512 wide, int w) const {
+    return _mm512_permutexvar_ps(_mm512_load_si512(windows_[w].order), wide);
+  }
+
+  bool find_windows() {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int32_t channel = index_[lane];
+      if (channel < 0) continue;
+      int w = 0;
+      while (w < count_ && (channel < windows_[w].first || channel >= windows_[w].first + kLanes)) ++w;
+      if (w == kMost) return false;
+      if (w == count_) windows_[count_++] = {{}, channel, 0};
+      const int place = channel - windows_[w].first;
+      windows_[w].order[place] = lane;
+      windows_[w].mask = static_cast<__mmask16>(windows_[w].mask | 1u << place);
+    }
+    return true;
+  }
+
+  const int32_t* index_;
+  bool all_, contiguous_;
+  int count_ = 0;
+  Window windows_[kMost];
+};
+
+inline Channels channels_of(const Job& job, int tile, bool many) {
+  return Channels(job.index + tile * kLanes, many);
+}
+
 // value(row) of a tile for the rows [row, end).
 template <class Value>
-inline void store_tile(const Job& job, int row, int end, int tile, const Value& value) {
-  const int32_t* const channels = job.index + tile * kLanes;
-  const __m512i index = _mm512_loadu_si512(channels);
-  const __m512i run =
-      _mm512_add_epi32(_mm512_set1_epi32(channels[0]),
-                       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-  const bool all = _mm512_movepi32_mask(index) == 0;
-  const bool contiguous = all && _mm512_cmpeq_epi32_mask(index, run) == 0xffff;
+inline void store_tile(const Job& job, int row, int end, const Channels& channels,
+                       const Value& value) {
   for (; row < end; ++row) {
-    const __m512 wide = value(row);
-    if (job.y_bfloat16) {
-      uint16_t* const y = static_cast<uint16_t*>(job.y) + row * job.y_stride;
-      const __m256i half = narrowed(wide);
-      if (contiguous) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + channels[0]), half);
-        continue;
-      }
-      alignas(32) uint16_t lanes[kLanes];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), half);
-      distribute(lanes, channels, all, y);
-    } else {
-      float* const y = static_cast<float*>(job.y) + row * job.y_stride;
-      if (contiguous) {
-        _mm512_storeu_ps(y + channels[0], wide);
-        continue;
-      }
-      alignas(64) float lanes[kLanes];
-      _mm512_store_ps(lanes, wide);
-      distribute(lanes, channels, all, y);
-    }
+    const ptrdiff_t at = row * job.y_stride;
+    if (job.y_bfloat16) channels.store(value(row), static_cast<uint16_t*>(job.y) + at);
+    else channels.store(value(row), static_cast<float*>(job.y) + at);
   }
 }
 
@@ -98,25 +147,14 @@ inline void add_group(const Job& job, int row, int first, int step, int g,
   }
 }
 
-// Totals [height][2][16] times the scales of their rows, and the biases, to where `store_rows` writes.
-[[gnu::noinline]] void finish_rows(const Job& job, int row, int height, int first, int tiles, int step,
-                 const float* totals) {
-  for (int n = 0; n < tiles; ++n) {
-    const int tile = first + n * step;
-    const __m512 bias = bias_of(job, tile);
-    store_tile(job, row, std::min(row + height, job.rows), tile, [&](int m) {
-      const __m512 total = _mm512_load_ps(totals + (2 * (m - row) + n) * kLanes);
-      return _mm512_fmadd_ps(total, _mm512_set1_ps(job.row_scale[m]), bias);
-    });
-  }
-}
-
-template <int MR, int NT>
-inline void finish_block(const Job& job, int row, int first, int step,
-                         const __m512 (&total)[MR][NT]) {
-  alignas(64) float totals[MR][2][kLanes];
-  spill(total, totals);
-  finish_rows(job, row, MR, first, NT, step, totals[0][0]);
+// Totals [height][2][16] of one tile times the scales of their rows, and the biases, to its channels.
+[[gnu::noinline]] void finish_rows(const Job& job, int row, int height, int tile,
+                                   const Channels& channels, const float* totals) {
+  const __m512 bias = bias_of(job, tile);
+  store_tile(job, row, std::min(row + height, job.rows), channels, [&](int m) {
+    const __m512 total = _mm512_load_ps(totals + 2 * (m - row) * kLanes);
+    return _mm512_fmadd_ps(total, _mm512_set1_ps(job.row_scale[m]), bias);
+  });
 }
 
 template <int BITS, int MR, int NT>
@@ -166,7 +204,12 @@ template <int BITS, int MR, int NT>
     }
     add_group(job, row, first, step, g, sum, total);
   }
-  finish_block(job, row, first, step, total);
+  alignas(64) float totals[MR][2][kLanes];
+  spill(total, totals);
+  for (int n = 0; n < NT; ++n) {
+    const int tile = first + n * step;
+    finish_rows(job, row, MR, tile, channels_of(job, tile, false), totals[0][n]);
+  }
 }
 
 template <int BITS, int NT>
@@ -182,6 +225,7 @@ void few_rows_integer(const Job& job, int first, int step) {
 
 [[gnu::noinline]] void panel_rows_integer(const Job& job, int tile, const uint8_t* panel) {
   constexpr int MR = kIntegerRows;
+  const Channels channels[2] = {channels_of(job, tile, true), channels_of(job, tile + 1, true)};
   for (int row = 0; row < job.rows; row += MR) {
     const int32_t* x[MR];
     __m512 total[MR][2];
@@ -207,7 +251,10 @@ void few_rows_integer(const Job& job, int first, int step) {
       }
       add_group(job, row, tile, 1, g, sum, total);
     }
-    finish_block(job, row, tile, 1, total);
+    alignas(64) float totals[MR][2][kLanes];
+    spill(total, totals);
+    for (int n = 0; n < 2; ++n)
+      finish_rows(job, row, MR, tile + n, channels[n], totals[0][n]);
   }
 }
 
@@ -249,9 +296,10 @@ namespace avx512 {
 void store_rows(const Job& job, int row, int height, int first, int tiles, int step,
                 const float* results) {
   for (int n = 0; n < tiles; ++n)
-    store_tile(job, row, std::min(row + height, job.rows), first + n * step, [&](int m) {
-      return _mm512_load_ps(results + (2 * (m - row) + n) * kLanes);
-    });
+    store_tile(job, row, std::min(row + height, job.rows),
+               channels_of(job, first + n * step, false), [&](int m) {
+                 return _mm512_load_ps(results + (2 * (m - row) + n) * kLanes);
+               });
 }
 
 void add_bias_and_store_rows(const Job& job, int row, int height, int first, int tiles, int step,
@@ -259,7 +307,7 @@ void add_bias_and_store_rows(const Job& job, int row, int height, int first, int
   for (int n = 0; n < tiles; ++n) {
     const int tile = first + n * step;
     const __m512 bias = bias_of(job, tile);
-    store_tile(job, row, std::min(row + height, job.rows), tile, [&](int m) {
+    store_tile(job, row, std::min(row + height, job.rows), channels_of(job, tile, true), [&](int m) {
       return _mm512_add_ps(bias, _mm512_load_ps(sums + (2 * (m - row) + n) * kLanes));
     });
   }
@@ -268,9 +316,9 @@ void add_bias_and_store_rows(const Job& job, int row, int height, int first, int
 size_t integer_bytes(int padded) { return padded; }
 
 void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32_t* sums) {
-  quantize_row(row, qmax, scale, sums, [&](int i, Ints code) {
+  quantize_row(row, qmax, scale, sums, [&](int i, const Ints* codes) {
     __m512i wide;
-    std::memcpy(&wide, &code, sizeof wide);
+    std::memcpy(&wide, codes, sizeof wide);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtsepi32_epi8(wide));
   });
 }

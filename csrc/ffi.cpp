@@ -1,46 +1,14 @@
 // The XLA custom call: checks its operands, prepares x, and shares the work over XLA's threads.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "kernel.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "parallel.h"
 
 namespace qvla {
 namespace {
-
-// Runs f(0) ... f(n - 1) on this thread and on XLA's. This thread works too and waits only for
-// items that a running thread has taken, so a pool whose threads all sit here goes on.
-template <class F>
-void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t n, const F& f) {
-  if (threads <= 1 || n <= 1) {
-    for (int64_t i = 0; i < n; ++i) f(i);
-    return;
-  }
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  // A task that starts late finds no item left and does not touch f, which is gone by then.
-  auto work = [state, n, f = &f] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < n;) {
-      (*f)(i);
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t t = 1; t < std::min(threads, n); ++t) {
-    auto copy = work;
-    pool.Schedule(std::move(copy));  // takes rvalues alone
-  }
-  work();
-  while (state->done.load(std::memory_order_acquire) < n) std::this_thread::yield();
-}
 
 struct Segment {
   int bits, multiplier, offset;
@@ -154,47 +122,56 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w
   }
   const uint8_t* const given = static_cast<const uint8_t*>(x.untyped_data());
   const int qmax = activation_bits == 4 ? 7 : 127;
-  constexpr int64_t kPrepared = 16;  // rows of one item
-  parallel(pool, rows >= 4 * kPrepared ? threads : 1, (rows + kPrepared - 1) / kPrepared,
-           [&](int64_t i) {
-             for (int64_t m = i * kPrepared; m < std::min(rows, (i + 1) * kPrepared); ++m) {
-               const Row row = {given + m * k * (x_half ? 2 : 4), x_half, static_cast<int>(k),
-                                static_cast<int>(padded), static_cast<int>(groups),
-                                static_cast<int>(group ? group : padded)};
-               if (exact)
-                 kernel.prepare_float(row, split, scratch.floats.data() + m * float_stride);
-               if (integers)
-                 kernel.prepare_integer(row, qmax, scratch.integers.data() + m * integer_stride,
-                                        scratch.scales.data() + m,
-                                        scratch.sums.data() + m * groups);
-             }
-           });
+  // Few rows are prepared by one thread.
+  const int64_t part_rows = rows >= 64 ? 16 : rows;
+  const auto prepare = [&](int64_t i) {
+    for (int64_t m = i * part_rows; m < std::min(rows, (i + 1) * part_rows); ++m) {
+      const Row row = {given + m * k * (x_half ? 2 : 4), x_half, static_cast<int>(k),
+                       static_cast<int>(padded), static_cast<int>(groups),
+                       static_cast<int>(group ? group : padded)};
+      if (exact) kernel.prepare_float(row, split, scratch.floats.data() + m * float_stride);
+      if (integers)
+        kernel.prepare_integer(row, qmax, scratch.integers.data() + m * integer_stride,
+                               scratch.scales.data() + m, scratch.sums.data() + m * groups);
+    }
+  };
 
-  // Decoding: long streams of tiles. Prefill: blocks of rows that stay in the second-level cache.
+  // Decoding: long streams of tiles. Prefill: blocks of rows that stay in the second-level cache, and
+  // in small layers as many blocks as threads.
   const bool many = rows >= kPanelRows;
-  const int64_t block = many ? (activation_bits == 16 ? 96 : 192) : rows;
+  int64_t block = many ? (activation_bits == 16 ? 96 : 192) : rows;
+  const auto blocks = [&] { return (rows + block - 1) / block; };
+  if (many && blocks() < threads && blocks() * tiles < 32 * threads)
+    block = (std::max<int64_t>(rows / threads, 1) + kPanelRows - 1) / kPanelRows * kPanelRows;
+  int64_t many_tiles = 16;  // of an item of many rows
+  while (many_tiles > 4 && blocks() * tiles < 2 * threads * many_tiles) many_tiles /= 2;
+  std::vector<int64_t> starts = {0};
+  while (rows - starts.back() - block >= kPanelRows)  // no thin rest
+    starts.push_back(starts.back() + block);
+  const auto end_of = [&](size_t i) { return i + 1 < starts.size() ? starts[i + 1] : rows; };
   std::vector<Item> items;
-  for (int64_t row = 0; row < rows;) {
-    int64_t height = std::min(block, rows - row);
-    if (rows - row - height < kPanelRows) height = rows - row;  // no thin rest
+  // Items that follow one another have rows of their own: two threads would take turns in writing to the
+  // cache lines of a row, where channels of several segments lie.
+  for (size_t begin = 0; begin < starts.size(); begin += threads) {
+    const size_t end = std::min(begin + static_cast<size_t>(threads), starts.size());
     const uint8_t* at = words.typed_data();
     int64_t first = 0;
     for (const Segment& part : parts) {
       const int64_t share = (part.tiles / (4 * threads) + 3) / 4 * 4;
-      const int64_t run = many ? 16 : std::min<int64_t>(64, std::max<int64_t>(8, share));
+      const int64_t run = many ? many_tiles : std::min<int64_t>(64, std::max<int64_t>(8, share));
       const ptrdiff_t size = tile_bytes(part.bits, static_cast<int>(padded));
       for (int64_t tile = 0; tile < part.tiles; tile += run)
-        items.push_back({&part, at + tile * size, first + tile,
-                         static_cast<int>(std::min(run, part.tiles - tile)), row,
-                         static_cast<int>(height)});
+        for (size_t i = begin; i < end; ++i)
+          items.push_back({&part, at + tile * size, first + tile,
+                           static_cast<int>(std::min(run, part.tiles - tile)), starts[i],
+                           static_cast<int>(end_of(i) - starts[i])});
       at += part.tiles * size;
       first += part.tiles;
     }
-    row += height;
   }
   uint8_t* const out = static_cast<uint8_t*>(y->untyped_data());
   const int64_t element = y_half ? 2 : 4;
-  parallel(pool, threads, static_cast<int64_t>(items.size()), [&](int64_t i) {
+  const auto multiply = [&](int64_t i) {
     const Item& item = items[i];
     const bool whole = activation_bits == 16 || item.segment->bits >= 16;
     Job job;
@@ -219,7 +196,9 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w
     job.y_stride = channels;
     job.y_bfloat16 = y_half;
     whole ? kernel.multiply_float(job) : kernel.multiply_integer(job);
-  });
+  };
+  parallel(pool, threads, (rows + part_rows - 1) / part_rows, prepare,
+           static_cast<int64_t>(items.size()), multiply);
 
   // Outputs of pruned channels are their biases.
   const int32_t* const gone = pruned.typed_data();

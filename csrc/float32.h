@@ -10,7 +10,7 @@ size_t float_bytes(int padded, bool) { return sizeof(float) * padded; }
 // Rounded to bfloat16 where it is not to be split.
 void prepare_float(const Row& row, bool split, uint8_t* out) {
   const bool exact = split || row.bfloat16;
-  for (int i = 0; i < row.padded; i += kLanes) {
+  for (int i = 0; i < row.padded; i += kVector) {
     const Floats x = load(row, i);
     const Words half = rounded(x);
     if (exact) std::memcpy(out + sizeof(float) * i, &x, sizeof x);

@@ -114,9 +114,9 @@ size_t integer_bytes(int padded) { return sizeof(int16_t) * padded; }
 void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32_t* sums) {
   constexpr int kOrder[4] = {0, 2, 1, 3};
   int16_t* pairs = reinterpret_cast<int16_t*>(out);
-  quantize_row(row, qmax, scale, sums, [&](int i, Ints code) {
+  quantize_row(row, qmax, scale, sums, [&](int i, const Ints* codes) {
     for (int j = 0; j < kLanes; ++j)
-      pairs[i + (j & ~3) + kOrder[j & 3]] = static_cast<int16_t>(code[j]);
+      pairs[i + (j & ~3) + kOrder[j & 3]] = static_cast<int16_t>(codes[j / kVector][j % kVector]);
   });
 }
 
@@ -200,7 +200,7 @@ void multiply_integer(const Job& job) {
 
 const Kernel kPortable = {
     "portable",      float_bytes,    integer_bytes,    prepare_float,
-    prepare_integer, multiply_float, multiply_integer,
+    prepare_integer, multiply_float, multiply_integer, basic::attend,
 };
 
 }  // namespace qvla

@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "attention.h"
+
 namespace qvla {
 
 constexpr int kLanes = 16;          // channels of a tile
@@ -62,6 +64,7 @@ struct Kernel {
   void (*prepare_integer)(const Row&, int qmax, uint8_t* out, float* scale, int32_t* sums);
   void (*multiply_float)(const Job&);
   void (*multiply_integer)(const Job&);
+  void (*attend)(const Attention&);
 };
 
 inline ptrdiff_t tile_bytes(int bits, int k) { return static_cast<ptrdiff_t>(k) * 2 * bits; }

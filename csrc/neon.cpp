@@ -84,10 +84,10 @@ size_t float_bytes(int padded, bool split) { return half_row(padded) * (split ? 
 
 void prepare_float(const Row& row, bool split, uint8_t* out) {
   constexpr int kOrder[4] = {0, 2, 1, 3};
-  for (int i = 0; i < row.padded; i += kLanes) {
+  for (int i = 0; i < row.padded; i += kVector) {
     const Floats x = load(row, i);
-    uint16_t high[kLanes], low[kLanes];
-    for (int j = 0; j < kLanes; ++j) {
+    uint16_t high[kVector], low[kVector];
+    for (int j = 0; j < kVector; ++j) {
       const float value = x[(j & ~3) + kOrder[j & 3]];
       high[j] = to_bfloat16(value);
       low[j] = to_bfloat16(value - to_float(high[j]));
@@ -310,12 +310,12 @@ void multiply_float(const Job& job) {
 size_t integer_bytes(int padded) { return padded; }
 
 void prepare_integer(const Row& row, int qmax, uint8_t* out, float* scale, int32_t* sums) {
-  quantize_row(row, qmax, scale, sums, [&](int i, Ints code) {
+  quantize_row(row, qmax, scale, sums, [&](int i, const Ints* codes) {
     int32_t wide[kLanes];
-    std::memcpy(wide, &code, sizeof wide);
-    int8_t codes[kLanes];
-    for (int j = 0; j < kLanes; ++j) codes[j] = static_cast<int8_t>(wide[j]);
-    std::memcpy(out + i, codes, sizeof codes);
+    std::memcpy(wide, codes, sizeof wide);
+    int8_t bytes[kLanes];
+    for (int j = 0; j < kLanes; ++j) bytes[j] = static_cast<int8_t>(wide[j]);
+    std::memcpy(out + i, bytes, sizeof bytes);
   });
 }
 
@@ -408,7 +408,7 @@ void multiply_integer(const Job& job) {
 
 const Kernel QVLA_KERNEL = {
     QVLA_KERNEL_NAME, float_bytes,    integer_bytes,    prepare_float,
-    prepare_integer,  multiply_float, multiply_integer,
+    prepare_integer,  multiply_float, multiply_integer, basic::attend,
 };
 
 }  // namespace qvla

@@ -1,4 +1,5 @@
-// Preparing rows of x, in vectors of 16 that the compiler maps to what the target has.
+// Preparing rows of x, in the widest vectors that the target has: the compiler takes wider ones apart, for
+// some operations number by number.
 #pragma once
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -13,10 +14,18 @@
 namespace qvla {
 namespace {  // compiled once for every instruction set
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+constexpr int kVector = 16;  // numbers of a vector
+#elif defined(__AVX2__)
+constexpr int kVector = 8;
+#else
+constexpr int kVector = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kVector)));
+typedef int32_t Ints __attribute__((vector_size(4 * kVector)));
+typedef uint32_t Words __attribute__((vector_size(4 * kVector)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kVector)));
 
 inline float to_float(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -33,10 +42,10 @@ inline uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1)) >> 16);
 }
 
-// Inputs i .. i + 15, zeros behind the row's end.
+// Inputs from i on, zeros behind the row's end.
 inline Floats load(const Row& row, int i) {
   Floats out = {};
-  if (i + kLanes <= row.k) {
+  if (i + kVector <= row.k) {
     if (row.bfloat16) {
       Halves half;
       std::memcpy(&half, static_cast<const uint16_t*>(row.x) + i, sizeof half);
@@ -71,18 +80,17 @@ inline Ints nearest(Floats value) {
   const __m512i codes = _mm512_cvtps_epi32(v);
   std::memcpy(&out, &codes, sizeof out);
 #elif defined(__AVX2__)
-  __m256 v[2];
-  std::memcpy(v, &value, sizeof v);
-  const __m256i codes[2] = {_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1])};
-  std::memcpy(&out, codes, sizeof out);
+  __m256 v;
+  std::memcpy(&v, &value, sizeof v);
+  const __m256i codes = _mm256_cvtps_epi32(v);
+  std::memcpy(&out, &codes, sizeof out);
 #elif defined(__SSE2__)
-  __m128 v[4];
-  std::memcpy(v, &value, sizeof v);
-  __m128i codes[4];
-  for (int i = 0; i < 4; ++i) codes[i] = _mm_cvtps_epi32(v[i]);
-  std::memcpy(&out, codes, sizeof out);
+  __m128 v;
+  std::memcpy(&v, &value, sizeof v);
+  const __m128i codes = _mm_cvtps_epi32(v);
+  std::memcpy(&out, &codes, sizeof out);
 #else
-  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int32_t>(std::nearbyint(value[i]));
+  for (int i = 0; i < kVector; ++i) out[i] = static_cast<int32_t>(std::nearbyint(value[i]));
 #endif
   return out;
 }
@@ -114,18 +122,18 @@ inline void with_code_bits(int bits, const Product& product) {
   }
 }
 
-// The activation quantizer of kernels/activations.py: codes of 16 inputs at a time go to `put`.
+// The activation quantizer of kernels/activations.py: 16 codes at a time go to `put`, in vectors.
 template <class Put>
 inline void quantize_row(const Row& row, int qmax, float* scale, int32_t* sums, const Put& put) {
   Floats most = {}, check = {};
-  for (int i = 0; i < row.padded; i += kLanes) {
+  for (int i = 0; i < row.padded; i += kVector) {
     const Floats x = load(row, i);
     const Floats size = x < 0 ? -x : x;
     most = size > most ? size : most;
     check += x * 0.0f;  // NaN as soon as one input is not finite
   }
   float largest = 0, finite = 0;
-  for (int j = 0; j < kLanes; ++j) {
+  for (int j = 0; j < kVector; ++j) {
     largest = largest < most[j] ? most[j] : largest;
     finite += check[j];  // and so NaN, which differs from 0
   }
@@ -137,16 +145,20 @@ inline void quantize_row(const Row& row, int qmax, float* scale, int32_t* sums, 
     const int end = g + 1 == row.groups ? row.padded : begin + row.group;
     Ints sum = {};
     for (int i = begin; i < end; i += kLanes) {
-      Floats q = load(row, i) * inverse;
-      // So that NaN gets a code in range, too: its row has the scale NaN.
-      q = q < top ? q : Floats{} + top;
-      q = q > -top ? q : Floats{} - top;
-      const Ints code = nearest(q);
-      sum += code;
-      put(i, code);
+      Ints codes[kLanes / kVector];
+#pragma GCC unroll 4
+      for (int part = 0; part < kLanes / kVector; ++part) {
+        Floats q = load(row, i + part * kVector) * inverse;
+        // So that NaN gets a code in range, too: its row has the scale NaN.
+        q = q < top ? q : Floats{} + top;
+        q = q > -top ? q : Floats{} - top;
+        codes[part] = nearest(q);
+        sum += codes[part];
+      }
+      put(i, codes);
     }
     int32_t total = 0;
-    for (int j = 0; j < kLanes; ++j) total += sum[j];
+    for (int j = 0; j < kVector; ++j) total += sum[j];
     sums[g] = total;
   }
 }

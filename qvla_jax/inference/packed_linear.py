@@ -11,6 +11,7 @@ from flax import nnx
 
 from qvla_jax import kernels
 from qvla_jax.array_typing import Array, Float
+from qvla_jax.inference.fused_attention import fuse_attention
 from qvla_jax.models.surgery import named_modules, replace_modules
 from qvla_jax.quantization.rotation import rotate
 
@@ -128,7 +129,7 @@ def replace_by_packed(
     *,
     same_input: Sequence[tuple[str, ...]],
 ) -> None:
-    """Replaces linear layers by packed ones, in place.
+    """Replaces linear layers by packed ones, in place, and attention by the kernel's.
 
     Args:
         model: any NNX module.
@@ -160,6 +161,7 @@ def replace_by_packed(
                 rotated=own[name].rotated,
             )
         replace_modules(model, {prefix + name: layer for name, layer in layers.items()})
+    fuse_attention(model)
 
 
 def packed_layers(model: nnx.Module) -> dict[str, PackedLinear]:

@@ -31,7 +31,7 @@ from qvla_jax.precision import in_32_bits
 class Structure:
     """A network without its arrays, as a static argument: it is hashed once, not in every call."""
 
-    def __init__(self, graphdef: nnx.GraphDef[Any], treedef: jax.tree_util.PyTreeDef) -> None:
+    def __init__(self, graphdef: nnx.GraphDef[Any], treedef: Any) -> None:
         self._parts = graphdef, treedef
         self._hash = hash(self._parts)
 

@@ -22,6 +22,7 @@ from qvla_jax.atomic import write_bytes, write_json
 from qvla_jax.checkpoints.files import check_empty, emptied_on_error
 from qvla_jax.checkpoints.tensor_files import write_file
 from qvla_jax.families.registry import to_record
+from qvla_jax.inference.fused_attention import separate_attention
 from qvla_jax.inference.packed_embed import packed_embeddings
 from qvla_jax.inference.packed_linear import PackedArrays, PackedLinear, packed_layers
 from qvla_jax.inference.parity import Parity, chunks_of, noise_inputs, parity_of
@@ -134,6 +135,7 @@ def portable_function(
     model = nnx.merge(*nnx.split(policy.model))
     layers = packed_layers(model)
     replace_modules(model, {path: _portable(layer) for path, layer in layers.items()})
+    separate_attention(model)
     graphdef, state = nnx.split(model)
     held = {"model": state, "conditioning": policy.conditioning}
     paths, structure = jax.tree.flatten_with_path(held)

@@ -48,6 +48,7 @@ from qvla_jax.kernels.packed import (
 from qvla_jax.quantization.codes import SIGNED, SOURCE, CodeMap
 
 _TARGET: Final = "qvla_matmul"
+ATTENTION: Final = "qvla_attention"  # see kernels/cpu_attention.py
 _LANES: Final = 16
 # k is padded to a multiple: a block of 2-bit codes.
 _INPUTS: Final = 16
@@ -90,7 +91,8 @@ def library() -> ctypes.CDLL | None:
     path = Path(os.environ.get("QVLA_CPU_LIBRARY") or path)
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError as error:
+        targets = {name: jax.ffi.pycapsule(getattr(loaded, name)) for name in (_TARGET, ATTENTION)}
+    except (OSError, AttributeError) as error:  # no library, or one of an older version
         warnings.warn(
             "qvla_jax was installed without its CPU kernel, so packed weights run through the slow "
             "reference product; install a C++ compiler (such as g++) and qvla_jax again "
@@ -98,7 +100,8 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(loaded.qvla_matmul), platform="cpu")
+    for name, target in targets.items():
+        jax.ffi.register_ffi_target(name, target, platform="cpu")
     loaded.qvla_kernel_name.restype = ctypes.c_char_p
     return loaded
 

@@ -2,9 +2,11 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from qvla_jax.array_typing import Array, Bool, Float
 
@@ -33,6 +35,24 @@ def attention(
     k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
     part = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
     return heads_first(q.swapaxes(1, 2), part).swapaxes(1, 2)
+
+
+class DotProduct(nnx.Module):
+    """Attention as a module, which packed policies replace (inference/fused_attention.py)."""
+
+    def __init__(self, function: Callable[..., Array] = attention):
+        """Takes `attention`, or another function that computes the same."""
+        self.function = function
+
+    def __call__(
+        self,
+        q: Float[Array, "b t n d"],
+        k: Float[Array, "b s m d"],
+        v: Float[Array, "b s m d"],
+        mask: Bool[Array, "b 1 #t s"] | None = None,
+    ) -> Float[Array, "b t n d"]:
+        """See `attention`."""
+        return self.function(q, k, v, mask)
 
 
 def heads_first(

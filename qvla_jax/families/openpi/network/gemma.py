@@ -18,7 +18,7 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Bool, Float, Int
 from qvla_jax.families.openpi.config import GemmaConfig
-from qvla_jax.models.attention import heads_first
+from qvla_jax.models.attention import DotProduct, heads_first
 from qvla_jax.models.linear import Embed, Linear
 
 _EXPERTS: Final = ("", "_1")
@@ -53,6 +53,11 @@ class KeysValues:
 
     k: Float[Array, "b m d t"]
     v: Float[Array, "b m t d"]
+
+    @classmethod
+    def of(cls, k: Float[Array, "b t m d"], v: Float[Array, "b t m d"]) -> "KeysValues":
+        """From axes in the order in which layers compute them."""
+        return cls(k=k.transpose(0, 2, 3, 1), v=v.swapaxes(1, 2))
 
 
 class RMSNorm(nnx.Module):
@@ -111,6 +116,7 @@ class Attention(nnx.Module):
             ):
                 layer = Linear(fan_in, out, use_bias=False, dtype=dtype, rngs=rngs)
                 setattr(self, name + suffix, layer)
+        self.attention = DotProduct(_attention)
 
     def queries(
         self, x: Float[Array, "b t c"], angles: Angles, expert: int
@@ -120,13 +126,25 @@ class Attention(nnx.Module):
 
     def keys_values(self, x: Float[Array, "b t c"], angles: Angles, expert: int) -> KeysValues:
         """Rotated keys, and values."""
-        k = apply_rotary(self._heads("k_einsum", x, expert), angles)
-        v = self._heads("v_einsum", x, expert)
-        return KeysValues(k=k.transpose(0, 2, 3, 1), v=v.swapaxes(1, 2))
+        return KeysValues.of(*self._keys_values(x, angles, expert))
+
+    def fill(
+        self, x: Float[Array, "b s c"], angles: Angles, mask: Bool[Array, "b 1 #s s"]
+    ) -> tuple[Float[Array, "b s c"], KeysValues]:
+        """The prefix's attention to itself, and its keys and values."""
+        k, v = self._keys_values(x, angles, 0)
+        y = self.attention(self.queries(x, angles, 0), k, v, mask)
+        return self.output(y.reshape(*x.shape[:2], -1), 0), KeysValues.of(k, v)
 
     def output(self, y: Float[Array, "b t n*d"], expert: int) -> Float[Array, "b t c"]:
         """The attention's output, in the expert's width."""
         return getattr(self, "attn_vec_einsum" + _EXPERTS[expert])(y)
+
+    def _keys_values(
+        self, x: Float[Array, "b t c"], angles: Angles, expert: int
+    ) -> tuple[Float[Array, "b t m d"], Float[Array, "b t m d"]]:
+        k = apply_rotary(self._heads("k_einsum", x, expert), angles)
+        return k, self._heads("v_einsum", x, expert)
 
     def _heads(self, name: str, x: Float[Array, "b t c"], expert: int) -> Float[Array, "b t n d"]:
         y = getattr(self, name + _EXPERTS[expert])(x)
@@ -158,6 +176,15 @@ def attend(
         ),
     )
     return y.reshape(b, m, t, -1, d).swapaxes(1, 2).reshape(b, t, n * d)
+
+
+def _attention(
+    q: Float[Array, "b t n d"],
+    k: Float[Array, "b s m d"],
+    v: Float[Array, "b s m d"],
+    mask: Bool[Array, "b 1 #t s"],
+) -> Float[Array, "b t n d"]:
+    return attend(q, (KeysValues.of(k, v), mask)).reshape(q.shape)
 
 
 class FeedForward(nnx.Module):
@@ -216,9 +243,8 @@ class Block(nnx.Module):
         self, x: Float[Array, "b s c"], angles: Angles, mask: Bool[Array, "b 1 #s s"]
     ) -> tuple[Float[Array, "b s c"], KeysValues]:
         """The prefix after this layer, and its keys and values in it."""
-        y = self.pre_attention_norm(x)
-        held = self.attn.keys_values(y, angles, 0)
-        x = x + self.attn.output(attend(self.attn.queries(y, angles, 0), (held, mask)), 0)
+        y, held = self.attn.fill(self.pre_attention_norm(x), angles, mask)
+        x = x + y
         return x + self.mlp(self.pre_ffw_norm(x)), held
 
     def keys_values(self, x: Float[Array, "b s c"], angles: Angles) -> KeysValues:

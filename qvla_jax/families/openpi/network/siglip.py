@@ -11,7 +11,7 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.families.openpi.config import SiglipConfig
-from qvla_jax.models.attention import attention
+from qvla_jax.models.attention import DotProduct
 from qvla_jax.models.linear import Linear
 
 
@@ -36,6 +36,7 @@ class MultiHeadAttention(nnx.Module):
         self.key = Linear(width, width, dtype=dtype, rngs=rngs)
         self.value = Linear(width, width, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.attention = DotProduct()
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         b, t, c = x.shape
@@ -43,7 +44,7 @@ class MultiHeadAttention(nnx.Module):
             layer(x).reshape(b, t, self.num_heads, -1)
             for layer in (self.query, self.key, self.value)
         )
-        return self.out(attention(q, k, v).reshape(b, t, c))
+        return self.out(self.attention(q, k, v).reshape(b, t, c))
 
 
 class LayerNorm(nnx.LayerNorm):

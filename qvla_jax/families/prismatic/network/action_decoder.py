@@ -11,7 +11,7 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float
 from qvla_jax.families.prismatic.config import LatentActionConfig
-from qvla_jax.models.attention import attention
+from qvla_jax.models.attention import DotProduct
 from qvla_jax.models.linear import Linear
 
 # Lower bound of the root mean square that a vector is divided by.
@@ -48,6 +48,7 @@ class MAPAttention(nnx.Module):
         self.q = Linear(dim, dim, use_bias=False, rngs=rngs)
         self.kv = Linear(dim, 2 * dim, use_bias=False, rngs=rngs)
         self.proj = Linear(dim, dim, rngs=rngs)
+        self.attention = DotProduct()
 
     def __call__(
         self, seeds: Float[Array, "b s c"], x: Float[Array, "b t c"]
@@ -56,7 +57,7 @@ class MAPAttention(nnx.Module):
         q = self.q(seeds).reshape(*seeds.shape[:2], self.num_heads, head_dim)
         k, v = jnp.split(self.kv(x), 2, axis=-1)
         k, v = (y.reshape(*x.shape[:2], self.num_heads, head_dim) for y in (k, v))
-        return self.proj(attention(q, k, v).reshape(seeds.shape))
+        return self.proj(self.attention(q, k, v).reshape(seeds.shape))
 
 
 class MAPBlock(nnx.Module):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Bool, Float, Int
 from qvla_jax.families.prismatic.config import LlamaConfig
-from qvla_jax.models.attention import attention, heads_first
+from qvla_jax.models.attention import DotProduct, heads_first
 from qvla_jax.models.linear import Embed, Linear
 
 
@@ -62,6 +62,7 @@ class LlamaAttention(nnx.Module):
         self.k_proj = Linear(config.hidden_size, kv_dim, use_bias=False, rngs=rngs)
         self.v_proj = Linear(config.hidden_size, kv_dim, use_bias=False, rngs=rngs)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, use_bias=False, rngs=rngs)
+        self.attention = DotProduct()
 
     def __call__(
         self,
@@ -70,7 +71,7 @@ class LlamaAttention(nnx.Module):
         mask: Bool[Array, "b 1 #t s"],
     ) -> Float[Array, "b t c"]:
         q, k, v = self._project(x, angles)
-        return self.o_proj(attention(q, k, v, mask).reshape(x.shape))
+        return self.o_proj(self.attention(q, k, v, mask).reshape(x.shape))
 
     def fill(
         self,
@@ -82,7 +83,7 @@ class LlamaAttention(nnx.Module):
         q, k, v = self._project(x, angles)
         held_k, held_v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         cache = KVCache(k=held_k, v=held_v, later_k=held_k[..., :0], later_v=held_v[:, :, :0])
-        return self.o_proj(attention(q, k, v, mask).reshape(x.shape)), cache
+        return self.o_proj(self.attention(q, k, v, mask).reshape(x.shape)), cache
 
     def step(
         self,

@@ -13,7 +13,7 @@ from flax import nnx
 
 from qvla_jax.array_typing import Array, Float, UInt8
 from qvla_jax.families.prismatic.config import VisionTowerConfig
-from qvla_jax.models.attention import attention
+from qvla_jax.models.attention import DotProduct
 from qvla_jax.models.linear import Linear
 
 
@@ -43,11 +43,12 @@ class Attention(nnx.Module):
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim, rngs=rngs)
         self.proj = Linear(dim, dim, rngs=rngs)
+        self.attention = DotProduct()
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         b, t, c = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, t, 3, self.num_heads, -1), 2, 0)
-        return self.proj(attention(q, k, v).reshape(b, t, c))
+        return self.proj(self.attention(q, k, v).reshape(b, t, c))
 
 
 class Mlp(nnx.Module):
