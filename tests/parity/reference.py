@@ -24,6 +24,7 @@ from qvla_jax.families.prismatic.network import (
 )
 from qvla_jax.families.prismatic.network.openvla import Autoregressive
 from qvla_jax.inference import Policy, load_policy
+from qvla_jax.models.attention import DotProduct
 from qvla_jax.models.linear import Linear
 from qvla_jax.models.surgery import named_modules
 
@@ -83,12 +84,12 @@ PROGRAMS: Programs = {
         {
             vision.Attention: ("__call__",),
             llama.LlamaDecoderLayer: ("__call__", "fill", "step"),
+            DotProduct: ("__call__",),
             Linear: ("__call__",),
             nnx.LayerNorm: ("__call__",),
             nnx.RMSNorm: ("__call__",),
         }
     ),
-    (action_decoder, "attention"): jax.jit(action_decoder.attention),
     (llama, "rotary_angles"): jax.jit(llama.rotary_angles, static_argnums=(1, 2)),
     (jax.nn, "gelu"): jax.jit(jax.nn.gelu, static_argnames="approximate"),
 }
