@@ -33,11 +33,11 @@ _SMALLEST_SCALE: Final = 1e-5
 
 def absmean_ternary(weight: Float[Array, "c k"]) -> QuantizedRows:
     """Codes -1, 0 and 1 of rows [c, k], and their one scale, which is rounded to bfloat16 last."""
-    weight = np.asarray(weight.astype(jnp.float32))
-    scale = max(float(np.mean(np.abs(weight), dtype=np.float64)), _SMALLEST_SCALE)
-    codes = np.clip(np.round(weight / np.float32(scale)), -1, 1)
+    values = np.asarray(weight.astype(jnp.float32))
+    scale = max(float(np.mean(np.abs(values), dtype=np.float64)), _SMALLEST_SCALE)
+    codes = np.clip(np.round(values / np.float32(scale)), -1, 1)
     stored = np.float32(scale).astype(ml_dtypes.bfloat16).astype(np.float32)
-    return uniform_rows(codes, np.full((len(weight), 1), stored), BITS, None)
+    return uniform_rows(codes, np.full((len(values), 1), stored), BITS, None)
 
 
 def bitvla_policy(measured: Measurements, setting: Setting) -> Policy:
