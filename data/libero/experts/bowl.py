@@ -8,14 +8,13 @@ import numpy as np
 
 from qvla_jax.data.libero.experts.motion import (
     CARRY_CAP,
-    REACH_CAP,
-    TURNED,
     Phase,
     Point,
     approach,
     opening_of,
     position_of,
     ramp,
+    reach_grasp,
     rotating,
     rotation_matrix,
     turn_to,
@@ -61,7 +60,6 @@ class BowlExpert:
         bowl, plate = state[f"{self.bowl}_pos"], self.place(state)
         side = self._side(state)
         error = self._error(state, side)
-        sideways = float(np.hypot(error[0], error[1]))
         turn = turn_to(state, side)
         from_plate = float(np.hypot(*(bowl - plate)[:2]))
         height = bowl[2] - plate[2]
@@ -78,15 +76,10 @@ class BowlExpert:
             action[:3] = approach(plate - bowl, target - bowl[2], CARRY_CAP)
             action[6] = 1.0
         else:
-            self.phase = "reach"
-            rise = error[2] + self._hover * ramp(sideways, 0.006, 0.056)
-            action[:3] = approach(error, rise, REACH_CAP)
             # Once fingers move the tolerance widens, or they would alternate between opening and
             # closing.
             tolerance = 0.010 if opening > self._open else 0.018
-            if max(sideways, abs(error[2])) < tolerance and np.abs(turn).max() < TURNED:
-                self.phase = "close"
-                action[6] = 1.0
+            self.phase = reach_grasp(action, error, turn, hover=self._hover, tolerance=tolerance)
         return action
 
     def holds(self, state: Mapping[str, Any]) -> bool:

@@ -109,6 +109,35 @@ def approach(error: np.ndarray, rise: float, cap: float) -> "Float64[NpArray, ' 
     return capped(motion, cap)
 
 
+def reach_grasp(
+    action: "Float64[NpArray, ' 7']",
+    error: "Float64[NpArray, ' 3']",
+    turn: "Float64[NpArray, ' 3']",
+    *,
+    hover: float,
+    tolerance: float,
+) -> Phase:
+    """Has an action go to a grasp from above, and close the fingers there.
+
+    Args:
+        action: from `rotating`; its translation and its gripper are set.
+        error: from the gripper to the grasp (m).
+        turn: remaining rotation (rad).
+        hover: additional height while 5 cm or more from the grasp (m).
+        tolerance: largest error at which the fingers close (m).
+
+    Returns:
+        "reach" or "close".
+    """
+    sideways = float(np.hypot(error[0], error[1]))
+    rise = error[2] + hover * ramp(sideways, 0.006, 0.056)
+    action[:3] = approach(error, rise, REACH_CAP)
+    if max(sideways, abs(error[2])) < tolerance and np.abs(turn).max() < TURNED:
+        action[6] = 1.0
+        return "close"
+    return "reach"
+
+
 class SmoothNoise:
     """Noise that a demonstration executes on top of the expert's action, correlated in time.
 

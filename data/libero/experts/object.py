@@ -8,14 +8,13 @@ import numpy as np
 
 from qvla_jax.data.libero.experts.motion import (
     CARRY_CAP,
-    REACH_CAP,
-    TURNED,
     Phase,
     Point,
     approach,
     opening_of,
     position_of,
     ramp,
+    reach_grasp,
     rotating,
     turn_to,
 )
@@ -81,13 +80,8 @@ class ObjectExpert:
             self.phase = "release"  # It falls, or lies in the basket.
             action[3:6] = 0.0
         else:
-            self.phase = "reach"
-            rise = error[2] + self._hover * ramp(sideways, 0.006, 0.056)
-            action[:3] = approach(error, rise, REACH_CAP)
             tolerance = 0.012 if opening > self._open else 0.020
-            if max(sideways, abs(error[2])) < tolerance and np.abs(turn).max() < TURNED:
-                self.phase = "close"
-                action[6] = 1.0
+            self.phase = reach_grasp(action, error, turn, hover=self._hover, tolerance=tolerance)
         return action
 
 
